@@ -1,0 +1,53 @@
+// Checks of what Python cannot see cheaply: where memory lies and what it holds.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+namespace signmaml::bindings {
+
+struct Region {
+    const char* name;
+    std::uintptr_t address;
+    std::int64_t bytes;
+
+    bool overlaps(const Region& other) const {
+        return bytes > 0 && other.bytes > 0 && address < other.address + static_cast<std::uintptr_t>(other.bytes) &&
+               other.address < address + static_cast<std::uintptr_t>(bytes);
+    }
+};
+
+// What is written must share no memory with anything else that is read or written.
+inline void check_apart(std::initializer_list<Region> written, std::initializer_list<Region> read) {
+    const auto check = [](const Region& a, const Region& b) {
+        if (!a.overlaps(b)) return;
+        throw std::invalid_argument(std::string(a.name) + ": expected memory of its own, found that it overlaps " +
+                                    b.name);
+    };
+    for (const Region* a = written.begin(); a != written.end(); ++a) {
+        for (const Region* b = written.begin(); b != a; ++b) check(*a, *b);
+        for (const Region& b : read) check(*a, b);
+    }
+}
+
+// offsets: [segments + 1] int64 in host memory.
+inline void check_segment_offsets(const std::int64_t* offsets, std::int64_t segments, std::int64_t parameters) {
+    const auto fail = [](const std::string& found) {
+        throw std::invalid_argument("segment_offsets: expected 0 first, P last and none smaller than the one before, found " +
+                                    found);
+    };
+    if (offsets[0] != 0) fail(std::to_string(offsets[0]) + " first");
+    for (std::int64_t g = 0; g < segments; ++g) {
+        if (offsets[g] > offsets[g + 1]) {
+            fail(std::to_string(offsets[g + 1]) + " after " + std::to_string(offsets[g]) + " at index " +
+                 std::to_string(g + 1));
+        }
+    }
+    if (offsets[segments] != parameters) {
+        fail(std::to_string(offsets[segments]) + " last with P = " + std::to_string(parameters));
+    }
+}
+
+}  // namespace signmaml::bindings

@@ -1,0 +1,214 @@
+// The Python module signmaml_ext._C: addresses, sizes and a stream in, nothing out. signmaml_ext/ops.py has checked
+// shapes, types and devices; what is checked here is what only addresses and host memory tell.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "build_info.h"
+#include "cpu/dispatch.h"
+#include "cpu/ops.h"
+#include "launch/launch.h"
+#include "plan/meta_accumulate.h"
+#include "plan/sign_step.h"
+
+namespace py = pybind11;
+
+namespace signmaml::bindings {
+namespace {
+
+using Address = std::uintptr_t;
+
+// What both backends of sign_step_ are called with. Entries count elements; an absent tensor has address and count 0.
+struct SignStepArguments {
+    Address params, grads, lr, segment_offsets, mask, nonfinite;
+    std::int64_t tasks, parameters, lr_entries, mask_entries, segments;
+
+    template <typename Scalar>
+    SignStepParams<Scalar> as_params() const {
+        return {reinterpret_cast<Scalar*>(params),
+                reinterpret_cast<const Scalar*>(grads),
+                reinterpret_cast<const Scalar*>(lr),
+                reinterpret_cast<const std::int64_t*>(segment_offsets),
+                reinterpret_cast<const std::uint8_t*>(mask),
+                reinterpret_cast<std::uint8_t*>(nonfinite),
+                tasks,
+                parameters,
+                segments,
+                spread_of(lr_entries, parameters, segments),
+                mask == 0 ? Spread::kNone : spread_of(mask_entries, parameters, segments)};
+    }
+
+    void check(std::int64_t scalar_bytes) const {
+        const std::int64_t bytes = tasks * parameters * scalar_bytes;
+        const std::int64_t offset_bytes = segments > 0 ? (segments + 1) * std::int64_t{sizeof(std::int64_t)} : 0;
+        check_apart({{"params", params, bytes}, {"nonfinite", nonfinite, tasks}},
+                    {{"grads", grads, bytes},
+                     {"lr", lr, lr_entries * scalar_bytes},
+                     {"segment_offsets", segment_offsets, offset_bytes},
+                     {"mask", mask, mask_entries}});
+    }
+};
+
+struct MetaAccumulateArguments {
+    Address out, grads, nonfinite;
+    std::int64_t tasks, parameters;
+    bool skip_nonfinite;
+
+    template <typename Scalar>
+    MetaAccumulateParams<Scalar> as_params() const {
+        return {reinterpret_cast<Scalar*>(out),
+                reinterpret_cast<const Scalar*>(grads),
+                reinterpret_cast<std::uint8_t*>(nonfinite),
+                tasks,
+                parameters,
+                skip_nonfinite};
+    }
+
+    void check(std::int64_t scalar_bytes) const {
+        check_apart({{"out", out, parameters * scalar_bytes}, {"nonfinite", nonfinite, tasks}},
+                    {{"grads", grads, tasks * parameters * scalar_bytes}});
+    }
+};
+
+std::int64_t scalar_bytes(bool is_double) { return is_double ? 8 : 4; }
+
+void sign_step_cpu(Address params, Address grads, Address lr, Address segment_offsets, Address mask,
+                   Address nonfinite, std::int64_t tasks, std::int64_t parameters, std::int64_t lr_entries,
+                   std::int64_t mask_entries, std::int64_t segments, bool is_double, int threads) {
+    const SignStepArguments arguments{params, grads,      lr,         segment_offsets, mask,    nonfinite,
+                                      tasks,  parameters, lr_entries, mask_entries,    segments};
+    arguments.check(scalar_bytes(is_double));
+    if (segments > 0) {
+        check_segment_offsets(reinterpret_cast<const std::int64_t*>(segment_offsets), segments, parameters);
+    }
+    const py::gil_scoped_release unlocked;
+    if (is_double) {
+        cpu::sign_step(arguments.as_params<double>(), threads);
+    } else {
+        cpu::sign_step(arguments.as_params<float>(), threads);
+    }
+}
+
+void meta_accumulate_cpu(Address out, Address grads, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
+                         bool skip_nonfinite, bool is_double, int threads) {
+    const MetaAccumulateArguments arguments{out, grads, nonfinite, tasks, parameters, skip_nonfinite};
+    arguments.check(scalar_bytes(is_double));
+    const py::gil_scoped_release unlocked;
+    if (is_double) {
+        cpu::meta_accumulate(arguments.as_params<double>(), threads);
+    } else {
+        cpu::meta_accumulate(arguments.as_params<float>(), threads);
+    }
+}
+
+#ifdef SIGNMAML_WITH_CUDA
+void sign_step_cuda(Address params, Address grads, Address lr, Address segment_offsets, Address mask,
+                    Address nonfinite, std::int64_t tasks, std::int64_t parameters, std::int64_t lr_entries,
+                    std::int64_t mask_entries, std::int64_t segments, bool is_double, int device, Address stream) {
+    const SignStepArguments arguments{params, grads,      lr,         segment_offsets, mask,    nonfinite,
+                                      tasks,  parameters, lr_entries, mask_entries,    segments};
+    arguments.check(scalar_bytes(is_double));
+    const py::gil_scoped_release unlocked;
+    if (is_double) {
+        launch_sign_step(arguments.as_params<double>(), device, reinterpret_cast<void*>(stream));
+    } else {
+        launch_sign_step(arguments.as_params<float>(), device, reinterpret_cast<void*>(stream));
+    }
+}
+
+void meta_accumulate_cuda(Address out, Address grads, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
+                          bool skip_nonfinite, bool is_double, int device, Address stream) {
+    const MetaAccumulateArguments arguments{out, grads, nonfinite, tasks, parameters, skip_nonfinite};
+    arguments.check(scalar_bytes(is_double));
+    const py::gil_scoped_release unlocked;
+    if (is_double) {
+        launch_meta_accumulate(arguments.as_params<double>(), device, reinterpret_cast<void*>(stream));
+    } else {
+        launch_meta_accumulate(arguments.as_params<float>(), device, reinterpret_cast<void*>(stream));
+    }
+}
+#endif
+
+py::dict as_dict(const CpuPlan& plan) {
+    using py::literals::operator""_a;
+    return py::dict("chunk"_a = plan.chunk, "chunks_per_row"_a = plan.chunks_per_row, "items"_a = plan.items,
+                    "threads"_a = plan.threads);
+}
+
+py::dict as_dict(const SignStepGrid& plan) {
+    using py::literals::operator""_a;
+    return py::dict("vector"_a = plan.vector, "block"_a = plan.block, "unroll"_a = plan.unroll,
+                    "tiles_per_row"_a = plan.tiles_per_row, "blocks_x"_a = plan.blocks_x,
+                    "blocks_y"_a = plan.blocks_y);
+}
+
+py::dict as_dict(const MetaAccumulateGrid& plan) {
+    using py::literals::operator""_a;
+    return py::dict("vector"_a = plan.vector, "block"_a = plan.block, "unroll"_a = plan.unroll,
+                    "head"_a = plan.head, "bodies"_a = plan.bodies, "tail"_a = plan.tail, "blocks"_a = plan.blocks);
+}
+
+std::vector<std::string> split(const std::string& text) {
+    std::vector<std::string> words;
+    std::stringstream stream(text);
+    for (std::string word; std::getline(stream, word, ';');) words.push_back(word);
+    return words;
+}
+
+void define_build_info(py::module_& m) {
+    m.attr("version") = build_info::kVersion;
+    m.attr("build_type") = build_info::kBuildType;
+    m.attr("compiler") = build_info::kCompiler;
+    m.attr("cuda_architectures") = py::tuple(py::cast(split(build_info::kCudaArchitectures)));
+#ifdef SIGNMAML_WITH_CUDA
+    m.attr("built_with_cuda") = true;
+    m.attr("cuda_version") = build_info::kCudaVersion;
+#else
+    m.attr("built_with_cuda") = false;
+    m.attr("cuda_version") = py::none();
+#endif
+}
+
+void define_plans(py::module_& m) {
+    m.def("plan_sign_step_cpu", [](std::int64_t tasks, std::int64_t parameters, int threads) {
+        return as_dict(plan_sign_step_cpu(tasks, parameters, threads));
+    });
+    m.def("plan_meta_accumulate_cpu", [](std::int64_t tasks, std::int64_t parameters, int threads) {
+        return as_dict(plan_meta_accumulate_cpu(tasks, parameters, threads));
+    });
+    m.def("plan_sign_step", [](std::int64_t tasks, std::int64_t parameters, int bytes, Address params, Address grads,
+                               int multiprocessors) {
+        return as_dict(plan_sign_step(tasks, parameters, bytes, params, grads, multiprocessors));
+    });
+    m.def("plan_meta_accumulate", [](std::int64_t tasks, std::int64_t parameters, int bytes, Address out,
+                                     Address grads, int multiprocessors) {
+        return as_dict(plan_meta_accumulate(tasks, parameters, bytes, out, grads, multiprocessors));
+    });
+}
+
+}  // namespace
+
+// The module keeps no state that needs the GIL.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    m.doc() = "Native core of signmaml_ext. Not a public interface: use signmaml_ext.ops.";
+    define_build_info(m);
+    define_plans(m);
+    m.def("cpu_isas", &cpu::usable_isas);
+    m.def("cpu_isa", [] { return std::string(cpu::kernels().name); });
+    m.def("select_cpu_isa", &cpu::select_isa);
+    m.def("sign_step_cpu", &sign_step_cpu);
+    m.def("meta_accumulate_cpu", &meta_accumulate_cpu);
+#ifdef SIGNMAML_WITH_CUDA
+    m.def("cuda_driver_version", &cuda_driver_version);
+    m.def("sign_step_cuda", &sign_step_cuda);
+    m.def("meta_accumulate_cuda", &meta_accumulate_cuda);
+#endif
+}
+
+}  // namespace signmaml::bindings

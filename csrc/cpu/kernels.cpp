@@ -1,0 +1,105 @@
+// The inner loops, written for the compiler to vectorise. CMakeLists.txt compiles this file once for each instruction
+// set, with SIGNMAML_ISA naming the namespace.
+// Everything but the table has internal linkage, and no header with inline code is used besides: the linker keeps one
+// of several equal inline functions, and must not give the AVX-512 copy of one to a machine without AVX-512.
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace signmaml::cpu::SIGNMAML_ISA {
+namespace {
+
+// An integer as wide as the scalar: a loop over both then vectorises without conversions.
+template <typename Scalar>
+struct SameWidth;
+template <>
+struct SameWidth<float> {
+    using Int = std::int32_t;
+};
+template <>
+struct SameWidth<double> {
+    using Int = std::int64_t;
+};
+
+// x - x is NaN for NaN and infinities, and 0 for every other number.
+template <typename Scalar>
+inline bool is_nonfinite(Scalar x) {
+    return !(x - x == Scalar(0));
+}
+
+// Three-valued; sign(+-0) is +0 and sign(nan) is nan. Compare sign_step_kernel and reference.py.
+template <typename Scalar>
+inline Scalar sign(Scalar x) {
+    const Scalar zero_or_nan = x == Scalar(0) ? Scalar(0) : x;
+    const Scalar negative_or_rest = x < Scalar(0) ? Scalar(-1) : zero_or_nan;
+    return x > Scalar(0) ? Scalar(1) : negative_or_rest;
+}
+
+template <typename Scalar, bool kLrPerElement, bool kMasked>
+bool sign_step_span(Scalar* __restrict params, const Scalar* __restrict grads, const Scalar* __restrict lr,
+                    const std::uint8_t* __restrict mask, std::int64_t n) {
+    using Int = typename SameWidth<Scalar>::Int;
+    Int nonfinite = 0;
+    const Scalar first_lr = lr[0];
+    for (std::int64_t j = 0; j < n; ++j) {
+        const Scalar grad = grads[j];
+        const Scalar rate = kLrPerElement ? lr[j] : first_lr;
+        const Scalar stepped = params[j] - rate * sign(grad);
+        const bool looked_at = !kMasked || mask[j] != 0;
+        params[j] = looked_at ? stepped : params[j];
+        nonfinite |= static_cast<Int>(looked_at & is_nonfinite(grad));
+    }
+    return nonfinite != 0;
+}
+
+template <typename Scalar>
+bool sign_step(Scalar* params, const Scalar* grads, const Scalar* lr, bool lr_per_element, const std::uint8_t* mask,
+               std::int64_t n) {
+    if (n <= 0) return false;
+    if (mask != nullptr) {
+        return lr_per_element ? sign_step_span<Scalar, true, true>(params, grads, lr, mask, n)
+                              : sign_step_span<Scalar, false, true>(params, grads, lr, mask, n);
+    }
+    return lr_per_element ? sign_step_span<Scalar, true, false>(params, grads, lr, mask, n)
+                          : sign_step_span<Scalar, false, false>(params, grads, lr, mask, n);
+}
+
+template <typename Scalar>
+bool accumulate(Scalar* __restrict sums, const Scalar* __restrict grads, std::int64_t n) {
+    using Int = typename SameWidth<Scalar>::Int;
+    Int nonfinite = 0;
+    for (std::int64_t j = 0; j < n; ++j) {
+        sums[j] += grads[j];
+        nonfinite |= static_cast<Int>(is_nonfinite(grads[j]));
+    }
+    return nonfinite != 0;
+}
+
+template <typename Scalar>
+void add_mean(Scalar* __restrict out, const Scalar* __restrict sums, Scalar count, std::int64_t n) {
+    for (std::int64_t j = 0; j < n; ++j) out[j] += sums[j] / count;
+}
+
+template <typename Scalar>
+bool holds_nonfinite(const Scalar* __restrict grads, std::int64_t n) {
+    using Int = typename SameWidth<Scalar>::Int;
+    Int nonfinite = 0;
+    for (std::int64_t j = 0; j < n; ++j) nonfinite |= static_cast<Int>(is_nonfinite(grads[j]));
+    return nonfinite != 0;
+}
+
+template <typename Scalar>
+constexpr SpanKernels<Scalar> table() {
+    return {sign_step<Scalar>, accumulate<Scalar>, add_mean<Scalar>, holds_nonfinite<Scalar>};
+}
+
+}  // namespace
+
+#define SIGNMAML_TEXT_OF(x) #x
+#define SIGNMAML_TEXT(x) SIGNMAML_TEXT_OF(x)
+
+extern const Kernels kKernels;
+const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>()};
+
+}  // namespace signmaml::cpu::SIGNMAML_ISA

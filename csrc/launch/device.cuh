@@ -1,0 +1,46 @@
+// What every launch needs: the device made current, and an error that names the kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace signmaml {
+
+// Throws std::runtime_error that says what was being done, unless the status is success.
+void check_cuda(cudaError_t status, const std::string& what);
+
+// Makes a device current for a scope. Our CUDA runtime is not torch's, so torch's guard is not relied on.
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device);
+    ~DeviceScope();
+    DeviceScope(const DeviceScope&) = delete;
+    DeviceScope& operator=(const DeviceScope&) = delete;
+
+  private:
+    int previous_ = 0;
+    int device_;
+};
+
+int multiprocessors(int device);
+
+// Loads a kernel's code now if the stream is being captured: the lazy loading of a first launch may do what a capture
+// forbids.
+void load_if_capturing(const void* kernel, cudaStream_t stream);
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int block, cudaStream_t stream,
+            const Arguments&... arguments) {
+    load_if_capturing(reinterpret_cast<const void*>(kernel), stream);
+    kernel<<<grid, block, 0, stream>>>(arguments...);
+    const cudaError_t status = cudaGetLastError();
+    if (status != cudaSuccess) {
+        check_cuda(status, std::string("launch of ") + name + " (grid " + std::to_string(grid.x) + " x " +
+                               std::to_string(grid.y) + ", block " + std::to_string(block) + ")");
+    }
+}
+
+}  // namespace signmaml

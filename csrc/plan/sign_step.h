@@ -1,0 +1,74 @@
+// How a sign step is cut into pieces. Pure functions of sizes and addresses.
+#pragma once
+
+#include <cstdint>
+
+#include "params/sign_step.h"
+#include "plan/math.h"
+
+namespace signmaml {
+
+// Which entry of a table of so many entries belongs to a parameter. The tables that callers may pass have P entries,
+// one a segment, or (learning rates) 1; where two of these are equal, they mean the same or the segments win.
+constexpr Spread spread_of(std::int64_t entries, std::int64_t parameters, std::int64_t segments) {
+    if (segments > 0 && entries == segments) return Spread::kPerSegment;
+    return entries == parameters ? Spread::kPerElement : Spread::kAll;
+}
+
+// Threads of a block: small enough to fill a multiprocessor evenly, large enough to need few blocks.
+inline constexpr int kSignStepBlock = 256;
+// Vectors a thread has in flight at once. Four 16-byte loads of two streams cover the latency of device memory.
+inline constexpr int kSignStepUnroll = 4;
+// Blocks a multiprocessor is given before blocks loop: several waves, so that the last one is short.
+inline constexpr int kSignStepBlocksPerMultiprocessor = 32;
+// The y extent of a grid is 16 bits wide.
+inline constexpr std::int64_t kLargestGridY = 65535;
+
+struct SignStepGrid {
+    int vector;                  // elements of one access: 16 bytes' worth, or 1 where rows are not congruent
+    int block;                   // threads of a block
+    int unroll;                  // vectors a thread has in flight
+    std::int64_t tiles_per_row;  // pieces of block * unroll * vector parameters; the last may be short
+    std::int64_t blocks_x;       // over the tiles of a row
+    std::int64_t blocks_y;       // over tasks
+};
+
+// Rows start at base + t * P: params and grads reach a 16-byte boundary together exactly if their bases do.
+constexpr bool congruent(std::uint64_t a, std::uint64_t b) { return (a - b) % 16 == 0; }
+
+constexpr SignStepGrid plan_sign_step(std::int64_t tasks, std::int64_t parameters, int scalar_bytes,
+                                      std::uint64_t params_address, std::uint64_t grads_address,
+                                      int multiprocessors) {
+    const int vector = congruent(params_address, grads_address) ? 16 / scalar_bytes : 1;
+    const std::int64_t tile = std::int64_t{kSignStepBlock} * kSignStepUnroll * vector;
+    const std::int64_t tiles_per_row = ceil_div(parameters, tile);
+    const std::int64_t budget = std::int64_t{multiprocessors} * kSignStepBlocksPerMultiprocessor;
+    const std::int64_t blocks_x = larger(1, smaller(tiles_per_row, budget));
+    const std::int64_t blocks_y = larger(1, smaller(smaller(tasks, kLargestGridY), ceil_div(budget, blocks_x)));
+    return {vector, kSignStepBlock, kSignStepUnroll, tiles_per_row, blocks_x, blocks_y};
+}
+
+struct CpuPlan {
+    std::int64_t chunk;           // elements of one piece of a row
+    std::int64_t chunks_per_row;  // the last may be short
+    std::int64_t items;           // pieces in all
+    int threads;                  // that are worth waking
+};
+
+// Fewer elements than this a thread are done sooner than a thread is woken.
+inline constexpr std::int64_t kElementsWorthAThread = 32768;
+// Pieces of a row: long enough to make the loop's start and end cheap, short enough to balance.
+inline constexpr std::int64_t kSignStepChunk = 16384;
+
+constexpr int threads_worth_waking(std::int64_t elements, std::int64_t items, int threads) {
+    const std::int64_t worth = larger(1, elements / kElementsWorthAThread);
+    return static_cast<int>(larger(1, smaller(smaller(worth, items), threads)));
+}
+
+constexpr CpuPlan plan_sign_step_cpu(std::int64_t tasks, std::int64_t parameters, int threads) {
+    const std::int64_t chunks_per_row = ceil_div(parameters, kSignStepChunk);
+    const std::int64_t items = tasks * chunks_per_row;
+    return {kSignStepChunk, chunks_per_row, items, threads_worth_waking(tasks * parameters, items, threads)};
+}
+
+}  // namespace signmaml

@@ -1,0 +1,79 @@
+"""The native module: addresses, sizes and a stream in. `ops.py` is its only caller besides tests and `info.py`."""
+
+version: str
+build_type: str
+compiler: str
+built_with_cuda: bool
+cuda_version: str | None
+cuda_architectures: tuple[str, ...]
+
+def cpu_isas() -> list[str]: ...
+def cpu_isa() -> str: ...
+def select_cpu_isa(name: str, /) -> None: ...
+def sign_step_cpu(
+    params: int,
+    grads: int,
+    lr: int,
+    segment_offsets: int,
+    mask: int,
+    nonfinite: int,
+    tasks: int,
+    parameters: int,
+    lr_entries: int,
+    mask_entries: int,
+    segments: int,
+    is_double: bool,
+    threads: int,
+    /,
+) -> None: ...
+def meta_accumulate_cpu(
+    out: int,
+    grads: int,
+    nonfinite: int,
+    tasks: int,
+    parameters: int,
+    skip_nonfinite: bool,
+    is_double: bool,
+    threads: int,
+    /,
+) -> None: ...
+
+# The next three are there only where built_with_cuda.
+def cuda_driver_version() -> int: ...
+def sign_step_cuda(
+    params: int,
+    grads: int,
+    lr: int,
+    segment_offsets: int,
+    mask: int,
+    nonfinite: int,
+    tasks: int,
+    parameters: int,
+    lr_entries: int,
+    mask_entries: int,
+    segments: int,
+    is_double: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def meta_accumulate_cuda(
+    out: int,
+    grads: int,
+    nonfinite: int,
+    tasks: int,
+    parameters: int,
+    skip_nonfinite: bool,
+    is_double: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def plan_sign_step_cpu(tasks: int, parameters: int, threads: int, /) -> dict[str, int]: ...
+def plan_meta_accumulate_cpu(tasks: int, parameters: int, threads: int, /) -> dict[str, int]: ...
+def plan_sign_step(
+    tasks: int, parameters: int, scalar_bytes: int, params: int, grads: int, multiprocessors: int, /
+) -> dict[str, int]: ...
+def plan_meta_accumulate(
+    tasks: int, parameters: int, scalar_bytes: int, out: int, grads: int, multiprocessors: int, /
+) -> dict[str, int]: ...

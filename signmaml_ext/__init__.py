@@ -1,0 +1,23 @@
+"""Meta-training of few-shot learners with sign steps: `meta_step`, `adapt`, `evaluate`, `explain`.
+
+Sign-MAML (Fan, Ram, Liu 2021) is MAML whose inner loop takes signSGD steps; because the derivative of the sign is 0,
+the query gradient at the adapted weights is the exact meta-gradient.
+"""
+
+from ._loader import VERSION as __version__  # first: a broken installation gets its explanation here
+from .api import EvaluateResult, MetaStepResult, adapt, evaluate, explain, meta_step
+from .dispatch import Explanation
+from .ops import meta_accumulate_, sign_step_
+
+__all__ = [
+    "EvaluateResult",
+    "Explanation",
+    "MetaStepResult",
+    "__version__",
+    "adapt",
+    "evaluate",
+    "explain",
+    "meta_accumulate_",
+    "meta_step",
+    "sign_step_",
+]

@@ -1,0 +1,324 @@
+"""The public calls: `meta_step`, `adapt`, `evaluate`, `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from .checks import Loss, Problem, Rate, check_problem
+from .dispatch import Explanation
+from .reference import Adaptation, MetaGradients
+
+
+@dataclass(frozen=True)
+class MetaStepResult:
+    """What `meta_step` tells; all tensors are on the model's device, detached.
+
+    Attributes:
+        query_loss: `[T]`, mean loss of each task's query set at its adapted parameters.
+        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores.
+        support_loss: `[K, T]`, loss of each task's support set before each inner step.
+        nonfinite: `[T]` bool, tasks that met a NaN or an Inf in a loss or a gradient.
+        live_tasks: `[]` int64, tasks in the mean: T, or with `nonfinite="skip"` the finite ones.
+        backend: The backend that served the call.
+    """
+
+    query_loss: Tensor
+    query_accuracy: Tensor | None
+    support_loss: Tensor
+    nonfinite: Tensor
+    live_tasks: Tensor
+    backend: str
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` tells; all tensors are on the model's device, detached.
+
+    Attributes:
+        query_loss: `[T]`.
+        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores.
+        logits: `[T, Q, ...]`, the adapted models' output for the query sets.
+        support_loss: `[K, T]`, loss of each task's support set before each inner step.
+        nonfinite: `[T]` bool, tasks that met a NaN or an Inf.
+        backend: The backend that served the call.
+    """
+
+    query_loss: Tensor
+    query_accuracy: Tensor | None
+    logits: Tensor
+    support_loss: Tensor
+    nonfinite: Tensor
+    backend: str
+
+
+def meta_step(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    *,
+    inner_lr: Rate | Mapping[str, Rate],
+    inner_steps: int,
+    method: str = "sign-maml",
+    loss: Loss = "cross_entropy",
+    adapt: str | Sequence[str] | None = None,
+    backend: str = "auto",
+    precision: str = "fp32",
+    nonfinite: str = "propagate",
+    batch_norm: str = "batch",
+    seed: int | None = None,
+    zero_dead_bias: bool = True,
+) -> MetaStepResult:
+    """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
+
+    For every task i, phi_i starts at the model's parameters theta and takes K = `inner_steps` steps on the mean
+    support loss; the meta-gradient is d mean_i l(phi_i; query_i) / d theta. With ``method="sign-maml"`` (Fan, Ram,
+    Liu 2021, arXiv 2109.07497) a step is phi <- phi - alpha * sign(g); since d sign / dx = 0, the query gradient at
+    phi_K is the exact meta-gradient at first-order cost. ``"fo-maml"`` steps along g and drops the second order,
+    ``"maml"`` (Finn et al. 2017) differentiates through the steps.
+
+    Nothing else changes: no parameter, no buffer, no module mode. BatchNorm buffers are neither read nor written
+    unless ``batch_norm="running"``. Dropout and everything else follow `model.training`.
+
+    Args:
+        model: Any module whose forward takes one tensor `[S, ...]` and returns one tensor. Parameters that require
+            grad are float32 or float64, on one device. Others are never moved and get no gradient. Tied parameters
+            count once.
+        support_x: `[T, S, ...]`, the model's inputs to adapt on, on the model's device; if floating point, in its
+            dtype.
+        support_y: `[T, S]` int64 labels for "cross_entropy"; `[T, S, ...]` of the predictions' shape and dtype for
+            "mse"; `[T, S, ...]` of any dtype for a callable.
+        query_x: `[T, Q, ...]`, like `support_x`.
+        query_y: `[T, Q]` or `[T, Q, ...]`, like `support_y`.
+        inner_lr: Inner learning rate ("alpha"): a float >= 0, or a tensor `[]` (one rate) or `[K]` (a rate a step),
+            or a mapping from the name of every adapted parameter to a float or a tensor that broadcasts to the
+            parameter, or has one leading axis `[K, ...]` more (a rate a step). A tensor that requires grad receives
+            its exact gradient in `.grad` (for fo-maml: exact for the steps taken as constants).
+        inner_steps: K >= 0. With 0 this is joint training on the query sets.
+        method: "sign-maml", "fo-maml" or "maml".
+        loss: "cross_entropy" (mean over examples), "mse" (mean over all elements), or a callable
+            `(prediction [S, ...], target [S, ...]) -> scalar tensor`, called once for each task. A sign step ignores
+            the scale of the loss.
+        adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
+            ``["classifier.*"]`` (ANIL); all others still get the meta-gradient. None: all that require grad.
+        backend: "auto", or one of "cuda", "cpu" (native sign steps on flat buffers) and "torch" (pure PyTorch, serves
+            everything). `explain` says which one "auto" takes and why.
+        precision: "fp32" (strict, also where torch would allow TF32), "tf32" (CUDA) or "bf16" (autocast). The sign
+            is always taken on the parameters' dtype.
+        nonfinite: What a NaN or an Inf in a task does. "propagate": NaN in, NaN out. "skip": the task is left out of
+            the mean. "raise": FloatingPointError, which makes the host wait for the device. In every case
+            `result.nonfinite` flags the task.
+        batch_norm: "batch": BatchNorm normalises each set by its own statistics, in training and evaluation, task by
+            task. "running": by its running statistics, which stay as they are.
+        seed: Integer >= 0 that, with task and step, keys the dropout masks; vary it from call to call. None: one is
+            taken from torch's CPU generator, which advances by one draw, if the model draws random numbers at all.
+        zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics has its true gradient, 0. False
+            uses autograd's rounding noise, whose sign moves the bias at random, as the official code does.
+
+    Returns:
+        A `MetaStepResult`. Nothing in it made the host wait for the device.
+
+    Raises:
+        ValueError, TypeError: For an argument that does not fit, before any work; labels out of range are found on
+            the CPU only (elsewhere they turn the task's loss NaN). `.grad` is as before.
+        FloatingPointError: With ``nonfinite="raise"``; `.grad` is as before.
+
+    Determinism: the same call gives the same result wherever torch's kernels do; CPU runs are bitwise repeatable for a
+    fixed number of threads. Memory: one forward and backward pass; it grows with K for "maml" and for an `inner_lr`
+    that requires grad, else not.
+
+    Example:
+        >>> import torch, signmaml_ext
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(4, 10, 3), torch.randint(2, (4, 10))
+        >>> result = signmaml_ext.meta_step(model, x, y, x, y, inner_lr=0.01, inner_steps=5)
+        >>> result.query_loss.shape, result.support_loss.shape, model.weight.grad.shape
+        (torch.Size([4]), torch.Size([5, 4]), torch.Size([2, 3]))
+    """
+    problem = check_problem(**locals())  # exactly the arguments: nothing else is bound yet
+    used, meta = dispatch.run(problem, lambda chosen, checked: chosen.meta_gradients(checked))
+    _raise_if_asked(problem, meta.nonfinite)
+    _accumulate(problem, meta)
+    return MetaStepResult(
+        query_loss=meta.query_loss,
+        query_accuracy=meta.query_accuracy,
+        support_loss=meta.support_loss,
+        nonfinite=meta.nonfinite,
+        live_tasks=meta.live_tasks,
+        backend=used,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor,
+    query_y: Tensor,
+    *,
+    inner_lr: Rate | Mapping[str, Rate],
+    inner_steps: int,
+    method: str = "sign-maml",
+    loss: Loss = "cross_entropy",
+    adapt: str | Sequence[str] | None = None,
+    backend: str = "auto",
+    precision: str = "fp32",
+    nonfinite: str = "propagate",
+    batch_norm: str = "batch",
+    seed: int | None = None,
+    zero_dead_bias: bool = True,
+) -> EvaluateResult:
+    """Adapts to T tasks and evaluates their query sets; no meta-gradient, nothing changed.
+
+    Arguments, errors and determinism are those of `meta_step`. "maml" and "fo-maml" take the same inner steps. Call
+    `model.eval()` first if the model has dropout. A task that met a NaN or an Inf is flagged; with "skip" its row is
+    still there.
+
+    Returns:
+        An `EvaluateResult`.
+
+    Example:
+        >>> import torch, signmaml_ext
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(4, 10, 3), torch.randint(2, (4, 10))
+        >>> signmaml_ext.evaluate(model, x, y, x, y, inner_lr=0.01, inner_steps=5).logits.shape
+        torch.Size([4, 10, 2])
+    """
+    problem = check_problem(**locals())
+    used, adaptation = _adaptation(problem)
+    assert adaptation.query_loss is not None and adaptation.logits is not None
+    return EvaluateResult(
+        query_loss=adaptation.query_loss,
+        query_accuracy=adaptation.query_accuracy,
+        logits=adaptation.logits,
+        support_loss=adaptation.support_loss,
+        nonfinite=adaptation.nonfinite,
+        backend=used,
+    )
+
+
+def adapt(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    *,
+    inner_lr: Rate | Mapping[str, Rate],
+    inner_steps: int,
+    method: str = "sign-maml",
+    loss: Loss = "cross_entropy",
+    adapt: str | Sequence[str] | None = None,
+    backend: str = "auto",
+    precision: str = "fp32",
+    nonfinite: str = "propagate",
+    batch_norm: str = "batch",
+    seed: int | None = None,
+    zero_dead_bias: bool = True,
+) -> dict[str, Tensor]:
+    """The inner loop alone: every task's adapted parameters; the model itself is not changed.
+
+    Arguments and errors are those of `meta_step`.
+
+    Returns:
+        name -> `[T, *shape]` for each adapted parameter, detached. One task's model is
+        ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``.
+
+    Example:
+        >>> import torch, signmaml_ext
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(4, 10, 3), torch.randint(2, (4, 10))
+        >>> adapted = signmaml_ext.adapt(model, x, y, inner_lr=0.01, inner_steps=5)
+        >>> {name: tuple(value.shape) for name, value in adapted.items()}
+        {'weight': (4, 2, 3), 'bias': (4, 2)}
+    """
+    problem = check_problem(query_x=None, query_y=None, with_query=False, **locals())
+    return _adaptation(problem)[1].params
+
+
+def explain(
+    model: nn.Module,
+    support_x: Tensor | None = None,
+    support_y: Tensor | None = None,
+    query_x: Tensor | None = None,
+    query_y: Tensor | None = None,
+    *,
+    inner_lr: Rate | Mapping[str, Rate] = 0.01,
+    inner_steps: int = 1,
+    method: str = "sign-maml",
+    loss: Loss = "cross_entropy",
+    adapt: str | Sequence[str] | None = None,
+    backend: str = "auto",
+    precision: str = "fp32",
+    nonfinite: str = "propagate",
+    batch_norm: str = "batch",
+    seed: int | None = None,
+    zero_dead_bias: bool = True,
+) -> Explanation:
+    """Which backend would serve this call of `meta_step`, and why the others would not.
+
+    Arguments and errors are those of `meta_step`; without data the answer is for data that fits. No forward pass is
+    run: that a module's forward cannot be batched is known after the first real call.
+
+    Returns:
+        An `Explanation`; print it, or read `.backend` and `.reasons`.
+
+    Example:
+        >>> import torch, signmaml_ext
+        >>> print(signmaml_ext.explain(torch.nn.Linear(3, 2), method="maml"))  # doctest: +ELLIPSIS
+        backend: torch (pure PyTorch, any module, any device); all tasks together
+          not cuda: ...
+          not cpu: its steps are sign steps, and the method is 'maml'
+    """
+    arguments = locals().copy()
+    data = ("support_x", "support_y", "query_x", "query_y")
+    if all(arguments[name] is None for name in data):
+        arguments |= dict(zip(data, _any_data(model, loss), strict=True))
+    return dispatch.explain(check_problem(**arguments))
+
+
+def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The smallest data that pass the checks: one task of one example."""
+    like = torch.empty(())
+    if isinstance(model, nn.Module):
+        like = next((p for p in model.parameters() if p.requires_grad), like)
+    x = torch.zeros(1, 1, dtype=like.dtype, device=like.device)
+    y = x if loss == "mse" else torch.zeros(1, 1, dtype=torch.int64, device=like.device)
+    return x, y, x, y
+
+
+def _adaptation(problem: Problem) -> tuple[str, Adaptation]:
+    used, adaptation = dispatch.run(problem, lambda chosen, checked: chosen.adapt(checked))
+    _raise_if_asked(problem, adaptation.nonfinite)
+    return used, adaptation
+
+
+def _raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
+    if problem.nonfinite == "raise" and nonfinite.any():
+        tasks = nonfinite.nonzero().flatten().tolist()
+        raise FloatingPointError(f"a NaN or an Inf in the losses or gradients of tasks {tasks} (nonfinite='raise')")
+
+
+def _accumulate(problem: Problem, meta: MetaGradients) -> None:
+    """Adds the meta-gradients to `.grad`. The rates go first: only their backward can raise."""
+    learnable = problem.rates.learnable()
+    pairs = [(rate, gradient) for key, rate in learnable.items() if (gradient := meta.rates[key]) is not None]
+    with torch.inference_mode(False):
+        if pairs:
+            rates, gradients = zip(*pairs, strict=True)
+            # A rate computed from others (an exponential, say) passes its gradient on to them.
+            torch.autograd.backward(rates, gradients)
+        with torch.no_grad():
+            for name, gradient in meta.params.items():
+                if gradient is None:
+                    continue
+                parameter = problem.params[name]
+                if parameter.grad is None:
+                    parameter.grad = gradient.clone()
+                else:
+                    parameter.grad += gradient

@@ -1,0 +1,447 @@
+"""Turns the arguments of a call into a checked `Problem`, before any work starts.
+
+Every refusal is a ValueError or a TypeError that names the argument, what was expected and what came.
+Nothing here reads a tensor's values on an accelerator: that would make the host wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+METHODS = ("sign-maml", "fo-maml", "maml")
+LOSSES = ("cross_entropy", "mse")
+PRECISIONS = ("fp32", "tf32", "bf16")
+NONFINITE = ("propagate", "raise", "skip")
+BATCH_NORM = ("batch", "running")
+BACKENDS = ("auto", "torch", "cpu", "cuda")
+
+Rate = float | Tensor
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Loss = str | LossFunction
+
+
+def refuse(argument: str, expected: str, found: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raises the one form that every message about an argument has."""
+    raise error(f"{argument}: expected {expected}, found {found}")
+
+
+def describe(value: object) -> str:
+    """A value in an error message: a tensor by shape, dtype and device, anything else by type."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (str, int, float, bool)) else type(value).__name__
+
+
+@dataclass(frozen=True)
+class InnerRates:
+    """The inner learning rate ("alpha") by step and parameter.
+
+    Attributes:
+        values: One rate under the key "" for all parameters, or a rate by parameter name. A tensor has shape
+            `[]` or `[1]` (one rate), `[steps]` (one a step; only under ""), or, under a name, any shape that
+            broadcasts to the parameter, with a leading axis of length `steps` when it has one axis more.
+        steps: Number of inner steps.
+    """
+
+    values: Mapping[str, Rate]
+    steps: int
+
+    def learnable(self) -> dict[str, Tensor]:
+        """The rates that want a gradient, by their key in `values`."""
+        return {k: v for k, v in self.values.items() if isinstance(v, Tensor) and v.requires_grad}
+
+    def varies_by_step(self, key: str, parameter_ndim: int) -> bool:
+        """Whether the first axis of the rate under `key` counts inner steps."""
+        value = self.values[key]
+        if not isinstance(value, Tensor):
+            return False
+        if key == "":
+            return value.ndim == 1 and value.numel() != 1
+        return value.ndim == parameter_ndim + 1
+
+    def at(self, step: int, name: str, parameter: Tensor, leaves: Mapping[str, Tensor]) -> Rate:
+        """The rate of one parameter at one step.
+
+        Args:
+            step: Inner step, 0-based.
+            name: Name of the parameter.
+            parameter: `[t, *shape]`, the parameter of t tasks.
+            leaves: Learnable rates by key, each with a leading task axis `[t, *rate_shape]`, so that every task
+                has a gradient of its own; all other rates are taken from `values`.
+
+        Returns:
+            A float, or a tensor that broadcasts to `parameter`, in its dtype.
+        """
+        key = "" if "" in self.values else name
+        value = leaves[key] if key in leaves else self.values[key]
+        if not isinstance(value, Tensor):
+            return value
+        if key not in leaves:
+            value = value.detach()[None]
+        if self.varies_by_step(key, parameter.ndim - 1):
+            value = value[:, step]
+        if key == "":
+            value = value.reshape(-1)
+        missing_axes = [1] * (parameter.ndim - value.ndim)
+        return value.reshape(value.shape[0], *missing_axes, *value.shape[1:]).to(parameter.dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One checked call: all that a backend computes from.
+
+    Attributes:
+        model: The module; its parameters are the start of every task's inner loop.
+        params: Every parameter that requires grad, by its first name; tied parameters once.
+        adapted: Names of the parameters that the inner loop moves, a subset of `params`.
+        support_x: `[T, S, ...]`.
+        support_y: `[T, S, ...]`.
+        query_x: `[T, Q, ...]`; None where only the inner loop is asked for.
+        query_y: `[T, Q, ...]`; None likewise.
+        rates: Inner learning rates.
+        method: One of `METHODS`.
+        loss: One of `LOSSES` or a callable `(prediction, target) -> scalar`.
+        backend: One of `BACKENDS`.
+        precision: One of `PRECISIONS`.
+        nonfinite: One of `NONFINITE`.
+        batch_norm: One of `BATCH_NORM`.
+        seed: Key of the dropout masks; None takes one from torch's generator if the model needs it.
+        zero_dead_bias: Whether a bias directly before a BatchNorm has gradient exactly 0.
+    """
+
+    model: nn.Module
+    params: dict[str, Tensor]
+    adapted: tuple[str, ...]
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor | None
+    query_y: Tensor | None
+    rates: InnerRates
+    method: str
+    loss: Loss
+    backend: str
+    precision: str
+    nonfinite: str
+    batch_norm: str
+    seed: int | None
+    zero_dead_bias: bool
+
+    @property
+    def tasks(self) -> int:
+        """T."""
+        return self.support_x.shape[0]
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return self.rates.steps
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the data and the parameters."""
+        return self.support_x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of losses and, unless a model mixes dtypes, of all parameters."""
+        return next(iter(self.params.values())).dtype
+
+    def replace(self, **changes: Any) -> Problem:
+        """A copy with some attributes changed."""
+        return replace(self, **changes)
+
+
+def check_problem(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    query_x: Tensor | None,
+    query_y: Tensor | None,
+    *,
+    inner_lr: Rate | Mapping[str, Rate],
+    inner_steps: int,
+    method: str,
+    loss: Loss,
+    adapt: str | Sequence[str] | None,
+    backend: str,
+    precision: str,
+    nonfinite: str,
+    batch_norm: str,
+    seed: int | None,
+    zero_dead_bias: bool,
+    with_query: bool = True,
+) -> Problem:
+    """Checks all arguments of `meta_step`, `evaluate` or (without query) `adapt` and returns the problem."""
+    if not isinstance(model, nn.Module):
+        refuse("model", "a torch.nn.Module", describe(model), TypeError)
+    _check_choice("method", method, METHODS)
+    _check_choice("backend", backend, BACKENDS)
+    _check_choice("nonfinite", nonfinite, NONFINITE)
+    _check_choice("batch_norm", batch_norm, BATCH_NORM)
+    if isinstance(loss, str):
+        _check_choice("loss", loss, LOSSES)
+    elif not callable(loss):
+        refuse(
+            "loss", f"one of {_listing(LOSSES)} or a callable (prediction, target) -> scalar", describe(loss), TypeError
+        )
+    if not isinstance(zero_dead_bias, bool):
+        refuse("zero_dead_bias", "True or False", describe(zero_dead_bias), TypeError)
+
+    params = _check_parameters(model)
+    device, dtype = _device_and_dtype(params)
+    _check_precision(precision, device, dtype)
+    _check_batch_norm(model, batch_norm)
+    steps = check_count("inner_steps", inner_steps, at_least=0)
+    if seed is not None:
+        seed = check_count("seed", seed, at_least=0)
+    adapted = _check_adapt(model, params, adapt)
+    rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device)
+
+    _check_set("support", support_x, support_y, loss, device, dtype)
+    if with_query:
+        _check_set("query", query_x, query_y, loss, device, dtype)
+        assert query_x is not None
+        if query_x.shape[0] != support_x.shape[0]:
+            refuse("query_x", f"{support_x.shape[0]} tasks as in support_x", f"{query_x.shape[0]} tasks")
+        if query_x.shape[2:] != support_x.shape[2:]:
+            expected = f"examples of shape {list(support_x.shape[2:])} as in support_x"
+            refuse("query_x", expected, f"shape {list(query_x.shape[2:])}")
+
+    return Problem(
+        model=model,
+        params=params,
+        adapted=adapted,
+        support_x=support_x.detach(),
+        support_y=support_y.detach(),
+        query_x=None if query_x is None else query_x.detach(),
+        query_y=None if query_y is None else query_y.detach(),
+        rates=rates,
+        method=method,
+        loss=loss,
+        backend=backend,
+        precision=precision,
+        nonfinite=nonfinite,
+        batch_norm=batch_norm,
+        seed=seed,
+        zero_dead_bias=zero_dead_bias,
+    )
+
+
+def check_count(argument: str, value: int, *, at_least: int) -> int:
+    """An integer no smaller than `at_least`; bool and float are refused."""
+    expected = f"an integer >= {at_least}"
+    if isinstance(value, bool):
+        refuse(argument, expected, describe(value), TypeError)
+    try:
+        count = operator.index(value)
+    except TypeError:
+        refuse(argument, expected, describe(value), TypeError)
+    if count < at_least:
+        refuse(argument, expected, count)
+    return count
+
+
+def check_labels(problem: Problem, classes: int) -> None:
+    """Refuses labels outside 0..classes-1, naming set and task.
+
+    Only on the CPU: elsewhere looking at a value would synchronise, and the loss turns NaN instead (see
+    `reference.cross_entropy`), which flags the task.
+    """
+    for argument, labels in (("support_y", problem.support_y), ("query_y", problem.query_y)):
+        if labels is None or labels.device.type != "cpu":
+            continue
+        wrong = (labels < 0) | (labels >= classes)
+        if wrong.any():
+            task, example = (int(i) for i in wrong.nonzero()[0])
+            found = f"{int(labels[task, example])} in task {task}, example {example}"
+            refuse(argument, f"labels in 0..{classes - 1} (the model predicts {classes} classes)", found)
+
+
+def check_prediction(prediction: object, target: Tensor, loss: Loss) -> None:
+    """The model's output for one task, against what the loss needs."""
+    if not isinstance(prediction, Tensor):
+        refuse("model", "a forward that returns one tensor", describe(prediction), TypeError)
+    shape, examples = list(prediction.shape), target.shape[0]
+    if loss == "cross_entropy" and (prediction.ndim != 2 or shape[0] != examples):
+        refuse("model", f"a prediction [{examples}, classes] for loss 'cross_entropy'", f"shape {shape}")
+    if loss == "mse" and prediction.shape != target.shape:
+        # Without this, [S] against [S, 1] would silently broadcast to [S, S].
+        refuse("model", f"a prediction of the targets' shape {list(target.shape)} for loss 'mse'", f"shape {shape}")
+
+
+def check_loss(value: object) -> None:
+    """What a caller's loss function returned for one task."""
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else describe(value)
+        refuse("loss", "a callable that returns a scalar tensor (mean over the examples)", found)
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        refuse(argument, f"one of {_listing(choices)}", describe(value), TypeError)
+    if value not in choices:
+        refuse(argument, f"one of {_listing(choices)}", repr(value))
+
+
+def _listing(words: Sequence[str]) -> str:
+    return ", ".join(repr(word) for word in words)
+
+
+def _check_parameters(model: nn.Module) -> dict[str, Tensor]:
+    params: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            refuse("model", "initialised parameters (run one forward pass first)", f"lazy parameter {name!r}")
+        if not parameter.requires_grad:
+            continue
+        if parameter.dtype not in (torch.float32, torch.float64):
+            found = f"{parameter.dtype} in parameter {name!r}"
+            refuse("model", "parameters in torch.float32 or torch.float64", found, TypeError)
+        params[name] = parameter
+    if not params:
+        refuse("model", "at least one parameter that requires grad", "none")
+    return params
+
+
+def _device_and_dtype(params: Mapping[str, Tensor]) -> tuple[torch.device, torch.dtype]:
+    first_name, first = next(iter(params.items()))
+    for name, parameter in params.items():
+        if parameter.device != first.device:
+            found = f"{first_name!r} on {first.device} and {name!r} on {parameter.device}"
+            refuse("model", "all parameters on one device", found)
+    return first.device, first.dtype
+
+
+def _check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    _check_choice("precision", precision, PRECISIONS)
+    if precision != "fp32" and dtype == torch.float64:
+        refuse("precision", "'fp32' (no reduced precision) for a float64 model", repr(precision))
+    if precision == "tf32" and device.type != "cuda":
+        refuse("precision", f"'fp32' or 'bf16' on {device.type} (tf32 is a mode of CUDA devices)", repr(precision))
+
+
+def _check_batch_norm(model: nn.Module, batch_norm: str) -> None:
+    if batch_norm != "running":
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            refuse("batch_norm", "'batch' for a model without running statistics", f"'running' with none in {name!r}")
+
+
+def _check_adapt(
+    model: nn.Module, params: Mapping[str, Tensor], patterns: str | Sequence[str] | None
+) -> tuple[str, ...]:
+    if patterns is None:
+        return tuple(params)
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        refuse("adapt", "None or a list of name patterns such as ['classifier.*']", describe(patterns), TypeError)
+    if not patterns:
+        refuse("adapt", "at least one name pattern (inner_steps=0 adapts nothing)", "an empty list")
+    # A tied parameter has several names; a pattern may use any of them.
+    first_name = {id(parameter): name for name, parameter in params.items()}
+    names_of: dict[str, list[str]] = {name: [] for name in params}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first_name:
+            names_of[first_name[id(parameter)]].append(name)
+    chosen = set()
+    for pattern in patterns:
+        matches = {first for first, names in names_of.items() if any(fnmatchcase(name, pattern) for name in names)}
+        if not matches:
+            refuse("adapt", f"patterns that match trainable parameters ({_shortened(params)})", repr(pattern))
+        chosen |= matches
+    return tuple(name for name in params if name in chosen)
+
+
+def _shortened(names: Mapping[str, object], most: int = 8) -> str:
+    listed = ", ".join(list(names)[:most])
+    return listed if len(names) <= most else f"{listed}, ... {len(names)} in all"
+
+
+def _check_rates(
+    inner_lr: Rate | Mapping[str, Rate], adapted: Mapping[str, Tensor], steps: int, device: torch.device
+) -> InnerRates:
+    if not isinstance(inner_lr, Mapping):
+        _check_rate("inner_lr", inner_lr, device)
+        if isinstance(inner_lr, Tensor) and tuple(inner_lr.shape) not in ((), (1,), (steps,)):
+            expected = f"a tensor of shape [] or [{steps}] (one rate a step)"
+            refuse("inner_lr", expected, f"shape {list(inner_lr.shape)}")
+        return InnerRates({"": inner_lr}, steps)
+    missing = [name for name in adapted if name not in inner_lr]
+    if missing:
+        refuse("inner_lr", "a rate for every adapted parameter", f"none for {_listing(missing)}")
+    unknown = [str(name) for name in inner_lr if name not in adapted]
+    if unknown:
+        refuse("inner_lr", f"names of adapted parameters ({_shortened(adapted)})", _listing(unknown))
+    for name, parameter in adapted.items():
+        _check_rate(f"inner_lr[{name!r}]", inner_lr[name], device)
+        _check_rate_shape(name, inner_lr[name], parameter, steps)
+    return InnerRates({name: inner_lr[name] for name in adapted}, steps)
+
+
+def _check_rate(argument: str, rate: object, device: torch.device) -> None:
+    expected = "a finite float >= 0 or a floating-point tensor"
+    if isinstance(rate, Tensor):
+        if not rate.is_floating_point():
+            refuse(argument, expected, describe(rate), TypeError)
+        if rate.device != device:
+            refuse(argument, f"a tensor on {device} like the model", f"one on {rate.device}")
+    elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        refuse(argument, expected, describe(rate), TypeError)
+    elif not math.isfinite(rate) or rate < 0:
+        refuse(argument, expected, rate)
+
+
+def _check_rate_shape(name: str, rate: Rate, parameter: Tensor, steps: int) -> None:
+    if not isinstance(rate, Tensor):
+        return
+    shape, target = tuple(rate.shape), tuple(parameter.shape)
+    if rate.ndim == parameter.ndim + 1 and shape[0] == steps:
+        shape = shape[1:]
+    try:
+        fits = torch.broadcast_shapes(shape, target) == target
+    except RuntimeError:
+        fits = False
+    if not fits:
+        expected = f"a shape that broadcasts to {list(target)}, or [{steps}, ...] with one axis more (a rate a step)"
+        refuse(f"inner_lr[{name!r}]", expected, f"shape {list(rate.shape)}")
+
+
+def _check_set(
+    which: Literal["support", "query"], x: object, y: object, loss: Loss, device: torch.device, dtype: torch.dtype
+) -> None:
+    """One set of examples, `[T, S, ...]` inputs with their targets."""
+    letter = "S" if which == "support" else "Q"
+    for argument, value in ((f"{which}_x", x), (f"{which}_y", y)):
+        if not isinstance(value, Tensor):
+            refuse(argument, "a tensor", describe(value), TypeError)
+        if value.ndim < 2:
+            refuse(argument, f"a shape [T, {letter}, ...]", f"shape {list(value.shape)}")
+        if 0 in value.shape:
+            refuse(argument, "at least one task and one example a task", f"shape {list(value.shape)}")
+        if value.device != device:
+            refuse(argument, f"a tensor on {device} like the model", f"one on {value.device}")
+        if value.is_complex():
+            refuse(argument, "real values", describe(value), TypeError)
+    assert isinstance(x, Tensor) and isinstance(y, Tensor)
+    if y.shape[:2] != x.shape[:2]:
+        refuse(f"{which}_y", f"[T, {letter}] = {list(x.shape[:2])} as in {which}_x", f"{list(y.shape[:2])}")
+    if x.is_floating_point() and x.dtype != dtype:
+        refuse(f"{which}_x", f"{dtype} like the model's parameters", x.dtype, TypeError)
+    if loss == "cross_entropy":
+        if y.dtype != torch.int64:
+            refuse(f"{which}_y", "torch.int64 labels for loss 'cross_entropy'", y.dtype, TypeError)
+        if y.ndim != 2:
+            refuse(f"{which}_y", f"labels [T, {letter}] for loss 'cross_entropy'", f"shape {list(y.shape)}")
+    if loss == "mse" and y.dtype != dtype:
+        refuse(f"{which}_y", f"{dtype} targets like the model's parameters for loss 'mse'", y.dtype, TypeError)

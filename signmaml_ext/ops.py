@@ -1,0 +1,330 @@
+"""The native operations as torch operators: `sign_step_` and `meta_accumulate_` on flat buffers.
+
+`torch.ops.signmaml_ext.*` have implementations for CPU, CUDA and fake tensors. They are registered with
+`Library.define` and `impl`: the `custom_op` decorator costs ten times as much per call. The functions of this module
+are the same operators with keyword arguments.
+
+Shapes are those of `T` tasks with `P` parameters each; `G` is a number of segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._loader import C
+
+LIBRARY = torch.library.Library("signmaml_ext", "DEF")
+SCALARS = (torch.float32, torch.float64)
+
+
+def sign_step_(
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    *,
+    segment_offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    nonfinite: Tensor,
+) -> None:
+    """One signSGD step of all tensors of all tasks, in place: `params -= lr * sign(grads)`.
+
+    The sign is three-valued: 0 for zeros of either sign, NaN for NaN, so that a broken gradient breaks the parameter.
+    Subnormal gradients have a sign, whatever `torch.set_flush_denormal` says.
+
+    Args:
+        params: `[T, P]` float32 or float64, contiguous; updated in place.
+        grads: `[T, P]`, dtype and device of `params`, contiguous. May not share memory with `params`.
+        lr: learning rates, dtype and device of `params`: `[1]` for all parameters, `[P]` one a parameter, or, with
+            `segment_offsets`, `[G]` one a segment.
+        segment_offsets: `[G + 1]` int64 on the device of `params`, 0 first, P last, non-decreasing: segment `g` is
+            columns `offsets[g]` to `offsets[g + 1] - 1`. The values are checked on the CPU; on CUDA, where a check would
+            wait for the device, others make the choice of segment arbitrary. Default: no segments.
+        mask: `[P]` bool or, with `segment_offsets`, `[G]` bool, on the device of `params`. Where it is False the
+            parameter is never touched and its gradient not even looked at. Default: all parameters are stepped.
+        nonfinite: `[T]` bool on the device of `params`; set where a task's looked-at gradients hold a NaN or an infinity,
+            otherwise left as it is.
+
+    Raises:
+        TypeError: for an argument that is no tensor, or of another dtype than above.
+        ValueError: for another shape, device or layout than above, for tensors that overlap, and on the CPU for bad
+            values of `segment_offsets`. Nothing is changed then.
+        RuntimeError: where gradients would be recorded (grad mode is on and an argument requires grad), and for CUDA
+            tensors where the package was built without CUDA.
+
+    Deterministic: bitwise the same for any number of threads, on every instruction set and on CUDA, and whatever other
+    tasks are in the batch. Allocates nothing; on CUDA it is one kernel launch on the current stream, without
+    synchronisation, and may be captured in a graph.
+
+    Example:
+        >>> params, grads = torch.zeros(1, 3), torch.tensor([[2.0, -0.5, 0.0]])
+        >>> nonfinite = torch.zeros(1, dtype=torch.bool)
+        >>> sign_step_(params, grads, torch.tensor([0.25]), nonfinite=nonfinite)
+        >>> params
+        tensor([[-0.2500,  0.2500,  0.0000]])
+    """
+    torch.ops.signmaml_ext.sign_step_(params, grads, lr, segment_offsets, mask, nonfinite)
+
+
+def meta_accumulate_(out: Tensor, grads: Tensor, *, nonfinite: Tensor, skip_nonfinite: bool = False) -> None:
+    """Adds the mean of the tasks' meta-gradients, in place: `out += sum over live t of grads[t] / live tasks`.
+
+    A column's sum runs over tasks 0, 1, ..., T - 1 in that order.
+
+    Args:
+        out: `[P]` float32 or float64, contiguous; added to in place.
+        grads: `[T, P]`, dtype and device of `out`, contiguous. May not share memory with `out`.
+        nonfinite: `[T]` bool on the device of `out`; set where `grads` of a task hold a NaN or an infinity, otherwise
+            left as it is.
+        skip_nonfinite: False (default): all T tasks count, and a NaN ends up in `out`. True: tasks whose flag is set, by
+            this call or before it, are left out of the sum and of the count; if none is left, `out` stays as it is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `sign_step_` does.
+
+    Deterministic as `sign_step_` is. On CUDA one launch, or two with `skip_nonfinite`.
+
+    Example:
+        >>> out, grads = torch.zeros(2), torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
+        >>> nonfinite = torch.zeros(2, dtype=torch.bool)
+        >>> meta_accumulate_(out, grads, nonfinite=nonfinite, skip_nonfinite=True)
+        >>> out, nonfinite
+        (tensor([1., 2.]), tensor([False,  True]))
+    """
+    torch.ops.signmaml_ext.meta_accumulate_(out, grads, nonfinite, skip_nonfinite)
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_no_autograd(op: str, **tensors: Tensor | None) -> None:
+    """The operators record nothing for autograd, so they refuse where something would be lost."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: expected arguments that do not require grad, or torch.no_grad(); found that {name} "
+                    "requires grad. The operator works in place and records no gradient"
+                )
+
+
+def check_tensor(name: str, tensor: Tensor, shape: str, dtype: torch.dtype, like: Tensor) -> None:
+    """Dtype, device and layout; shapes are checked where their letters are known."""
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {shape} {dtype}, found {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, that of the first argument, found {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, found strides {tuple(tensor.stride())}")
+
+
+def check_matrix(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in SCALARS:
+        raise TypeError(f"{name}: expected float32 or float64, found {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected [T, P], found shape {list(tensor.shape)}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: str, allowed: bool) -> None:
+    if not allowed:
+        raise ValueError(f"{name}: expected {expected}, found shape {list(tensor.shape)}")
+
+
+def check_sign_step(
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    mask: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    """Raises for arguments that `sign_step_` does not take; see there."""
+    check_no_autograd("sign_step_", params=params, grads=grads, lr=lr)
+    check_matrix("params", params)
+    tasks, parameters = params.shape
+    dtype = params.dtype
+    check_tensor("params", params, "[T, P]", dtype, params)
+    check_tensor("grads", grads, "[T, P]", dtype, params)
+    check_tensor("lr", lr, "[1], [P] or [G]", dtype, params)
+    check_tensor("nonfinite", nonfinite, "[T]", torch.bool, params)
+    check_shape("grads", grads, f"[T, P] = {[tasks, parameters]}, as params", grads.shape == params.shape)
+    check_shape("nonfinite", nonfinite, f"[T] = [{tasks}]", nonfinite.dim() == 1 and nonfinite.shape[0] == tasks)
+    lengths = [1, parameters]
+    names = "[1] or [P]"
+    if segment_offsets is not None:
+        check_tensor("segment_offsets", segment_offsets, "[G + 1]", torch.int64, params)
+        one_or_more = segment_offsets.dim() == 1 and segment_offsets.shape[0] >= 2
+        check_shape("segment_offsets", segment_offsets, "[G + 1] with G of at least 1", one_or_more)
+        lengths.append(segment_offsets.shape[0] - 1)
+        names = "[1], [P] or [G]"
+    described = f"{names} with P = {parameters}" + (f", G = {lengths[2]}" if len(lengths) == 3 else "")
+    check_shape("lr", lr, described, lr.dim() == 1 and lr.shape[0] in lengths)
+    if mask is not None:
+        check_tensor("mask", mask, "[P] or [G]", torch.bool, params)
+        check_shape("mask", mask, described.replace("[1] or ", "").replace("[1], ", ""),
+                    mask.dim() == 1 and mask.shape[0] in lengths[1:])
+
+
+def check_meta_accumulate(out: Tensor, grads: Tensor, nonfinite: Tensor) -> None:
+    """Raises for arguments that `meta_accumulate_` does not take; see there."""
+    check_no_autograd("meta_accumulate_", out=out, grads=grads)
+    check_matrix("grads", grads)
+    tasks, parameters = grads.shape
+    check_tensor("out", out, "[P]", grads.dtype, out)
+    check_tensor("grads", grads, "[T, P]", grads.dtype, out)
+    check_tensor("nonfinite", nonfinite, "[T]", torch.bool, out)
+    check_shape("out", out, f"[P] = [{parameters}]", out.dim() == 1 and out.shape[0] == parameters)
+    check_shape("nonfinite", nonfinite, f"[T] = [{tasks}]", nonfinite.dim() == 1 and nonfinite.shape[0] == tasks)
+
+
+# ---- implementations ------------------------------------------------------------------------------------------------
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def sign_step_arguments(
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    mask: Tensor | None,
+    nonfinite: Tensor,
+) -> tuple[int, int, int, int, int, int, int, int, int, int, int, bool]:
+    """What both native implementations take first."""
+    tasks, parameters = params.shape
+    return (
+        params.data_ptr(),
+        grads.data_ptr(),
+        lr.data_ptr(),
+        address(segment_offsets),
+        address(mask),
+        nonfinite.data_ptr(),
+        tasks,
+        parameters,
+        lr.shape[0],
+        0 if mask is None else mask.shape[0],
+        0 if segment_offsets is None else segment_offsets.shape[0] - 1,
+        params.dtype == torch.float64,
+    )
+
+
+def sign_step_cpu(
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    mask: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
+    if params.numel() == 0:
+        return
+    arguments = sign_step_arguments(params, grads, lr, segment_offsets, mask, nonfinite)
+    C.sign_step_cpu(*arguments, torch.get_num_threads())
+    torch.autograd.graph.increment_version((params, nonfinite))
+
+
+def sign_step_cuda(
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    mask: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
+    check_built_with_cuda("sign_step_")
+    if params.numel() == 0:
+        return
+    arguments = sign_step_arguments(params, grads, lr, segment_offsets, mask, nonfinite)
+    C.sign_step_cuda(*arguments, *device_and_stream(params))
+    torch.autograd.graph.increment_version((params, nonfinite))
+
+
+def meta_accumulate_cpu(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
+    check_meta_accumulate(out, grads, nonfinite)
+    if grads.numel() == 0:
+        return
+    tasks, parameters = grads.shape
+    C.meta_accumulate_cpu(
+        out.data_ptr(),
+        grads.data_ptr(),
+        nonfinite.data_ptr(),
+        tasks,
+        parameters,
+        skip_nonfinite,
+        grads.dtype == torch.float64,
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version((out, nonfinite))
+
+
+def meta_accumulate_cuda(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
+    check_meta_accumulate(out, grads, nonfinite)
+    check_built_with_cuda("meta_accumulate_")
+    if grads.numel() == 0:
+        return
+    tasks, parameters = grads.shape
+    C.meta_accumulate_cuda(
+        out.data_ptr(),
+        grads.data_ptr(),
+        nonfinite.data_ptr(),
+        tasks,
+        parameters,
+        skip_nonfinite,
+        grads.dtype == torch.float64,
+        *device_and_stream(grads),
+    )
+    torch.autograd.graph.increment_version((out, nonfinite))
+
+
+def sign_step_fake(
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    mask: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
+
+
+def meta_accumulate_fake(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
+    check_meta_accumulate(out, grads, nonfinite)
+
+
+def check_built_with_cuda(op: str) -> None:
+    if not C.built_with_cuda:
+        raise RuntimeError(
+            f"{op}: expected CPU tensors, found CUDA tensors, and this signmaml_ext was built without CUDA. "
+            "Reinstall it where nvcc is found; FORCE_CUDA=1 makes a missing nvcc an error"
+        )
+
+
+def device_and_stream(tensor: Tensor) -> tuple[int, int]:
+    """The device's index and the handle of torch's current stream on it. The native side sets the device."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def register() -> None:
+    """Defines the operators; torch allows it once a process, and the module is imported once."""
+    LIBRARY.define(
+        "sign_step_(Tensor(a!) params, Tensor grads, Tensor lr, Tensor? segment_offsets, Tensor? mask, "
+        "Tensor(b!) nonfinite) -> ()",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    LIBRARY.define(
+        "meta_accumulate_(Tensor(a!) out, Tensor grads, Tensor(b!) nonfinite, bool skip_nonfinite) -> ()",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    LIBRARY.impl("sign_step_", sign_step_cpu, "CPU")
+    LIBRARY.impl("sign_step_", sign_step_cuda, "CUDA")
+    LIBRARY.impl("meta_accumulate_", meta_accumulate_cpu, "CPU")
+    LIBRARY.impl("meta_accumulate_", meta_accumulate_cuda, "CUDA")
+    torch.library.register_fake("signmaml_ext::sign_step_", sign_step_fake, lib=LIBRARY)
+    torch.library.register_fake("signmaml_ext::meta_accumulate_", meta_accumulate_fake, lib=LIBRARY)
+
+
+register()

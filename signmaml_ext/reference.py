@@ -1,0 +1,423 @@
+"""The meta-step in plain PyTorch: the definition, the fallback and the oracle of every other backend.
+
+One code path serves the three methods. A task's parameters ("phi") start at the model's ("theta"), every inner step
+takes the gradient of the support loss and moves against a direction:
+
+    sign-maml   sign(g), three-valued          fo-maml   g, a constant          maml   g, differentiated through
+
+and the meta-gradient is the gradient of the query loss with respect to theta, through the steps. For sign-maml
+and fo-maml the direction is a constant, hence d phi / d theta = I: exact for sign-maml, since d sign(g) / dg = 0.
+The same graph gives the exact gradient of the inner rates, -sum_k <g_query, direction_k>.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from . import modes, spec
+from .checks import Loss, Problem, check_labels, check_loss, check_prediction
+
+Result = TypeVar("Result")
+TaskParams = dict[str, Tensor]  # name -> [t, *shape]: a parameter of t tasks
+
+
+@dataclass(frozen=True)
+class MetaGradients:
+    """What a meta-step computed, before anything is written to the model.
+
+    Attributes:
+        params: Mean meta-gradient by parameter name; None where the loss does not depend on the parameter.
+        rates: Mean gradient by key of `InnerRates.learnable()`; None likewise.
+        query_loss: `[T]`.
+        query_accuracy: `[T]`, None unless the task is a classification.
+        support_loss: `[K, T]`, before each inner step.
+        nonfinite: `[T]` bool, tasks that met a NaN or an Inf.
+        live_tasks: `[]` int64, tasks in the mean.
+    """
+
+    params: dict[str, Tensor | None]
+    rates: dict[str, Tensor | None]
+    query_loss: Tensor
+    query_accuracy: Tensor | None
+    support_loss: Tensor
+    nonfinite: Tensor
+    live_tasks: Tensor
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Tasks after the inner loop, and how the query set fares with them (None without a query set).
+
+    Attributes:
+        params: Adapted parameters, name -> `[T, *shape]`.
+        support_loss: `[K, T]`.
+        query_loss: `[T]`.
+        query_accuracy: `[T]`, None unless the task is a classification.
+        logits: `[T, Q, ...]`, the model's output for the query set.
+        nonfinite: `[T]` bool.
+    """
+
+    params: TaskParams
+    support_loss: Tensor
+    query_loss: Tensor | None
+    query_accuracy: Tensor | None
+    logits: Tensor | None
+    nonfinite: Tensor
+
+
+def meta_gradients(problem: Problem) -> MetaGradients:
+    """The meta-step of all tasks; determinism is that of torch's own kernels."""
+    return _batched_or_not(problem, _meta_gradients)
+
+
+def adapt(problem: Problem) -> Adaptation:
+    """The inner loop of all tasks and, if the problem has a query set, its evaluation."""
+    if problem.method == "maml":
+        problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient only
+    return _batched_or_not(problem, _adapt)
+
+
+def sign(gradient: Tensor) -> Tensor:
+    """The three-valued sign, with sign(nan) = nan (`torch.sign` says 0). Kernel: sign_step_kernel."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
+def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean softmax cross-entropy of one task; NaN if a label is out of range.
+
+    On a CUDA device torch's own kernel would answer a wrong label by a device assertion, after which the process can
+    no longer use the device. A NaN loss flags the task instead.
+    """
+    classes = prediction.shape[-1]
+    in_range = ((target >= 0) & (target < classes)).all()
+    loss = F.cross_entropy(prediction, target.clamp(0, classes - 1))
+    return loss * torch.where(in_range, 1.0, torch.nan).to(loss.dtype)
+
+
+def sign_step(params: Tensor, grads: Tensor, lr: Tensor | float) -> Tensor:
+    """`params - lr * sign(grads)`, the readable twin of sign_step_kernel."""
+    return params - lr * sign(grads)
+
+
+def meta_accumulate(out: Tensor, grads: Tensor, live: Tensor) -> Tensor:
+    """`out` plus the mean of the live rows of `grads` `[T, P]`, the readable twin of meta_accumulate_kernel."""
+    kept = torch.where(live[:, None], grads, torch.zeros_like(grads))
+    return out + kept.sum(0) / live.sum().clamp(min=1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Chunks of tasks: all at once under vmap, or one by one
+
+
+# Models whose forward torch.func.vmap could not batch, with the reason.
+_not_batchable: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def why_not_batched(model: nn.Module, device: torch.device) -> str | None:
+    """None if the tasks of a call run together under vmap, else why they run one by one."""
+    if model in _not_batchable:
+        return _not_batchable[model]
+    if device.type == "cpu" and any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        # Per-task weights make a convolution a grouped one, slow on a CPU: measured 0.4 to 1.3 times the speed of task
+        # by task for Conv4 at 28 to 84 pixels. Without convolutions: 2 (T = 4) to 50 times (T = 1000).
+        return "batched convolutions with per-task weights are slow on a CPU"
+    return None
+
+
+class NotBatchable(Exception):
+    """The tasks of this call cannot run together under vmap; the message says why."""
+
+
+def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
+    """`compute` on all tasks at once.
+
+    Raises:
+        NotBatchable: If that is known not to work or not to pay, or turns out not to work.
+    """
+    reason = why_not_batched(problem.model, problem.device)
+    if reason is not None:
+        raise NotBatchable(reason)
+    try:
+        with _call(problem) as dead:
+            return compute(Run(problem, dead, batched=True))
+    except torch.OutOfMemoryError as error:
+        raise NotBatchable("all tasks together do not fit in memory") from error
+    except Exception as error:
+        # vmap refuses random draws, data-dependent control flow, in-place writes and operators without a batching
+        # rule, each with its own exception type. If the fault is the caller's, task by task meets it again.
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NotBatchable(f"vmap refused it: {first_line}") from error
+
+
+def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Result:
+    """`compute` on one task after the other: works for every module."""
+    with _call(problem) as dead, modes.KeyedRandomness(problem.seed, problem.device) as randomness:
+        return compute(Run(problem, dead, batched=False, randomness=randomness))
+
+
+def _batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result:
+    try:
+        return run_batched(problem, compute)
+    except NotBatchable as error:
+        refusal = error
+    # Outside the except clause: an error of the caller's own should not come with the refusal in its trace.
+    result = run_task_by_task(problem, compute)
+    # Remembered only now: had the call itself been at fault, the line above would have raised.
+    if not isinstance(refusal.__cause__, torch.OutOfMemoryError):
+        _not_batchable[problem.model] = str(refusal)
+    return result
+
+
+@contextmanager
+def _call(problem: Problem) -> Iterator[frozenset[str]]:
+    """Sets the modes of a call; gives the names of the parameters whose gradient is exactly 0."""
+    with torch.inference_mode(False), torch.enable_grad():
+        dead = spec.dead_biases(problem) if problem.zero_dead_bias else frozenset()
+        with modes.call_modes(problem):
+            yield dead
+
+
+@dataclass
+class Run:
+    """One pass over the tasks of a problem."""
+
+    problem: Problem
+    dead: frozenset[str]  # parameters whose gradient is exactly 0
+    batched: bool
+    randomness: modes.KeyedRandomness | None = None
+    labels_checked: bool = False
+
+    def __post_init__(self) -> None:
+        # BatchNorm's buffers are not even passed: `modes` makes it use the batch. Any other buffer is a copy.
+        norms = {f"{n}." for n, m in self.problem.model.named_modules() if isinstance(m, modes.BatchNorm)}
+        self.buffers = {
+            name: buffer
+            for name, buffer in self.problem.model.named_buffers()
+            if not any(name.startswith(norm) for norm in norms)
+        }
+
+    def chunks(self) -> Iterator[slice]:
+        """Slices of the task axis."""
+        tasks = self.problem.tasks
+        if self.batched:
+            yield slice(0, tasks)
+        else:
+            yield from (slice(t, t + 1) for t in range(tasks))
+
+    def loss_and_prediction(
+        self, params: TaskParams, shared: Mapping[str, Tensor], x: Tensor, y: Tensor, *, first_task: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Loss `[t]` and prediction `[t, S, ...]` of t tasks with parameters `params` of their own."""
+        if self.batched:
+            buffers = {name: b.expand(x.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
+            in_dims = (0, None, 0, 0, 0)
+            loss, prediction = torch.vmap(self._one_task, in_dims)(params, shared, buffers, x, y)
+        else:
+            buffers = {name: b.clone() for name, b in self.buffers.items()}
+            assert self.randomness is not None
+            with self.randomness.at(first_task, step):
+                own = {name: p[0] for name, p in params.items()}
+                loss, prediction = (v[None] for v in self._one_task(own, shared, buffers, x[0], y[0]))
+        if self.problem.loss == "cross_entropy" and not self.labels_checked:
+            check_labels(self.problem, prediction.shape[-1])
+            self.labels_checked = True
+        return loss, prediction
+
+    def _one_task(
+        self,
+        own: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with modes.autocast(self.problem):
+            prediction = functional_call(self.problem.model, {**own, **shared, **buffers}, (x,))
+        if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
+            prediction = prediction.float()
+        check_prediction(prediction, y, self.problem.loss)
+        return task_loss(self.problem.loss, prediction, y), prediction
+
+
+def task_loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+    """The scalar loss of one task."""
+    if loss == "cross_entropy":
+        return cross_entropy(prediction, target)
+    if loss == "mse":
+        return F.mse_loss(prediction, target)
+    assert callable(loss)
+    value = loss(prediction, target)
+    check_loss(value)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------
+# The algorithm, for t tasks
+
+
+def inner_loop(
+    run: Run, tasks: slice, theta: TaskParams, rates: Mapping[str, Tensor], nonfinite: Tensor
+) -> tuple[TaskParams, Tensor]:
+    """K inner steps of t tasks.
+
+    Args:
+        run: The pass this belongs to.
+        tasks: Which tasks.
+        theta: All trainable parameters, `[t, *shape]`, where the graph of the result starts.
+        rates: Learnable rates by key, `[t, *rate_shape]`.
+        nonfinite: `[t]` bool, set where a task meets a NaN or an Inf.
+
+    Returns:
+        The parameters after the last step, and the support loss `[K, t]` before each step.
+    """
+    problem = run.problem
+    second_order = problem.method == "maml"
+    x, y = problem.support_x[tasks], problem.support_y[tasks]
+    # Parameters that the inner loop leaves alone stay one for all tasks: cheaper than a copy each.
+    shared = {name: p.detach() for name, p in problem.params.items() if name not in problem.adapted}
+    phi, losses = dict(theta), []
+    for step in range(problem.steps):
+        moving = {name: phi[name] for name in problem.adapted}
+        loss, _ = run.loss_and_prediction(moving, shared, x, y, first_task=tasks.start, step=step)
+        losses.append(loss.detach())
+        nonfinite |= ~loss.detach().isfinite()
+        for name, gradient in gradients_of(loss, moving, create_graph=second_order).items():
+            if gradient is None or name in run.dead:
+                continue
+            nonfinite |= ~all_finite(gradient.detach())
+            direction = sign(gradient) if problem.method == "sign-maml" else gradient
+            if not second_order:
+                direction = direction.detach()
+            phi[name] = phi[name] - problem.rates.at(step, name, phi[name], rates) * direction
+    count = x.shape[0]
+    return phi, torch.stack(losses) if losses else x.new_empty(0, count, dtype=problem.dtype)
+
+
+def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False) -> dict[str, Tensor | None]:
+    """Per-task gradients: tasks share nothing in `params`, so the sum's gradient is every task's own."""
+    if not loss.requires_grad or not params:
+        return dict.fromkeys(params)
+    grads = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=create_graph, allow_unused=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
+    """Theta and the learnable rates, one view a task, as leaves of a new graph."""
+
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().expand(count, *value.shape).requires_grad_()
+
+    theta = {name: leaf(p) for name, p in run.problem.params.items()}
+    return theta, {key: leaf(rate) for key, rate in run.problem.rates.learnable().items()}
+
+
+def _meta_gradients(run: Run) -> MetaGradients:
+    problem = run.problem
+    assert problem.query_x is not None and problem.query_y is not None
+    query_losses, accuracies, support_losses, flags = [], [], [], []
+    sums: dict[str, Tensor | None] = {}
+    for tasks in run.chunks():
+        x, y = problem.query_x[tasks], problem.query_y[tasks]
+        nonfinite = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+        theta, rates = _start(run, x.shape[0])
+        phi, support_loss = inner_loop(run, tasks, theta, rates, nonfinite)
+        loss, prediction = run.loss_and_prediction(phi, {}, x, y, first_task=tasks.start, step=problem.steps)
+        nonfinite |= ~loss.detach().isfinite()
+        gradients = gradients_of(loss, theta | {_rate_key(key): rate for key, rate in rates.items()})
+        for name, gradient in gradients.items():
+            if name in run.dead and gradient is not None:
+                gradients[name] = torch.zeros_like(gradient)
+            elif gradient is not None:
+                nonfinite |= ~all_finite(gradient)
+        _add_live(sums, gradients, ~nonfinite if problem.nonfinite == "skip" else torch.ones_like(nonfinite))
+        query_losses.append(loss.detach())
+        accuracies.append(accuracy_of(prediction, y))
+        support_losses.append(support_loss)
+        flags.append(nonfinite)
+
+    nonfinite = torch.cat(flags)
+    live_tasks = (~nonfinite).sum() if problem.nonfinite == "skip" else torch.full_like(nonfinite, True).sum()
+    means = {name: None if s is None else s / live_tasks.clamp(min=1) for name, s in sums.items()}
+    return MetaGradients(
+        params={name: means[name] for name in problem.params},
+        rates={key: means[_rate_key(key)] for key in problem.rates.learnable()},
+        query_loss=torch.cat(query_losses),
+        query_accuracy=_cat(accuracies),
+        support_loss=torch.cat(support_losses, dim=1),
+        nonfinite=nonfinite,
+        live_tasks=live_tasks,
+    )
+
+
+def _rate_key(key: str) -> str:
+    """A learnable rate's name among the gradients; no parameter name holds a slash after 'rate'."""
+    return f"rate/{key}"
+
+
+def _add_live(sums: dict[str, Tensor | None], gradients: Mapping[str, Tensor | None], live: Tensor) -> None:
+    """Adds the live tasks' gradients, in task order."""
+    for name, gradient in gradients.items():
+        if gradient is None:
+            sums.setdefault(name, None)
+            continue
+        # where, not a product: 0 * nan is nan.
+        mask = live.view(-1, *[1] * (gradient.ndim - 1))
+        chunk_sum = torch.where(mask, gradient, torch.zeros_like(gradient)).sum(0)
+        previous = sums.get(name)
+        sums[name] = chunk_sum if previous is None else previous + chunk_sum
+
+
+def _adapt(run: Run) -> Adaptation:
+    problem = run.problem
+    chunks: list[Adaptation] = []
+    for tasks in run.chunks():
+        count = problem.support_x[tasks].shape[0]
+        nonfinite = torch.zeros(count, dtype=torch.bool, device=problem.device)
+        theta, _ = _start(run, count)
+        phi, support_loss = inner_loop(run, tasks, theta, {}, nonfinite)
+        phi = {name: p.detach() for name, p in phi.items()}
+        loss = prediction = accuracy = None
+        if problem.query_x is not None and problem.query_y is not None:
+            x, y = problem.query_x[tasks], problem.query_y[tasks]
+            with torch.no_grad():
+                loss, prediction = run.loss_and_prediction(phi, {}, x, y, first_task=tasks.start, step=problem.steps)
+            nonfinite |= ~loss.isfinite()
+            accuracy = accuracy_of(prediction, y)
+        adapted = {name: phi[name] for name in problem.adapted}
+        chunks.append(Adaptation(adapted, support_loss, loss, accuracy, prediction, nonfinite))
+    return Adaptation(
+        params={name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted},
+        support_loss=torch.cat([chunk.support_loss for chunk in chunks], dim=1),
+        query_loss=_cat([chunk.query_loss for chunk in chunks]),
+        query_accuracy=_cat([chunk.query_accuracy for chunk in chunks]),
+        logits=_cat([chunk.logits for chunk in chunks]),
+        nonfinite=torch.cat([chunk.nonfinite for chunk in chunks]),
+    )
+
+
+def all_finite(value: Tensor) -> Tensor:
+    """`[t]` bool for `[t, ...]`: no NaN and no Inf."""
+    finite = value.isfinite()
+    return finite.flatten(1).all(1) if finite.ndim > 1 else finite
+
+
+def accuracy_of(prediction: Tensor, target: Tensor) -> Tensor | None:
+    """Share of right answers `[t]`, if these are class labels and scores."""
+    if target.dtype != torch.int64 or target.ndim != 2 or prediction.ndim != 3:
+        return None
+    return (prediction.detach().argmax(-1) == target).to(torch.float32).mean(1)
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    """One tensor of all chunks; None if the chunks have none."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
