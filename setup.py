@@ -101,7 +101,7 @@ class Architecture:
 def parse_architectures(text: str) -> list[Architecture]:
     """Reads torch's grammar: numbers and names, separated by semicolons, spaces or commas."""
     entries = []
-    for word in re.split(r"[;,\s]+", text.strip().strip(";")):
+    for word in re.split(r"[;,\s]+", text.strip(";, ")):
         entries += NAMED_ARCHITECTURES.get(word, word).split(";")
     architectures: dict[tuple[int, int, str], Architecture] = {}
     for entry in entries:
@@ -134,7 +134,7 @@ def visible_architectures() -> str:
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
-        raise SetupError(f"TORCH_CUDA_ARCH_LIST=native: expected a visible GPU, but nvidia-smi failed: {error}") from None
+        raise SetupError(f"TORCH_CUDA_ARCH_LIST=native: expected a visible GPU; nvidia-smi failed: {error}") from None
     return ";".join(sorted(set(found)))
 
 
@@ -207,7 +207,7 @@ def probe_nvcc(path: str, environment: Mapping[str, str]) -> Nvcc:
         raise SetupError(f"the nvcc found, {path}, gives no release number: {version.strip()!r}. {advice}")
     number = (int(release[1]), int(release[2]))
     if number < OLDEST_NVCC:
-        raise SetupError(f"the nvcc found, {path}, is of CUDA {release[1]}.{release[2]}; 12.0 or later is needed. {advice}")
+        raise SetupError(f"the nvcc found, {path}, is of CUDA {release[0][8:]}; 12.0 or later is needed. {advice}")
     return Nvcc(path, number, frozenset(re.findall(r"sm_(\d+)", listed)))
 
 

@@ -7,11 +7,15 @@ version is noticed.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
+import os
 import re
 import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote, urlsplit
 
 VERSION = "0.1.0"
 OLDEST_TORCH = (2, 8)
@@ -25,8 +29,8 @@ def load() -> ModuleType:
 
     Raises:
         ImportError: if this is a source folder in the way of the installed package, if the native module is missing,
-            was built for another Python, does not load, or is of another version, or if torch is missing or older
-            than 2.8. The message says built for, found, and what to do.
+            was built for another Python, does not load, or is of another version, if torch is missing or older than
+            2.8, or if SIGNMAML_CPU_ISA names no usable instruction set. The message says built for, found, what to do.
     """
     check_not_shadowing(FOLDER, sys.path)
     check_torch()
@@ -41,6 +45,7 @@ def load() -> ModuleType:
             f"  do:        {reinstall()}"
         ) from error
     check_version(native)
+    choose_cpu_isa(native)
     return native
 
 
@@ -55,11 +60,17 @@ def is_source_folder(folder: Path) -> bool:
 
 
 def installed_elsewhere(folder: Path, search_path: list[str]) -> Path | None:
-    """The first package folder on the search path other than the given one."""
+    """Another package folder than the given one to which the search path leads, itself or by an editable install."""
     for entry in search_path:
-        candidate = Path(entry or ".").resolve() / PACKAGE
+        candidate = (Path(entry or ".") / PACKAGE).resolve()
         if candidate != folder and (candidate / "__init__.py").is_file():
             return candidate
+    for distribution in importlib.metadata.distributions(name=PACKAGE, path=search_path):
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            candidate = (Path(unquote(urlsplit(origin["url"]).path)) / PACKAGE).resolve()
+            if candidate != folder and (candidate / "__init__.py").is_file():
+                return candidate
     return None
 
 
@@ -76,11 +87,7 @@ def check_not_shadowing(folder: Path, search_path: list[str]) -> None:
     else:
         found = "no installed package on sys.path, and no native module in the source folder"
         todo = f"`pip install {folder.parent}`, then run from another folder, or `pip install -e {folder.parent}`"
-    raise ImportError(
-        f"{PACKAGE} was imported from its source folder, {folder}.\n"
-        f"  found: {found}\n"
-        f"  do:    {todo}"
-    )
+    raise ImportError(f"{PACKAGE} was imported from its source folder, {folder}.\n  found: {found}\n  do:    {todo}")
 
 
 def check_torch() -> None:
@@ -132,6 +139,16 @@ def check_version(native: ModuleType) -> None:
             f"  found:     Python files of version {VERSION} ({FOLDER})\n"
             f"  do:        {reinstall()}"
         )
+
+
+def choose_cpu_isa(native: ModuleType) -> None:
+    """Obeys SIGNMAML_CPU_ISA; without it the CPU backend uses the fastest instruction set that the CPU has."""
+    wanted = os.environ.get("SIGNMAML_CPU_ISA", "").strip()
+    if wanted:
+        try:
+            native.select_cpu_isa(wanted)
+        except ValueError as error:
+            raise ImportError(f"SIGNMAML_CPU_ISA: {error}") from None
 
 
 def python_tag() -> str:

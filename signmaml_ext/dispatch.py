@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _loader, flat, reference
+from . import _loader, flat, mlp, reference
 from .checks import Problem
 
 
@@ -64,17 +64,25 @@ def _no_cuda_here() -> str | None:
     return None
 
 
+def _why_not_cuda(problem: Problem) -> str | None:
+    elsewhere = None if problem.device.type == "cuda" else f"the model is on {problem.device}"
+    reason = _no_cuda_here() or elsewhere
+    if reason is not None or mlp.why_not(problem) is None:
+        return reason
+    return flat.why_not(problem, "cuda")
+
+
 # In order of preference for backend="auto".
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend(
             "cuda",
-            "native sign steps on flat buffers, gradients by torch, on a CUDA device",
+            "one kernel for multilayer perceptrons, else native sign steps on flat buffers with gradients by torch",
             _no_cuda_here,
-            lambda problem: _no_cuda_here() or flat.why_not(problem, "cuda"),
-            flat.meta_gradients,
-            flat.adapt,
+            _why_not_cuda,
+            lambda problem: (mlp if mlp.why_not(problem) is None else flat).meta_gradients(problem),
+            lambda problem: (mlp if mlp.why_not(problem) is None else flat).adapt(problem),
         ),
         Backend(
             "cpu",
@@ -120,13 +128,15 @@ def run(problem: Problem, compute: Callable[[Backend, Problem], reference.Result
     """Computes with the chosen backend; "auto" goes on to pure PyTorch when a module turns out not to batch."""
     backend = choose(problem)
     try:
-        return backend.name, compute(backend, problem)
+        with torch.inference_mode(False):  # what is computed here outlives the caller's inference mode
+            return backend.name, compute(backend, problem)
     except reference.NotBatchable as error:
         if problem.backend != "auto":
             raise ValueError(
                 f"backend: expected one that serves this module, found {problem.backend!r}: {error}"
             ) from error
-    return "torch", compute(BACKENDS["torch"], problem)
+    with torch.inference_mode(False):
+        return "torch", compute(BACKENDS["torch"], problem)
 
 
 def explain(problem: Problem) -> Explanation:

@@ -7,6 +7,9 @@ Definition: reference.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,12 @@ def meta_gradients(problem: Problem) -> MetaGradients:
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
     return run_batched(problem, _adapt)
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor that is written to the device once: copying it in every step would make the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 class FlatParams:
@@ -89,10 +98,12 @@ def _rates_by_step(problem: Problem, layout: FlatParams) -> list[tuple[Tensor, T
     """`lr` and `segment_offsets` of `sign_step_` for every step, over the adapted columns."""
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
     sizes = [shapes[name].numel() for name in problem.adapted]
-    offsets = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], device=problem.device)
+    offsets = constant((0, *accumulate(sizes)), torch.int64, problem.device)
 
     def as_tensor(value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=layout.buffer.dtype, device=problem.device)
+        if isinstance(value, Tensor):
+            return value.to(layout.buffer.dtype)
+        return constant((value,), layout.buffer.dtype, problem.device)
 
     by_step: list[tuple[Tensor, Tensor | None]] = []
     for step in range(problem.steps):

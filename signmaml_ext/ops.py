@@ -38,12 +38,12 @@ def sign_step_(
         lr: learning rates, dtype and device of `params`: `[1]` for all parameters, `[P]` one a parameter, or, with
             `segment_offsets`, `[G]` one a segment.
         segment_offsets: `[G + 1]` int64 on the device of `params`, 0 first, P last, non-decreasing: segment `g` is
-            columns `offsets[g]` to `offsets[g + 1] - 1`. The values are checked on the CPU; on CUDA, where a check would
-            wait for the device, others make the choice of segment arbitrary. Default: no segments.
+            columns `offsets[g]` to `offsets[g + 1] - 1`. The values are checked on the CPU. On CUDA a check would have
+            to wait for the device, so wrong values choose wrong segments there. Default: no segments.
         mask: `[P]` bool or, with `segment_offsets`, `[G]` bool, on the device of `params`. Where it is False the
             parameter is never touched and its gradient not even looked at. Default: all parameters are stepped.
-        nonfinite: `[T]` bool on the device of `params`; set where a task's looked-at gradients hold a NaN or an infinity,
-            otherwise left as it is.
+        nonfinite: `[T]` bool on the device of `params`; set where a task's looked-at gradients hold a NaN or an
+            infinity, otherwise left as it is.
 
     Raises:
         TypeError: for an argument that is no tensor, or of another dtype than above.
@@ -63,6 +63,7 @@ def sign_step_(
         >>> params
         tensor([[-0.2500,  0.2500,  0.0000]])
     """
+    check_tensors(params=params, grads=grads, lr=lr, nonfinite=nonfinite)
     torch.ops.signmaml_ext.sign_step_(params, grads, lr, segment_offsets, mask, nonfinite)
 
 
@@ -76,8 +77,8 @@ def meta_accumulate_(out: Tensor, grads: Tensor, *, nonfinite: Tensor, skip_nonf
         grads: `[T, P]`, dtype and device of `out`, contiguous. May not share memory with `out`.
         nonfinite: `[T]` bool on the device of `out`; set where `grads` of a task hold a NaN or an infinity, otherwise
             left as it is.
-        skip_nonfinite: False (default): all T tasks count, and a NaN ends up in `out`. True: tasks whose flag is set, by
-            this call or before it, are left out of the sum and of the count; if none is left, `out` stays as it is.
+        skip_nonfinite: False (default): all T tasks count, and a NaN ends up in `out`. True: tasks whose flag is set,
+            by this call or before it, are left out of the sum and of the count; if none is left, `out` stays as it is.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `sign_step_` does.
@@ -91,10 +92,17 @@ def meta_accumulate_(out: Tensor, grads: Tensor, *, nonfinite: Tensor, skip_nonf
         >>> out, nonfinite
         (tensor([1., 2.]), tensor([False,  True]))
     """
+    check_tensors(out=out, grads=grads, nonfinite=nonfinite)
     torch.ops.signmaml_ext.meta_accumulate_(out, grads, nonfinite, skip_nonfinite)
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name}: expected a tensor, found {type(argument).__name__}")
 
 
 def check_no_autograd(op: str, **tensors: Tensor | None) -> None:
@@ -109,11 +117,11 @@ def check_no_autograd(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: str, dtype: torch.dtype, like: Tensor) -> None:
-    """Dtype, device and layout; shapes are checked where their letters are known."""
+    """Dtype, device and layout; `check_shape` and `check_table` see to the rest."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {shape} {dtype}, found {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, that of the first argument, found {tensor.device}")
+        raise ValueError(f"{name}: expected device {like.device}, that of the first tensor, found {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, found strides {tuple(tensor.stride())}")
 
@@ -128,6 +136,13 @@ def check_matrix(name: str, tensor: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, expected: str, allowed: bool) -> None:
     if not allowed:
         raise ValueError(f"{name}: expected {expected}, found shape {list(tensor.shape)}")
+
+
+def check_table(name: str, tensor: Tensor, lengths: dict[str, int]) -> None:
+    """One dimension, of one of the lengths."""
+    if tensor.dim() != 1 or tensor.shape[0] not in lengths.values():
+        described = " or ".join(f"{letter} = [{length}]" for letter, length in lengths.items())
+        raise ValueError(f"{name}: expected {described}, found shape {list(tensor.shape)}")
 
 
 def check_sign_step(
@@ -149,20 +164,16 @@ def check_sign_step(
     check_tensor("nonfinite", nonfinite, "[T]", torch.bool, params)
     check_shape("grads", grads, f"[T, P] = {[tasks, parameters]}, as params", grads.shape == params.shape)
     check_shape("nonfinite", nonfinite, f"[T] = [{tasks}]", nonfinite.dim() == 1 and nonfinite.shape[0] == tasks)
-    lengths = [1, parameters]
-    names = "[1] or [P]"
+    lengths = {"[P]": parameters}
     if segment_offsets is not None:
         check_tensor("segment_offsets", segment_offsets, "[G + 1]", torch.int64, params)
         one_or_more = segment_offsets.dim() == 1 and segment_offsets.shape[0] >= 2
         check_shape("segment_offsets", segment_offsets, "[G + 1] with G of at least 1", one_or_more)
-        lengths.append(segment_offsets.shape[0] - 1)
-        names = "[1], [P] or [G]"
-    described = f"{names} with P = {parameters}" + (f", G = {lengths[2]}" if len(lengths) == 3 else "")
-    check_shape("lr", lr, described, lr.dim() == 1 and lr.shape[0] in lengths)
+        lengths["[G]"] = segment_offsets.shape[0] - 1
     if mask is not None:
         check_tensor("mask", mask, "[P] or [G]", torch.bool, params)
-        check_shape("mask", mask, described.replace("[1] or ", "").replace("[1], ", ""),
-                    mask.dim() == 1 and mask.shape[0] in lengths[1:])
+        check_table("mask", mask, lengths)
+    check_table("lr", lr, {"[1]": 1, **lengths})
 
 
 def check_meta_accumulate(out: Tensor, grads: Tensor, nonfinite: Tensor) -> None:

@@ -180,7 +180,7 @@ def _batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Resul
 @contextmanager
 def _call(problem: Problem) -> Iterator[frozenset[str]]:
     """Sets the modes of a call; gives the names of the parameters whose gradient is exactly 0."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         dead = spec.dead_biases(problem) if problem.zero_dead_bias else frozenset()
         with modes.call_modes(problem):
             yield dead

@@ -5,9 +5,11 @@ from __future__ import annotations
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import modes
@@ -100,3 +102,136 @@ def _uses(output: object) -> Counter[Any]:
                 seen.add(node)
                 stack.append(node)
     return uses
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Multilayer perceptrons
+
+
+@dataclass(frozen=True)
+class MlpSpec:
+    """A module that is linear layers with one kind of activation between them.
+
+    Attributes:
+        layers: Parameter names of each linear layer, (weight `[out, in]`, bias `[out]`).
+        widths: Of the input, the hidden layers and the output.
+        activation: "relu" or "tanh".
+    """
+
+    layers: tuple[tuple[str, str], ...]
+    widths: tuple[int, ...]
+    activation: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameters in order: weight and bias of the first layer, of the second, ..."""
+        return tuple(name for layer in self.layers for name in layer)
+
+
+_mlps: weakref.WeakKeyDictionary[nn.Module, tuple[object, MlpSpec | str]] = weakref.WeakKeyDictionary()
+
+_ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu",
+    nn.Tanh: "tanh",
+    torch.relu: "relu",
+    torch.tanh: "tanh",
+    nn.functional.relu: "relu",
+    nn.functional.tanh: "tanh",
+    "relu": "relu",
+    "tanh": "tanh",
+}
+
+
+def mlp_from_module(model: nn.Module) -> MlpSpec | str:
+    """The layers of a module that is a multilayer perceptron by its structure, or why it is none.
+
+    What counts is the computation that torch.fx traces, not the class: any module whose forward is flatten (if at all),
+    linear, activation, linear, ..., linear. The answer is remembered until the module's structure changes.
+    """
+    structure = tuple((name, type(module)) for name, module in model.named_modules())
+    known = _mlps.get(model)
+    if known is None or known[0] != structure:
+        known = (structure, _trace_mlp(model))
+        _mlps[model] = known
+    return known[1]
+
+
+def _trace_mlp(model: nn.Module) -> MlpSpec | str:
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        return "it has no linear layer"
+    if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
+        return "it has convolutions"  # said without tracing, which takes its time
+    try:
+        graph = torch.fx.symbolic_trace(model).graph
+    except Exception as error:  # tracing runs the caller's forward on proxies: anything may go wrong
+        return f"torch.fx cannot trace it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    modules = dict(model.named_modules())
+    layers: list[tuple[str, str]] = []
+    widths: list[int] = []
+    activations: list[str] = []
+    previous: Any = None
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if previous is not None:
+                return "its forward takes several arguments"
+        elif node.op == "output":
+            if node.args[0] is not previous:
+                return "it returns something else than its last layer's output"
+        elif not node.args or node.args[0] is not previous or len(node.all_input_nodes) != 1:
+            return f"its layers are no plain chain (at {node.name!r})"
+        else:
+            target: Any = modules[str(node.target)] if node.op == "call_module" else node.target
+            kind: Any = type(target) if node.op == "call_module" else target
+            if kind is nn.Linear:
+                reason = _add_linear(str(node.target), target, layers, widths, activations)
+                if reason is not None:
+                    return reason
+            elif kind in _ACTIVATIONS:
+                if len(activations) + 1 != len(layers):
+                    return f"an activation is not between two linear layers (at {node.name!r})"
+                activations.append(_ACTIVATIONS[kind])
+            elif not _flattens(node, target, bool(layers)):
+                return f"it uses {getattr(kind, '__name__', kind)}"
+        previous = node
+    if len(layers) < 2 or len(activations) != len(layers) - 1 or len(set(activations)) != 1:
+        return "it is not linear layers with one kind of activation between every two"
+    return MlpSpec(tuple(layers), tuple(widths), activations[0])
+
+
+def _add_linear(
+    name: str, layer: nn.Linear, layers: list[tuple[str, str]], widths: list[int], activations: list[str]
+) -> str | None:
+    if getattr(layer, "bias", None) is None:
+        return f"layer {name!r} has no bias"
+    if len(activations) != len(layers):
+        return f"there is no activation before layer {name!r}"
+    prefix = f"{name}." if name else ""
+    if (f"{prefix}weight", f"{prefix}bias") in layers:
+        return f"layer {name!r} is used twice"
+    layers.append((f"{prefix}weight", f"{prefix}bias"))
+    widths.extend([layer.out_features] if widths else [layer.in_features, layer.out_features])
+    return None
+
+
+def _flattens(node: Any, target: Any, after_a_layer: bool) -> bool:
+    """Whether a node of the graph leaves `[S, ...]` as rows `[S, features]`, before any layer."""
+    if after_a_layer:
+        return False
+    if isinstance(target, nn.Identity):
+        return True
+    if isinstance(target, nn.Flatten):
+        return target.start_dim == 1 and target.end_dim == -1
+    if target is torch.flatten or target == "flatten":
+        return [*node.args[1:], *node.kwargs.values()] in ([1], [1, -1])
+    return False
+
+
+def check_mlp(spec: MlpSpec, model: nn.Module, x: Tensor) -> bool:
+    """Whether the module computes on `x` `[S, ...]` what its spec says: the numbers, not only the structure."""
+    with torch.no_grad():
+        value = x.flatten(1)
+        for i, (weight, bias) in enumerate(spec.layers):
+            value = nn.functional.linear(value, model.get_parameter(weight), model.get_parameter(bias))
+            if i + 1 < len(spec.layers):
+                value = value.relu() if spec.activation == "relu" else value.tanh()
+        return torch.allclose(value, model(x), rtol=1e-4, atol=1e-5, equal_nan=True)

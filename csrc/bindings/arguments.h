@@ -6,18 +6,33 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef SIGNMAML_EMULATION
+#include "emulation/machine.h"
+#endif
+
 namespace signmaml::bindings {
 
 struct Region {
     const char* name;
     std::uintptr_t address;
     std::int64_t bytes;
+    std::int64_t element_bytes;
 
     bool overlaps(const Region& other) const {
         return bytes > 0 && other.bytes > 0 && address < other.address + static_cast<std::uintptr_t>(other.bytes) &&
                other.address < address + static_cast<std::uintptr_t>(bytes);
     }
 };
+
+#ifdef SIGNMAML_EMULATION
+// Tells the emulated GPU which memory the next launches may touch.
+inline void declare_memory(std::initializer_list<Region> written, std::initializer_list<Region> read) {
+    auto& buffers = emulation::settings().buffers;
+    buffers.clear();
+    for (const Region& r : written) buffers.push_back({r.name, r.address, r.bytes, r.element_bytes, true});
+    for (const Region& r : read) buffers.push_back({r.name, r.address, r.bytes, r.element_bytes, false});
+}
+#endif
 
 // What is written must share no memory with anything else that is read or written.
 inline void check_apart(std::initializer_list<Region> written, std::initializer_list<Region> read) {
@@ -30,6 +45,9 @@ inline void check_apart(std::initializer_list<Region> written, std::initializer_
         for (const Region* b = written.begin(); b != a; ++b) check(*a, *b);
         for (const Region& b : read) check(*a, b);
     }
+#ifdef SIGNMAML_EMULATION
+    declare_memory(written, read);
+#endif
 }
 
 // offsets: [segments + 1] int64 in host memory.

@@ -1,4 +1,4 @@
-// The Python module signmaml_ext._C: addresses, sizes and a stream in, nothing out. signmaml_ext/ops.py has checked
+// The Python module signmaml_ext._C (and, on the emulated GPU, the tests' _emulated): addresses, sizes and a stream in, nothing out. signmaml_ext/ops.py has checked
 // shapes, types and devices; what is checked here is what only addresses and host memory tell.
 
 #include <pybind11/pybind11.h>
@@ -10,6 +10,10 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#ifdef SIGNMAML_EMULATION
+#include "bindings/emulation.h"
+#endif
+#include "bindings/mlp.h"
 #include "build_info.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
@@ -47,11 +51,11 @@ struct SignStepArguments {
     void check(std::int64_t scalar_bytes) const {
         const std::int64_t bytes = tasks * parameters * scalar_bytes;
         const std::int64_t offset_bytes = segments > 0 ? (segments + 1) * std::int64_t{sizeof(std::int64_t)} : 0;
-        check_apart({{"params", params, bytes}, {"nonfinite", nonfinite, tasks}},
-                    {{"grads", grads, bytes},
-                     {"lr", lr, lr_entries * scalar_bytes},
-                     {"segment_offsets", segment_offsets, offset_bytes},
-                     {"mask", mask, mask_entries}});
+        check_apart({{"params", params, bytes, scalar_bytes}, {"nonfinite", nonfinite, tasks, 1}},
+                    {{"grads", grads, bytes, scalar_bytes},
+                     {"lr", lr, lr_entries * scalar_bytes, scalar_bytes},
+                     {"segment_offsets", segment_offsets, offset_bytes, sizeof(std::int64_t)},
+                     {"mask", mask, mask_entries, 1}});
     }
 };
 
@@ -71,8 +75,8 @@ struct MetaAccumulateArguments {
     }
 
     void check(std::int64_t scalar_bytes) const {
-        check_apart({{"out", out, parameters * scalar_bytes}, {"nonfinite", nonfinite, tasks}},
-                    {{"grads", grads, tasks * parameters * scalar_bytes}});
+        check_apart({{"out", out, parameters * scalar_bytes, scalar_bytes}, {"nonfinite", nonfinite, tasks, 1}},
+                    {{"grads", grads, tasks * parameters * scalar_bytes, scalar_bytes}});
     }
 };
 
@@ -195,17 +199,22 @@ void define_plans(py::module_& m) {
 }  // namespace
 
 // The module keeps no state that needs the GIL.
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(SIGNMAML_MODULE, m, py::mod_gil_not_used()) {
     m.doc() = "Native core of signmaml_ext. Not a public interface: use signmaml_ext.ops.";
     define_build_info(m);
     define_plans(m);
+    define_mlp(m);
     m.def("cpu_isas", &cpu::usable_isas);
     m.def("cpu_isa", [] { return std::string(cpu::kernels().name); });
     m.def("select_cpu_isa", &cpu::select_isa);
     m.def("sign_step_cpu", &sign_step_cpu);
     m.def("meta_accumulate_cpu", &meta_accumulate_cpu);
 #ifdef SIGNMAML_WITH_CUDA
+#ifdef SIGNMAML_EMULATION
+    define_emulation(m);
+#else
     m.def("cuda_driver_version", &cuda_driver_version);
+#endif
     m.def("sign_step_cuda", &sign_step_cuda);
     m.def("meta_accumulate_cuda", &meta_accumulate_cuda);
 #endif

@@ -66,14 +66,36 @@ bool sign_step(Scalar* params, const Scalar* grads, const Scalar* lr, bool lr_pe
 }
 
 template <typename Scalar>
-bool accumulate(Scalar* __restrict sums, const Scalar* __restrict grads, std::int64_t n) {
+unsigned accumulate_one(Scalar* __restrict sums, const Scalar* __restrict grads, std::int64_t n) {
     using Int = typename SameWidth<Scalar>::Int;
     Int nonfinite = 0;
     for (std::int64_t j = 0; j < n; ++j) {
         sums[j] += grads[j];
         nonfinite |= static_cast<Int>(is_nonfinite(grads[j]));
     }
-    return nonfinite != 0;
+    return nonfinite != 0 ? 1 : 0;
+}
+
+template <typename Scalar>
+unsigned accumulate_four(Scalar* __restrict sums, const Scalar* __restrict a, const Scalar* __restrict b,
+                         const Scalar* __restrict c, const Scalar* __restrict d, std::int64_t n) {
+    using Int = typename SameWidth<Scalar>::Int;
+    Int nonfinite = 0;
+    for (std::int64_t j = 0; j < n; ++j) {
+        sums[j] = (((sums[j] + a[j]) + b[j]) + c[j]) + d[j];
+        nonfinite |= (is_nonfinite(a[j]) ? Int(1) : Int(0)) | (is_nonfinite(b[j]) ? Int(2) : Int(0)) |
+                     (is_nonfinite(c[j]) ? Int(4) : Int(0)) | (is_nonfinite(d[j]) ? Int(8) : Int(0));
+    }
+    return static_cast<unsigned>(nonfinite);
+}
+
+template <typename Scalar>
+unsigned accumulate(Scalar* sums, const Scalar* const* rows, int count, std::int64_t n) {
+    static_assert(kRowsAtOnce == 4, "accumulate_four adds four rows");
+    if (count == kRowsAtOnce) return accumulate_four(sums, rows[0], rows[1], rows[2], rows[3], n);
+    unsigned nonfinite = 0;
+    for (int r = 0; r < count; ++r) nonfinite |= accumulate_one(sums, rows[r], n) << r;
+    return nonfinite;
 }
 
 template <typename Scalar>

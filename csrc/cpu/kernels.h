@@ -5,14 +5,18 @@
 
 namespace signmaml::cpu {
 
+// Rows that one pass over the sums adds: enough streams to keep the memory busy.
+inline constexpr int kRowsAtOnce = 4;
+
 template <typename Scalar>
 struct SpanKernels {
     // params -= lr * sign(grads) where mask allows. lr: one value, or [n] if lr_per_element; mask: [n] or null.
     // Returns whether a gradient that was looked at is NaN or infinite.
     bool (*sign_step)(Scalar* params, const Scalar* grads, const Scalar* lr, bool lr_per_element,
                       const std::uint8_t* mask, std::int64_t n);
-    // sums += grads. Returns whether grads hold a NaN or an infinity.
-    bool (*accumulate)(Scalar* sums, const Scalar* grads, std::int64_t n);
+    // sums += rows[0], then rows[1] and so on, count of them, at most kRowsAtOnce. Returns which rows hold a NaN or an
+    // infinity: bit r for rows[r].
+    unsigned (*accumulate)(Scalar* sums, const Scalar* const* rows, int count, std::int64_t n);
     // out += sums / count
     void (*add_mean)(Scalar* out, const Scalar* sums, Scalar count, std::int64_t n);
     bool (*holds_nonfinite)(const Scalar* grads, std::int64_t n);

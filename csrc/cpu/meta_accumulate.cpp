@@ -31,10 +31,19 @@ void accumulate_columns(const MetaAccumulateParams<Scalar>& p, Scalar count, std
     const SpanKernels<Scalar>& span = span_kernels<Scalar>(kernels());
     alignas(64) Scalar sums[kLargestColumnChunk];
     std::fill_n(sums, length, Scalar(0));
-    for (std::int64_t task = 0; task < p.tasks; ++task) {
-        if (p.skip_nonfinite && p.nonfinite[task] != 0) continue;
-        const bool nonfinite = span.accumulate(sums, p.grads + task * p.parameters + first, length);
-        if (nonfinite) raise_flag(p.nonfinite + task);
+    for (std::int64_t task = 0; task < p.tasks;) {
+        const Scalar* rows[kRowsAtOnce];
+        std::int64_t tasks[kRowsAtOnce];
+        int live = 0;
+        for (; task < p.tasks && live < kRowsAtOnce; ++task) {
+            if (p.skip_nonfinite && p.nonfinite[task] != 0) continue;
+            rows[live] = p.grads + task * p.parameters + first;
+            tasks[live++] = task;
+        }
+        const unsigned nonfinite = span.accumulate(sums, rows, live, length);
+        for (int r = 0; r < live; ++r) {
+            if ((nonfinite >> r & 1) != 0) raise_flag(p.nonfinite + tasks[r]);
+        }
     }
     span.add_mean(p.out + first, sums, count, length);
 }

@@ -10,26 +10,37 @@
 #include <thread>
 
 #include "cpu/floating_point.h"
+#include "plan/math.h"
 
 namespace signmaml::cpu {
 namespace {
 
 using Body = std::function<void(std::int64_t, std::int64_t)>;
 
-struct Job {
-    const Body* body;
-    std::int64_t items;
-    int parts;
+// A loop that several threads eat up together, range by range.
+class Loop {
+  public:
+    Loop(const Body& body, std::int64_t items, int threads)
+        : body_(body), items_(items), step_(larger(1, items / (std::int64_t{threads} * kRangesPerThread))) {}
 
-    void run_part(int part) const {
+    // Takes ranges until none is left. Returns when the ranges it took are done.
+    void help() {
         const DefaultFloatingPoint scope;
-        // Shares differ by at most one piece. Not items * part / parts, which could overflow.
-        const std::int64_t share = items / parts;
-        const std::int64_t longer = items % parts;  // so many parts have one piece more
-        const std::int64_t begin = part * share + (part < longer ? part : longer);
-        const std::int64_t end = begin + share + (part < longer ? 1 : 0);
-        if (begin < end) (*body)(begin, end);
+        for (;;) {
+            const std::int64_t begin = next_.fetch_add(step_, std::memory_order_relaxed);
+            if (begin >= items_) return;
+            body_(begin, smaller(items_, begin + step_));
+        }
     }
+
+  private:
+    // Small enough to let a thread that comes late take part, large enough to make taking a range cheap.
+    static constexpr std::int64_t kRangesPerThread = 8;
+
+    const Body& body_;
+    const std::int64_t items_;
+    const std::int64_t step_;
+    std::atomic<std::int64_t> next_{0};
 };
 
 // Keeps signals away from the threads started in its scope: Python wants them on the main thread.
@@ -48,29 +59,35 @@ class SignalsBlocked {
     sigset_t saved_;
 };
 
+// Threads join a loop when they wake; the caller does not wait for them to wake, only for those that joined. So a call
+// costs no more than doing the work alone and one notification, however busy the machine is.
 class ThreadPool {
   public:
     // False, with nothing done, if another caller holds the threads.
-    bool try_run(const Job& job) {
+    bool try_run(Loop& loop, int threads) {
         if (busy_.test_and_set(std::memory_order_acquire)) return false;
-        run(job);
+        open(loop, threads - 1);
+        work_.notify_all();
+        loop.help();
+        close();
         busy_.clear(std::memory_order_release);
         return true;
     }
 
   private:
-    void run(Job job) {
+    void open(Loop& loop, int helpers) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        start_workers(helpers);
+        loop_ = &loop;
+        places_ = helpers;
+    }
+
+    // After this no worker knows the loop, which the caller is about to destroy.
+    void close() {
         std::unique_lock<std::mutex> lock(mutex_);
-        start_workers(job.parts - 1);
-        if (job.parts > started_ + 1) job.parts = started_ + 1;
-        job_ = job;
-        pending_ = job.parts - 1;
-        ++generation_;
-        lock.unlock();
-        work_.notify_all();
-        job.run_part(0);
-        lock.lock();
-        done_.wait(lock, [this] { return pending_ == 0; });
+        places_ = 0;
+        done_.wait(lock, [this] { return helping_ == 0; });
+        loop_ = nullptr;
     }
 
     // The pool makes do with fewer where the system refuses a thread. Needs mutex_.
@@ -78,7 +95,7 @@ class ThreadPool {
         const SignalsBlocked scope;
         while (started_ < wanted) {
             try {
-                std::thread([this, part = started_ + 1, seen = generation_] { work(part, seen); }).detach();
+                std::thread([this] { work(); }).detach();
             } catch (const std::system_error&) {
                 return;
             }
@@ -86,27 +103,27 @@ class ThreadPool {
         }
     }
 
-    void work(int part, std::uint64_t seen) {
+    void work() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            work_.wait(lock, [this, seen] { return generation_ != seen; });
-            seen = generation_;
-            if (part >= job_.parts) continue;
-            const Job job = job_;
+            work_.wait(lock, [this] { return places_ > 0; });
+            --places_;
+            ++helping_;
+            Loop& loop = *loop_;
             lock.unlock();
-            job.run_part(part);
+            loop.help();
             lock.lock();
-            if (--pending_ == 0) done_.notify_one();
+            if (--helping_ == 0) done_.notify_one();
         }
     }
 
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
     std::mutex mutex_;  // guards everything below
     std::condition_variable work_, done_;
-    int started_ = 0;
-    int pending_ = 0;
-    std::uint64_t generation_ = 0;
-    Job job_{};
+    int started_ = 0;        // workers there are
+    int places_ = 0;         // workers that may still join the loop
+    int helping_ = 0;        // workers that joined and are not done
+    Loop* loop_ = nullptr;
 };
 
 // Never destroyed: its threads wait on it until the process ends. A forked child, which has none of the threads and
@@ -128,9 +145,9 @@ ThreadPool& pool() {
 
 void parallel_for(std::int64_t items, int threads, const Body& body) {
     if (items <= 0) return;
-    const int parts = items < threads ? static_cast<int>(items) : threads;
-    if (parts > 1 && pool().try_run({&body, items, parts})) return;
-    Job{&body, items, 1}.run_part(0);
+    Loop loop(body, items, static_cast<int>(larger(1, smaller(items, threads))));
+    if (threads > 1 && items > 1 && pool().try_run(loop, static_cast<int>(smaller(items, threads)))) return;
+    loop.help();
 }
 
 }  // namespace signmaml::cpu

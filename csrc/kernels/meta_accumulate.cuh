@@ -28,14 +28,13 @@ __global__ void flag_nonfinite_kernel(const MetaAccumulateParams<Scalar> p) {
         const RowSpan span = row_span<Scalar, kVector>(row, p.parameters);
         const std::int64_t tail = span.head + span.bodies * kVector + thread;
         bool nonfinite = false;
-        if (thread < span.head) nonfinite |= is_nonfinite(row[thread]);
-        if (tail < p.parameters) nonfinite |= is_nonfinite(row[tail]);
+        if (thread < span.head) nonfinite |= is_nonfinite(load(row + thread));
+        if (tail < p.parameters) nonfinite |= is_nonfinite(load(row + tail));
 #pragma unroll 4
         for (std::int64_t body = thread; body < span.bodies; body += threads) {
             nonfinite |= holds_nonfinite(load<Scalar, kVector>(row + span.head + body * kVector));
         }
-        // Every thread that writes here writes the same value.
-        if (nonfinite) p.nonfinite[task] = 1;
+        if (nonfinite) raise_flag(p.nonfinite + task);
     }
 }
 
@@ -51,7 +50,7 @@ __device__ inline void accumulate_columns(const MetaAccumulateParams<Scalar>& p,
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const std::int64_t task = first + u;
-            counts[u] = task < p.tasks && !(kSkip && p.nonfinite[task] != 0);
+            counts[u] = task < p.tasks && !(kSkip && load(p.nonfinite + task) != 0);
             if (counts[u]) grads[u] = load<Scalar, kVector>(p.grads + task * p.parameters + column);
         }
 #pragma unroll
@@ -60,8 +59,7 @@ __device__ inline void accumulate_columns(const MetaAccumulateParams<Scalar>& p,
             ++live;
 #pragma unroll
             for (int i = 0; i < kVector; ++i) sums.at[i] += grads[u].at[i];
-            // Every thread that writes here writes the same value.
-            if (!kSkip && holds_nonfinite(grads[u])) p.nonfinite[first + u] = 1;
+            if (!kSkip && holds_nonfinite(grads[u])) raise_flag(p.nonfinite + first + u);
         }
     }
     if (live == 0) return;

@@ -11,20 +11,12 @@
 
 namespace signmaml {
 
-// Three-valued; sign(+-0) is +0 and sign(nan) is nan.
-template <typename Scalar>
-__device__ inline Scalar sign(Scalar x) {
-    if (x > Scalar(0)) return Scalar(1);
-    if (x < Scalar(0)) return Scalar(-1);
-    return x == Scalar(0) ? Scalar(0) : x;
-}
-
 // The last segment in [low, high] that does not start after the column. Stays in bounds whatever the offsets hold.
 __device__ inline std::int64_t segment_of(const std::int64_t* offsets, std::int64_t low, std::int64_t high,
                                           std::int64_t column) {
     while (low < high) {
         const std::int64_t middle = low + (high - low + 1) / 2;
-        if (offsets[middle] <= column) {
+        if (load(offsets + middle) <= column) {
             low = middle;
         } else {
             high = middle - 1;
@@ -56,13 +48,13 @@ struct TableCursor {
     }
 
     __device__ Scalar lr(std::int64_t column) const {
-        if (p.lr_spread == Spread::kPerElement) return p.lr[column];
-        return p.lr[p.lr_spread == Spread::kPerSegment ? low : 0];
+        if (p.lr_spread == Spread::kPerElement) return load(p.lr + column);
+        return load(p.lr + (p.lr_spread == Spread::kPerSegment ? low : 0));
     }
 
     __device__ bool looks_at(std::int64_t column) const {
         if (p.mask_spread == Spread::kNone) return true;
-        return p.mask[p.mask_spread == Spread::kPerSegment ? low : column] != 0;
+        return load(p.mask + (p.mask_spread == Spread::kPerSegment ? low : column)) != 0;
     }
 };
 
@@ -105,7 +97,7 @@ __device__ inline bool step_element(const SignStepParams<Scalar>& p, std::int64_
 template <typename Scalar, int kVector, int kBlock, int kUnroll, bool kPlain>
 __global__ void __launch_bounds__(kBlock) sign_step_kernel(const SignStepParams<Scalar> p) {
     constexpr std::int64_t kTile = std::int64_t{kBlock} * kUnroll;  // vectors
-    const Scalar plain_lr = kPlain ? p.lr[0] : Scalar(0);
+    const Scalar plain_lr = kPlain ? load(p.lr) : Scalar(0);
     for (std::int64_t task = blockIdx.y; task < p.tasks; task += gridDim.y) {
         const std::int64_t row = task * p.parameters;
         const RowSpan span = row_span<Scalar, kVector>(p.params + row, p.parameters);
@@ -143,8 +135,7 @@ __global__ void __launch_bounds__(kBlock) sign_step_kernel(const SignStepParams<
                 }
             }
         }
-        // Every thread that writes here writes the same value.
-        if (nonfinite) p.nonfinite[task] = 1;
+        if (nonfinite) raise_flag(p.nonfinite + task);
     }
 }
 

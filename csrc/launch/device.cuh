@@ -1,11 +1,17 @@
 // What every launch needs: the device made current, and an error that names the kernel.
 #pragma once
 
+#ifdef SIGNMAML_EMULATION
+#include "emulation/launch.h"
+#else
+
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "launch/launch.h"
 
 namespace signmaml {
 
@@ -25,17 +31,15 @@ class DeviceScope {
     int device_;
 };
 
-int multiprocessors(int device);
-
 // Loads a kernel's code now if the stream is being captured: the lazy loading of a first launch may do what a capture
 // forbids.
 void load_if_capturing(const void* kernel, cudaStream_t stream);
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int block, cudaStream_t stream,
-            const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int block, std::int64_t shared_bytes,
+            cudaStream_t stream,            const Arguments&... arguments) {
     load_if_capturing(reinterpret_cast<const void*>(kernel), stream);
-    kernel<<<grid, block, 0, stream>>>(arguments...);
+    kernel<<<grid, block, static_cast<std::size_t>(shared_bytes), stream>>>(arguments...);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) {
         check_cuda(status, std::string("launch of ") + name + " (grid " + std::to_string(grid.x) + " x " +
@@ -44,3 +48,5 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int bloc
 }
 
 }  // namespace signmaml
+
+#endif  // SIGNMAML_EMULATION

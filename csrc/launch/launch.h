@@ -3,6 +3,7 @@
 #pragma once
 
 #include "params/meta_accumulate.h"
+#include "params/mlp_meta_step.h"
 #include "params/sign_step.h"
 
 namespace signmaml {
@@ -12,6 +13,12 @@ void launch_sign_step(const SignStepParams<Scalar>& params, int device, void* st
 
 template <typename Scalar>
 void launch_meta_accumulate(const MetaAccumulateParams<Scalar>& params, int device, void* stream);
+
+// `params.workspace` has what plan_mlp_meta_step says for multiprocessors(device).
+template <typename Scalar>
+void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream);
+
+int multiprocessors(int device);
 
 // The newest CUDA version that the installed driver serves, 13000 for 13.0; 0 without a driver.
 int cuda_driver_version();

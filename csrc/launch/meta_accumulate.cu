@@ -20,7 +20,8 @@ void launch_flag_nonfinite(const MetaAccumulateParams<Scalar>& params, int devic
     const SignStepGrid plan =
         plan_sign_step(params.tasks, params.parameters, sizeof(Scalar), address, address, multiprocessors(device));
     const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
-    launch("flag_nonfinite_kernel", flag_nonfinite_kernel<Scalar, 16 / sizeof(Scalar)>, grid, plan.block, stream, params);
+    launch("flag_nonfinite_kernel", flag_nonfinite_kernel<Scalar, 16 / sizeof(Scalar)>, grid, plan.block, 0, stream,
+           params);
 }
 
 }  // namespace
@@ -37,7 +38,7 @@ void launch_meta_accumulate(const MetaAccumulateParams<Scalar>& params, int devi
     constexpr int kWide = 16 / sizeof(Scalar);
     const auto kernel = plan.vector == kWide ? kernel_for<Scalar, kWide>(params.skip_nonfinite)
                                              : kernel_for<Scalar, 1>(params.skip_nonfinite);
-    launch("meta_accumulate_kernel", kernel, dim3(static_cast<unsigned>(plan.blocks)), plan.block, stream, params,
+    launch("meta_accumulate_kernel", kernel, dim3(static_cast<unsigned>(plan.blocks)), plan.block, 0, stream, params,
            plan.head, plan.bodies);
 }
 

@@ -26,7 +26,7 @@ void launch_sign_step(const SignStepParams<Scalar>& params, int device, void* st
     constexpr int kWide = 16 / sizeof(Scalar);
     const auto kernel = plan.vector == kWide ? kernel_for<Scalar, kWide>(plain) : kernel_for<Scalar, 1>(plain);
     const dim3 grid(static_cast<unsigned>(plan.blocks_x), static_cast<unsigned>(plan.blocks_y));
-    launch("sign_step_kernel", kernel, grid, plan.block, static_cast<cudaStream_t>(stream), params);
+    launch("sign_step_kernel", kernel, grid, plan.block, 0, static_cast<cudaStream_t>(stream), params);
 }
 
 template void launch_sign_step<float>(const SignStepParams<float>&, int, void*);

@@ -48,8 +48,8 @@ constexpr MetaAccumulateGrid plan_meta_accumulate(std::int64_t tasks, std::int64
     return {vector, kMetaAccumulateBlock, kMetaAccumulateUnroll, head, bodies, tail, larger(1, smaller(blocks, budget))};
 }
 
-// The sums of one piece live in the first-level cache: 4096 floats or doubles at most.
-inline constexpr std::int64_t kLargestColumnChunk = 4096;
+// The sums of one piece and the rows being added to them fit the first-level cache together.
+inline constexpr std::int64_t kLargestColumnChunk = 1024;
 inline constexpr std::int64_t kSmallestColumnChunk = 256;
 
 constexpr CpuPlan plan_meta_accumulate_cpu(std::int64_t tasks, std::int64_t parameters, int threads) {

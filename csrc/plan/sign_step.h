@@ -56,7 +56,7 @@ struct CpuPlan {
 };
 
 // Fewer elements than this a thread are done sooner than a thread is woken.
-inline constexpr std::int64_t kElementsWorthAThread = 32768;
+inline constexpr std::int64_t kElementsWorthAThread = 65536;
 // Pieces of a row: long enough to make the loop's start and end cheap, short enough to balance.
 inline constexpr std::int64_t kSignStepChunk = 16384;
 

@@ -1,0 +1,164 @@
+#include "bindings/mlp.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "launch/launch.h"
+#include "plan/mlp_meta_step.h"
+
+namespace py = pybind11;
+
+namespace signmaml::bindings {
+namespace {
+
+using Addresses = std::map<std::string, std::uintptr_t>;
+
+MlpShape shape_of(const std::vector<int>& widths, const std::string& activation, const std::string& loss) {
+    const int layers = static_cast<int>(widths.size()) - 1;
+    if (layers < 2 || layers > kMlpLayers) {
+        throw std::invalid_argument("widths: expected 3 to " + std::to_string(kMlpLayers + 1) + " of them, found " +
+                                    std::to_string(widths.size()));
+    }
+    if (activation != "relu" && activation != "tanh") {
+        throw std::invalid_argument("activation: expected 'relu' or 'tanh', found '" + activation + "'");
+    }
+    if (loss != "mse" && loss != "cross_entropy") {
+        throw std::invalid_argument("loss: expected 'mse' or 'cross_entropy', found '" + loss + "'");
+    }
+    MlpShape shape{};
+    shape.layers = layers;
+    for (int i = 0; i <= layers; ++i) {
+        if (widths[i] < 1) throw std::invalid_argument("widths: expected positive ones, found " + std::to_string(widths[i]));
+        shape.widths[i] = widths[i];
+    }
+    shape.activation = activation == "relu" ? Activation::kRelu : Activation::kTanh;
+    shape.loss = loss == "mse" ? MlpLoss::kMse : MlpLoss::kCrossEntropy;
+    return shape;
+}
+
+py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
+              int scalar_bytes, int multiprocessors) {
+    using py::literals::operator""_a;
+    const MlpShape shape = shape_of(widths, "relu", "mse");
+    const MlpPlan plan = plan_mlp_meta_step(shape, tasks, support, query, scalar_bytes, multiprocessors);
+    return py::dict("threads"_a = plan.threads, "in_shared"_a = plan.in_shared, "teams"_a = plan.teams,
+                    "shared_bytes"_a = plan.shared_bytes, "workspace_scalars"_a = plan.workspace_scalars,
+                    "parameters"_a = mlp_parameters(shape));
+}
+
+#ifdef SIGNMAML_WITH_CUDA
+
+struct MlpSizes {
+    std::int64_t tasks;
+    int support, query, steps;
+    bool by_sign;
+};
+
+template <typename Scalar>
+MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes) {
+    const auto at = [&addresses](const char* name) {
+        const auto found = addresses.find(name);
+        return found == addresses.end() ? nullptr : reinterpret_cast<void*>(found->second);
+    };
+    const auto scalars = [&at](const char* name) { return static_cast<Scalar*>(at(name)); };
+    const auto labels = [&at](const char* name) { return static_cast<const std::int64_t*>(at(name)); };
+    MlpMetaStepParams<Scalar> p{};
+    p.theta = scalars("theta");
+    p.support = {scalars("support_x"), scalars("support_target"), labels("support_labels"), sizes.support};
+    p.query = {scalars("query_x"), scalars("query_target"), labels("query_labels"), sizes.query};
+    p.lr = scalars("lr");
+    p.adapt = static_cast<const std::uint8_t*>(at("adapt"));
+    p.support_loss = scalars("support_loss");
+    p.query_loss = scalars("query_loss");
+    p.query_accuracy = scalars("query_accuracy");
+    p.predictions = scalars("predictions");
+    p.adapted = scalars("adapted");
+    p.grads = scalars("grads");
+    p.nonfinite = static_cast<std::uint8_t*>(at("nonfinite"));
+    p.workspace = scalars("workspace");
+    p.tasks = sizes.tasks;
+    p.parameters = mlp_parameters(shape);
+    p.steps = sizes.steps;
+    p.by_sign = sizes.by_sign;
+    p.shape = shape;
+    return p;
+}
+
+#ifdef SIGNMAML_EMULATION
+template <typename Scalar>
+void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars) {
+    auto& buffers = emulation::settings().buffers;
+    buffers.clear();
+    const auto add = [&buffers](const char* name, const void* address, std::int64_t count, std::int64_t bytes, bool writable) {
+        if (address != nullptr) {
+            buffers.push_back({name, reinterpret_cast<std::uintptr_t>(address), count * bytes, bytes, writable});
+        }
+    };
+    const auto scalar = static_cast<std::int64_t>(sizeof(Scalar));
+    const std::int64_t in = p.shape.widths[0], out = p.shape.widths[p.shape.layers];
+    const std::int64_t support = p.tasks * p.support.count, query = p.tasks * p.query.count;
+    add("theta", p.theta, p.parameters, scalar, false);
+    add("support_x", p.support.x, support * in, scalar, false);
+    add("support_target", p.support.target, support * out, scalar, false);
+    add("support_labels", p.support.labels, support, 8, false);
+    add("query_x", p.query.x, query * in, scalar, false);
+    add("query_target", p.query.target, query * out, scalar, false);
+    add("query_labels", p.query.labels, query, 8, false);
+    add("lr", p.lr, std::int64_t{p.steps} * 2 * p.shape.layers, scalar, false);
+    add("adapt", p.adapt, 2 * p.shape.layers, 1, false);
+    add("support_loss", p.support_loss, p.steps * p.tasks, scalar, true);
+    add("query_loss", p.query_loss, p.tasks, scalar, true);
+    add("query_accuracy", p.query_accuracy, p.tasks, scalar, true);
+    add("predictions", p.predictions, query * out, scalar, true);
+    add("adapted", p.adapted, p.tasks * p.parameters, scalar, true);
+    add("grads", p.grads, p.tasks * p.parameters, scalar, true);
+    add("nonfinite", p.nonfinite, p.tasks, 1, true);
+    add("workspace", p.workspace, workspace_scalars, scalar, true);
+}
+#endif
+
+template <typename Scalar>
+void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int device, std::uintptr_t stream) {
+    const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
+#ifdef SIGNMAML_EMULATION
+    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizeof(Scalar),
+                                       multiprocessors(device))
+                        .workspace_scalars);
+#endif
+    const py::gil_scoped_release unlocked;
+    launch_mlp_meta_step(params, device, reinterpret_cast<void*>(stream));
+}
+
+void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
+                        const std::string& loss, std::int64_t tasks, int support, int query, int steps, bool by_sign,
+                        bool is_double, int device, std::uintptr_t stream) {
+    const MlpShape shape = shape_of(widths, activation, loss);
+    const MlpSizes sizes{tasks, support, query, steps, by_sign};
+    if (is_double) {
+        launch<double>(addresses, shape, sizes, device, stream);
+    } else {
+        launch<float>(addresses, shape, sizes, device, stream);
+    }
+}
+#endif  // SIGNMAML_WITH_CUDA
+
+}  // namespace
+
+void define_mlp(py::module_& m) {
+    using py::literals::operator""_a;
+    m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
+          "multiprocessors"_a);
+#ifdef SIGNMAML_WITH_CUDA
+    m.def("multiprocessors", &multiprocessors, "device"_a);
+    m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
+          "support"_a, "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "device"_a, "stream"_a);
+#endif
+}
+
+}  // namespace signmaml::bindings

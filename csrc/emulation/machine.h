@@ -1,0 +1,81 @@
+// The emulated GPU: runs the threads of a launch as fibers in a random order, and reports what a real GPU would let
+// pass or hang on. One launch at a time in a process thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "emulation/memory.h"
+
+namespace signmaml::emulation {
+
+struct Index3 {
+    unsigned x = 0, y = 0, z = 0;
+};
+
+struct Extent3 {
+    unsigned x = 1, y = 1, z = 1;
+    constexpr Extent3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+    std::int64_t count() const { return std::int64_t{x} * y * z; }
+};
+
+// Global memory that the next launches may touch; anything else is out of bounds.
+struct Buffer {
+    std::string name;
+    std::uintptr_t address;
+    std::int64_t bytes;
+    std::int64_t element_bytes;
+    bool writable;
+};
+
+struct Settings {
+    std::uint64_t seed = 0;        // of the order of threads and blocks
+    int blocks_alive = 1;          // blocks that run at the same time
+    int multiprocessors = 2;       // what a plan is told
+    std::vector<Buffer> buffers;
+};
+
+// Of the calling process thread.
+Settings& settings();
+
+inline constexpr int kWarpThreads = 32;
+
+// Runs `kernel` once for each thread. Throws std::runtime_error that names the kernel, block and thread for an access
+// out of bounds, a read of what nobody wrote, a race, a barrier that not all threads reach, or threads of a warp that
+// meet at different operations.
+void launch(const std::string& name, Extent3 grid, Extent3 block, std::int64_t shared_bytes,
+            const std::function<void()>& kernel);
+
+// ---- what device code calls; only inside of a launch ----------------------------------------------------------------
+
+Index3 thread_index();
+Index3 block_index();
+Extent3 block_extent();
+Extent3 grid_extent();
+
+// The block's dynamic shared memory, filled with a pattern that is NaN in every floating-point type.
+char* shared_memory();
+
+// Checks an access to global or shared memory.
+void visit(const void* address, std::int64_t bytes, Access access);
+
+void block_barrier();
+void warp_barrier(unsigned lanes);
+
+// An operation of several lanes of a warp. `combine` is called once, when all have arrived, with the lanes' operands
+// in order of lane; lanes that do not take part have a null operand.
+using Combine = void (*)(void* const operands[kWarpThreads]);
+void warp_operation(const char* name, unsigned lanes, void* operand, Combine combine);
+
+int lane();
+
+// Asynchronous copies of the calling thread: their data arrives when a wait covers their group.
+void start_copy(void* target, const void* source, std::int64_t bytes);
+void commit_copies();
+void wait_for_copies(int pending_groups);
+
+[[noreturn]] void fault(const std::string& what);
+
+}  // namespace signmaml::emulation

@@ -1,0 +1,32 @@
+// Launches of the kernels in selftest.cuh, for callers that know no device code.
+#pragma once
+
+#include <cstdint>
+
+namespace signmaml {
+
+struct BlockSumParams {
+    const float* in;  // [rows, columns] float
+    float* out;       // [rows] float
+    std::int64_t columns;
+};
+
+struct MatmulTf32Params {
+    const float* a;  // [m, k] float, m a multiple of 16
+    const float* b;  // [k, n] float, n a multiple of 16
+    float* c;        // [m, n] float
+    int n, k;        // k a multiple of 8
+};
+
+struct MatmulBf16Params {
+    const std::uint16_t* a;  // [m, k] bf16, m a multiple of 16
+    const std::uint16_t* b;  // [n, k] bf16, n a multiple of 8
+    float* c;                // [m, n] float
+    int n, k;                // k a multiple of 16
+};
+
+void launch_selftest_block_sum(const BlockSumParams& params, int rows, int block);
+void launch_selftest_matmul_tf32(const MatmulTf32Params& params, int m);
+void launch_selftest_matmul_bf16(const MatmulBf16Params& params, int m);
+
+}  // namespace signmaml

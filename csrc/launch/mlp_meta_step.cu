@@ -1,0 +1,32 @@
+#include "kernels/mlp_meta_step.cuh"
+
+#include "launch/device.cuh"
+#include "launch/launch.h"
+
+namespace signmaml {
+namespace {
+
+template <typename Scalar, bool kWarp>
+auto kernel_for(bool in_shared) {
+    return in_shared ? mlp_meta_step_kernel<Scalar, kWarp, true> : mlp_meta_step_kernel<Scalar, kWarp, false>;
+}
+
+}  // namespace
+
+template <typename Scalar>
+void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream) {
+    if (params.tasks == 0) return;
+    const DeviceScope scope(device);
+    const MlpPlan plan = plan_mlp_meta_step(params.shape, params.tasks, params.support.count, params.query.count,
+                                            sizeof(Scalar), multiprocessors(device));
+    const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count));
+    const auto kernel =
+        plan.threads == 32 ? kernel_for<Scalar, true>(plan.in_shared) : kernel_for<Scalar, false>(plan.in_shared);
+    launch("mlp_meta_step_kernel", kernel, dim3(static_cast<unsigned>(plan.teams)), plan.threads, plan.shared_bytes,
+           static_cast<cudaStream_t>(stream), params, layout);
+}
+
+template void launch_mlp_meta_step<float>(const MlpMetaStepParams<float>&, int, void*);
+template void launch_mlp_meta_step<double>(const MlpMetaStepParams<double>&, int, void*);
+
+}  // namespace signmaml

@@ -1,0 +1,52 @@
+// What one meta-step of a multilayer perceptron works on: linear layers with an activation between them.
+#pragma once
+
+#include <cstdint>
+
+namespace signmaml {
+
+inline constexpr int kMlpLayers = 5;     // linear layers at most: 1 to 4 hidden ones and the output
+inline constexpr int kMlpWidth = 256;    // of a hidden layer at most
+
+enum class Activation : std::int32_t { kRelu = 0, kTanh = 1 };
+enum class MlpLoss : std::int32_t { kMse = 0, kCrossEntropy = 1 };
+
+struct MlpShape {
+    std::int32_t layers;                  // linear layers, 2 to kMlpLayers
+    std::int32_t widths[kMlpLayers + 1];  // input, hidden ..., output
+    Activation activation;
+    MlpLoss loss;
+};
+
+// One set of examples of all tasks.
+template <typename Scalar>
+struct MlpSet {
+    const Scalar* x;             // [T, count, widths[0]] Scalar
+    const Scalar* target;        // [T, count, widths[layers]] Scalar for kMse, else null
+    const std::int64_t* labels;  // [T, count] int64 for kCrossEntropy, else null
+    std::int32_t count;          // S or Q; 0: there is no such set
+};
+
+template <typename Scalar>
+struct MlpMetaStepParams {
+    const Scalar* theta;        // [P] Scalar: layer by layer weight [out, in], then bias [out]
+    MlpSet<Scalar> support;
+    MlpSet<Scalar> query;
+    const Scalar* lr;           // [K, 2 * layers] Scalar: of weight and bias of each layer
+    const std::uint8_t* adapt;  // [2 * layers] bool as bytes: which of them the inner loop moves
+    Scalar* support_loss;       // [K, T] Scalar
+    Scalar* query_loss;         // [T] Scalar; null without a query set
+    Scalar* query_accuracy;     // [T] Scalar; null unless kCrossEntropy with a query set
+    Scalar* predictions;        // [T, Q, out] Scalar; may be null
+    Scalar* adapted;            // [T, P] Scalar; may be null
+    Scalar* grads;              // [T, P] Scalar, gradient of the query loss; may be null
+    std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
+    Scalar* workspace;          // [groups, workspace of one] Scalar; null where shared memory is enough
+    std::int64_t tasks;         // T
+    std::int64_t parameters;    // P
+    std::int32_t steps;         // K
+    bool by_sign;               // sign steps, else plain gradient steps
+    MlpShape shape;
+};
+
+}  // namespace signmaml

@@ -1,0 +1,169 @@
+"""From a configuration to the things it names: device, images, samplers, model."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .evaluate import Sampler
+from .models import MLP, Conv4
+
+if TYPE_CHECKING:
+    from .data import ImageSet
+
+SPLITS = ("train", "val", "test")
+Source = Any  # an ImageSet, a Sampler, or None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a configuration's `device`; "auto" is the first CUDA device if there is one.
+
+    Raises:
+        ValueError: There is no such device.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        index = device.index or 0
+        if index >= gpus:
+            raise ValueError(f"device: expected auto, cpu or one of {gpus} CUDA devices, found {name!r}")
+        device = torch.device("cuda", index)
+    return device
+
+
+def load_images(config: TrainConfig, split: str, *, progress: bool = True) -> ImageSet:
+    """One split of the configuration's data set.
+
+    Raises:
+        ValueError: There is no such data set.
+        FileNotFoundError: The data are not on disk; the message says how to get them.
+    """
+    from . import data
+
+    check_data_name(config.data)
+    return data.load(config.data, split, root=config.data_root, image_size=config.image_size, progress=progress)
+
+
+def check_data_name(name: str) -> None:
+    """Raises ValueError, with the nearest name there is, unless `name` is a data set of images."""
+    from . import data
+
+    if name not in data.DATASETS:
+        near = difflib.get_close_matches(name, data.DATASETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"data: expected one of {', '.join(data.DATASETS)} or sinusoid, found {name!r}{hint}")
+
+
+def make_sampler(
+    config: TrainConfig,
+    source: Source,
+    split: str,
+    device: torch.device,
+    *,
+    training: bool = False,
+    progress: bool = True,
+) -> Sampler:
+    """The episodes of one split.
+
+    Args:
+        config: The configuration.
+        source: An `ImageSet`; a sampler, which is returned as it is; or None for what the configuration names.
+        split: "train", "val" or "test".
+        device: Where the episodes are made.
+        training: Whether to train on them: rotated classes, `queries` and not `test_queries`.
+        progress: Whether to show how far loading is.
+    """
+    if source is not None and hasattr(source, "draw"):
+        return cast(Sampler, source)
+    from .episodes import EpisodeSampler, SinusoidSampler
+
+    queries = config.queries if training else config.evaluation_queries()
+    if source is None and config.data == "sinusoid":
+        # One endless distribution of tasks: far apart seeds keep the splits apart.
+        seed = config.seed + 1_000_003 * SPLITS.index(split)
+        return SinusoidSampler(shots=config.shots, queries=queries, tasks=config.tasks, seed=seed, device=device)
+    images = load_images(config, split, progress=progress) if source is None else source
+    return EpisodeSampler(
+        images,
+        ways=config.ways,
+        shots=config.shots,
+        queries=queries,
+        tasks=config.tasks,
+        seed=config.seed,
+        device=device,
+        rotations=training and rotated(config, source is None),
+        normalize=config.normalize,
+    )
+
+
+def rotated(config: TrainConfig, named_data: bool = True) -> bool:
+    """Whether training counts rotated classes as classes of their own.
+
+    Args:
+        config: The configuration.
+        named_data: Whether the configuration names the data; for a caller's own there is no usual choice but no.
+    """
+    if config.rotations is not None or not named_data:
+        return bool(config.rotations)
+    from . import data
+
+    info = data.DATASETS.get(config.data)
+    return bool(info is not None and info.rotations)
+
+
+def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
+    """The configuration's network, sized for what a sampler draws, its weights drawn by `config.seed` alone.
+
+    Raises:
+        ValueError: The episodes are no images of equal height and width, for Conv4.
+    """
+    episodes = sampler.draw(0)
+    shape, targets = tuple(episodes[0].shape[2:]), episodes[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.model == "mlp":
+            outputs = config.ways if targets.dtype == torch.int64 else targets.shape[-1]
+            return MLP(math.prod(shape), outputs, config.hidden)
+        if len(shape) != 3 or shape[1] != shape[2]:
+            raise ValueError(f"model: expected 'mlp' for examples that are no square images, found 'conv4' for {shape}")
+        return Conv4(config.ways, shape[0], config.filters, shape[1], config.pooling)
+
+
+def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor] | None) -> Mapping[str, Any]:
+    """What training and evaluation pass on to `signmaml_ext` alike."""
+    return {
+        "method": config.method,
+        "loss": loss,
+        "adapt": None if config.adapt is None else list(config.adapt),
+        "backend": config.backend,
+        "precision": config.precision,
+        "nonfinite": config.nonfinite,
+        "batch_norm": config.batch_norm,
+    }
+
+
+def data_name(config: TrainConfig, sources: Sequence[Source]) -> str:
+    """What to call the data in reports."""
+    for source in sources:
+        if source is not None:
+            return str(getattr(source, "name", type(source).__name__))
+    return config.data
+
+
+def device_name(device: torch.device) -> str:
+    """A device for people."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"

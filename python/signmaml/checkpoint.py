@@ -1,0 +1,154 @@
+"""Checkpoints: safetensors files with JSON in their header. Nothing here pickles or unpickles.
+
+A *weights* file holds a model's state dict under its own names, so that any safetensors reader can use it; a
+*training* file holds whatever tensors the trainer names, under prefixes. The header's entry "signmaml" is JSON with
+`kind`, `version` and the caller's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import write_atomically
+
+FORMAT_VERSION = 1
+_ENTRY = "signmaml"
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, metadata: Mapping[str, Any]) -> None:
+    """Writes tensors and metadata atomically.
+
+    Args:
+        path: File to write; its folder must exist.
+        tensors: Name -> tensor, on any device; tied tensors are stored once for each name.
+        kind: "weights" or "training".
+        metadata: What JSON can hold. Floats come back exactly.
+
+    Raises:
+        OSError: Writing failed; a previous file at `path` is untouched.
+    """
+    from safetensors.torch import save as to_bytes
+
+    # Clones: safetensors refuses tensors that share storage, as tied parameters do.
+    plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    header = {"kind": kind, "version": FORMAT_VERSION, **metadata}
+    write_atomically(path, to_bytes(plain, metadata={_ENTRY: json.dumps(header)}))
+
+
+def load(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a safetensors file: its tensors, on the CPU, and its metadata ({} for a file of another program).
+
+    Args:
+        path: File to read.
+        kind: "weights" or "training" if it must be one of ours of that kind.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, no safetensors file, written by another program (if `kind` is given), of
+            another kind, or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a .safetensors file, found nothing at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            entries = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: expected a complete safetensors file, found {path} truncated or of another format ({error})"
+        ) from error
+    return tensors, _metadata(entries.get(_ENTRY), path, kind)
+
+
+def _metadata(text: str | None, path: Path, kind: str | None) -> dict[str, Any]:
+    if text is None:
+        if kind is not None:
+            raise ValueError(f"checkpoint: expected a {kind} file of signmaml, found one of another program: {path}")
+        return {}
+    try:
+        metadata = json.loads(text)
+        version, found_kind = metadata["version"], metadata["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: expected signmaml's JSON header, found a damaged one in {path}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"checkpoint: expected format version {FORMAT_VERSION}, found {version} in {path}")
+    if kind is not None and found_kind != kind:
+        raise ValueError(f"checkpoint: expected a {kind} file, found a {found_kind} file: {path}")
+    return dict(metadata)
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes a model's state dict (parameters and persistent buffers) under its own names, atomically.
+
+    Args:
+        model: Any module, on any device.
+        path: File to write, by custom `*.safetensors`; its folder must exist.
+        metadata: Optional JSON to keep with the weights.
+
+    Raises:
+        OSError: Writing failed; a previous file at `path` is untouched.
+
+    Example:
+        >>> import tempfile, signmaml
+        >>> model = signmaml.MLP(1, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(model, f"{folder}/mlp.safetensors")
+        ...     load_weights(signmaml.MLP(1, 1), f"{folder}/mlp.safetensors")
+        {'kind': 'weights', 'version': 1}
+    """
+    save(path, model.state_dict(), kind="weights", metadata=metadata or {})
+
+
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Fills a model by names from a weights file, of `save_weights` or any other safetensors state dict.
+
+    Args:
+        model: Module to fill, on any device.
+        path: The file.
+
+    Returns:
+        The file's metadata; {} if another program wrote it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or its names, shapes or dtypes are not the model's; the message lists all
+            that differ, and the model is unchanged.
+    """
+    tensors, metadata = load(path)
+    if metadata.get("kind") == "training":
+        raise ValueError(f"checkpoint: expected a weights file, found a training file: {path}")
+    copy_into(model.state_dict(), tensors, str(path))
+    return metadata
+
+
+def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors by name, if names, shapes and dtypes are exactly the target's.
+
+    Raises:
+        ValueError: Listing every difference; nothing has been changed.
+    """
+    problems = [f"nothing for {name!r}" for name in target if name not in source]
+    problems += [f"unexpected {name!r}" for name in source if name not in target]
+    for name, tensor in source.items():
+        if name in target and (tensor.shape, tensor.dtype) != (target[name].shape, target[name].dtype):
+            own = target[name]
+            problems.append(f"{name!r} is {_kind_of(tensor)}, the model's is {_kind_of(own)}")
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ValueError(f"checkpoint: expected the tensors of this model in {where}, found:{listed}")
+    with torch.no_grad():
+        for name, tensor in source.items():
+            target[name].copy_(tensor)
+
+
+def _kind_of(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

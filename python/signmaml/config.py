@@ -1,0 +1,254 @@
+"""`TrainConfig`: everything that decides a training run, as one checked, documented, printable value.
+
+A configuration comes from defaults, then a preset, then a YAML or TOML file, then the command line; later ones win.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .values import Kind, Rule, converted, kind_of
+
+METHODS = ("sign-maml", "fo-maml", "maml")
+LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step")
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"rule": Rule(help, **limits)})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Configuration of one training run; checked when made.
+
+    Every field, its range and its default is described by `describe()` and by `signmaml train --help`.
+
+    Raises:
+        ValueError: A field has the wrong type or lies outside its range, or two fields contradict each other. The
+            message names the field, what was expected and what was found.
+
+    Example:
+        >>> TrainConfig(ways=20).ways
+        20
+        >>> TrainConfig(ways=1)
+        Traceback (most recent call last):
+        ValueError: ways: expected an integer >= 2, found 1
+    """
+
+    data: str = _option("glyphs", "data set (see 'signmaml data list'), 'folder' for own images, or 'sinusoid'")
+    data_root: str | None = _option(None, "where the data set lies on disk; none: the cache folder")
+    image_size: int | None = _option(None, "height and width of the images in pixels; none: the set's usual", least=1)
+    rotations: bool | None = _option(
+        None, "train on classes rotated by 90, 180, 270 degrees as classes of their own; none: as is usual for the set"
+    )
+    normalize: str = _option("zero-one", "pixel values: 0..1, -1..1, or 0..255", choices=("zero-one", "signed", "raw"))
+
+    ways: int = _option(5, "classes in a task (N)", least=2)
+    shots: int = _option(1, "support examples a class (K-shot)", least=1)
+    queries: int = _option(5, "query examples a class when training", least=1)
+    tasks: int = _option(8, "tasks in a meta-batch (T)", least=1)
+
+    model: str = _option("conv4", "network", choices=("conv4", "mlp"))
+    filters: int = _option(32, "channels of every Conv4 block", least=1)
+    pooling: str = _option("max", "how Conv4 halves the image", choices=("max", "stride"))
+    hidden: tuple[int, ...] = _option((40, 40), "widths of the MLP's hidden layers", least=1)
+
+    method: str = _option("sign-maml", "meta-learning algorithm", choices=METHODS)
+    inner_lr: float = _option(0.01, "inner learning rate (alpha); sign steps want about 1/10 of MAML's", above=0)
+    inner_steps: int = _option(3, "inner steps when training; 0 trains jointly without adaptation", least=0)
+    test_steps: int | None = _option(None, "inner steps in validation and test; none: as inner_steps", least=0)
+    learn_inner_lr: str = _option("none", "meta-learn inner rates, starting at inner_lr", choices=LEARNED_RATES)
+    adapt: tuple[str, ...] | None = _option(
+        None, "name patterns of the parameters that the inner loop moves (ANIL: classifier.*); none: all"
+    )
+
+    iterations: int = _option(600, "meta-iterations", least=1, on_resume=True)
+    outer_lr: float = _option(1e-3, "learning rate of the outer Adam", above=0)
+    schedule: str = _option(
+        "constant", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
+    )
+
+    validate_every: int = _option(100, "iterations between validations; 0: never", least=0)
+    validate_tasks: int = _option(100, "tasks of a validation, the same every time", least=1)
+    test_tasks: int = _option(600, "tasks of the test at the end; 0: no test", least=0)
+    test_queries: int | None = _option(None, "query examples a class in validation and test; none: as queries", least=1)
+
+    seed: int = _option(0, "seed of weights, tasks and dropout", least=0)
+    device: str = _option("auto", "auto, cpu, cuda or cuda:INDEX", on_resume=True)
+    backend: str = _option("auto", "what computes the meta-step (see 'signmaml info')")
+    precision: str = _option("fp32", "arithmetic of the inner loop", choices=("fp32", "tf32", "bf16"))
+    nonfinite: str = _option(
+        "propagate", "tasks that turn NaN or Inf: pass on, stop, or leave out", choices=("propagate", "raise", "skip")
+    )
+    batch_norm: str = _option(
+        "batch", "BatchNorm by statistics of the batch, or running ones", choices=("batch", "running")
+    )
+
+    log_every: int = _option(10, "iterations between lines of metrics.jsonl", least=1, on_resume=True)
+    checkpoint_every: int = _option(100, "iterations between checkpoints", least=1, on_resume=True)
+    tensorboard: bool | None = _option(None, "write TensorBoard events; none: if it is installed", on_resume=True)
+    out: str | None = _option(None, "run folder; none: the first free of runs/DATA, runs/DATA-2, ...", on_resume=True)
+
+    def __post_init__(self) -> None:
+        for name, kind in kinds().items():
+            value = converted(name, getattr(self, name), kind, rule_of(name))
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "data", self.data.replace("-", "_"))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:INDEX, found {self.device!r}")
+        if self.data == "folder" and self.data_root is None:
+            raise ValueError("data_root: expected the folder that holds the images for data 'folder', found none")
+        if self.data == "sinusoid" and self.model != "mlp":
+            raise ValueError(f"model: expected 'mlp' for data 'sinusoid', found {self.model!r}")
+        if self.learn_inner_lr != "none" and self.inner_steps == 0:
+            raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
+        if self.adapt is not None and not self.adapt:
+            raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
+
+    def evaluation_steps(self) -> int:
+        """Inner steps in validation and test."""
+        return self.inner_steps if self.test_steps is None else self.test_steps
+
+    def evaluation_queries(self) -> int:
+        """Query examples a class in validation and test."""
+        return self.queries if self.test_queries is None else self.test_queries
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A checked copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by field, as JSON and YAML hold them."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:
+        """A configuration from plain values; fields that are not named keep their default.
+
+        Raises:
+            ValueError: An unknown field (the message suggests the nearest), or a bad value.
+        """
+        return cls(**check_names(values, source))
+
+    def to_yaml(self) -> str:
+        """A YAML file that gives this configuration, each field under its description."""
+        import yaml
+
+        lines = []
+        for name, value in self.to_dict().items():
+            lines.append(f"# {rule_of(name).help}")
+            flow = None if isinstance(value, list) else False  # [a, b] on one line
+            lines.append(yaml.safe_dump({name: value}, default_flow_style=flow, allow_unicode=True).rstrip())
+        return "\n".join(lines) + "\n"
+
+
+def rule_of(name: str) -> Rule:
+    """Help, range and choices of one field."""
+    for entry in dataclasses.fields(TrainConfig):
+        if entry.name == name:
+            rule: Rule = entry.metadata["rule"]
+            return rule
+    raise KeyError(name)
+
+
+def kinds() -> dict[str, Kind]:
+    """The type of every field."""
+    return {name: kind_of(hint) for name, hint in typing.get_type_hints(TrainConfig).items()}
+
+
+def describe(name: str) -> str:
+    """One line about a field: help, choices or range.
+
+    Example:
+        >>> describe("ways")
+        'classes in a task (N); at least 2'
+    """
+    rule = rule_of(name)
+    if rule.choices:
+        return f"{rule.help}: {', '.join(rule.choices)}"
+    if rule.above is not None:
+        return f"{rule.help}; above {rule.above:g}"
+    return rule.help if rule.least is None else f"{rule.help}; at least {rule.least:g}"
+
+
+def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values, if all their keys are fields.
+
+    Raises:
+        ValueError: With the nearest field's name for each unknown one.
+    """
+    known = [entry.name for entry in dataclasses.fields(TrainConfig)]
+    complaints = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
+            complaints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if complaints:
+        raise ValueError(f"{source}: expected fields of TrainConfig, found {', '.join(complaints)}")
+    return dict(values)
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The plain values of a YAML (.yaml, .yml) or TOML (.toml) file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not YAML or TOML, holds no table, or names unknown fields.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration file: expected a .yaml or .toml file, found nothing at {path}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix in (".yaml", ".yml"):
+        values = _parse_yaml(text, path)
+    elif path.suffix == ".toml":
+        values = _parse_toml(text, path)
+    else:
+        raise ValueError(f"configuration file: expected a name ending in .yaml, .yml or .toml, found {path.name!r}")
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines 'field: value', found a {type(values).__name__}")
+    return check_names(values, str(path))
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
+
+
+def _parse_toml(text: str, path: Path) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: expected TOML, found {error}") from error
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What a resumed run may not change: one line "field: old -> new" for each such field that differs."""
+    return [
+        f"{entry.name}: {getattr(old, entry.name)!r} -> {getattr(new, entry.name)!r}"
+        for entry in dataclasses.fields(TrainConfig)
+        if not rule_of(entry.name).on_resume and getattr(old, entry.name) != getattr(new, entry.name)
+    ]

@@ -1,0 +1,156 @@
+"""Decoded image sets on disk: written atomically, checked when read, built again when damaged.
+
+A cached set is one safetensors file (no pickle) in `cache_dir()`. Its name and its header hold the key: what was
+decoded (a fingerprint of the source) and how (the options). Its header also holds the SHA-256 of the content.
+
+Two processes that build the same set at once each write a file of their own and rename it into place; the later
+one wins with equal content. Nobody ever reads a half-written file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .image_set import ImageSet
+
+FORMAT = "signmaml image set 1"
+_TEMPORARY = ".tmp"
+
+
+def cache_dir() -> Path:
+    """Where decoded sets and downloads are kept.
+
+    ``$SIGNMAML_CACHE`` if set, else ``$XDG_CACHE_HOME/signmaml``, else ``~/.cache/signmaml``. The folder need not
+    exist: it is made when something is written.
+    """
+    chosen = os.environ.get("SIGNMAML_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    # The XDG specification: relative paths are to be ignored.
+    base = Path(shared) if shared and Path(shared).is_absolute() else Path.home() / ".cache"
+    return base / "signmaml"
+
+
+def cached(key: Mapping[str, Any], build: Callable[[], ImageSet]) -> ImageSet:
+    """The set cached under `key`, or the result of `build`, which is then cached.
+
+    Args:
+        key: What decides the content, JSON types only; holds "name" and "split".
+        build: Makes the set.
+
+    Returns:
+        The set. A damaged cache file and a folder that cannot be written give a `UserWarning`, never an error.
+    """
+    path = cache_path(key)
+    stored = _read(path, key)
+    if stored is not None:
+        return stored
+    built = build()
+    _write(path, key, built)
+    return built
+
+
+def cache_path(key: Mapping[str, Any]) -> Path:
+    """The file that holds, or would hold, the set of this key."""
+    digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
+    return cache_dir() / f"{key['name']}-{key['split']}-{digest[:16]}.safetensors"
+
+
+def content_digest(image_set: ImageSet) -> str:
+    """SHA-256 over pixels, class sizes and class names, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in (image_set.images, image_set.class_sizes):
+        digest.update(str(list(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().data)
+    digest.update(json.dumps(image_set.class_names).encode())
+    return digest.hexdigest()
+
+
+def _canonical(key: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, **key}, sort_keys=True, ensure_ascii=True)
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> ImageSet | None:
+    """The set in `path`; None, with a warning if there is a file, when it cannot be used."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("key") != _canonical(key):
+                raise ValueError("it was made for something else")
+            image_set = ImageSet(
+                name=str(key["name"]),
+                split=str(key["split"]),
+                images=file.get_tensor("images"),
+                class_names=tuple(json.loads(header["class_names"])),
+                class_sizes=file.get_tensor("class_sizes"),
+            )
+        if content_digest(image_set) != header["sha256"]:
+            raise ValueError("its checksum is wrong")
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        warnings.warn(f"cache file {path} cannot be used ({error}); building it again", stacklevel=2)
+        return None
+    return image_set
+
+
+def _write(path: Path, key: Mapping[str, Any], image_set: ImageSet) -> None:
+    header = {
+        "key": _canonical(key),
+        "class_names": json.dumps(image_set.class_names),
+        "sha256": content_digest(image_set),
+    }
+    tensors = {"images": image_set.images.contiguous(), "class_sizes": image_set.class_sizes}
+    try:
+        _write_atomically(path, tensors, header)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{image_set.name}/{image_set.split} is not cached: {error}", stacklevel=2)
+
+
+def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{_TEMPORARY}")
+    try:
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata=header)
+        temporary.chmod(usual_mode)  # safetensors' own shuts out everybody else who shares the cache
+        _flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left; a file younger than a day may still be written."""
+    yesterday = time.time() - 24 * 3600
+    for leftover in folder.glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):  # another process may remove it first
+            if leftover.stat().st_mtime < yesterday:
+                leftover.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Forces a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,215 @@
+"""From image files to an `ImageSet`: decoded with Pillow in threads, once, to uint8 of one size."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .arguments import a_few
+from .image_set import ImageSet
+from .progress import track
+from .sources import Source, SourceFile
+
+IMAGE_SIZES = (8, 1024)  # least and greatest height and width that images may be brought to
+# What Pillow, zipfile and zlib raise on damaged files; Pillow's PNG reader raises SyntaxError.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
+
+_COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an image becomes pixels.
+
+    Attributes:
+        image_size: Height and width; other sizes are resized to it (Lanczos, with antialiasing; the aspect ratio
+            is not kept).
+        channels: 1: grey (ITU-R 601 luma); 3: RGB.
+        invert: 255 minus the pixel, after resizing.
+
+    Transparent images are laid on white; EXIF rotation is applied; 16-bit grey keeps its high byte.
+    """
+
+    image_size: int
+    channels: int
+    invert: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """For the cache's key."""
+        return {"decoding": 1, **asdict(self)}
+
+
+def decode(
+    source: Source,
+    classes: Mapping[str, Sequence[SourceFile]],
+    decoding: Decoding,
+    *,
+    name: str,
+    split: str,
+    progress: bool,
+) -> ImageSet:
+    """Decodes the files of each class.
+
+    Args:
+        source: Where the files are.
+        classes: Class name -> its files, none empty.
+        decoding: Size and channels.
+        name: The set's name.
+        split: The split's name.
+        progress: Whether to show progress on stderr.
+
+    Raises:
+        ValueError: A file cannot be decoded; the message names it.
+    """
+    sizes = [len(files) for files in classes.values()]
+    side = decoding.image_size
+    images = torch.empty(sum(sizes), decoding.channels, side, side, dtype=torch.uint8)
+    pixels = images.numpy()
+
+    def decode_class(first: int, files: Sequence[SourceFile]) -> None:
+        for row, file in enumerate(files, start=first):
+            pixels[row] = decode_file(source, file, decoding)
+
+    starts = [0, *accumulate(sizes)][:-1]
+    with _threads() as pool:
+        try:
+            done = pool.map(decode_class, starts, classes.values())
+            for _ in track(done, total=len(sizes), what=f"{name}/{split}: decoding", unit="classes", show=progress):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # do not decode the rest before saying what is wrong
+            raise
+    return ImageSet(name, split, images, tuple(classes), torch.tensor(sizes, dtype=torch.int64))
+
+
+def decode_file(source: Source, file: SourceFile, decoding: Decoding) -> np.ndarray:
+    """One image, ``[C, H, W]`` uint8.
+
+    Raises:
+        ValueError: The file cannot be decoded; the message names it.
+    """
+    try:
+        with source.open_image(file) as image:
+            return to_pixels(image, decoding)
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source.label}: cannot decode {file.path!r}: {error}") from error
+
+
+def to_pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:
+    """An opened image as ``[C, H, W]`` uint8.
+
+    Raises:
+        ValueError: More pixels than Pillow's ``MAX_IMAGE_PIXELS``, where Pillow itself only warns; or a pixel
+            format without 8 or 16 bits a channel.
+        OSError: The file is damaged.
+    """
+    _check_pixels(image)
+    image = _upright_and_opaque(image)
+    if image.mode.startswith("I"):
+        image = _high_byte(image)
+    elif image.mode == "F":
+        raise ValueError("expected 8 or 16 bits a channel, found floating-point pixels")
+    image = image.convert("L" if decoding.channels == 1 else "RGB")
+    side = decoding.image_size
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    pixels = pixels[None] if decoding.channels == 1 else pixels.transpose(2, 0, 1)
+    return 255 - pixels if decoding.invert else pixels
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the headers of many images say.
+
+    Attributes:
+        sizes: (width, height) -> number of images.
+        colour: Whether any image has colour channels.
+    """
+
+    sizes: Counter[tuple[int, int]]
+    colour: bool
+
+
+def probe(source: Source, files: Sequence[SourceFile], *, what: str, progress: bool) -> Shapes:
+    """Reads the headers of images.
+
+    Raises:
+        ValueError: A file is not an image; the message names it.
+    """
+    sizes: Counter[tuple[int, int]] = Counter()
+    colour = False
+    with _threads() as pool:
+        try:
+            headers = pool.map(lambda file: _header(source, file), files)
+            for size, mode in track(headers, total=len(files), what=what, unit="images", show=progress):
+                sizes[size] += 1
+                colour = colour or mode in _COLOUR_MODES
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return Shapes(sizes, colour)
+
+
+def common_size(shapes: Shapes, what: str) -> int:
+    """The side of the square that all images are.
+
+    Raises:
+        ValueError: Images differ in size, or are not square.
+    """
+    found = [f"{width}x{height} ({count} images)" for (width, height), count in shapes.sizes.most_common()]
+    (width, height), _ = shapes.sizes.most_common(1)[0]
+    if len(found) > 1 or width != height or not IMAGE_SIZES[0] <= width <= IMAGE_SIZES[1]:
+        raise ValueError(
+            f"image_size: expected images of one square size in {IMAGE_SIZES[0]}..{IMAGE_SIZES[1]} in {what}, "
+            f"found {a_few(found)}; give image_size to resize all images to"
+        )
+    return width
+
+
+def _header(source: Source, file: SourceFile) -> tuple[tuple[int, int], str]:
+    try:
+        with source.open_image(file) as image:
+            _check_pixels(image)
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+            return (image.size[::-1] if turned else image.size), image.mode
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source.label}: cannot decode {file.path!r}: {error}") from error
+
+
+def _check_pixels(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than Pillow's limit of {limit}")
+
+
+def _upright_and_opaque(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return image
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("expected 8 or 16 bits a channel, found 32-bit pixels")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="signmaml-decode")

@@ -1,0 +1,27 @@
+"""Progress of long preparations: a bar on a terminal, one plain line elsewhere, nothing when not wanted."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], *, total: int, what: str, unit: str, show: bool) -> Iterator[Item]:
+    """Yields `items` and shows on stderr how far it is.
+
+    Args:
+        items: What to go through.
+        total: How many there are.
+        what: What is being done, such as ``"omniglot/train: decoding"``.
+        unit: What is counted, such as ``"classes"``.
+        show: False: silent.
+    """
+    if show and not sys.stderr.isatty():
+        print(f"{what} ({total} {unit}) ...", file=sys.stderr, flush=True)
+    # disable=None: tqdm is silent where there is no terminal.
+    yield from tqdm(items, total=total, desc=what, unit=f" {unit}", disable=None if show else True, leave=False)

@@ -1,0 +1,496 @@
+"""Episodes: whole meta-batches of few-shot tasks drawn on the device that trains.
+
+A task is known by one number. Everything random in it is a function of (seed, task number), computed by integer
+arithmetic on the device, so that
+
+- CPU and CUDA draw the same tasks, and so does every split of a run into calls, processes or machines;
+- a run resumes from its iteration number alone: there is no generator state to save;
+- drawing needs no loop over tasks or images and never waits for the device.
+
+The random numbers: ``mix`` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014) on 64-bit integers, ``G`` the
+odd constant 0x9E3779B97F4A7C15 nearest to 2**64 divided by the golden ratio. From the seed down, each level of
+the tree (seed, stream, task, element, ...) takes one step::
+
+    child = mix(parent + G * (number + 1))        modulo 2**64
+
+Sampling without replacement orders the candidates by such a number and takes the first ones; the candidate's own
+number replaces the low bits, so no two are equal and no device can order them differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .data.arguments import a_few, check_choice, check_integer
+from .data.image_set import ImageSet
+
+Normalization = str | tuple[float | Sequence[float], float | Sequence[float]]
+
+NORMALIZATIONS = ("zero-one", "signed", "raw")
+MAX_TASK = 2**62  # task numbers stay far from the int64 limit
+MAX_SEED = 2**63 - 1
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_WORD = 2**64
+
+# Streams of one task: numbers are part of the format, so that recorded runs stay reproducible.
+_CLASSES, _IMAGES, _SINE, _POINTS = 0, 1, 2, 3
+
+
+class Episodes(NamedTuple):
+    """A meta-batch of ``T`` tasks.
+
+    Attributes:
+        support_x: ``[T, S, ...]`` float32. For images ``[T, N*K, C, H, W]``, the K images of a class adjacent.
+        support_y: ``[T, S]`` int64 labels ``0..N-1``, or ``[T, S, 1]`` float32 targets.
+        query_x: ``[T, Q, ...]`` float32, in the same order; no image is in both sets of a task.
+        query_y: ``[T, Q]`` int64 labels, or ``[T, Q, 1]`` float32 targets.
+    """
+
+    support_x: torch.Tensor
+    support_y: torch.Tensor
+    query_x: torch.Tensor
+    query_y: torch.Tensor
+
+
+class EpisodeSampler:
+    """Draws few-shot classification tasks from an image set.
+
+    Each task takes ``ways`` different classes and, from each, ``shots + queries`` different images. All classes
+    are equally likely, and within a class all images. The label of a class is its place in the draw.
+
+    Args:
+        images: The set; moved once, as uint8, to `device`.
+        ways: Classes a task, at least 2.
+        shots: Support images a class, at least 1.
+        queries: Query images a class, at least 1.
+        tasks: Tasks a meta-batch (`draw`), at least 1.
+        seed: 0 to 2**63 - 1. Default 0.
+        device: Where the images lie and tasks are drawn. Default ``"cpu"``.
+        rotations: True: each class also counts turned by 90, 180 and 270 degrees, as classes of their own (four
+            times as many; all images of a class in a task share the rotation). Needs square images. Default False.
+        normalize: What becomes of a pixel x in 0..255: ``"zero-one"`` (default) x / 255; ``"signed"``
+            (x - 127.5) / 127.5; ``"raw"`` x; or a pair ``(mean, std)`` of numbers or of one number a channel,
+            on the 0..1 scale as torchvision's ``Normalize`` has it: (x / 255 - mean) / std.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range; `device` names none; a class has fewer than ``shots + queries``
+            images (the message names it); `rotations` with images that are not square.
+
+    Determinism: the numbers depend on the set, `ways`, `shots`, `queries`, `rotations`, `normalize`, `seed` and the
+    task's number, and on nothing else: not on `tasks`, the device or earlier calls. A task's first images do
+    not change with `shots + queries`.
+
+    Memory: the set once as uint8, plus a meta-batch as float32. No synchronisation with the device.
+
+    Example:
+        >>> import torch
+        >>> from signmaml.data import ImageSet
+        >>> pictures = torch.arange(40, dtype=torch.uint8).reshape(40, 1, 1, 1).expand(40, 1, 4, 4)
+        >>> toy = ImageSet("toy", "train", pictures, ("a", "b", "c", "d"), torch.tensor([10, 10, 10, 10]))
+        >>> sampler = EpisodeSampler(toy, ways=3, shots=1, queries=2, tasks=5)
+        >>> batch = sampler.draw(iteration=0)
+        >>> batch.support_x.shape, batch.query_y.shape, batch.query_y[0].tolist()
+        (torch.Size([5, 3, 1, 4, 4]), torch.Size([5, 6]), [0, 0, 1, 1, 2, 2])
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rotations: bool = False,
+        normalize: Normalization = "zero-one",
+    ) -> None:
+        if not isinstance(images, ImageSet):
+            raise TypeError(f"images: expected an ImageSet, found {type(images).__name__}")
+        if not isinstance(rotations, bool):
+            raise TypeError(f"rotations: expected True or False, found {rotations!r}")
+        channels, height, width = images.image_shape
+        if rotations and height != width:
+            raise ValueError(f"rotations: expected square images, found height {height} and width {width}")
+        self.classes = images.classes * (4 if rotations else 1)
+        counted = "classes in the split" + (", each in 4 rotations" if rotations else "")
+        self.ways = check_integer("ways", ways, 2, self.classes, counted)
+        self.shots = check_integer("shots", shots, 1)
+        self.queries = check_integer("queries", queries, 1)
+        self.tasks = check_integer("tasks", tasks, 1)
+        self.seed = check_integer("seed", seed, 0, MAX_SEED)
+        self.rotations = rotations
+        self.normalize = _checked_normalization(normalize, channels)
+        self.device = _checked_device(device)
+        _check_class_sizes(images, self.shots, self.queries)
+        self._name, self._split, self._class_names = images.name, images.split, images.class_names
+
+        self._images = images.images.to(self.device)
+        self._class_starts = images.class_starts.to(self.device)
+        self._class_sizes = images.class_sizes.to(self.device)
+        self._class_numbers = torch.arange(self.classes, device=self.device)
+        self._image_numbers = torch.arange(int(images.class_sizes.max()), device=self.device)
+        self._ways_numbers = torch.arange(self.ways, device=self.device)
+        self._support_labels = self._ways_numbers.repeat_interleave(self.shots)
+        self._query_labels = self._ways_numbers.repeat_interleave(self.queries)
+        self._turned_pixels = _turned_pixels(height, self.device) if rotations else None
+        self._shift, self._scale = _shift_and_scale(self.normalize, channels, self.device)
+
+    def draw(self, iteration: int) -> Episodes:
+        """The meta-batch of one iteration: tasks ``iteration * T`` to ``iteration * T + T - 1``.
+
+        Args:
+            iteration: 0 or more.
+
+        Returns:
+            `Episodes` with ``T = tasks`` on the sampler's device.
+
+        Raises:
+            TypeError, ValueError: `iteration` is not an integer in range.
+        """
+        iteration = check_integer("iteration", iteration, 0, MAX_TASK // self.tasks)
+        return self.draw_tasks(iteration * self.tasks, self.tasks)
+
+    def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
+        """The tasks ``first_task`` to ``first_task + tasks - 1``: the same numbers whatever the split into calls.
+
+        Args:
+            first_task: 0 or more.
+            tasks: 1 or more.
+
+        Returns:
+            `Episodes` with ``T = tasks`` on the sampler's device.
+
+        Raises:
+            TypeError, ValueError: An argument is not an integer in range.
+        """
+        classes, rows = self.draw_indices(first_task, tasks)
+        turns = classes.div(len(self._class_names), rounding_mode="floor") if self.rotations else None
+        return Episodes(
+            self._pick(rows[:, :, : self.shots], turns),
+            self._support_labels.repeat(tasks, 1),
+            self._pick(rows[:, :, self.shots :], turns),
+            self._query_labels.repeat(tasks, 1),
+        )
+
+    def draw_indices(self, first_task: int, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `draw_tasks` would take, as indices.
+
+        Args:
+            first_task: 0 or more.
+            tasks: 1 or more.
+
+        Returns:
+            ``classes [T, N]`` int64 and ``rows [T, N, K + queries]`` int64 on the device: class numbers (with
+            rotations: class plus number of classes times quarter turns) and rows of the image set, support first.
+
+        Raises:
+            TypeError, ValueError: An argument is not an integer in range.
+        """
+        tasks = check_integer("tasks", tasks, 1)
+        first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
+        numbers = torch.arange(first_task, first_task + tasks, device=self.device)
+
+        order = _children(_children(_stream(self.seed, _CLASSES), numbers)[:, None], self._class_numbers)
+        classes = _first_in_order(order, self._class_numbers, self.ways)
+
+        real = classes.remainder(len(self._class_names))
+        task_keys = _children(_stream(self.seed, _IMAGES), numbers)
+        class_keys = _children(task_keys[:, None], self._ways_numbers)
+        order = _children(class_keys[:, :, None], self._image_numbers)
+        missing = self._image_numbers >= self._class_sizes[real][:, :, None]
+        places = _first_in_order(order, self._image_numbers, self.shots + self.queries, missing)
+        return classes, self._class_starts[real][:, :, None] + places
+
+    def class_name(self, number: int) -> str:
+        """The name of a class number of `draw_indices`, with its rotation if there is one.
+
+        Args:
+            number: 0 to ``classes - 1``.
+
+        Raises:
+            TypeError, ValueError: `number` is not an integer in range.
+        """
+        number = check_integer("number", number, 0, self.classes - 1)
+        turns, real = divmod(number, len(self._class_names))
+        return self._class_names[real] + (f" turned {90 * turns} degrees" if turns else "")
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the numbers drawn, for a run's records (JSON types only)."""
+        return {
+            "set": self._name,
+            "split": self._split,
+            "classes": self.classes,
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "tasks": self.tasks,
+            "seed": self.seed,
+            "rotations": self.rotations,
+            "normalize": self.normalize if isinstance(self.normalize, str) else [list(v) for v in self.normalize],
+        }
+
+    def _pick(self, rows: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
+        """Images at ``rows [T, N, k]``, each class turned by ``turns [T, N]`` quarter turns: ``[T, N*k, C, H, W]``."""
+        tasks, ways, k = rows.shape
+        pixels = self._images.index_select(0, rows.reshape(-1))
+        if turns is not None and self._turned_pixels is not None:
+            channels = pixels.shape[1]
+            sources = self._turned_pixels.index_select(0, turns.repeat_interleave(k, 1).reshape(-1))
+            turned = pixels.flatten(2).gather(2, sources[:, None].expand(-1, channels, -1))
+            pixels = turned.view_as(pixels)
+        x = pixels.to(torch.float32)
+        if self._shift is not None:
+            x.sub_(self._shift)
+        if self._scale is not None:
+            x.div_(self._scale)
+        return x.view(tasks, ways * k, *x.shape[1:])
+
+
+class SinusoidSampler:
+    """Draws the sinusoid regression tasks of Finn et al. (2017): y = amplitude * sin(x + phase).
+
+    Amplitude and phase are uniform over tasks, each x uniform over `x_range`.
+
+    Args:
+        shots: Support points a task, at least 1.
+        queries: Query points a task, at least 1.
+        tasks: Tasks a meta-batch, at least 1.
+        seed: 0 to 2**63 - 1. Default 0.
+        device: Where tasks are drawn. Default ``"cpu"``.
+        amplitude: Least and greatest amplitude. Default (0.1, 5.0).
+        phase: Least and greatest phase in radians. Default (0, pi).
+        x_range: Least and greatest x. Default (-5, 5).
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A count is out of range, or a range is not two finite numbers in order.
+
+    Determinism: as for `EpisodeSampler`. The sine is computed in float64 and rounded to float32 once, so that
+    devices agree (up to a float64 rounding that lands on a float32 boundary, which a run will not meet).
+
+    Example:
+        >>> sampler = SinusoidSampler(shots=10, queries=15, tasks=4)
+        >>> batch = sampler.draw(iteration=0)
+        >>> batch.support_x.shape, batch.query_y.shape
+        (torch.Size([4, 10, 1]), torch.Size([4, 15, 1]))
+    """
+
+    def __init__(
+        self,
+        *,
+        shots: int,
+        queries: int,
+        tasks: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        amplitude: tuple[float, float] = (0.1, 5.0),
+        phase: tuple[float, float] = (0.0, math.pi),
+        x_range: tuple[float, float] = (-5.0, 5.0),
+    ) -> None:
+        self.shots = check_integer("shots", shots, 1)
+        self.queries = check_integer("queries", queries, 1)
+        self.tasks = check_integer("tasks", tasks, 1)
+        self.seed = check_integer("seed", seed, 0, MAX_SEED)
+        self.amplitude = _checked_range("amplitude", amplitude)
+        self.phase = _checked_range("phase", phase)
+        self.x_range = _checked_range("x_range", x_range)
+        self.device = _checked_device(device)
+
+    def draw(self, iteration: int) -> Episodes:
+        """The meta-batch of one iteration; see `EpisodeSampler.draw`. x and y: ``[T, points, 1]`` float32."""
+        iteration = check_integer("iteration", iteration, 0, MAX_TASK // self.tasks)
+        return self.draw_tasks(iteration * self.tasks, self.tasks)
+
+    def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
+        """The tasks ``first_task`` to ``first_task + tasks - 1``; see `EpisodeSampler.draw_tasks`."""
+        tasks = check_integer("tasks", tasks, 1)
+        first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
+        numbers = torch.arange(first_task, first_task + tasks, device=self.device)
+        wave_keys = _children(_stream(self.seed, _SINE), numbers)[:, None]
+        wave = _uniform(_children(wave_keys, torch.arange(2, device=self.device)))
+        amplitude = _between(self.amplitude, wave[:, :1])
+        phase = _between(self.phase, wave[:, 1:])
+
+        point_keys = _children(_stream(self.seed, _POINTS), numbers)[:, None]
+        points = torch.arange(self.shots + self.queries, device=self.device)
+        x = _between(self.x_range, _uniform(_children(point_keys, points))).to(torch.float32)
+        y = (amplitude * torch.sin(x.to(torch.float64) + phase)).to(torch.float32)
+        x, y = x[:, :, None], y[:, :, None]
+        split = self.shots
+        return Episodes(
+            x[:, :split].contiguous(), y[:, :split].contiguous(), x[:, split:].contiguous(), y[:, split:].contiguous()
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the numbers drawn, for a run's records (JSON types only)."""
+        return {
+            "set": "sinusoid",
+            "shots": self.shots,
+            "queries": self.queries,
+            "tasks": self.tasks,
+            "seed": self.seed,
+            "amplitude": list(self.amplitude),
+            "phase": list(self.phase),
+            "x_range": list(self.x_range),
+        }
+
+
+# --- counter-based randomness ---------------------------------------------------------------------------------------
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same 64 bits as `word`, which torch's int64 arithmetic takes as a scalar."""
+    word %= _WORD
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def _stream(seed: int, stream: int) -> int:
+    """The key of one stream of a seed, in Python: it is the same for every task."""
+
+    def child(parent: int, number: int) -> int:
+        word = (parent + _GOLDEN * (number + 1)) % _WORD
+        word = (word ^ (word >> 30)) * _MULTIPLIERS[0] % _WORD
+        word = (word ^ (word >> 27)) * _MULTIPLIERS[1] % _WORD
+        return word ^ (word >> 31)
+
+    return child(child(0, seed), stream)
+
+
+def _children(parents: torch.Tensor | int, numbers: torch.Tensor) -> torch.Tensor:
+    """``mix(parents + G * (numbers + 1))`` on int64 tensors that broadcast; wraps modulo 2**64."""
+    steps = (numbers + 1) * _signed(_GOLDEN)
+    word = steps + (_signed(parents) if isinstance(parents, int) else parents)
+    word.bitwise_xor_(_shifted(word, 30)).mul_(_signed(_MULTIPLIERS[0]))
+    word.bitwise_xor_(_shifted(word, 27)).mul_(_signed(_MULTIPLIERS[1]))
+    return word.bitwise_xor_(_shifted(word, 31))
+
+
+def _shifted(word: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift to the right; torch shifts int64 arithmetically, so the copies of the sign bit are cut off."""
+    return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _first_in_order(
+    order: torch.Tensor, numbers: torch.Tensor, count: int, missing: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The `count` candidates with the least `order`, least first.
+
+    Args:
+        order: ``[..., candidates]`` int64, random; overwritten.
+        numbers: ``[candidates]`` int64, 0, 1, 2, ...
+        count: At most the number of candidates that are not missing.
+        missing: ``[..., candidates]`` bool, candidates never to take.
+
+    Returns:
+        ``[..., count]`` int64, candidate numbers.
+    """
+    low_bits = (1 << (len(numbers) - 1).bit_length()) - 1
+    order.bitwise_and_(~low_bits).bitwise_or_(numbers)
+    if missing is not None:
+        # Above every order but keeping the number apart is not needed: at least `count` others come first.
+        order.masked_fill_(missing, torch.iinfo(torch.int64).max)
+    return order.topk(count, largest=False, sorted=True).values.bitwise_and_(low_bits)
+
+
+def _uniform(words: torch.Tensor) -> torch.Tensor:
+    """float64 in [0, 1) from the 53 high bits of int64 words."""
+    return _shifted(words, 11).to(torch.float64).mul_(2.0**-53)
+
+
+def _between(limits: tuple[float, float], share: torch.Tensor) -> torch.Tensor:
+    return share.mul(limits[1] - limits[0]).add_(limits[0])
+
+
+# --- checks and tables made once -------------------------------------------------------------------------------------
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda', found {device!r}") from error
+
+
+def _check_class_sizes(images: ImageSet, shots: int, queries: int) -> None:
+    needed = shots + queries
+    small = [
+        f"{name!r} ({size})"
+        for name, size in zip(images.class_names, images.class_sizes.tolist(), strict=True)
+        if size < needed
+    ]
+    if small:
+        raise ValueError(
+            f"shots, queries: {shots} + {queries} needs at least {needed} images in every class of "
+            f"{images.name}/{images.split}, found fewer in {a_few(small)}"
+        )
+
+
+def _checked_normalization(value: Any, channels: int) -> str | tuple[tuple[float, ...], tuple[float, ...]]:
+    """The name, or mean and standard deviation with one number a channel each."""
+    if isinstance(value, str):
+        return check_choice("normalize", value, NORMALIZATIONS)
+    expected = f"normalize: expected one of {', '.join(NORMALIZATIONS)} or a pair (mean, std)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{expected}, found {value!r}")
+    parts = []
+    for name, part in zip(("mean", "std"), value, strict=True):
+        try:
+            numbers = [float(v) for v in part] if isinstance(part, Sequence) else [float(part)] * channels
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"normalize: expected {name} as numbers, found {part!r}") from error
+        if len(numbers) != channels or not all(math.isfinite(v) for v in numbers):
+            raise ValueError(f"normalize: expected {name} as {channels} finite numbers (channels), found {part!r}")
+        parts.append(tuple(numbers))
+    if min(parts[1]) <= 0:
+        raise ValueError(f"normalize: expected std above 0, found {value[1]!r}")
+    return parts[0], parts[1]
+
+
+def _shift_and_scale(
+    normalize: str | tuple[tuple[float, ...], tuple[float, ...]], channels: int, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """``[C, 1, 1]`` tensors s, d with the normalised pixel (x - s) / d; None where there is nothing to do.
+
+    The divisor is a tensor on the device and not a number: by a number, CUDA multiplies with the reciprocal, which
+    differs from the CPU in the last bit.
+    """
+
+    def per_channel(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor([255.0 * value for value in values], dtype=torch.float32).view(-1, 1, 1).to(device)
+
+    if normalize == "raw":
+        return None, None
+    if normalize == "zero-one":
+        return None, per_channel([1.0] * channels)
+    if isinstance(normalize, str):
+        return per_channel([0.5] * channels), per_channel([0.5] * channels)
+    mean, std = normalize
+    return per_channel(mean), per_channel(std)
+
+
+def _turned_pixels(size: int, device: torch.device) -> torch.Tensor:
+    """``[4, H*W]`` int64: for each number of quarter turns (as ``torch.rot90``), where every pixel comes from."""
+    grid = torch.arange(size * size).view(size, size)
+    return torch.stack([torch.rot90(grid, turns).reshape(-1) for turns in range(4)]).to(device)
+
+
+def _checked_range(name: str, value: Any) -> tuple[float, float]:
+    expected = f"{name}: expected two finite numbers (least, greatest) in order"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{expected}, found {value!r}")
+    try:
+        low, high = float(value[0]), float(value[1])
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{expected}, found {value!r}") from error
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"{expected}, found {value!r}")
+    return low, high

@@ -1,0 +1,335 @@
+"""Accuracy (or error) over many tasks, always with the protocol that produced it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import signmaml_ext
+
+from .stats import mean_and_ci95
+
+if TYPE_CHECKING:
+    from .data import ImageSet
+
+Rates = float | Tensor | Mapping[str, Tensor]
+
+
+class Sampler(Protocol):
+    """Anything that draws meta-batches: `(support_x, support_y, query_x, query_y)`, each `[T, ...]`.
+
+    A sampler may also have `draw_tasks(first_task, tasks)`, which makes evaluation independent of how it is cut into
+    chunks, and attributes `ways`, `shots`, `queries`, `seed` for the report.
+    """
+
+    def draw(self, iteration: int) -> Sequence[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A mean over tasks and everything it depends on; `str()` prints all of it, `to_dict()` is for JSON.
+
+    Attributes:
+        metric: "accuracy" (share of right answers, 0..1) or "mse" (mean squared error).
+        mean: Mean of the metric over the tasks.
+        ci95: Half-width of the 95% t-interval of the mean; nan for one task.
+        loss: Mean query loss over the same tasks.
+        tasks: Number of tasks drawn.
+        nonfinite: How many of them met a NaN or an Inf; part of the mean unless `left_out`.
+        left_out: Whether non-finite tasks were left out of the mean (`nonfinite="skip"`).
+        ways: Classes in a task; None in regression.
+        shots: Support examples a class (a task, in regression).
+        queries: Query examples a class (a task, in regression).
+        test_steps: Inner steps.
+        inner_lr: Inner learning rate, or "learned".
+        method: "sign-maml", "fo-maml" or "maml".
+        batch_norm: "batch" or "running" statistics.
+        rotations: Whether rotated classes counted as classes of their own.
+        seed: Seed of the tasks; None if the sampler has none.
+        data: Name of the data set.
+        split: "train", "val" or "test".
+        backend: Backend that computed it.
+        precision: "fp32", "tf32" or "bf16".
+    """
+
+    metric: str
+    mean: float
+    ci95: float
+    loss: float
+    tasks: int
+    nonfinite: int
+    left_out: bool
+    ways: int | None
+    shots: int
+    queries: int
+    test_steps: int
+    inner_lr: float | str
+    method: str
+    batch_norm: str
+    rotations: bool
+    seed: int | None
+    data: str
+    split: str
+    backend: str
+    precision: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; a number that is not finite becomes None."""
+        values = dataclasses.asdict(self)
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    def score(self) -> str:
+        """The mean with its interval, such as "accuracy 93.42% +- 0.35%"."""
+        if self.metric == "accuracy":
+            return f"accuracy {100 * self.mean:.2f}% +- {100 * self.ci95:.2f}%"
+        return f"mean squared error {self.mean:.4g} +- {self.ci95:.2g}"
+
+    def protocol(self) -> str:
+        """What the number depends on, in one line."""
+        if self.ways is None:
+            setting = f"{self.shots} support and {self.queries} query points a task"
+        else:
+            setting = f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class"
+        rate = self.inner_lr if isinstance(self.inner_lr, str) else f"{self.inner_lr:g}"
+        rotated = ", rotated classes" if self.rotations else ""
+        # Statistics of the query set use all its images at once.
+        transductive = " (transductive)" if self.batch_norm == "batch" else ""
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return (
+            f"{setting}, {self.data}/{self.split}{rotated}; {self.method}, {self.test_steps} test steps, "
+            f"inner_lr {rate}, BatchNorm on {self.batch_norm} statistics{transductive}; {self.tasks} tasks{seed}, "
+            f"backend {self.backend}, {self.precision}"
+        )
+
+    def __str__(self) -> str:
+        interval = "95% t-interval" if self.tasks > 1 else "no interval: it takes at least two tasks"
+        lines = [f"{self.split} {self.score()} ({interval})", f"  protocol: {self.protocol()}"]
+        if self.nonfinite:
+            fate = "left out of the mean" if self.left_out else "part of the mean"
+            lines.append(f"  {self.nonfinite} of {self.tasks} tasks met a NaN or an Inf ({fate})")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: nn.Module,
+    images_or_sampler: ImageSet | Sampler,
+    *,
+    ways: int | None = None,
+    shots: int | None = None,
+    queries: int | None = None,
+    tasks: int = 1000,
+    inner_lr: Rates,
+    inner_steps: int,
+    method: str = "sign-maml",
+    loss: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    adapt: str | Sequence[str] | None = None,
+    batch_norm: str = "batch",
+    nonfinite: str = "propagate",
+    backend: str = "auto",
+    precision: str = "fp32",
+    seed: int = 0,
+    rotations: bool = False,
+    normalize: str = "zero-one",
+    chunk: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Adapts a model to many tasks and returns the mean of their query accuracy with its 95% interval.
+
+    Nothing is changed; dropout is off for the duration. The same tasks are drawn whatever `chunk`.
+
+    Args:
+        model: The meta-trained model; its device is where everything runs.
+        images_or_sampler: An `ImageSet` to draw episodes from, or any sampler (see `Sampler`).
+        ways, shots, queries: The episodes; needed for an `ImageSet` (default 5, 1, 15), taken from the sampler or
+            its tensors otherwise.
+        tasks: Number of tasks, >= 1; with one task there is no interval.
+        inner_lr, inner_steps, method, loss, adapt, batch_norm, nonfinite, backend, precision: As in
+            `signmaml_ext.evaluate`. `loss=None` takes cross-entropy for int64 labels and the mean squared error for
+            anything else. With nonfinite="skip", tasks that met a NaN or an Inf are left out of the mean.
+        seed: Seed of the tasks drawn from an `ImageSet`, >= 0.
+        rotations, normalize: As in `EpisodeSampler`; for an `ImageSet`.
+        chunk: Tasks computed at once; None: 25 on the CPU, 200 elsewhere.
+        progress: Called with the number of tasks of each chunk once it is on its way.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; see `signmaml_ext.evaluate` and `EpisodeSampler`.
+        FloatingPointError: With nonfinite="raise".
+
+    Determinism: the same arguments give the same result; results of tasks may differ in the last bits with `chunk`.
+
+    Example:
+        >>> import signmaml
+        >>> waves = signmaml.SinusoidSampler(shots=10, queries=10, tasks=25)
+        >>> result = evaluate(signmaml.MLP(1, 1), waves, tasks=100, inner_lr=0.01, inner_steps=5)
+        >>> result.metric, result.tasks, result.shots
+        ('mse', 100, 10)
+    """
+    if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
+        raise ValueError(f"tasks: expected an integer >= 1, found {tasks!r}")
+    device = next(model.parameters()).device
+    if chunk is None:
+        chunk = default_chunk(device)
+    sampler: Sampler
+    if hasattr(images_or_sampler, "draw"):
+        sampler = images_or_sampler
+        data, split = getattr(sampler, "name", type(sampler).__name__), getattr(sampler, "split", "own")
+    else:
+        from .episodes import EpisodeSampler
+
+        ways, shots, queries = ways or 5, shots or 1, queries or 15
+        sampler = EpisodeSampler(
+            images_or_sampler,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            tasks=min(chunk, tasks),
+            seed=seed,
+            device=device,
+            rotations=rotations,
+            normalize=normalize,
+        )
+        data, split = images_or_sampler.name, images_or_sampler.split
+    return evaluate_sampler(
+        model,
+        sampler,
+        tasks=tasks,
+        chunk=chunk,
+        report={"data": data, "split": split, "ways": ways, "shots": shots, "queries": queries},
+        progress=progress,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        method=method,
+        loss=loss,
+        adapt=adapt,
+        batch_norm=batch_norm,
+        nonfinite=nonfinite,
+        backend=backend,
+        precision=precision,
+    )
+
+
+def evaluate_sampler(
+    model: nn.Module,
+    sampler: Sampler,
+    *,
+    tasks: int,
+    chunk: int,
+    report: Mapping[str, Any],
+    progress: Callable[[int], None] | None = None,
+    **arguments: Any,
+) -> Evaluation:
+    """`evaluate` for a sampler that exists already.
+
+    Args:
+        model: The model.
+        sampler: Where tasks come from.
+        tasks: Number of tasks.
+        chunk: Tasks at once, if the sampler can draw any number.
+        report: `data` and `split`, and those of `ways`, `shots`, `queries` that are known; for the `Evaluation`.
+        progress: As in `evaluate`.
+        **arguments: For `signmaml_ext.evaluate`, with `loss` possibly None.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []  # metric, loss, non-finite: [tasks of the chunk] each
+    loss = arguments.pop("loss")
+    with dropout_off(model):
+        for episodes in _chunks(sampler, tasks, chunk):
+            result = signmaml_ext.evaluate(model, *episodes, loss=loss or loss_for(episodes), **arguments)
+            metric = result.query_loss if result.query_accuracy is None else result.query_accuracy
+            parts.append((metric.double(), result.query_loss.double(), result.nonfinite))
+            if progress is not None:
+                progress(len(episodes[0]))
+    values, losses, flags = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    left_out = arguments["nonfinite"] == "skip"
+    counted = ~flags if left_out else torch.ones_like(flags)
+    mean, ci95 = mean_and_ci95(values[counted].numpy())
+    classification = result.query_accuracy is not None
+    return Evaluation(
+        metric="accuracy" if classification else "mse",
+        mean=mean,
+        ci95=ci95,
+        loss=float(losses[counted].mean()),
+        tasks=tasks,
+        nonfinite=int(flags.sum()),
+        left_out=left_out,
+        **_setting(sampler, report, episodes, result.logits.shape[-1] if classification else None),
+        test_steps=arguments["inner_steps"],
+        inner_lr=_rate_for_report(arguments["inner_lr"]),
+        method=arguments["method"],
+        batch_norm=arguments["batch_norm"],
+        rotations=bool(getattr(sampler, "rotations", False)),
+        seed=getattr(sampler, "seed", None),
+        data=report["data"],
+        split=report["split"],
+        backend=result.backend,
+        precision=arguments["precision"],
+    )
+
+
+def default_chunk(device: torch.device) -> int:
+    """Tasks at once: what two CPU cores like, or enough to fill an accelerator."""
+    return 25 if device.type == "cpu" else 200
+
+
+def loss_for(episodes: Sequence[Tensor]) -> str:
+    """The usual loss for a sampler's targets: cross-entropy for int64 labels, else the mean squared error."""
+    return "cross_entropy" if episodes[1].dtype == torch.int64 else "mse"
+
+
+@contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, put back module by module afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _chunks(sampler: Sampler, tasks: int, chunk: int) -> Iterator[Sequence[Tensor]]:
+    """Meta-batches with `tasks` tasks in all."""
+    draw_tasks = getattr(sampler, "draw_tasks", None)
+    if draw_tasks is not None:
+        for first in range(0, tasks, chunk):
+            yield draw_tasks(first, min(chunk, tasks - first))
+        return
+    done = iteration = 0
+    while done < tasks:
+        episodes = [part[: tasks - done] for part in sampler.draw(iteration)]
+        if len(episodes[0]) == 0:
+            raise ValueError(f"sampler: expected meta-batches with at least one task, found none in draw({iteration})")
+        yield episodes
+        done += len(episodes[0])
+        iteration += 1
+
+
+def _setting(
+    sampler: Sampler, report: Mapping[str, Any], episodes: Sequence[Tensor], classes: int | None
+) -> dict[str, Any]:
+    """Ways, shots and queries: as told, else the sampler's, else by the sizes of the sets."""
+
+    def known(name: str) -> int | None:
+        value = report.get(name)
+        return getattr(sampler, name, None) if value is None else value
+
+    ways = None if classes is None else known("ways") or classes
+    shots = known("shots") or episodes[0].shape[1] // (ways or 1)
+    queries = known("queries") or episodes[2].shape[1] // (ways or 1)
+    return {"ways": ways, "shots": shots, "queries": queries}
+
+
+def _rate_for_report(rate: Rates) -> float | str:
+    if isinstance(rate, (int, float)):
+        return float(rate)
+    return "learned"

@@ -1,0 +1,53 @@
+"""Named starting points for `TrainConfig`, as plain data: `signmaml train --preset NAME`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Omniglot, 5-way 1-shot, small enough for a few minutes on two CPU cores.
+    "omniglot": {
+        "data": "omniglot",
+        "rotations": True,
+        "inner_lr": 0.01,
+        "inner_steps": 3,
+        "iterations": 600,
+        "test_queries": 15,
+    },
+    # What the official code runs on mini-ImageNet: hours on a CPU.
+    "official": {
+        "data": "mini_imagenet",
+        "image_size": 84,
+        "rotations": False,
+        "normalize": "raw",
+        "ways": 5,
+        "shots": 1,
+        "queries": 1,
+        "tasks": 8,
+        "filters": 32,
+        "method": "sign-maml",
+        "inner_lr": 0.0035,
+        "inner_steps": 5,
+        "test_steps": 10,
+        "iterations": 60_000,
+        "outer_lr": 1e-3,
+        "validate_every": 1000,
+        "validate_tasks": 200,
+        "test_tasks": 1000,
+        "log_every": 100,
+        "checkpoint_every": 1000,
+    },
+    # Regression of sine waves from 10 points, as in the MAML paper.
+    "sinusoid": {
+        "data": "sinusoid",
+        "model": "mlp",
+        "shots": 10,
+        "queries": 10,
+        "tasks": 25,
+        "inner_lr": 0.01,
+        "inner_steps": 5,
+        "iterations": 2000,
+        "validate_every": 200,
+        "test_tasks": 600,
+    },
+}

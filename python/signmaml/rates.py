@@ -1,0 +1,102 @@
+"""Inner learning rates as the trainer holds them: a constant, or meta-learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class InnerRates(nn.Module):
+    """The inner learning rates of a run; `values()` is what `signmaml_ext.meta_step` takes as `inner_lr`.
+
+    Learned rates are kept as logarithms: they stay positive, and a step of the outer Adam changes them by a share
+    (1e-3 is 0.1% an iteration) whatever their size.
+
+    Args:
+        model: Whose parameters the rates belong to.
+        learn: "none", "scalar" (one rate), "per-step" (one for each inner step), "per-layer" (one for each adapted
+            parameter tensor: a layer's weight and bias have their own, as in MAML++), or "per-layer-per-step".
+        start: The rate at the beginning, > 0.
+        steps: Inner steps in training (K).
+        adapt: Name patterns of the adapted parameters; None: all that require grad.
+
+    Example:
+        >>> rates = InnerRates(nn.Linear(3, 2), "per-layer", 0.01, 5)
+        >>> sorted(rates.values())
+        ['bias', 'weight']
+    """
+
+    def __init__(
+        self, model: nn.Module, learn: str, start: float, steps: int, adapt: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.learn, self.start, self.steps = learn, start, steps
+        self.logs: dict[str, nn.Parameter] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if learn in ("scalar", "per-step"):
+            shapes[""] = (steps,) if learn == "per-step" else ()
+        elif learn in ("per-layer", "per-layer-per-step"):
+            leading = (steps,) if learn == "per-layer-per-step" else ()
+            shapes = {name: leading + (1,) * p.ndim for name, p in _adapted(model, adapt).items()}
+        device = next(model.parameters()).device
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        for index, (name, shape) in enumerate(shapes.items()):
+            log = torch.full(shape, start, dtype=dtype, device=device).log()
+            self.logs[name] = nn.Parameter(log)
+            self.register_parameter(f"log_{index}", self.logs[name])  # a name may hold dots, an attribute may not
+
+    def values(self, steps: int | None = None) -> float | Tensor | dict[str, Tensor]:
+        """The rates, differentiable where they are learned.
+
+        Args:
+            steps: Inner steps to be taken; None: those of training. More steps than in training repeat the last
+                step's rate, fewer take the first ones.
+        """
+        if not self.logs:
+            return self.start
+        steps = self.steps if steps is None else steps
+        rates = {name: self._for_steps(log.exp(), steps) for name, log in self.logs.items()}
+        return rates.get("", rates)
+
+    def _for_steps(self, rate: Tensor, steps: int) -> Tensor:
+        if not self.learn.endswith("per-step") or steps == self.steps:
+            return rate
+        return rate[[min(step, self.steps - 1) for step in range(steps)]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The logarithms as lists, exactly, with what is needed to read them back."""
+        logs = {name: log.detach().double().tolist() for name, log in self.logs.items()}
+        return {"learn": self.learn, "start": self.start, "steps": self.steps, "logs": logs}
+
+    def load_json(self, stored: Mapping[str, Any]) -> None:
+        """Takes over rates that `to_json` gave.
+
+        Raises:
+            ValueError: They are of another kind, or for other parameters or steps; nothing has been changed.
+        """
+        own = (self.learn, self.steps, list(self.logs))
+        found = (stored["learn"], stored["steps"], list(stored["logs"]))
+        if own != found:
+            raise ValueError(f"inner rates: expected (kind, steps, names) {own}, found {found}")
+        with torch.no_grad():
+            self.start = stored["start"]
+            for name, log in self.logs.items():
+                log.copy_(torch.tensor(stored["logs"][name], dtype=torch.float64).reshape(log.shape))
+
+
+def _adapted(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, Tensor]:
+    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if patterns is None:
+        return trainable
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)  # a pattern may use any name of a tied parameter
+    return {
+        name: p
+        for name, p in trainable.items()
+        if any(fnmatchcase(alias, pattern) for alias in names[id(p)] for pattern in patterns)
+    }

@@ -1,0 +1,62 @@
+"""Every kernel compiles for every architecture, spills nothing, and takes what the table says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from helpers import resources
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(resources.nvcc() is None, reason="no nvcc on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    return resources.table()
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Any]:
+    return json.loads(resources.TABLE.read_text())
+
+
+def rows(table: dict[str, Any]) -> list[tuple[str, str, dict[str, int]]]:
+    return [(name, arch, values) for name, by_arch in table["kernels"].items() for arch, values in by_arch.items()]
+
+
+def test_all_kernels_on_all_architectures(measured, recorded):
+    assert measured["kernels"].keys() == recorded["kernels"].keys(), (
+        "renew the table: python tests/helpers/resources.py"
+    )
+    assert len(measured["kernels"]) >= 10
+    for by_architecture in measured["kernels"].values():
+        assert set(by_architecture) == {f"sm_{architecture}" for architecture in resources.ARCHITECTURES}
+
+
+def test_no_spills_and_no_stack(measured):
+    for name, architecture, values in rows(measured):
+        assert values["spill_bytes"] == values["stack_bytes"] == 0, (name, architecture, values)
+
+
+def test_float_kernels_have_no_double_arithmetic(measured):
+    for name, architecture, values in rows(measured):
+        if "<float" in name:
+            assert values["fp64_instructions"] == 0, (name, architecture)
+        else:
+            assert values["fp64_instructions"] > 0, "the count must see double arithmetic where there is some"
+
+
+def test_enough_warps_to_hide_memory(measured):
+    for name, architecture, values in rows(measured):
+        assert values["warps_resident"] >= 16, (name, architecture, values)
+
+
+def test_table_is_up_to_date(measured, recorded):
+    if measured["nvcc"] != recorded["nvcc"]:
+        pytest.skip(f"the table is of nvcc {recorded['nvcc']}, this is {measured['nvcc']}")
+    assert measured == recorded, "renew the table: python tests/helpers/resources.py"

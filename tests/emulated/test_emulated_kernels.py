@@ -1,0 +1,93 @@
+"""The .cuh files that nvcc compiles, run on the emulated GPU."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from helpers import emulated, emulated_cases
+
+
+@pytest.fixture(scope="module")
+def native() -> ModuleType:
+    return emulated.load(emulated.build_once())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["all", "masked", "element", "segments", "segments masked"])
+def test_sign_step_kernel(native, form, dtype, seed):
+    torch.manual_seed(seed)
+    native.configure(seed=seed, blocks_alive=1 + seed, multiprocessors=1 + seed)
+    for tasks, parameters, shift in (
+        (1, 1, 0),
+        (2, 3, 1),
+        (7, 15, 2),
+        (3, 16, 3),
+        (2, 17, 0),
+        (3, 1023, 0),
+        (2, 1025, 1),
+    ):
+        emulated_cases.sign_step(native, tasks, parameters, dtype, form, shift % (16 // dtype.itemsize))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("skip", [False, True])
+def test_meta_accumulate_kernel(native, skip, dtype, seed):
+    torch.manual_seed(seed)
+    native.configure(seed=seed, blocks_alive=1 + seed, multiprocessors=1)
+    for tasks, parameters, shift in (
+        (1, 1, 0),
+        (1, 5, 1),
+        (3, 16, 0),
+        (8, 17, 0),
+        (9, 33, 1),
+        (17, 1027, 0),
+        (2, 2052, 2),
+    ):
+        emulated_cases.meta_accumulate(native, tasks, parameters, dtype, skip, shift % (16 // dtype.itemsize))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_platform_functions(native, seed):
+    torch.manual_seed(seed)
+    native.configure(seed=seed, blocks_alive=1 + seed)
+    for rows, columns, block in ((1, 1, 32), (3, 1027, 128), (2, 100, 256)):
+        emulated_cases.block_sum(native, rows, columns, block)
+    for m, n, k in ((16, 16, 8), (48, 32, 24)):
+        emulated_cases.matmul_tf32(native, m, n, k)
+    for m, n, k in ((16, 8, 16), (32, 24, 64)):
+        emulated_cases.matmul_bf16(native, m, n, k)
+
+
+def test_tf32_rounds_as_documented(native):
+    """1 + 2^-11 is half way between two TF32 numbers and goes away from zero; 1 + 2^-12 goes to 1."""
+    native.configure()
+    a, b = torch.zeros(16, 8), torch.zeros(8, 16)
+    a[0, 0], a[1, 0], a[2, 0], b[0, 0] = 1 + 2**-11, 1 + 2**-12, -(1 + 2**-11), 1
+    c = emulated_cases.poisoned(16, 16)
+    native.selftest_matmul_tf32(a.data_ptr(), b.data_ptr(), c.data_ptr(), 16, 16, 8)
+    assert c[:3, 0].tolist() == [1 + 2**-10, 1.0, -(1 + 2**-10)]
+
+
+def test_block_sum_is_bitwise_the_same_in_every_order(native):
+    values, results = torch.randn(1, 1027), []
+    for seed in range(4):
+        native.configure(seed=seed)
+        out = emulated_cases.poisoned(1)
+        native.selftest_block_sum(values.data_ptr(), out.data_ptr(), 1, 1027, 128)
+        results.append(out.item())
+    assert len(set(results)) == 1
+
+
+def test_memory_outside_the_arguments_is_refused(native):
+    """A wrong size from the caller is caught by the emulated GPU as well."""
+    values, out = torch.randn(2, 8), emulated_cases.poisoned(2)
+    native.configure()
+    with pytest.raises(ValueError, match=r"out: expected memory of its own, found that it overlaps grads"):
+        emulated.meta_accumulate_(native, values[0], values, nonfinite=torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="launch of block_sum_kernel: a grid of 2 blocks of 2048 threads"):
+        native.selftest_block_sum(values.data_ptr(), out.data_ptr(), 2, 8, 2048)

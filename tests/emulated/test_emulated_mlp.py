@@ -1,0 +1,272 @@
+"""mlp_meta_step on the emulated GPU against the reference, in float64 and float32."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import emulated, nets
+from signmaml_ext import mlp, reference, spec
+from signmaml_ext.checks import Problem, check_problem
+
+
+@pytest.fixture(scope="module")
+def native() -> ModuleType:
+    return emulated.load(emulated.build_once())
+
+
+def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def tasks_for(widths: tuple[int, ...], loss: str, tasks: int, support: int, query: int, dtype: torch.dtype):
+    def draw(count: int):
+        x = torch.randn(tasks, count, widths[0], dtype=dtype)
+        if loss == "mse":
+            return x, torch.randn(tasks, count, widths[-1], dtype=dtype)
+        return x, torch.randint(widths[-1], (tasks, count))
+
+    return *draw(support), *draw(query)
+
+
+def problem_of(model: nn.Module, data, **options) -> Problem:
+    chosen = {
+        "inner_lr": 0.05,
+        "inner_steps": 3,
+        "method": "sign-maml",
+        "loss": "mse",
+        "adapt": None,
+        "backend": "torch",
+        "precision": "fp32",
+        "nonfinite": "propagate",
+        "batch_norm": "batch",
+        "seed": 0,
+        "zero_dead_bias": True,
+    }
+    return check_problem(model, *data, **{**chosen, **options})
+
+
+def assert_same(found: reference.MetaGradients, expected: reference.MetaGradients, tolerance: float) -> None:
+    for name in ("query_loss", "query_accuracy", "support_loss", "nonfinite", "live_tasks"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=tolerance, atol=tolerance, equal_nan=True, msg=name
+        )
+    for name, gradient in expected.params.items():
+        torch.testing.assert_close(
+            found.params[name], gradient, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name
+        )
+
+
+SHAPES = [
+    # widths, tasks, support, query: warp and block teams, shared memory and workspace, odd sizes, one of everything
+    ((1, 40, 40, 1), 3, 5, 5),
+    ((1, 1, 1), 1, 1, 1),
+    ((3, 7, 5, 2, 4), 5, 3, 9),
+    ((2, 3, 3, 3, 3, 2), 2, 4, 1),
+    ((5, 256, 3), 2, 3, 11),
+    ((64, 96, 96, 5), 2, 2, 3),
+]
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize(("widths", "tasks", "support", "query"), SHAPES)
+def test_meta_step_equals_the_reference(native, widths, tasks, support, query, activation, loss, method):
+    native.configure(seed=1, blocks_alive=2, multiprocessors=1)
+    model = network(widths, activation).double()
+    data = tasks_for(widths, loss, tasks, support, query, torch.float64)
+    problem = problem_of(model, data, loss=loss, method=method)
+    assert mlp.why_not(problem) is None
+    assert_same(mlp.meta_gradients(problem, native), reference.meta_gradients(problem), 1e-11)
+
+
+def test_plans_of_the_cases_differ(native):
+    """The shapes above, and the two cases below, reach all four kinds of kernel."""
+    plans = [native.plan_mlp_meta_step(*shape, 8, 1) for shape in SHAPES]
+    kinds = {(plan["threads"], plan["in_shared"]) for plan in plans}
+    assert kinds == {(32, True), (32, False), (256, False)}
+
+
+def test_block_in_shared_memory(native):
+    """Only float32 is small enough for this kind; plain gradient steps, since a flipped sign would hide everything."""
+    native.configure(seed=2, multiprocessors=1)
+    widths = (2, 65, 1)
+    model, data = network(widths, nn.Tanh), tasks_for(widths, "mse", 2, 33, 30, torch.float32)
+    plan = native.plan_mlp_meta_step(widths, 2, 33, 30, 4, 1)
+    assert (plan["threads"], plan["in_shared"]) == (256, True)
+    problem = problem_of(model, data, inner_steps=2, method="fo-maml")
+    assert_same(mlp.meta_gradients(problem, native), reference.meta_gradients(problem), 1e-5)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_many_examples_take_a_block_and_workspace(native, loss):
+    native.configure(seed=2, multiprocessors=1)
+    widths = (3, 40, 40, 2)
+    model, data = network(widths, nn.ReLU).double(), tasks_for(widths, loss, 2, 70, 65, torch.float64)
+    plan = native.plan_mlp_meta_step(widths, 2, 70, 65, 8, 1)
+    assert (plan["threads"], plan["in_shared"]) == (256, False)
+    problem = problem_of(model, data, loss=loss, inner_steps=2)
+    assert_same(mlp.meta_gradients(problem, native), reference.meta_gradients(problem), 1e-11)
+
+
+def test_more_tasks_than_teams_and_chunks(native, monkeypatch):
+    native.configure(seed=3, multiprocessors=1)
+    widths = (1, 4, 1)
+    model, data = network(widths, nn.ReLU).double(), tasks_for(widths, "mse", 70, 2, 2, torch.float64)
+    problem = problem_of(model, data, inner_steps=2)
+    expected = reference.meta_gradients(problem)
+    assert_same(mlp.meta_gradients(problem, native), expected, 1e-11)
+    monkeypatch.setattr(mlp, "CHUNK_BYTES", 30 * 13 * 8)
+    assert_same(mlp.meta_gradients(problem, native), expected, 1e-11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_steps": 0},
+        {"adapt": ["3.*"]},
+        {"adapt": ["*.weight"]},
+        {"inner_lr": torch.tensor([0.1, 0.0, 0.05])},
+        {"inner_lr": {"1.weight": 0.1, "1.bias": 0.2, "3.weight": torch.tensor(0.3), "3.bias": 0.0}},
+        {
+            "inner_lr": {
+                n: torch.rand(3, *[1] * (1 + n.endswith("t"))) for n in ("1.weight", "1.bias", "3.weight", "3.bias")
+            }
+        },
+    ],
+    ids=["no steps", "head only", "weights only", "rate a step", "rate a tensor", "rate a tensor and step"],
+)
+def test_options(native, options):
+    native.configure()
+    widths = (3, 6, 2)
+    model, data = network(widths, nn.ReLU).double(), tasks_for(widths, "mse", 3, 4, 3, torch.float64)
+    problem = problem_of(model, data, **options)
+    assert_same(mlp.meta_gradients(problem, native), reference.meta_gradients(problem), 1e-11)
+    found, expected = mlp.adapt(problem, native), reference.adapt(problem)
+    assert found.params.keys() == expected.params.keys()
+    for name, value in expected.params.items():
+        torch.testing.assert_close(found.params[name], value, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(found.query_loss, expected.query_loss, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "skip"])
+@pytest.mark.parametrize("where", [0, 2])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_nonfinite_tasks(native, where, policy, activation):
+    native.configure()
+    widths = (3, 6, 2)
+    model, data = network(widths, activation).double(), tasks_for(widths, "mse", 3, 4, 3, torch.float64)
+    data[where][1, 0, 0] = torch.nan
+    problem = problem_of(model, data, nonfinite=policy)
+    found, expected = mlp.meta_gradients(problem, native), reference.meta_gradients(problem)
+    assert found.nonfinite.tolist() == [False, True, False]
+    assert int(found.live_tasks) == (2 if policy == "skip" else 3)
+    for name, gradient in expected.params.items():
+        torch.testing.assert_close(found.params[name].isnan(), gradient.isnan())
+        if policy == "skip":
+            torch.testing.assert_close(found.params[name], gradient, rtol=1e-11, atol=1e-11)
+
+
+def test_label_out_of_range_flags_its_task(native):
+    native.configure()
+    widths = (3, 6, 2)
+    model, data = network(widths, nn.ReLU).double(), tasks_for(widths, "cross_entropy", 3, 4, 3, torch.float64)
+    data[1][2, 0] = 2
+    found = mlp.meta_gradients(problem_of(model, data, loss="cross_entropy", nonfinite="skip"), native)
+    assert found.nonfinite.tolist() == [False, False, True]
+
+
+def test_float32_gradients_before_the_sign(native):
+    """At most twice torch's own error against float64, per tensor: no inner step, so no sign can flip."""
+    native.configure()
+    widths = (3, 40, 40, 5)
+    model, data = network(widths, nn.ReLU), tasks_for(widths, "cross_entropy", 4, 5, 25, torch.float32)
+    exact = network(widths, nn.ReLU).double()
+    exact.load_state_dict(model.state_dict())
+    wide = tuple(value.double() if value.is_floating_point() else value for value in data)
+    options = {"loss": "cross_entropy", "inner_steps": 0}
+    truth = reference.meta_gradients(problem_of(exact, wide, **options)).params
+    ours = mlp.meta_gradients(problem_of(model, data, **options), native).params
+    theirs = reference.meta_gradients(problem_of(model, data, **options)).params
+    for name, gradient in truth.items():
+        error, peer = ((found[name].double() - gradient).norm() for found in (ours, theirs))
+        assert error <= 2 * peer + 1e-9 * gradient.norm(), (name, float(error), float(peer))
+
+
+def test_bitwise_whatever_shares_the_batch(native):
+    widths = (3, 6, 2)
+    model, data = network(widths, nn.ReLU), tasks_for(widths, "mse", 5, 4, 3, torch.float32)
+    results = []
+    for seed, tasks in ((0, slice(0, 5)), (1, slice(2, 3)), (2, slice(1, 4))):
+        native.configure(seed=seed, blocks_alive=1 + seed, multiprocessors=1)
+        part = mlp.adapt(problem_of(model, tuple(value[tasks] for value in data)), native)
+        results.append(part.logits[2 - tasks.start])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x))) + x
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(6, 2)
+        self.hidden = nn.Linear(3, 6)
+
+    def forward(self, x):
+        return self.out(nn.functional.relu(self.hidden(x.flatten(1))))
+
+
+def test_recognised_by_structure():
+    found = spec.mlp_from_module(Functional())
+    assert found == spec.MlpSpec((("hidden.weight", "hidden.bias"), ("out.weight", "out.bias")), (3, 6, 2), "relu")
+    from signmaml.models import MLP
+
+    assert isinstance(spec.mlp_from_module(MLP(1, 1, hidden=(40, 40))), spec.MlpSpec)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Residual(), "no plain chain"),
+        (nn.Sequential(nn.Linear(3, 2)), "not linear layers with one kind of activation"),
+        (nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), "it uses GELU"),
+        (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)), "it uses Dropout"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "no activation before layer"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)),
+            "one kind of activation",
+        ),
+        (nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)), "no bias"),
+        (nets.conv4(), "it has convolutions"),
+        (nets.Recurrent(), "torch.fx cannot trace it|it uses|no plain chain"),
+    ],
+)
+def test_refused_with_a_reason(model, reason):
+    import re
+
+    found = spec.mlp_from_module(model)
+    assert isinstance(found, str) and re.search(reason, found), found
+
+
+def test_a_module_that_computes_something_else_is_found_out():
+    """Structure alone would take it: forward hooks are not traced."""
+    model = network((3, 6, 2), nn.ReLU).double()
+    model[1].register_forward_hook(lambda module, args, output: 2 * output)
+    data = tasks_for((3, 6, 2), "mse", 2, 4, 3, torch.float64)
+    assert mlp.why_not(problem_of(model, data)) == "on the first task it does not compute what its structure says"

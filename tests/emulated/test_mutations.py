@@ -1,0 +1,155 @@
+"""The proof of the emulator: kernels broken one way each, and every one of them caught.
+
+Each mutation is applied to a copy of the sources, which is built and put through all cases in a process of its own.
+"""
+
+# ruff: noqa: E501 (a table reads better with a line a case)
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from helpers import emulated, emulated_cases
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str  # below csrc/
+    old: str
+    new: str
+    message: str = ""  # what must be reported; empty: whatever
+
+
+SIGN, META, PLATFORM, SELF = (
+    "kernels/sign_step.cuh",
+    "kernels/meta_accumulate.cuh",
+    "kernels/platform.cuh",
+    "emulation/selftest.cuh",
+)
+VECTORS, MLP = "kernels/vectors.cuh", "kernels/mlp_meta_step.cuh"
+BARRIER = "block_barrier();"
+
+MUTATIONS = [
+    # A barrier deleted: each one there is.
+    Mutation("first barrier of block_sum", PLATFORM, f"    {BARRIER}  // every warp's", "    // every warp's", "race: |uninitialised: "),
+    Mutation("last barrier of block_sum", PLATFORM, f"    {BARRIER}  // everyone has read", "    // everyone has read", "race: "),
+    Mutation("barrier after the wait", SELF, f"{BARRIER}  // the slab of both", "// the slab of both", "race: |uninitialised: "),
+    Mutation("barrier before the refill", SELF, f"{BARRIER}  // both warps have read", "// both warps have read", "race: "),
+    Mutation("warp barrier after the wait", SELF, "warp_barrier();  // the copies", "// the copies", "race: |uninitialised: "),
+    Mutation("warp barrier before the refill", SELF, "warp_barrier();  // all lanes", "// all lanes", "race: "),
+    # A wait that does not cover the copy.
+    Mutation("wait too short", SELF, "cp_async_wait<1>();", "cp_async_wait<2>();"),
+    Mutation("no wait at the end", SELF, "cp_async_wait<0>();\n        }", "}"),
+    Mutation("copy not committed", SELF, "        cp_async_commit();\n        cp_async_wait<0>();", "        cp_async_wait<0>();"),
+    # A barrier or a warp operation that not all threads reach.
+    Mutation("barrier for some", PLATFORM, f"    {BARRIER}  // every warp's", f"    if (threadIdx.x != 5) {BARRIER}  // every warp's", "divergence: |uninitialised: |race: "),
+    Mutation("warp sum for some", SELF, "sum = block_sum(sum, scratch);", "if (threadIdx.x != 3) sum = block_sum(sum, scratch);", "divergence: "),
+    Mutation("mma for some", SELF, "        mma_m16n8k8_tf32(", "        if (lane() < 31) mma_m16n8k8_tf32(", "divergence: "),
+    # Shared memory.
+    Mutation("scratch too small", SELF, "scratch(0, blockDim.x / 32)", "scratch(0, blockDim.x / 32 - 1)", "out of bounds: "),
+    Mutation("stage index shifted", SELF, "const int stage = slab % 2;", "const int stage = slab % 2 + 1;", "out of bounds: |uninitialised: "),
+    Mutation("all threads write the sum", PLATFORM, "if (lane() == 0) scratch.set", "scratch.set", "race: "),
+    # Fragments.
+    Mutation("tf32 a1 and a2 swapped", SELF, "(group + 8) * kTf32Depth + member)),\n            tf32_bits(a.get(of_a + group * kTf32Depth + member + 4)", "group * kTf32Depth + member + 4)),\n            tf32_bits(a.get(of_a + (group + 8) * kTf32Depth + member)"),
+    Mutation("tf32 b0 and b1 swapped", SELF, "{\n            tf32_bits(b.get(of_b + member * kTf32Columns + first_column + group)),\n            tf32_bits(b.get(of_b + (member + 4)", "{\n            tf32_bits(b.get(of_b + (member + 4) * kTf32Columns + first_column + group)),\n            tf32_bits(b.get(of_b + (member)"),
+    Mutation("d1 and d2 swapped", SELF, "store(c + member * 2 + 1, d[1]);\n    store(c + 8 * p.n + member * 2, d[2]);", "store(c + member * 2 + 1, d[2]);\n    store(c + 8 * p.n + member * 2, d[1]);"),
+    Mutation("group and member swapped", SELF, "group = lane() / 4, member = lane() % 4;\n    const int first", "group = lane() % 8, member = lane() / 8;\n    const int first"),
+    Mutation("ldmatrix rows shifted", SELF, "(lane() % 16) * 16 + lane() / 16 * 8", "(lane() % 8) * 16 + lane() / 16 * 8"),
+    Mutation("ldmatrix halves swapped", SELF, "lane() / 16 * 8)", "(1 - lane() / 16) * 8)"),
+    Mutation("bf16 pair swapped", SELF, "b.get(group * 16 + k)) |", "b.get(group * 16 + k + 1)) |"),
+    Mutation("bf16 b0 and b1 swapped", SELF, "{pair(member * 2), pair(member * 2 + 8)}", "{pair(member * 2 + 8), pair(member * 2)}"),
+    Mutation("shuffle level dropped", PLATFORM, "int distance = 16;", "int distance = 8;"),
+    # Indices and tails of the flat-buffer kernels.
+    Mutation("head of a row dropped", SIGN, "if (threadIdx.x < span.head)", "if (false && threadIdx.x < span.head)"),
+    Mutation("tail of a row dropped", SIGN, "if (tail < p.parameters)", "if (false && tail < p.parameters)"),
+    Mutation("tail one too far", SIGN, "if (tail < p.parameters)", "if (tail <= p.parameters)"),
+    Mutation("body one too far", SIGN, "if (body < span.bodies) {\n                    const std::int64_t at", "if (body <= span.bodies) {\n                    const std::int64_t at"),
+    Mutation("last body dropped", SIGN, "if (body < span.bodies) {\n                    const std::int64_t column", "if (body + 1 < span.bodies) {\n                    const std::int64_t column"),
+    Mutation("only the first tile", SIGN, "first += gridDim.x * kTile", "first += span.bodies"),
+    Mutation("tiles of a block overlap", SIGN, "first + u * kBlock + threadIdx.x;\n                if (body < span.bodies) {\n                    const std::int64_t column", "first + u * (kBlock - 1) + threadIdx.x;\n                if (body < span.bodies) {\n                    const std::int64_t column"),
+    Mutation("only one task a block", SIGN, "task += gridDim.y", "task += p.tasks"),
+    Mutation("row of another task", SIGN, "const std::int64_t row = task * p.parameters;", "const std::int64_t row = task * (p.parameters - 1);"),
+    Mutation("alignment ignored", VECTORS, "const std::int64_t to_boundary = (kVector - past) % kVector;", "const std::int64_t to_boundary = past * 0;", "misaligned"),
+    Mutation("one body too many", VECTORS, "(length - head) / kVector", "(length - head + kVector - 1) / kVector"),
+    Mutation("sign of zero", PLATFORM, "return x == Scalar(0) ? Scalar(0) : x;", "return Scalar(1);"),
+    Mutation("sign of nan", PLATFORM, "return x == Scalar(0) ? Scalar(0) : x;", "return Scalar(0);"),
+    Mutation("sign bit", PLATFORM, "if (x < Scalar(0)) return", "if (x < Scalar(0) || 1 / x < 0) return"),
+    Mutation("Inf not flagged", PLATFORM, "return !(x - x == Scalar(0));", "return x != x;"),
+    Mutation("flag of another task", SIGN, "raise_flag(p.nonfinite + task)", "raise_flag(p.nonfinite + task / 2)"),
+    Mutation("mask not looked at", SIGN, "if (!tables.looks_at(column + i)) continue;", ""),
+    Mutation("segment search off by one", SIGN, "if (load(offsets + middle) <= column)", "if (load(offsets + middle) < column)"),
+    Mutation("rate of the wrong column", SIGN, "rate = tables.lr(column + i);", "rate = tables.lr(column);"),
+    Mutation("task of a sum dropped", META, "first += kUnroll) {\n        Vector", "first += kUnroll + 1) {\n        Vector"),
+    Mutation("load past the last task", META, "counts[u] = task < p.tasks &&", "counts[u] = task <= p.tasks &&"),
+    Mutation("flagged tasks count", META, "if (!counts[u]) continue;\n            ++live;", "++live;\n            if (!counts[u]) continue;"),
+    Mutation("out replaced", META, "out.at[i] += sums", "out.at[i] = sums"),
+    Mutation("last column dropped", META, "const std::int64_t singles = p.parameters - bodies * kVector;", "const std::int64_t singles = p.parameters - bodies * kVector - 1;"),
+    Mutation("head counted twice", META, "single < head ? single : single + bodies * kVector", "single"),
+    Mutation("flags of the last columns lost", META, "if (tail < p.parameters) nonfinite |=", "if (false) nonfinite |="),
+    # The multilayer perceptron.
+    Mutation("barrier after the weights", MLP, "team.barrier();  // the weights are there", "// the weights are there", "race: |uninitialised: "),
+    Mutation("barrier after a layer", MLP, "team.barrier();  // the layer is complete", "// the layer is complete", "race: |uninitialised: "),
+    Mutation("barrier after the deltas", MLP, "team.barrier();  // all deltas", "// all deltas", "race: |uninitialised: "),
+    Mutation("barrier before the weights move", MLP, "team.barrier();  // all have read", "// all have read", "race: |uninitialised: "),
+    Mutation("barrier after the weights moved", MLP, "team.barrier();  // the delta above", "// the delta above", "race: |uninitialised: "),
+    Mutation("last input dropped", MLP, "for (int k = 0; k < inputs; ++k) z +=", "for (int k = 0; k + 1 < inputs; ++k) z +="),
+    Mutation("one input too many", MLP, "for (int k = 0; k < inputs; ++k) z +=", "for (int k = 0; k <= inputs; ++k) z +="),
+    Mutation("last output dropped", MLP, "for (int i = team.rank(); i < set.count * outputs; i += team.size()) {\n                const Scalar* row = in", "for (int i = team.rank(); i + 1 < set.count * outputs; i += team.size()) {\n                const Scalar* row = in"),
+    Mutation("ReLU at zero", MLP, "return value <= Scalar(0) ? Scalar(0) : gradient;", "return gradient;"),
+    Mutation("activation after the last layer", MLP, "last ? z : activated(z)", "activated(z)"),
+    Mutation("rate of the bias", MLP, "lr + 2 * layer + 1);", "lr + 2 * layer);\n                    nonfinite |= lr == nullptr && kStep;\n                    if (kStep) store(bias(layer) + o, load(bias(layer) + o) * Scalar(1.001));"),
+    Mutation("loss not averaged", MLP, "team.sum(loss) / count;", "team.sum(loss);"),
+    Mutation("task of another team", MLP, "task += gridDim.x", "task += 1"),
+    Mutation("bias forgotten", MLP, "Scalar z = load(bias(layer) + i % outputs);", "Scalar z = Scalar(0);"),
+    Mutation("deltas swapped", MLP, "layout.delta[layer % 2]", "layout.delta[0]"),
+    Mutation("share of the label", MLP, "o == label ? share - Scalar(1) : share", "share"),
+    Mutation("padding of rows ignored", MLP, "store(weight(layer) + i / inputs * layout.row[layer] + i % inputs, load(from + i));", "store(weight(layer) + i, load(from + i));"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the sources with a build of them: a mutation rebuilds only what it touches."""
+    folder = tmp_path_factory.mktemp("mutations")
+    emulated.copy_sources(folder / "source")
+    emulated.configure(folder / "source", folder / "build")
+    emulated.compile_module(folder / "build")
+    return folder
+
+
+def run_cases(module: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, emulated_cases.__file__, str(module)], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+def test_unchanged_sources_pass(copy):
+    done = run_cases(next((copy / "build").glob("_emulated*.so")))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutant_is_caught(copy, mutation):
+    import re
+
+    path = copy / "source" / "csrc" / mutation.file
+    original = path.read_text()
+    assert original.count(mutation.old) == 1, (
+        f"{mutation.file} holds {original.count(mutation.old)} of {mutation.old!r}"
+    )
+    path.write_text(original.replace(mutation.old, mutation.new))
+    try:
+        done = run_cases(emulated.compile_module(copy / "build"))
+    finally:
+        path.write_text(original)
+    assert done.returncode != 0, "the mutant passed every case"
+    report = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"signal {-done.returncode}"
+    assert re.search(mutation.message, report), report
+    if mutation.message:
+        assert re.search(r"block \d+, thread \d+", report), report

@@ -1,0 +1,127 @@
+"""Builds and loads `_emulated`: the CUDA kernels on the emulated GPU, from the sources as they are or changed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sources() -> list[Path]:
+    """All that the module is built from."""
+    return [ROOT / "CMakeLists.txt", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+
+
+def copy_sources(target: Path) -> None:
+    """A copy to build from, or to change first."""
+    for path in sources():
+        copy = target / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
+
+
+def tools() -> dict[str, str]:
+    """The environment in which cmake and ninja of this interpreter's environment come first."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def configure(source: Path, build: Path, sanitize: str = "") -> None:
+    """Runs cmake; skips the test where there is none."""
+    if shutil.which("cmake", path=tools()["PATH"]) is None or shutil.which("ninja", path=tools()["PATH"]) is None:
+        pytest.skip("cmake and ninja are needed to build the emulated module")
+    import pybind11
+
+    command = ["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", "-DSIGNMAML_EMULATED=ON"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-DSIGNMAML_SANITIZE={sanitize}"]
+    run(command)
+
+
+def compile_module(build: Path) -> Path:
+    """Builds what has changed; the path of the module."""
+    run(["cmake", "--build", str(build), "--target", "_emulated"])
+    (module,) = build.glob("_emulated*.so")
+    return module
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=tools())
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def load(path: Path) -> ModuleType:
+    """Imports a native module from a file."""
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_once() -> Path:
+    """The module of the sources as they are, built once for each state of them."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in sources():
+        digest.update(path.read_bytes())
+    kept = Path(tempfile.gettempdir()) / f"signmaml_emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
+    modules = list(kept.glob("_emulated*.so"))
+    if modules:
+        return modules[0]
+    with tempfile.TemporaryDirectory() as folder:
+        configure(ROOT, Path(folder))
+        module = compile_module(Path(folder))
+        kept.mkdir(exist_ok=True)
+        # Complete or not there at all, also for a second run at the same time.
+        staged = kept / f"{module.name}.{os.getpid()}"
+        shutil.copy2(module, staged)
+        os.replace(staged, kept / module.name)
+    return kept / module.name
+
+
+def sign_step_(
+    native: ModuleType,
+    params: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    *,
+    segment_offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    nonfinite: Tensor,
+) -> None:
+    """`signmaml_ext.sign_step_` by the CUDA kernel on the emulated GPU, for tensors on the CPU."""
+    offsets, allowed = (torch.empty(0) if tensor is None else tensor for tensor in (segment_offsets, mask))
+    native.sign_step_cuda(
+        params.data_ptr(),
+        grads.data_ptr(),
+        lr.data_ptr(),
+        offsets.data_ptr(),
+        allowed.data_ptr(),
+        nonfinite.data_ptr(),
+        *params.shape,
+        lr.numel(),
+        allowed.numel(),
+        max(0, offsets.numel() - 1),
+        params.dtype == torch.float64,
+        0,
+        0,
+    )
+
+
+def meta_accumulate_(
+    native: ModuleType, out: Tensor, grads: Tensor, *, nonfinite: Tensor, skip_nonfinite: bool = False
+) -> None:
+    """`signmaml_ext.meta_accumulate_` likewise."""
+    addresses = (out.data_ptr(), grads.data_ptr(), nonfinite.data_ptr())
+    native.meta_accumulate_cuda(*addresses, *grads.shape, skip_nonfinite, grads.dtype == torch.float64, 0, 0)

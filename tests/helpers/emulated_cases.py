@@ -1,0 +1,184 @@
+"""Cases that every kernel must pass on the emulated GPU; each raises if a kernel is wrong or unsound.
+
+Also run as a program, `emulated_cases.py MODULE`, so that a broken kernel cannot take the test process with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An output that nobody has written yet."""
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def misaligned(value: Tensor, elements: int) -> Tensor:
+    """A contiguous copy that starts `elements` elements after a 16-byte boundary."""
+    memory = value.new_empty(value.numel() + elements + 16)
+    start = (-memory.data_ptr() % 16) // value.element_size() + elements
+    copy = memory[start : start + value.numel()].view(value.shape)
+    copy.copy_(value)
+    return copy
+
+
+def block_sum(native: ModuleType, rows: int, columns: int, block: int) -> None:
+    values, out = torch.randn(rows, columns), poisoned(rows)
+    native.selftest_block_sum(values.data_ptr(), out.data_ptr(), rows, columns, block)
+    torch.testing.assert_close(out, values.double().sum(1).float(), rtol=1e-5, atol=1e-5)
+
+
+def matmul_tf32(native: ModuleType, m: int, n: int, k: int) -> None:
+    # Small integers are exact in TF32 and in every order of summation.
+    a, b = (torch.randint(-8, 9, shape).float() for shape in ((m, k), (k, n)))
+    c = poisoned(m, n)
+    native.selftest_matmul_tf32(a.data_ptr(), b.data_ptr(), c.data_ptr(), m, n, k)
+    torch.testing.assert_close(c, a @ b, rtol=0, atol=0)
+
+
+def matmul_bf16(native: ModuleType, m: int, n: int, k: int) -> None:
+    a, b = (torch.randint(-8, 9, shape).to(torch.bfloat16) for shape in ((m, k), (n, k)))
+    c = poisoned(m, n)
+    native.selftest_matmul_bf16(a.data_ptr(), b.data_ptr(), c.data_ptr(), m, n, k)
+    torch.testing.assert_close(c, a.float() @ b.float().T, rtol=0, atol=0)
+
+
+def gradients(tasks: int, parameters: int, dtype: torch.dtype) -> Tensor:
+    """Every kind of number but NaN and Inf."""
+    grads = torch.randn(tasks, parameters, dtype=dtype)
+    flat = grads.view(-1)
+    special = torch.tensor([0.0, -0.0, 1e-45 if dtype == torch.float32 else 5e-324], dtype=dtype)
+    chosen = torch.randperm(flat.numel())[: 3 * (flat.numel() // 6)]
+    flat[chosen] = special.repeat(len(chosen) // 3)
+    return grads
+
+
+def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0) -> None:
+    from helpers import emulated
+
+    grads = gradients(tasks, parameters, dtype)
+    offsets = mask = None
+    segments = min(3, parameters)
+    if form.startswith("segment"):
+        inner = torch.randint(0, parameters + 1, (segments - 1,)).sort().values
+        offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([parameters])])
+    entries = {"all": 1, "masked": 1, "element": parameters, "segments": segments, "segments masked": segments}[form]
+    lr = torch.rand(entries, dtype=dtype) + 0.5
+    if form.endswith("masked"):
+        mask = torch.rand(segments if offsets is not None else parameters) < 0.5
+    bad = torch.zeros(tasks, dtype=torch.bool)
+    if tasks > 1:
+        column = parameters - 1
+        grads[1, column] = torch.nan if parameters % 2 else torch.inf
+        bad[1] = True
+    rates, looked_at = lr.expand(parameters) if entries == 1 else lr, torch.ones(parameters, dtype=torch.bool)
+    if offsets is not None:
+        rates = lr.repeat_interleave(offsets.diff())
+    if mask is not None:
+        looked_at = mask if offsets is None else mask.repeat_interleave(offsets.diff())
+        bad &= looked_at[-1]
+    params = torch.randn(tasks, parameters, dtype=dtype)
+    direction = torch.where(grads.isnan(), grads, grads.sign())
+    expected = torch.where(looked_at, params - rates * direction, params)
+    params, grads = misaligned(params, shift), misaligned(grads, shift)
+    flags = torch.zeros(tasks, dtype=torch.bool)
+    emulated.sign_step_(native, params, grads, lr, segment_offsets=offsets, mask=mask, nonfinite=flags)
+    torch.testing.assert_close(params, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(flags, bad), (flags, bad)
+
+
+def meta_accumulate(
+    native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, skip: bool, shift: int
+) -> None:
+    from helpers import emulated
+
+    grads, out = gradients(tasks, parameters, dtype), torch.randn(parameters, dtype=dtype)
+    bad = torch.zeros(tasks, dtype=torch.bool)
+    for task, column in ((0, parameters - 1), (2, 0)):
+        if task < tasks:
+            grads[task, column] = torch.inf
+            bad[task] = True
+    live = [task for task in range(tasks) if not (skip and bad[task])]
+    total = torch.zeros(parameters, dtype=dtype)
+    for task in live:
+        total += grads[task]
+    expected = out + total / len(live) if live else out.clone()
+    out, grads = misaligned(out, shift), misaligned(grads, shift)
+    flags = torch.zeros(tasks, dtype=torch.bool)
+    emulated.meta_accumulate_(native, out, grads, nonfinite=flags, skip_nonfinite=skip)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(flags, bad), (flags, bad)
+
+
+def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, support: int, query: int, loss: str) -> None:
+    """Against the definition in plain PyTorch, float64, for sign and plain steps."""
+    from helpers import definition
+    from signmaml_ext import mlp
+    from signmaml_ext.checks import check_problem
+
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers[:-1]).double()
+    data = []
+    for count in (support, query):
+        data.append(torch.randn(tasks, count, widths[0], dtype=torch.float64))
+        targets = torch.randn(tasks, count, widths[-1], dtype=torch.float64)
+        data.append(targets if loss == "mse" else targets.argmax(-1))
+    for method in ("sign-maml", "fo-maml"):
+        options = {"inner_lr": 0.05, "inner_steps": 2, "method": method, "loss": loss}
+        problem = check_problem(
+            model, *data, **options, adapt=None, backend="torch", precision="fp32", nonfinite="skip",
+            batch_norm="batch", seed=0, zero_dead_bias=True,
+        )  # fmt: skip
+        found = mlp.meta_gradients(problem, native)
+        expected, query_loss, support_loss = definition.meta_gradient(model, *data, **options)
+        torch.testing.assert_close(found.params, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.query_loss, query_loss, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.support_loss, support_loss, rtol=1e-10, atol=1e-10)
+        adapted = mlp.adapt(problem, native)
+        torch.testing.assert_close(adapted.query_loss, query_loss, rtol=1e-10, atol=1e-10)
+        if loss == "cross_entropy":
+            right = (adapted.logits.argmax(-1) == data[3]).float().mean(1)
+            assert torch.equal(found.query_accuracy, right)
+
+
+def run_all(native: ModuleType, seeds: int = 2) -> None:
+    """All cases, in several random orders of threads."""
+    native.configure(multiprocessors=1)
+    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles a block
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
+        for rows, columns, block in ((3, 1027, 128), (1, 5, 32), (2, 64, 64)):
+            block_sum(native, rows, columns, block)
+        for m, n, k in ((16, 16, 8), (32, 16, 40)):
+            matmul_tf32(native, m, n, k)
+        for m, n, k in ((16, 8, 16), (32, 16, 48)):
+            matmul_bf16(native, m, n, k)
+        for loss in ("mse", "cross_entropy"):
+            mlp_meta_step(native, (3, 6, 5, 2), 3, 4, 3, loss)  # a warp in shared memory
+            mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
+        mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks a team
+        for dtype in (torch.float32, torch.float64):
+            for form in ("all", "masked", "element", "segments", "segments masked"):
+                for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
+                    sign_step(native, tasks, parameters, dtype, form, shift)
+            sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
+            sign_step(native, 35, 3, dtype, "all", 0)  # several tasks a block
+            for skip in (False, True):
+                for tasks, parameters, shift in ((1, 1027, 0), (3, 5, 1), (11, 33, 0), (9, 2048, 0)):
+                    meta_accumulate(native, tasks, parameters, dtype, skip, shift)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from helpers.emulated import load
+
+    run_all(load(Path(sys.argv[1])))

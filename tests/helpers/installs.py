@@ -1,0 +1,158 @@
+"""Copies of the source tree, bare environments, and the programs that build and install into them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What the build reads of the environment; the tests set it themselves.
+SWITCHES = (
+    "FORCE_CUDA",
+    "SIGNMAML_NO_CUDA",
+    "SIGNMAML_DEBUG",
+    "SIGNMAML_CPU_ISA",
+    "TORCH_CUDA_ARCH_LIST",
+    "MAX_JOBS",
+    "CUDACXX",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CUDAHOSTCXX",
+)
+GENERATED = ("*.so", "*.egg-info", "__pycache__", "*.pyc")
+# At the root: what builds, runs and tools leave there.
+LEFT_BEHIND = {"build", "dist", "runs", "data", "venv"}
+
+
+def copy_source(target: Path) -> Path:
+    """The source tree as a fresh clone has it, without hidden files but .clang-format."""
+
+    def unwanted(folder: str, names: list[str]) -> set[str]:
+        generated = shutil.ignore_patterns(*GENERATED)(folder, names)
+        if Path(folder) != ROOT:
+            return generated
+        hidden = {name for name in names if name.startswith(".") and name != ".clang-format"}
+        return generated | hidden | LEFT_BEHIND
+
+    shutil.copytree(ROOT, target, ignore=unwanted)
+    return target
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without the switches and without anything that redirects imports, then changes.
+
+    No bytecode is written: it would change the source trees that are looked at.
+    """
+    dropped = {*SWITCHES, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"PYTHONDONTWRITEBYTECODE": "1"} | changes
+
+
+def without_nvcc() -> dict[str, str]:
+    """Changes of the environment that hide every nvcc."""
+    kept = [
+        folder
+        for folder in os.environ["PATH"].split(os.pathsep)
+        if not shutil.which("nvcc", path=folder) or shutil.which("c++", path=folder)
+    ]
+    return {"PATH": os.pathsep.join(kept), "CUDA_HOME": "/no/cuda"}
+
+
+def has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None or shutil.which("nvcc", path="/usr/local/cuda/bin") is not None
+
+
+def run(
+    *command: str | Path, cwd: Path | str = "/", fails: bool = False, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end; stderr is joined to stdout."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cwd,
+        env=environment(**changes),
+    )
+    words = " ".join(map(str, command))
+    assert (done.returncode != 0) == fails, f"{words} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+    return done
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment of its own; `pip` of this process's Python serves it."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, folder: Path) -> Environment:
+        run(sys.executable, "-m", "venv", "--without-pip", folder)
+        return cls(folder)
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def site_packages(self) -> Path:
+        return Path(sysconfig.get_path("purelib", "venv", {"base": str(self.folder)}))
+
+    def pip_install(self, *arguments: str | Path, fails: bool = False, **changes: str) -> str:
+        """What `pip install` printed."""
+        command = [sys.executable, "-m", "pip", "--python", self.python, "install", *arguments]
+        return run(*command, fails=fails, **changes).stdout
+
+    def lend(self, *folders: Path | str) -> None:
+        """Lets the environment import from these folders too; its own packages come first."""
+        lines = "".join(f"{folder}\n" for folder in folders)
+        with (self.site_packages / "lent.pth").open("a") as file:
+            file.write(lines)
+
+    def lend_torch(self) -> None:
+        """Lends what this process's environment has: torch and the other dependencies, but no editable installs."""
+        self.lend(Path(torch.__file__).parents[1], sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+
+    def info(self) -> dict[str, Any]:
+        """What `python -m signmaml_ext.info` reports of the package installed here."""
+        found: dict[str, Any] = json.loads(run(self.python, "-m", "signmaml_ext.info", "--json").stdout)
+        return found
+
+
+USE = """
+import torch
+from signmaml_ext import meta_step
+from signmaml.models import MLP
+
+torch.manual_seed(0)
+model = MLP(inputs=1, outputs=1)
+data = [torch.randn(2, 3, 1) for _ in range(4)]
+result = meta_step(model, *data, inner_lr=0.01, inner_steps=2, loss="mse")
+assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+print("ran on", result.backend)
+"""
+
+
+def use(installed: Environment) -> str:
+    """Takes a meta-step with the installed packages, from another folder than any source; what it printed."""
+    return run(installed.python, "-c", USE).stdout
+
+
+def need_network(folder: Path) -> None:
+    """Skips the test, with pip's reason, where build requirements cannot be fetched."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "pybind11"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment())
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
+        pytest.skip(f"pip cannot fetch build requirements: {said[-1]}")

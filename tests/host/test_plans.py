@@ -1,0 +1,84 @@
+"""The cuts that the native code makes of its work: everything is covered once, and nothing overflows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from signmaml_ext._loader import C
+
+LARGEST_GRID_X, LARGEST_GRID_Y = 2**31 - 1, 2**16 - 1
+
+scalar_bytes = st.sampled_from([4, 8])
+tasks = st.one_of(st.integers(1, 40), st.integers(1, 2**20))
+parameters = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
+multiprocessors = st.integers(1, 200)
+# Addresses as torch gives them, off by up to three elements.
+addresses = st.integers(1, 2**40).map(lambda k: 512 * k)
+shifts = st.integers(0, 3)
+
+
+@given(tasks, parameters, scalar_bytes, addresses, shifts, shifts, multiprocessors)
+def test_plan_sign_step(tasks, parameters, scalar_bytes, address, params_shift, grads_shift, multiprocessors):
+    params, grads = address + params_shift * scalar_bytes, 3 * address + grads_shift * scalar_bytes
+    plan = C.plan_sign_step(tasks, parameters, scalar_bytes, params, grads, multiprocessors)
+    congruent = params % 16 == grads % 16
+    assert plan["vector"] == (16 // scalar_bytes if congruent else 1)
+    tile = plan["block"] * plan["unroll"] * plan["vector"]
+    assert (plan["tiles_per_row"] - 1) * tile < parameters <= plan["tiles_per_row"] * tile
+    assert 1 <= plan["blocks_x"] <= min(plan["tiles_per_row"], LARGEST_GRID_X)
+    assert 1 <= plan["blocks_y"] <= min(tasks, LARGEST_GRID_Y)
+    # Small work is spread over one block a tile, large work fills the device.
+    blocks = plan["blocks_x"] * plan["blocks_y"]
+    assert blocks >= min(plan["tiles_per_row"] * tasks, multiprocessors)
+
+
+def test_plan_sign_step_takes_single_elements_only_where_rows_do_not_meet():
+    vectors = [[C.plan_sign_step(2, 99, 4, 4 * a, 4 * b, 8)["vector"] for b in range(4)] for a in range(4)]
+    assert vectors == [[4 if a == b else 1 for b in range(4)] for a in range(4)]
+
+
+@given(tasks, parameters, scalar_bytes, addresses, shifts, shifts, multiprocessors)
+def test_plan_meta_accumulate(tasks, parameters, scalar_bytes, address, out_shift, grads_shift, multiprocessors):
+    out, grads = address + out_shift * scalar_bytes, 3 * address + grads_shift * scalar_bytes
+    plan = C.plan_meta_accumulate(tasks, parameters, scalar_bytes, out, grads, multiprocessors)
+    assert plan["head"] + plan["bodies"] * plan["vector"] + plan["tail"] == parameters
+    assert min(plan["head"], plan["bodies"], plan["tail"]) >= 0
+    assert 1 <= plan["blocks"] <= LARGEST_GRID_X
+    if plan["vector"] > 1:
+        # Every vector of every row lies on a 16-byte boundary.
+        for row in (0, 1, tasks - 1):
+            assert (grads + (row * parameters + plan["head"]) * scalar_bytes) % 16 == 0 or tasks == 1
+        assert (out + plan["head"] * scalar_bytes) % 16 == 0
+        assert (grads + plan["head"] * scalar_bytes) % 16 == 0
+
+
+def test_plan_meta_accumulate_is_wide_for_long_congruent_rows():
+    assert C.plan_meta_accumulate(8, 2**24, 4, 512, 512, 132)["vector"] == 4
+    assert C.plan_meta_accumulate(8, 2**24, 8, 512, 512, 132)["vector"] == 2
+    assert C.plan_meta_accumulate(8, 2**24 + 1, 4, 512, 512, 132)["vector"] == 1, "rows of odd length drift apart"
+    assert C.plan_meta_accumulate(8, 2**24, 4, 512, 516, 132)["vector"] == 1
+    assert C.plan_meta_accumulate(1000, 1760, 4, 512, 512, 132)["vector"] == 1, "few columns: more threads instead"
+
+
+@pytest.mark.parametrize("name", ["plan_sign_step_cpu", "plan_meta_accumulate_cpu"])
+@given(tasks, parameters, st.integers(1, 256))
+def test_cpu_plans(name, tasks, parameters, threads):
+    plan = getattr(C, name)(tasks, parameters, threads)
+    assert (plan["chunks_per_row"] - 1) * plan["chunk"] < parameters <= plan["chunks_per_row"] * plan["chunk"]
+    assert plan["items"] == plan["chunks_per_row"] * (tasks if name == "plan_sign_step_cpu" else 1)
+    assert 1 <= plan["threads"] <= min(threads, plan["items"])
+
+
+@pytest.mark.parametrize("name", ["plan_sign_step_cpu", "plan_meta_accumulate_cpu"])
+def test_cpu_plans_wake_threads_for_large_work_only(name):
+    plan = getattr(C, name)
+    assert plan(8, 1000, 16)["threads"] == 1
+    assert plan(8, 10**6, 16)["threads"] == 16
+
+
+def test_plans_count_beyond_32_bits():
+    assert C.plan_sign_step_cpu(2**20, 2**40, 8)["items"] == 2**20 * 2**40 // 2**14
+    assert C.plan_sign_step(1, 2**50, 4, 512, 512, 132)["tiles_per_row"] == 2**50 // 4096
+    assert C.plan_meta_accumulate(4, 2**50, 4, 512, 512, 132)["bodies"] == 2**48

@@ -1,0 +1,293 @@
+"""The command `signmaml`, mostly inside this process: what it prints, writes, and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.toy_images import write_class_folders
+from signmaml import checkpoint, cli
+from signmaml.config import TrainConfig
+from signmaml.presets import PRESETS
+from signmaml.runs import RunFolder
+
+TINY = shlex.split(
+    "--ways 3 --queries 3 --tasks 2 --model mlp --hidden 16 --iterations 6 --validate-every 3 --validate-tasks 4 "
+    "--test-tasks 6 --log-every 2 --checkpoint-every 2 --device cpu --no-tensorboard"
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_class_folders(tmp_path_factory.mktemp("images"), classes=5, images=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """Decoded images go to a folder of this test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGNMAML_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert cli.main(train_words(images, folder)) == 0
+    return folder
+
+
+def train_words(images: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--data", "folder", "--data-root", str(images), "--out", str(out), *TINY, *more]
+
+
+def test_train_says_what_it_will_do_and_what_it_did(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(train_words(images, tmp_path / "run", "--inner_lr=0.02")) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "data     folder: 3-way 1-shot", "model    MLP, 4,163 parameters", "sign-maml: 3 inner steps of 0.02",
+        "backend  ", "device   cpu", f"folder   {tmp_path / 'run'}", "iteration 3/6", "test accuracy", "95% t-interval",
+        "6 tasks", "trained 6 iterations in 0:0", "best validation accuracy", "best.safetensors", "curves.png",
+    ):  # fmt: skip
+        assert words in said, words
+    assert RunFolder(tmp_path / "run").read_config().inner_lr == 0.02
+    assert (tmp_path / "run" / "episode.png").is_file()
+
+
+def test_quiet_prints_the_result_alone(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(train_words(images, tmp_path / "run", "--quiet")) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("test accuracy") and "iteration 3/6" not in captured.out
+    assert captured.err == ""
+
+
+def test_configuration_comes_from_preset_then_file_then_options(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("shots = 4\nqueries = 6\n")
+    words = shlex.split(f"train --preset sinusoid --config {tmp_path / 'own.toml'} --queries 7 --hidden 3 4")
+    from signmaml import commands
+
+    config, out = commands.training_config(cli.build_parser().parse_args(words))
+    assert out is None
+    assert (config.data, config.shots, config.queries, config.hidden) == ("sinusoid", 4, 7, (3, 4))
+    assert config.inner_steps == PRESETS["sinusoid"]["inner_steps"]
+
+
+def test_every_field_has_an_option() -> None:
+    parsed = cli.build_parser().parse_args(
+        shlex.split("train --rotations --no-tensorboard --test-steps none --adapt a.* b.* --seed 4 --outer-lr 1e-4")
+    )
+    given = cli.given_fields(parsed)
+    assert given == {
+        "rotations": True, "tensorboard": False, "test_steps": None, "adapt": ["a.*", "b.*"], "seed": 4,
+        "outer_lr": 1e-4,
+    }  # fmt: skip
+    assert cli.given_fields(cli.build_parser().parse_args(["train", "--adapt", "none"])) == {"adapt": None}
+    assert TrainConfig.from_dict(given)
+
+
+def test_help_is_fast_and_complete() -> None:
+    """Without torch; every field of the configuration is described."""
+    code = (
+        "import sys; from signmaml import cli\n"
+        "try: cli.main(['train', '--help'])\n"
+        "except SystemExit as end: print('code', end.code, 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "COLUMNS": "200"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert shown.endswith("code 0 False\n")
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in shown, name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train --inner-rl 3", "there is no --inner-rl (did you mean --inner-lr?)"),
+        ("train --ways one", "ways: expected an integer, found 'one'"),
+        ("train --method sign", "(did you mean 'sign-maml'?)"),
+        ("train --data nothing", "'nothing'"),
+        ("train --data folder", "data_root: expected the folder"),
+        ("train --data folder --data-root /nowhere", "/nowhere"),
+        ("train --config nowhere.yaml", "found nothing at nowhere.yaml"),
+        ("train --resume nowhere", "config.yaml"),
+        ("train --resume nowhere --preset omniglot", "--resume: expected no --preset"),
+        ("train --device cuda:77", "device: expected"),
+        ("evaluate nowhere", "nowhere"),
+        ("plot nowhere", "metrics.jsonl"),
+        ("fly", "fly"),
+        ("data fetch nothing", "nothing"),
+        ("", "COMMAND"),
+    ],
+)
+def test_user_errors_are_one_line_and_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(words.split())
+    except SystemExit as end:  # argparse's own
+        code = end.code if isinstance(end.code, int) else -1
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err and "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())  # nothing was made
+
+
+def test_other_errors_are_code_1_and_debug_shows_where(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the unexpected")
+
+    monkeypatch.setattr("signmaml.trainer.MetaTrainer._train_step", broken)
+    assert cli.main(train_words(images, tmp_path / "a")) == 1
+    said = capsys.readouterr().err
+    assert "RuntimeError: the unexpected" in said and "--debug" in said and "Traceback" not in said
+    assert cli.main(train_words(images, tmp_path / "b", "--debug")) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in broken" in said
+
+
+def test_ctrl_c_is_130(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    from signmaml.trainer import MetaTrainer
+
+    step = MetaTrainer._train_step
+
+    def step_and_interrupt(trainer: MetaTrainer) -> None:
+        step(trainer)
+        if trainer.iteration == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetaTrainer, "_train_step", step_and_interrupt)
+    folder = tmp_path / "run"
+    assert cli.main(train_words(images, folder)) == 130
+    said = capsys.readouterr().err
+    assert "stopped after iteration 3 of 6" in said and f"signmaml train --resume {folder}" in said
+    monkeypatch.undo()
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert checkpoint.load(folder / "last.safetensors")[1]["iteration"] == 6
+
+
+def test_a_run_folder_is_not_overwritten_unasked(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(train_words(images, run)) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_configuration(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--resume", str(run), "--inner-lr", "0.5"]) == 2
+    assert "inner_lr: 0.01 -> 0.5" in capsys.readouterr().err
+
+
+def test_run_folders_are_numbered(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in train_words(images, tmp_path) if word not in ("--out", str(tmp_path))]
+    for _ in range(2):
+        assert cli.main([*words, "--quiet"]) == 0
+    first, second = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert second == f"{first}-2"
+
+
+def test_evaluate_repeats_the_test_of_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = json.loads((run / "result.json").read_text())["test"]
+    assert cli.main(["evaluate", str(run), "--tasks", "6", "--json", str(tmp_path / "e.json")]) == 0
+    said = capsys.readouterr().out
+    assert "test accuracy" in said and "protocol: 3-way 1-shot, 3 queries a class, folder/test" in said
+    assert json.loads((tmp_path / "e.json").read_text()) == stored
+    assert cli.main(["evaluate", str(run / "best.safetensors"), "--tasks", "6", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == stored
+
+
+def test_evaluate_another_protocol(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run), "--checkpoint", "last", "--split", "val", "--tasks", "5", "--queries", "2"]
+    words += ["--ways", "2", "--shots", "3", "--test-steps", "7", "--inner-lr", "0.005", "--seed", "8", "--json", "-"]
+    assert cli.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {
+        "split": "val", "tasks": 5, "queries": 2, "ways": 2, "shots": 3, "test_steps": 7, "inner_lr": 0.005, "seed": 8,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--ways 4", "ways: expected at most 3"), ("--tasks 0", "--tasks"), ("--shots 9", "at least 12 images")],
+)
+def test_evaluate_refuses(run: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
+    assert cli.main(["evaluate", str(run), *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plot_draws_again_and_compares(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("curves.png", "episode.png"):
+        (run / name).unlink()
+    assert cli.main(["plot", str(run), "--task", "3"]) == 0
+    assert (run / "curves.png").is_file() and (run / "episode.png").is_file()
+    assert cli.main(["plot", str(run), str(run), "--out", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").is_file()
+    assert str(tmp_path / "both.png") in capsys.readouterr().out
+
+
+def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "list"]) == 0
+    said = capsys.readouterr().out
+    for name in ("glyphs", "omniglot", "fc100", "cifar_fs", "mini_imagenet", "folder", "sinusoid"):
+        assert name in said
+
+
+def test_data_of_a_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = ["--data-root", str(images)]
+    assert cli.main(["data", "fetch", "folder", *root]) == 0
+    assert "folder/test: 5 classes, 40 images" in capsys.readouterr().out
+    assert cli.main(["data", "verify", "folder", *root]) == 0
+    assert "complete" in capsys.readouterr().out
+    assert cli.main(["data", "show", "folder", *root, "--split", "val"]) == 0
+    assert (tmp_path / "folder-val.png").is_file()
+
+
+def test_data_verify_finds_damage(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = write_class_folders(tmp_path / "broken", classes=3, images=2)
+    picture = next((broken / "val").glob("*/00.png"))
+    picture.write_bytes(picture.read_bytes()[:-30])
+    assert cli.main(["data", "verify", "folder", "--data-root", str(broken)]) == 1
+    assert picture.name in capsys.readouterr().out
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("signmaml ")
+
+
+def test_as_a_program(tmp_path: Path, images: Path) -> None:
+    """The console script's exit code, and no traceback, from a process of its own."""
+    words = ["train", "--data", "folder", "--data-root", str(images), "--ways", "99"]
+    command = [sys.executable, "-m", "signmaml.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("signmaml: ways: expected") and done.stderr.count("\n") == 1

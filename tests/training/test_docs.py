@@ -1,0 +1,28 @@
+"""The examples in the docstrings of the training API run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+    "building",
+    "checkpoint",
+    "config",
+    "evaluate",
+    "models",
+    "rates",
+    "schedule",
+    "stats",
+    "trainer",
+    "values",
+)
+
+
+@pytest.mark.parametrize("name", ["", *(f".{module}" for module in MODULES)])
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"signmaml{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,47 @@
+"""The examples run, and what they show is true; shortened, and without the fonts of `glyphs`."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.toy_images import toy_images
+from signmaml.data import ImageSet
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_own_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def small_images(split: str) -> ImageSet:
+        return toy_images(split, classes=6, size=28)
+
+    monkeypatch.setattr("signmaml.data.glyphs", small_images)
+    run_example("own_loop.py", monkeypatch, "2")
+    said = capsys.readouterr().out
+    assert "    0  loss" in said
+    assert "test accuracy" in said and "200 tasks" in said and "toy/test" in said
+
+
+@pytest.mark.slow
+def test_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("own_model.py", monkeypatch, "2", str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "RowReader" in said and "gratings/test" in said
+    assert (tmp_path / "run" / "episode.png").is_file()
+
+
+def test_sinusoid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_example("sinusoid.py", monkeypatch, "2", str(tmp_path))
+    for method in ("sign-maml", "fo-maml", "maml"):
+        result = json.loads((tmp_path / f"sinusoid-{method}" / "result.json").read_text())
+        assert result["test"]["method"] == method and result["test"]["metric"] == "mse"

@@ -1,0 +1,292 @@
+"""MetaTrainer inside one process."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.toy_images import toy_images
+from helpers.toy_run import toy_config, toy_trainer
+from signmaml import checkpoint
+from signmaml.config import TrainConfig
+from signmaml.data import ImageSet
+from signmaml.episodes import EpisodeSampler, SinusoidSampler
+from signmaml.evaluate import evaluate
+from signmaml.loggers import read_metrics
+from signmaml.models import MLP, Conv4
+from signmaml.trainer import MetaTrainer
+
+
+def hard_images(split: str) -> ImageSet:
+    return toy_images(split, classes=60 if split == "train" else 20, distracting=True)
+
+
+def trainer_of(folder: Path, iterations: int = 18, **changes: Any) -> MetaTrainer:
+    """Images that an untrained network adapts to badly."""
+    sets = {split: hard_images(split) for split in ("train", "val", "test")}
+    config = toy_config(
+        iterations, model="mlp", hidden=(64, 64), tasks=8, schedule="constant", learn_inner_lr="none", outer_lr=0.005,
+        **changes,
+    )  # fmt: skip
+    return MetaTrainer(config, out=folder, progress=False, **sets)
+
+
+def test_training_learns_and_leaves_its_files(tmp_path: Path) -> None:
+    seen: list[dict] = []
+    trainer = trainer_of(tmp_path / "run", 120, inner_steps=3, test_tasks=100, validate_every=30)
+    trainer._callbacks = (seen.append,)
+    before = trainer.test().mean
+    result = trainer.fit()
+    assert result.test is not None and result.best is not None
+    assert result.test.mean > before + 0.07
+    assert result.test.data == "toy" and result.test.split == "test"
+    names = {p.name for p in (tmp_path / "run").iterdir()} - {".lock"}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "last.safetensors", "best.safetensors", "result.json", "curves.png",
+        "episode.png",
+    }  # fmt: skip
+    assert seen == read_metrics(trainer.run.metrics)
+    train = [r["iteration"] for r in seen if r["split"] == "train"]
+    assert train == list(range(4, 121, 4))
+    assert [r["iteration"] for r in seen if r["split"] == "val"] == list(range(30, 121, 30))
+    stored = json.loads(trainer.run.result.read_text())
+    assert stored["test"] == result.test.to_dict() and stored["config"]["ways"] == 3
+
+
+def test_the_best_weights_are_kept_and_tested(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "run")
+    result = trainer.fit()
+    validations = {r["iteration"]: r["accuracy"] for r in read_metrics(trainer.run.metrics) if r["split"] == "val"}
+    best = max(validations, key=lambda iteration: (validations[iteration], -iteration))
+    assert result.best is not None and (result.best.iteration, result.best.value) == (best, validations[best])
+    model = MLP(256, 3, hidden=(64, 64))
+    metadata = checkpoint.load_weights(model, trainer.run.best)
+    assert metadata["iteration"] == best
+    again = evaluate(
+        model, hard_images("test"), ways=3, shots=1, queries=3, tasks=6, seed=3, inner_lr=0.01, inner_steps=2
+    )
+    assert result.test is not None and again.mean == result.test.mean
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+
+
+def test_without_validation_the_last_weights_are_the_best(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "run", 4, validate_every=0)
+    result = trainer.fit()
+    assert result.best is None
+    best, _ = checkpoint.load(trainer.run.best)
+    last, _ = checkpoint.load(trainer.run.last)
+    assert all(torch.equal(best[name], last[f"model.{name}"]) for name in best)
+
+
+def test_one_iteration_is_the_documented_update(tmp_path: Path) -> None:
+    """Adam on the meta-gradient of meta_step, by hand."""
+    import signmaml_ext
+
+    trainer = trainer_of(tmp_path / "run", validate_every=0, test_tasks=0)
+    model = MLP(256, 3, hidden=(64, 64))
+    model.load_state_dict(trainer.model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+    sampler = EpisodeSampler(hard_images("train"), ways=3, shots=1, queries=3, tasks=8, seed=3)
+    for iteration in range(2):
+        optimizer.zero_grad()
+        signmaml_ext.meta_step(model, *sampler.draw(iteration), inner_lr=0.01, inner_steps=2)
+        optimizer.step()
+        trainer._train_step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("learn", ["scalar", "per-step", "per-layer", "per-layer-per-step"])
+@pytest.mark.parametrize("method", ["sign-maml", "maml"])
+def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
+    """A rate far too small grows; shapes and test steps fit whatever the kind."""
+    changes = {"learn_inner_lr": learn, "method": method, "inner_lr": 1e-4, "outer_lr": 0.05, "test_steps": 4}
+    trainer = MetaTrainer(
+        toy_config(8, test_tasks=0, validate_tasks=3, validate_every=8, **changes), model=MLP(256, 3), progress=False,
+        out=tmp_path / "run", train=toy_images(), val=toy_images("val"),
+    )  # fmt: skip
+    count = {"scalar": 1, "per-step": 2, "per-layer": 6, "per-layer-per-step": 12}[learn]
+    assert sum(log.numel() for log in trainer.rates.parameters()) == count
+    trainer.fit()
+    learned = torch.cat([log.detach().exp().flatten() for log in trainer.rates.parameters()])
+    assert learned.mean() > 1.1e-4 and (learned > 0).all()
+    record = [r for r in read_metrics(trainer.run.metrics) if r["split"] == "train"][-1]
+    assert record["inner_lr_max"] >= record["inner_lr_mean"] >= record["inner_lr_min"] > 0
+
+
+def test_learned_rates_travel_with_the_weights(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "run", 6)
+    trainer.fit()
+    other = toy_trainer(tmp_path / "other", 6)
+    other.load_weights(trainer.run.best)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.rates.parameters(), other.rates.parameters(), strict=True))
+    wrong = toy_trainer(tmp_path / "wrong", 6, learn_inner_lr="scalar")
+    with pytest.raises(ValueError, match="inner rates: expected"):
+        wrong.load_weights(trainer.run.best)
+
+
+def test_anil_adapts_only_the_head(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path / "run", 2, adapt=["classifier.*"])
+    before = trainer.model.features[0].weight.detach().clone()
+    trainer.fit()
+    assert not torch.equal(before, trainer.model.features[0].weight)  # the outer loop still trains it
+    assert trainer._arguments["adapt"] == ["classifier.*"]
+
+
+def test_regression_keeps_the_lowest_error(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data="sinusoid", model="mlp", shots=5, queries=5, tasks=4, iterations=20, validate_every=4, validate_tasks=10,
+        test_tasks=5, device="cpu",
+    )  # fmt: skip
+    trainer = MetaTrainer(config, out=tmp_path / "run", progress=False)
+    result = trainer.fit()
+    errors = {r["iteration"]: r["loss"] for r in read_metrics(trainer.run.metrics) if r["split"] == "val"}
+    assert result.best is not None and result.best.metric == "mse"
+    assert result.best.value == min(errors.values()) == errors[result.best.iteration]
+    assert (tmp_path / "run" / "episode.png").is_file()
+
+
+def test_own_samplers_models_and_losses(tmp_path: Path) -> None:
+    class Doubling:
+        """Tasks y = a x; no attributes, plain tuples, only draw."""
+
+        def draw(self, iteration: int) -> tuple[Tensor, ...]:
+            generator = torch.Generator().manual_seed(iteration)
+            slope = torch.rand(3, 1, 1, generator=generator) + 1
+            x = torch.randn(3, 8, 2, generator=generator)
+            return x[:, :4], slope * x[:, :4], x[:, 4:], slope * x[:, 4:]
+
+    model = nn.Linear(2, 2)
+    config = TrainConfig(iterations=10, test_tasks=7, validate_every=0, log_every=2, device="cpu", outer_lr=0.05)
+    trainer = MetaTrainer(
+        config, model=model, train=Doubling(), test=Doubling(), out=tmp_path / "run", progress=False,
+        loss=lambda prediction, target: (prediction - target).abs().mean(),
+    )  # fmt: skip
+    result = trainer.fit()
+    losses = [r["loss"] for r in read_metrics(trainer.run.metrics)]
+    assert losses[-1] < losses[0]
+    assert result.test is not None and result.test.tasks == 7 and result.test.data == "Doubling"
+    assert trainer.model is model and not (tmp_path / "run" / "episode.png").exists()
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    model = Conv4(ways=3, channels=1, filters=4, image_size=16)
+    model.features[0].requires_grad_(False)
+    before = model.features[0].conv.weight.clone()
+    trainer = MetaTrainer(
+        toy_config(3, learn_inner_lr="per-layer"), model=model, train=toy_images(), out=tmp_path / "run", progress=False
+    )
+    trainer.fit()
+    assert torch.equal(before, model.features[0].conv.weight)
+    assert "features.0.conv.weight" not in trainer.rates.logs
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    toy_trainer(tmp_path / "run", 2).fit()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    weights = (tmp_path / "run" / "last.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"--resume .* --overwrite"):
+        toy_trainer(tmp_path / "run", 2).fit()
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == weights
+    toy_trainer(tmp_path / "run", 1).fit(overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert checkpoint.load(tmp_path / "run" / "last.safetensors")[1]["iteration"] == 1
+
+
+def test_resume_needs_a_run_and_the_same_configuration(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a run to resume"):
+        toy_trainer(tmp_path / "none").fit(resume=True)
+    toy_trainer(tmp_path / "run", 4).fit()
+    stored = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="ways: 3 -> 4; seed: 3 -> 4"):
+        MetaTrainer(toy_config(8, ways=4, seed=4), out=tmp_path / "run", train=toy_images(), progress=False).fit(
+            resume=True
+        )
+    with pytest.raises(ValueError, match="iterations: expected at least the 4 that the run has done, found 3"):
+        toy_trainer(tmp_path / "run", 3).fit(resume=True)
+    with pytest.raises(ValueError, match="expected optimizer state of this model"):
+        other = MetaTrainer(toy_config(8), model=MLP(256, 3), out=tmp_path / "run", train=toy_images(), progress=False)
+        other.fit(resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == stored
+
+
+def test_weights_that_turn_nan_do_not_replace_the_last_good_state(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "run", 15, learn_inner_lr="none")
+    step = trainer._train_step
+
+    def step_with_fault() -> None:
+        step()
+        if trainer.iteration == 7:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(math.nan)
+
+    trainer._train_step = step_with_fault  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"turned NaN or Inf by iteration 10.*last good state"):
+        trainer.fit()
+    assert checkpoint.load(trainer.run.last)[1]["iteration"] == 5
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = toy_trainer(tmp_path / "run", 12)
+    save = checkpoint.save
+    calls = []
+
+    def failing_save(path: Path, *arguments: Any, **keywords: Any) -> None:
+        calls.append(path)
+        if path.name == "last.safetensors" and len(calls) > 1:
+            monkeypatch.setattr("os.fsync", no_space)
+        save(path, *arguments, **keywords)
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", failing_save)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit()
+    monkeypatch.undo()
+    assert checkpoint.load(trainer.run.last)[1]["iteration"] == 5
+    reference = toy_trainer(tmp_path / "reference", 12)
+    reference.fit()
+    resumed = toy_trainer(tmp_path / "run", 12)
+    resumed.fit(resume=True)
+    assert resumed.run.metrics.read_bytes() == reference.run.metrics.read_bytes()
+
+
+def test_the_loop_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = toy_trainer(tmp_path / "run", 12, learn_inner_lr="none")
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a value was read inside the loop")
+
+    trainer._train_step()
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(Tensor, name, forbidden)
+    # Adam's step counter is a CPU tensor that torch reads itself; labels are checked by value on the CPU only.
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    monkeypatch.setattr("signmaml_ext.reference.check_labels", lambda *_: None)
+    trainer._train_step()
+    monkeypatch.undo()
+    assert trainer.iteration == 2 and len(trainer._window) == 2
+
+
+def test_bad_data_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ways: expected an integer in 2\.\.8"):
+        MetaTrainer(toy_config(2, ways=9), out=tmp_path / "run", train=toy_images())
+    with pytest.raises(ValueError, match="test: expected data"):
+        MetaTrainer(toy_config(2), train=toy_images(), progress=False, out=tmp_path / "run").test()
+    with pytest.raises(ValueError, match="device"):
+        MetaTrainer(toy_config(2, device="cuda:93"), train=toy_images())
+    with pytest.raises(ValueError, match="expected 'mlp' for examples that are no square images"):
+        MetaTrainer(TrainConfig(), train=SinusoidSampler(shots=1, queries=1, tasks=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_describe_says_what_will_happen(tmp_path: Path) -> None:
+    text = toy_trainer(tmp_path / "run").describe()
+    for words in ("toy: 3-way 1-shot", "DropoutNet, ", "sign-maml: 2 inner steps", "backend", "cpu (", str(tmp_path)):
+        assert words in text, words
