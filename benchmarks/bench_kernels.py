@@ -1,7 +1,7 @@
 """The native operators against memory bandwidth: python benchmarks/bench_kernels.py
 
-For each operator and size: time, GB/s (bytes that must move, counted once), and the share of the bandwidth of a plain copy
-of the same size measured in the same run. Tail sizes are in the list on purpose.
+For each operator and size: time, GB/s (bytes that must move, counted once), and the share of the bandwidth of a plain
+copy of the same size measured in the same run. Tail sizes are in the list on purpose.
 """
 
 from __future__ import annotations

@@ -62,6 +62,8 @@ if __name__ == "__main__":
         ways=5,
         shots=5,
         queries=5,
+        tasks=8,
+        outer_lr=0.001,
         inner_lr=0.003,
         inner_steps=5,
         learn_inner_lr="per-layer",

@@ -69,8 +69,8 @@ def installed_elsewhere(folder: Path, search_path: list[str]) -> Path | None:
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
         if origin.get("dir_info", {}).get("editable"):
             candidate = (Path(unquote(urlsplit(origin["url"]).path)) / PACKAGE).resolve()
-            if candidate != folder and (candidate / "__init__.py").is_file():
-                return candidate
+            elsewhere = candidate != folder and (candidate / "__init__.py").is_file()
+            return candidate if elsewhere else None  # the first one is the one that counts
     return None
 
 

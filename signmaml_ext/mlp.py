@@ -1,6 +1,7 @@
 """The MLP family: multilayer perceptrons, a whole meta-step of all tasks in one kernel launch and one fixed-order mean.
 
-A team of threads owns a task, whose weights and activations stay on the chip through all inner steps and the query pass.
+A team of threads owns a task, whose weights and activations stay on the chip through all inner steps and the query
+pass.
 Definition: reference.py. Kernel: csrc/kernels/mlp_meta_step.cuh.
 """
 

@@ -10,7 +10,6 @@
 
 #include "kernels/platform.cuh"
 #include "params/mlp_meta_step.h"
-#include "plan/mlp_meta_step.h"
 
 namespace signmaml {
 

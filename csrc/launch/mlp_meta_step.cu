@@ -2,6 +2,7 @@
 
 #include "launch/device.cuh"
 #include "launch/launch.h"
+#include "plan/mlp_meta_step.h"
 
 namespace signmaml {
 namespace {

@@ -49,4 +49,19 @@ struct MlpMetaStepParams {
     MlpShape shape;
 };
 
+// Places in a task's own memory, in scalars.
+struct MlpLayout {
+    std::int64_t weight[kMlpLayers];          // [out, row] of each layer
+    std::int64_t row[kMlpLayers];             // scalars from one output's weights to the next
+    std::int64_t bias[kMlpLayers];            // [out]
+    std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] is unused: the input stays where it is
+    std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
+    std::int64_t size;
+};
+
+// Threads of a team that is a block.
+inline constexpr int kMlpBlock = 256;
+// Sums over a team pass through an element a warp.
+inline constexpr std::int64_t kMlpScratch = kMlpBlock / 32;
+
 }  // namespace signmaml

@@ -12,16 +12,6 @@ namespace signmaml {
 // A row of weights ends at an odd number of scalars, so that threads that walk down a column hit different banks.
 constexpr std::int64_t mlp_row(std::int64_t inputs) { return inputs | 1; }
 
-// Places in a task's own memory, in scalars.
-struct MlpLayout {
-    std::int64_t weight[kMlpLayers];          // [out, row] of each layer
-    std::int64_t row[kMlpLayers];             // mlp_row(in)
-    std::int64_t bias[kMlpLayers];            // [out]
-    std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] is unused: the input stays where it is
-    std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
-    std::int64_t size;
-};
-
 constexpr MlpLayout mlp_layout(const MlpShape& shape, std::int64_t count) {
     MlpLayout layout{};
     std::int64_t at = 0;
@@ -59,11 +49,8 @@ constexpr std::int64_t mlp_parameters(const MlpShape& shape) {
 inline constexpr std::int64_t kMlpSharedBytes = 48 * 1024;
 // A warp serves a task as long as no activation has more elements than this many for each of its threads.
 inline constexpr std::int64_t kMlpWarpWork = 32 * 64;
-inline constexpr int kMlpBlock = 256;
 // Warps of all teams on a multiprocessor: what may be resident; more would only make the workspace larger.
 inline constexpr std::int64_t kMlpWarpsPerMultiprocessor = 32;
-// Sums over a team pass through an element a warp.
-inline constexpr std::int64_t kMlpScratch = kMlpBlock / 32;
 
 struct MlpPlan {
     int threads;                     // of a team: one warp, or a block

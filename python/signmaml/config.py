@@ -54,7 +54,7 @@ class TrainConfig:
     ways: int = _option(5, "classes in a task (N)", least=2)
     shots: int = _option(1, "support examples a class (K-shot)", least=1)
     queries: int = _option(5, "query examples a class when training", least=1)
-    tasks: int = _option(8, "tasks in a meta-batch (T)", least=1)
+    tasks: int = _option(4, "tasks in a meta-batch (T)", least=1)
 
     model: str = _option("conv4", "network", choices=("conv4", "mlp"))
     filters: int = _option(32, "channels of every Conv4 block", least=1)
@@ -70,10 +70,10 @@ class TrainConfig:
         None, "name patterns of the parameters that the inner loop moves (ANIL: classifier.*); none: all"
     )
 
-    iterations: int = _option(600, "meta-iterations", least=1, on_resume=True)
-    outer_lr: float = _option(1e-3, "learning rate of the outer Adam", above=0)
+    iterations: int = _option(500, "meta-iterations", least=1, on_resume=True)
+    outer_lr: float = _option(0.006, "learning rate of the outer Adam", above=0)
     schedule: str = _option(
-        "constant", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
+        "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
     )
 
     validate_every: int = _option(100, "iterations between validations; 0: never", least=0)

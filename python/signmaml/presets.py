@@ -9,10 +9,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omniglot": {
         "data": "omniglot",
         "rotations": True,
-        "inner_lr": 0.01,
-        "inner_steps": 3,
-        "iterations": 600,
-        "test_queries": 15,
+        "iterations": 800,
     },
     # What the official code runs on mini-ImageNet: hours on a CPU.
     "official": {
@@ -31,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "test_steps": 10,
         "iterations": 60_000,
         "outer_lr": 1e-3,
+        "schedule": "constant",
         "validate_every": 1000,
         "validate_tasks": 200,
         "test_tasks": 1000,
@@ -47,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "inner_lr": 0.01,
         "inner_steps": 5,
         "iterations": 2000,
+        "outer_lr": 1e-3,
+        "schedule": "constant",
         "validate_every": 200,
         "test_tasks": 600,
     },

@@ -99,7 +99,6 @@ class RunFolder:
             yield
 
 
-def choose_folder(config: TrainConfig, out: str | Path | None = None) -> RunFolder:
-    """The folder `out`, else the configuration's, else the first free of runs/DATA, runs/DATA-2, ... (made at once)."""
-    wanted = out if out is not None else config.out
-    return RunFolder(first_free(Path("runs") / config.data) if wanted is None else wanted)
+def choose_folder(out: str | Path | None, data_name: str) -> RunFolder:
+    """The folder `out`, else the first free of runs/DATA, runs/DATA-2, ... (made at once)."""
+    return RunFolder(first_free(Path("runs") / data_name) if out is None else out)

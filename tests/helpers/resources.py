@@ -1,4 +1,7 @@
-"""What every kernel takes of a GPU, as nvcc's own tools report it; `python tests/helpers/resources.py` renews the table."""
+"""What every kernel takes of a GPU, as nvcc's own tools report it.
+
+`python tests/helpers/resources.py` renews the table.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests" / "compile" / "resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
-LAUNCHES = ("meta_accumulate", "sign_step")
+LAUNCHES = ("meta_accumulate", "mlp_meta_step", "sign_step")
 
-# Threads of a block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock).
-BLOCKS = {"sign_step_kernel": 256, "flag_nonfinite_kernel": 256, "meta_accumulate_kernel": 128}
+# Threads of a block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp).
+BLOCKS = {
+    "sign_step_kernel": 256,
+    "flag_nonfinite_kernel": 256,
+    "meta_accumulate_kernel": 128,
+    "mlp_meta_step_kernel": 256,
+}
 # Of one multiprocessor: 32-bit registers and resident warps.
 REGISTERS = 65536
 WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
@@ -44,6 +52,14 @@ def warps_resident(registers: int, block: int, architecture: int) -> int:
     of_block = -(-registers // 8) * 8 * block
     blocks = min(REGISTERS // of_block, WARPS[architecture] * 32 // block)
     return blocks * block // 32
+
+
+def block_of(kernel: str) -> int:
+    """Threads of a block of a kernel, by its name with template arguments."""
+    name, arguments = kernel.split("<")
+    if name == "mlp_meta_step_kernel" and arguments.split(", ")[1] == "true":
+        return 32
+    return BLOCKS[name]
 
 
 def measure(launch: str, architecture: int, folder: Path) -> dict[str, dict[str, int]]:
@@ -77,7 +93,7 @@ def measure(launch: str, architecture: int, folder: Path) -> dict[str, dict[str,
         values = {key: int(match[1]) if (match := re.search(p, part)) else 0 for key, p in numbers.items()}
         name = demangled(symbol)
         values["fp64_instructions"] = len(FP64.findall(code_of[symbol]))
-        values["warps_resident"] = warps_resident(values["registers"], BLOCKS[name.split("<")[0]], architecture)
+        values["warps_resident"] = warps_resident(values["registers"], block_of(name), architecture)
         found[name] = values
     return found
 

@@ -103,7 +103,8 @@ def test_an_episode_shows_every_prediction(tmp_path: Path, figures: list[Figure]
     assert titles == expected
     red = [a for a in figures[0].axes if to_hex(a.spines["left"].get_edgecolor()) == sheets.WRONG]
     assert len(red) == wrong
-    assert f"toy, task 5\n3-way 2-shot: {12 - wrong} of 12 query images right after 2 inner steps" == figures[0].get_suptitle()
+    summary = f"3-way 2-shot: {12 - wrong} of 12 query images right after 2 inner steps"
+    assert figures[0].get_suptitle() == f"toy, task 5\n{summary}"
     names = [sampler.class_name(int(number)) for number in sampler.draw_indices(5, 1)[0][0]]
     labels = [text.get_text() for axis in figures[0].axes for text in axis.texts]
     assert all(any(name in label for label in labels) for name in names)

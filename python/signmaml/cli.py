@@ -1,0 +1,280 @@
+"""The command `signmaml`: train, evaluate, plot, data, info.
+
+This module reads the command line and reports errors; `commands` does the work. Help and errors of usage come without
+importing torch.
+
+Exit codes: 0 done; 1 something failed; 2 the request cannot be served (usage, configuration, data); 130 and 143
+stopped by SIGINT and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import config as configs
+from . import version
+from .config import TrainConfig
+from .presets import PRESETS
+from .values import parse_word
+
+# Errors that the user can mend; their messages say what was expected and what was found.
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    BlockingIOError,
+    ModuleNotFoundError,
+)
+
+# Heading of a group of options, and the first field of TrainConfig under it.
+_GROUPS = (
+    ("data", "data"),
+    ("tasks", "ways"),
+    ("model", "model"),
+    ("inner loop", "method"),
+    ("outer loop", "iterations"),
+    ("validation and test", "validate_every"),
+    ("how it is computed", "seed"),
+    ("records", "log_every"),
+)
+
+_EXAMPLES = """\
+examples:
+  signmaml train                                    a few-shot learner of characters, about a minute on a CPU
+  signmaml train --preset omniglot --data-root DIR  the same on Omniglot's images
+  signmaml train --data folder --data-root DIR      own images: DIR/CLASS/*.png, or DIR/{train,val,test}/CLASS/*
+  signmaml train --resume runs/NAME                 continue a run that was stopped
+  signmaml evaluate runs/NAME --tasks 1000          test accuracy with its 95% interval
+  signmaml plot runs/A runs/B --out both.png        compare two runs
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, with the nearest option there is."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            near = difflib.get_close_matches(unknown.split()[0].split("=")[0], self.option_names(), n=1)
+            message = f"there is no {unknown.split()[0]}" + (f" (did you mean {near[0]}?)" if near else "")
+        print(f"{self.prog}: {message}\n'{self.prog} --help' lists what there is.", file=sys.stderr)
+        raise SystemExit(2)
+
+    def option_names(self) -> list[str]:
+        """Options of this command, or of all subcommands."""
+        names: list[str] = []
+        for action in self._actions:
+            names += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    names += parser.option_names() if isinstance(parser, Parser) else []
+        return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The words after `signmaml`; None: those of the process.
+
+    Returns:
+        The exit code; see the module.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [_with_dashes(word) for word in words]
+    parsed = build_parser().parse_args(words)
+    try:
+        return int(parsed.run(parsed))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"\nsignmaml: {error or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "exit_code", 130)
+    except Exception as error:
+        return _report(error, parsed.debug)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, USER_ERRORS):
+        print(f"signmaml: {error}", file=sys.stderr)
+        return 2
+    hint = "" if debug else "\n(run again with --debug to see where)"
+    print(f"signmaml: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+    return 1
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog="signmaml",
+        description="Meta-train few-shot learners with Sign-MAML, FO-MAML or MAML; test and look at them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"signmaml {version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_plot(commands)
+    _add_data(commands)
+    info = _command(commands, "info", "info", "versions, devices, and which backends can be used")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(commands, "train", "train", "meta-train a model, test it, draw plots", epilog=_EXAMPLES)
+    start = parser.add_argument_group("where the configuration comes from (later ones win)")
+    start.add_argument("--preset", choices=sorted(PRESETS), help=f"start from {', '.join(sorted(PRESETS))}")
+    start.add_argument("--config", metavar="FILE", help="YAML or TOML file with any of the fields below")
+    start.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it stopped")
+    start.add_argument("--overwrite", action="store_true", help="replace a run that is in the run folder")
+    start.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    heading_of = {first: heading for heading, first in _GROUPS}
+    group = start
+    for entry in dataclasses.fields(TrainConfig):
+        if entry.name in heading_of:
+            group = parser.add_argument_group(heading_of[entry.name])
+        add_field(group, entry.name)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", "evaluate", "test a trained model on many tasks")
+    parser.add_argument("weights", metavar="RUN", help="run folder, or a weights file such as RUN/best.safetensors")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder (best)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="classes to draw from (test)")
+    parser.add_argument("--tasks", type=int, default=1000, metavar="INT", help="number of tasks (1000)")
+    parser.add_argument("--queries", type=int, metavar="INT", help="query examples a class (the run's)")
+    parser.add_argument("--json", metavar="FILE", help="also write the result to a JSON file; - for stdout alone")
+    group = parser.add_argument_group("other than the run was configured")
+    for name in EVALUATION_FIELDS:
+        add_field(group, name, with_default=False)
+
+
+# Fields of TrainConfig that an evaluation may set for itself.
+EVALUATION_FIELDS = (
+    "data", "data_root", "ways", "shots", "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
+    "precision", "backend", "seed", "device",
+)  # fmt: skip
+
+
+def _add_plot(commands: Any) -> None:
+    parser = _command(commands, "plot", "plot", "draw training curves, and one episode with predictions")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, their curves are compared")
+    parser.add_argument("--out", metavar="FILE", help="where the curves go (RUN/curves.png; curves.png for several)")
+    parser.add_argument("--task", type=int, default=0, metavar="INT", help="which test task to show in RUN/episode.png")
+    parser.add_argument("--curves-only", action="store_true", help="do not load data and model for the episode")
+
+
+def _add_data(commands: Any) -> None:
+    parser = _command(commands, None, "data", "list, fetch, verify and show data sets")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    _command(actions, "data_list", "list", "the data sets that can be named, and which are here")
+    for name, summary in (
+        ("fetch", "get a data set: download, or build"),
+        ("verify", "check that a data set is complete"),
+        ("show", "draw a sheet of its images"),
+    ):
+        action = _command(actions, f"data_{name}", name, summary)
+        action.add_argument(
+            "name", type=lambda name: name.replace("-", "_"), help="data set; 'signmaml data list' shows the names"
+        )
+        action.add_argument("--data-root", metavar="DIR", help="where it lies on disk (the cache folder)")
+        action.add_argument("--image-size", type=int, metavar="INT", help="pixels (the set's usual)")
+        if name == "show":
+            action.add_argument("--split", choices=("train", "val", "test"), default="train", help="(train)")
+            action.add_argument("--out", metavar="FILE", help="PNG file (NAME-SPLIT.png)")
+
+
+def _command(commands: Any, run: str | None, name: str, summary: str, epilog: str | None = None) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if run is not None:
+        parser.set_defaults(run=lambda parsed: _run(run, parsed))
+    return parser
+
+
+def _run(name: str, parsed: argparse.Namespace) -> int:
+    from . import commands
+
+    code: int = getattr(commands, name)(parsed)
+    return code
+
+
+def add_field(group: Any, name: str, *, with_default: bool = True) -> None:
+    """The option of one field of `TrainConfig`, made from its type, its rule and its default."""
+    kind = configs.kinds()[name]
+    rule = configs.rule_of(name)
+    default = _default_text(next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name))
+    text = (f"{configs.describe(name)} [{default}]" if with_default else configs.describe(name)).replace("%", "%%")
+    options: dict[str, Any] = {"dest": f"field_{name}", "default": argparse.SUPPRESS, "help": text}
+    flag = f"--{name.replace('_', '-')}"
+    if kind.item is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        return
+    noun = {int: "INT", float: "NUMBER"}.get(kind.item, "TEXT")
+    metavar = "NAME" if rule.choices else noun
+    group.add_argument(flag, metavar=metavar, nargs="+" if kind.many else None, **options)
+
+
+def given_fields(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the command line set, in their types.
+
+    Raises:
+        ValueError: A word is no value of its field's type.
+    """
+    kinds = configs.kinds()
+    values: dict[str, Any] = {}
+    for key, text in vars(parsed).items():
+        if not key.startswith("field_"):
+            continue
+        name = key.removeprefix("field_")
+        if isinstance(text, bool):
+            values[name] = text
+        elif isinstance(text, list):
+            items = [parse_word(name, word, kinds[name]) for word in text]
+            values[name] = None if items == [None] else items
+        else:
+            values[name] = parse_word(name, text, kinds[name])
+    return values
+
+
+def _default_text(default: Any) -> str:
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _with_dashes(word: str) -> str:
+    """--inner_lr=1 as --inner-lr=1; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    return option.replace("_", "-") + equals + value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""What the commands of `signmaml` do; `cli` calls them with the parsed command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import building, checkpoint, data, plots
+from . import config as configs
+from .cli import EVALUATION_FIELDS, given_fields
+from .config import TrainConfig
+from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
+from .loggers import clock, counting
+from .presets import PRESETS
+from .rates import InnerRates
+from .results import FitResult
+from .runs import RunFolder
+from .trainer import MetaTrainer
+
+
+def train(parsed: argparse.Namespace) -> int:
+    """`signmaml train`."""
+    config, out = training_config(parsed)
+    trainer = MetaTrainer(config, out=out, progress=not parsed.quiet)
+    if not parsed.quiet:
+        print(trainer.describe(), flush=True)
+    result = trainer.fit(resume=parsed.resume is not None, overwrite=parsed.overwrite)
+    print(summary(result, trainer.run))
+    return 0
+
+
+def training_config(parsed: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
+    """The configuration that a command line asks for, and the run folder if it is to be resumed.
+
+    Raises:
+        ValueError, FileNotFoundError: Options contradict each other, or a file or value is bad.
+    """
+    given = given_fields(parsed)
+    if parsed.resume is None:
+        values = dict(PRESETS[parsed.preset]) if parsed.preset else {}
+        if parsed.config:
+            values |= configs.read_file(parsed.config)
+        return TrainConfig.from_dict(values | given, "command line"), None
+    for option in ("preset", "config", "overwrite"):
+        if getattr(parsed, option):
+            raise ValueError(f"--resume: expected no --{option} with it (the run has its configuration), found one")
+    if "out" in given:
+        raise ValueError("--resume: expected no --out with it (the run goes on in its folder), found one")
+    return RunFolder(parsed.resume).read_config().replace(**given), Path(parsed.resume)
+
+
+def summary(result: FitResult, run: RunFolder) -> str:
+    """The last lines of a training: result, time, files."""
+    lines = [] if result.test is None else [str(result.test)]
+    best = ""
+    if result.best is not None:
+        scale, unit = (100, "%") if result.best.metric == "accuracy" else (1, "")
+        value = f"{scale * result.best.value:.4g}{unit}"
+        best = f"; best validation {result.best.metric} {value} at iteration {result.best.iteration}"
+    lines.append(f"trained {result.iterations} iterations in {clock(result.seconds)}{best}")
+    paths = (run.best, run.last, run.metrics, run.config, run.result, run.curves, run.episode, run.tensorboard)
+    files = " ".join(path.name for path in paths if path.exists())
+    return "\n".join([*lines, f"in {run.path}: {files}"])
+
+
+def evaluate(parsed: argparse.Namespace) -> int:
+    """`signmaml evaluate`."""
+    stored, tensors, inner_rates = read_weights(parsed.weights, parsed.checkpoint)
+    overrides = given_fields(parsed)
+    assert set(overrides) <= set(EVALUATION_FIELDS)
+    config = stored.replace(**overrides, test_queries=parsed.queries or stored.test_queries)
+    device = building.resolve_device(config.device)
+    sampler = building.make_sampler(config, None, parsed.split, device)
+    model, rates = rebuild(config, stored, sampler, tensors, inner_rates, device)
+    if "inner_lr" in overrides:
+        rates = InnerRates(model, "none", config.inner_lr, config.inner_steps)
+    with counting("evaluate", parsed.tasks, enabled=parsed.json != "-") as count:
+        result = _evaluation(config, model, rates, sampler, parsed.split, parsed.tasks, count)
+    text = json.dumps(result.to_dict(), indent=2)
+    if parsed.json == "-":
+        print(text)
+        return 0
+    print(result)
+    if parsed.json:
+        Path(parsed.json).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _evaluation(
+    config: TrainConfig, model: nn.Module, rates: InnerRates, sampler: Sampler, split: str, tasks: int, count: Any
+) -> Evaluation:
+    if tasks < 1:
+        raise ValueError(f"--tasks: expected an integer >= 1, found {tasks}")
+    return evaluate_sampler(
+        model,
+        sampler,
+        tasks=tasks,
+        chunk=default_chunk(next(model.parameters()).device),
+        report={"data": config.data, "split": split},
+        progress=count,
+        **_call_arguments(config, rates, sampler),
+    )
+
+
+def _call_arguments(config: TrainConfig, rates: InnerRates, sampler: Sampler) -> dict[str, Any]:
+    """What an evaluation passes to `signmaml_ext.evaluate`."""
+    with torch.no_grad():
+        values = rates.values(config.evaluation_steps())
+    arguments = building.step_arguments(config, loss_for(sampler.draw(0)))
+    return {**arguments, "inner_lr": values, "inner_steps": config.evaluation_steps()}
+
+
+def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Configuration, model tensors by name, and learned inner rates of a run's checkpoint or a weights file.
+
+    Args:
+        source: Run folder or file.
+        which: "best" or "last", for a run folder.
+
+    Raises:
+        FileNotFoundError: There is nothing.
+        ValueError: The file is damaged, or says nothing about the run it comes from.
+    """
+    path = Path(source)
+    if path.is_dir():
+        run = RunFolder(path)
+        path = run.best if which == "best" else run.last
+        if not path.is_file():
+            raise FileNotFoundError(f"run folder: expected {path.name} in {run.path}, found none (no checkpoint yet?)")
+    tensors, metadata = checkpoint.load(path)
+    if "config" not in metadata:
+        raise ValueError(f"weights: expected a file that a run wrote, with its configuration, found {path}")
+    if not metadata["self_contained"]:
+        raise ValueError(
+            f"weights: expected those of a run whose configuration names its model and data, found {path} of a run "
+            "with a model, data or a loss of its own; load them in Python with signmaml.load_weights"
+        )
+    config = TrainConfig.from_dict(metadata["config"], str(path))
+    if metadata["kind"] == "training":
+        tensors = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    return config, tensors, metadata.get("inner_rates")
+
+
+def rebuild(
+    config: TrainConfig,
+    stored: TrainConfig,
+    sampler: Sampler,
+    tensors: dict[str, torch.Tensor],
+    inner_rates: dict[str, Any] | None,
+    device: torch.device,
+) -> tuple[nn.Module, InnerRates]:
+    """The trained model and its inner rates, from what `read_weights` gave.
+
+    Args:
+        config: What to evaluate with.
+        stored: What the run was configured with.
+        sampler: Whose examples the model takes.
+        tensors: The model's tensors.
+        inner_rates: The rates as stored.
+        device: Where the model goes.
+
+    Raises:
+        ValueError: The weights are of another network, or for another number of classes.
+    """
+    if config.ways > stored.ways:
+        raise ValueError(f"ways: expected at most {stored.ways}, the trained network's, found {config.ways}")
+    model = building.build_model(stored, sampler).to(device)
+    checkpoint.copy_into(model.state_dict(), tensors, "the weights file")
+    rates = InnerRates(model, stored.learn_inner_lr, stored.inner_lr, stored.inner_steps, stored.adapt)
+    if inner_rates is not None:
+        rates.load_json(inner_rates)
+    return model, rates
+
+
+def plot(parsed: argparse.Namespace) -> int:
+    """`signmaml plot`."""
+    runs = [RunFolder(path) for path in parsed.runs]
+    for run in runs:
+        if not run.metrics.is_file():
+            raise FileNotFoundError(f"run folder: expected one with a metrics.jsonl, found none in {run.path}")
+    if len(runs) > 1:
+        out = Path(parsed.out or "curves.png")
+        plots.draw_curves({str(run.path): run.metrics for run in runs}, out)
+        print(out)
+        return 0
+    run = runs[0]
+    out = Path(parsed.out) if parsed.out else run.curves
+    plots.draw_curves(run.metrics, out)
+    print(out)
+    if not parsed.curves_only:
+        _plot_episode(run, parsed.task)
+    return 0
+
+
+def _plot_episode(run: RunFolder, task: int) -> None:
+    if task < 0:
+        raise ValueError(f"--task: expected an integer >= 0, found {task}")
+    config, tensors, inner_rates = read_weights(str(run.path), "best")
+    device = building.resolve_device(config.device)
+    sampler = building.make_sampler(config, None, "test", device)
+    model, rates = rebuild(config, config, sampler, tensors, inner_rates, device)
+    arguments = _call_arguments(config, rates, sampler)
+    if plots.draw_task(
+        model, sampler, run.episode, task=task, title=f"{config.data}/test, {config.method}", **arguments
+    ):
+        print(run.episode)
+
+
+def info(parsed: argparse.Namespace) -> int:
+    """`signmaml info`."""
+    import signmaml_ext.info as native
+
+    return native.main(["--json"] if parsed.json else [])
+
+
+def data_list(parsed: argparse.Namespace) -> int:
+    """`signmaml data list`."""
+    for name, known in data.DATASETS.items():
+        print(f"{name:<14} {known.summary}")
+        if known.classes:
+            counts = " / ".join(map(str, known.classes.values()))
+            size = f"{known.images_per_class} images, {known.image_size} x {known.image_size} pixels"
+            print(f"{'':<14} {counts} classes (train / val / test) of {size}")
+        print(f"{'':<14} from: {known.origin}")
+        here = ", ".join(data.complete_splits(name))
+        if here or known.classes:
+            absent = "no (signmaml data fetch gets it)" if known.download else "no (give --data-root)"
+            print(f"{'':<14} here: {here or absent}")
+    print(f"{'sinusoid':<14} regression of sine waves, drawn as it trains (train with --preset sinusoid)")
+    print(f"\ncache folder: {data.cache_dir()}")
+    return 0
+
+
+def data_fetch(parsed: argparse.Namespace) -> int:
+    """`signmaml data fetch`: downloads, draws or decodes what training would need."""
+    for split in _splits_of(parsed):
+        downloads = data.DATASETS[parsed.name].download
+        images = data.load(parsed.name, split, root=parsed.data_root, image_size=parsed.image_size, download=downloads)
+        print(f"{parsed.name}/{split}: {images.classes} classes, {len(images.images)} images of {_shape(images)}")
+    return 0
+
+
+def data_verify(parsed: argparse.Namespace) -> int:
+    """`signmaml data verify`; 1 if something is wrong."""
+    building.check_data_name(parsed.name)
+    reports = data.verify(parsed.name, root=parsed.data_root, image_size=parsed.image_size)
+    for report in reports:
+        found = f"{report.classes} classes, {report.images} images" if report.classes else "cannot be loaded"
+        print(f"{parsed.name}/{report.split}: {found}: {'problems' if report.problems else 'complete'}")
+        for problem in report.problems:
+            print(f"  {problem}")
+    return int(any(report.problems for report in reports))
+
+
+def data_show(parsed: argparse.Namespace) -> int:
+    """`signmaml data show`."""
+    building.check_data_name(parsed.name)
+    images = data.load(parsed.name, parsed.split, root=parsed.data_root, image_size=parsed.image_size)
+    out = Path(parsed.out or f"{parsed.name}-{parsed.split}.png")
+    plots.draw_images(images, out)
+    print(out)
+    return 0
+
+
+def _splits_of(parsed: argparse.Namespace) -> tuple[str, ...]:
+    """The splits of a set; of own images, those that are there."""
+    building.check_data_name(parsed.name)
+    if parsed.name == "folder" and parsed.data_root is not None:
+        return data.complete_splits(parsed.name, parsed.data_root) or data.SPLITS
+    return data.SPLITS
+
+
+def _shape(images: data.ImageSet) -> str:
+    channels, height, width = images.image_shape
+    return f"{height} x {width} x {channels}"

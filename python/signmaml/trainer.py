@@ -1,0 +1,431 @@
+"""`MetaTrainer`: the training loop, and everything that makes it survive interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import signmaml_ext
+
+from . import building, checkpoint, state, version
+from .config import TrainConfig
+from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
+from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
+from .models import parameter_count
+from .rates import InnerRates
+from .results import Best, FitResult
+from .runs import RunFolder, choose_folder
+from .schedule import learning_rate, step_seed
+from .signals import SignalGuard, TrainingInterrupted
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+
+
+class _Writer(Protocol):
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+
+class MetaTrainer:
+    """Meta-trains a model as a `TrainConfig` says: Adam on the meta-gradients of `signmaml_ext.meta_step`.
+
+    All randomness comes from counters (seed and iteration), so a run that was interrupted at any point and resumed
+    ends with the same bits as one that was not: weights, metrics, curve. The run's folder holds config.yaml,
+    metrics.jsonl, last.safetensors (to resume), best.safetensors (weights with the best validation), result.json and
+    plots; see `signmaml.runs.RunFolder`.
+
+    Args:
+        config: The configuration.
+        model: Module to train, moved to the configuration's device; None: the one the configuration names. Its
+            forward takes `[B, ...]` and returns scores `[B, ways]`, or predictions for float targets.
+        train: Training data: an `ImageSet`, or any sampler with `draw(iteration)` (see `signmaml.evaluate.Sampler`;
+            it must give the same for the same iteration if resuming is to be exact). None: the configuration's data.
+        val: Validation data likewise. None: the configuration's, or none at all if `train` is given.
+        test: Test data likewise.
+        out: Run folder; None: `config.out`, or the first free one under runs/.
+        loss: As in `signmaml_ext.meta_step`; None: cross-entropy for int64 labels, else the mean squared error.
+        progress: Whether to show progress (a bar on a terminal, lines elsewhere).
+        callbacks: Called with every record that goes to metrics.jsonl.
+
+    Raises:
+        ValueError, TypeError: The configuration does not fit the data or the model, or names a device or backend that
+            is not there.
+        FileNotFoundError: The data are not on disk.
+
+    Example:
+        >>> import tempfile, signmaml
+        >>> config = TrainConfig(data="sinusoid", model="mlp", shots=10, iterations=4, validate_tasks=5, test_tasks=5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = MetaTrainer(config, out=f"{folder}/run", progress=False).fit()
+        >>> result.iterations, result.test.metric
+        (4, 'mse')
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: nn.Module | None = None,
+        train: building.Source = None,
+        val: building.Source = None,
+        test: building.Source = None,
+        out: str | Path | None = None,
+        loss: Loss | None = None,
+        progress: bool = True,
+        callbacks: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+    ) -> None:
+        self.config = config
+        self.device = building.resolve_device(config.device)
+        self._out, self._show_progress, self._callbacks = out, progress, tuple(callbacks)
+        own_data = train is not None
+        self._sources = {"train": train, "val": val, "test": test}
+        # Whether the configuration alone is enough to build everything again, as the command line does.
+        self._self_contained = model is None and loss is None and not any(self._sources.values())
+        self._train_sampler = building.make_sampler(
+            config, train, "train", self.device, training=True, progress=progress
+        )
+        # All splits now: a missing test set should not come to light after hours of training.
+        self._val_sampler = self._test_sampler = None
+        if config.validate_every > 0 and (val is not None or not own_data):
+            self._val_sampler = building.make_sampler(config, val, "val", self.device, progress=progress)
+        if config.test_tasks > 0 and (test is not None or not own_data):
+            self._test_sampler = building.make_sampler(config, test, "test", self.device, progress=progress)
+        self.data_name = building.data_name(config, [train, val, test])
+
+        self.model = building.build_model(config, self._train_sampler) if model is None else model
+        self.model.to(self.device)
+        self.rates = InnerRates(self.model, config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
+        episodes = self._train_sampler.draw(0)
+        self._arguments = dict(building.step_arguments(config, loss or loss_for(episodes)))
+        self._try_one_task(episodes)
+        self.explanation = signmaml_ext.explain(
+            self.model, *episodes, inner_lr=self.rates.values(), inner_steps=config.inner_steps, **self._arguments
+        )
+
+        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._trained |= {f"rates.{name}": p for name, p in self.rates.named_parameters()}
+        self.optimizer = torch.optim.Adam(self._trained.values(), lr=config.outer_lr)
+        self.iteration = 0  # meta-iterations done
+        self.best: Best | None = None
+        self._seconds = 0.0
+        self._window: list[Tensor] = []  # [loss, accuracy, non-finite tasks] of each iteration since the last record
+        self._classification = False
+
+    def _try_one_task(self, episodes: Sequence[Tensor]) -> None:
+        """A meta-step that is thrown away: what does not fit comes to light before a folder is made.
+
+        It also settles which backend serves the model (a module may turn out not to batch), so that this does not
+        depend on whether a run starts, resumes, or only tests.
+        """
+        self.model.train()
+        signmaml_ext.meta_step(
+            self.model,
+            *(part[:1] for part in episodes),
+            inner_lr=self.rates.values(),
+            inner_steps=self.config.inner_steps,
+            seed=0,
+            **self._arguments,
+        )
+        for parameter in (*self.model.parameters(), *self.rates.parameters()):
+            parameter.grad = None
+
+    @cached_property
+    def run(self) -> RunFolder:
+        """The run's folder; chosen, and if need be made, when first asked for."""
+        return choose_folder(self._out or self.config.out, self.data_name)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # The public course of a run
+
+    def fit(self, *, resume: bool = False, overwrite: bool = False) -> FitResult:
+        """Trains to the configuration's last iteration, tests the best weights, writes result and plots.
+
+        SIGINT and SIGTERM let the iteration at hand finish, save the state and raise `TrainingInterrupted`.
+
+        Args:
+            resume: Continue the run in the folder; its configuration may differ in length, device and logging only.
+            overwrite: Replace a run that is there.
+
+        Raises:
+            FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is given.
+            BlockingIOError: Another process is training into the folder.
+            FileNotFoundError, ValueError: There is no run to resume, or it does not fit.
+            TrainingInterrupted: On SIGINT or SIGTERM, after saving.
+            FloatingPointError: The weights turned NaN or Inf (the last good checkpoint stays), or
+                `nonfinite="raise"` and a task did.
+        """
+        with self.run.claimed(self.config, resume=resume, overwrite=overwrite), SignalGuard() as guard:
+            if resume and self.run.last.is_file():
+                self._load_state()
+            self.run.write_config(self.config)
+            self._train(guard)
+            evaluation = self._test_best(guard)
+            result = FitResult(evaluation, self.best, self.iteration, self._seconds, self.run.path)
+            self._write_result(result)
+            self._draw_plots()
+        return result
+
+    def validate(self) -> Evaluation:
+        """The configuration's validation of the present weights: always the same tasks.
+
+        Raises:
+            ValueError: The trainer has no validation data.
+        """
+        return self._evaluate("val", self._val_sampler, self.config.validate_tasks)
+
+    def test(self, progress: Callable[[int], None] | None = None) -> Evaluation:
+        """The configuration's test of the present weights.
+
+        Args:
+            progress: Called with the number of tasks of each chunk.
+
+        Raises:
+            ValueError: The trainer has no test data.
+        """
+        return self._evaluate("test", self._test_sampler, self.config.test_tasks, progress)
+
+    def describe(self) -> str:
+        """What this run will do, in a few lines."""
+        config, count = self.config, parameter_count(self.model)
+        points = "" if config.data == "sinusoid" else f"{config.ways}-way "
+        rotations = ", rotated classes" if getattr(self._train_sampler, "rotations", False) else ""
+        learned = "" if config.learn_inner_lr == "none" else f" (learned, {config.learn_inner_lr})"
+        return "\n".join(
+            (
+                f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class{rotations}",
+                f"model    {type(self.model).__name__}, {count:,} parameters",
+                f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
+                f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, Adam {config.outer_lr:g} "
+                f"{config.schedule}",
+                *str(self.explanation).replace("backend: ", "backend  ").splitlines(),
+                f"device   {building.device_name(self.device)}",
+                f"folder   {self.run.path}",
+            )
+        )
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Training
+
+    def _train(self, guard: SignalGuard) -> None:
+        config = self.config
+        self.model.train()
+        began = time.monotonic() - self._seconds
+        with contextlib.ExitStack() as stack:
+            metrics = MetricsFile(self.run.metrics, keep_until=self.iteration)
+            stack.callback(metrics.close)
+            writers: list[_Writer] = [metrics]
+            if tensorboard_wanted(config.tensorboard):
+                board = TensorBoard(self.run.tensorboard, self.iteration)
+                stack.callback(board.close)
+                writers.append(board)
+            progress = stack.enter_context(Progress(config.iterations, self.iteration, enabled=self._show_progress))
+            writers.append(progress)
+            while self.iteration < config.iterations:
+                self._train_step()
+                progress.advance()
+                last = self.iteration == config.iterations
+                if last or self.iteration % config.log_every == 0:
+                    self._log(writers, self._training_record())
+                if self._val_sampler is not None and (last or self.iteration % config.validate_every == 0):
+                    self._log(writers, self._validation_record())
+                if last or guard.received is not None or self.iteration % config.checkpoint_every == 0:
+                    self._seconds = time.monotonic() - began
+                    metrics.sync()
+                    self._save_state()
+                if guard.received is not None and not last:
+                    raise self._interrupted(guard.received)
+
+    def _train_step(self) -> None:
+        """One meta-iteration; nothing here waits for the device."""
+        config = self.config
+        episodes = self._train_sampler.draw(self.iteration)
+        self.optimizer.zero_grad(set_to_none=True)
+        result = signmaml_ext.meta_step(
+            self.model,
+            *episodes,
+            inner_lr=self.rates.values(),
+            inner_steps=config.inner_steps,
+            seed=step_seed(config.seed, self.iteration),
+            **self._arguments,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._outer_lr(self.iteration)
+        self.optimizer.step()
+        self.iteration += 1
+        accuracy = result.query_loss if result.query_accuracy is None else result.query_accuracy
+        numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
+        self._window.append(torch.stack(numbers))
+        self._classification = result.query_accuracy is not None
+
+    def _outer_lr(self, iteration: int) -> float:
+        config = self.config
+        return learning_rate(config.schedule, config.outer_lr, iteration, config.iterations)
+
+    def _training_record(self) -> dict[str, Any]:
+        """Means since the last record. Here the host waits for the device."""
+        window = torch.stack(self._window)
+        self._window.clear()
+        loss, accuracy, _ = window.mean(0).tolist()
+        nonfinite = int(window[:, 2].sum())
+        record: dict[str, Any] = {"iteration": self.iteration, "split": "train", "loss": loss}
+        if self._classification:
+            record["accuracy"] = accuracy
+        record |= {"outer_lr": self._outer_lr(self.iteration - 1), "nonfinite_tasks": nonfinite}
+        if self.rates.logs:
+            rates = torch.cat([log.detach().exp().flatten() for log in self.rates.logs.values()])
+            low, mean, high = torch.stack((rates.min(), rates.mean(), rates.max())).tolist()
+            record |= {"inner_lr_min": low, "inner_lr_mean": mean, "inner_lr_max": high}
+        return record
+
+    def _validation_record(self) -> dict[str, Any]:
+        found = self.validate()
+        if self.best is None or self.best.beaten_by(found):
+            self.best = Best(self.iteration, found.metric, found.mean)
+            self._save_best()
+        record: dict[str, Any] = {"iteration": self.iteration, "split": "val", "loss": found.loss}
+        if found.metric == "accuracy":
+            record["accuracy"] = found.mean
+        return record | {"ci95": found.ci95, "tasks": found.tasks, "nonfinite_tasks": found.nonfinite}
+
+    def _log(self, writers: Sequence[_Writer], record: Mapping[str, Any]) -> None:
+        for writer in writers:
+            writer.write(record)
+        for callback in self._callbacks:
+            callback(record)
+
+    # -----------------------------------------------------------------------------------------------------------
+    # State on disk
+
+    def _save_state(self) -> None:
+        """Writes last.safetensors: all that the next iteration depends on.
+
+        Raises:
+            FloatingPointError: The weights are not finite; the last good state stays.
+        """
+        broken = [name for name, p in self._trained.items() if not bool(p.isfinite().all())]
+        if broken:
+            raise FloatingPointError(
+                f"weights turned NaN or Inf by iteration {self.iteration} (first {broken[0]!r}); the last good state "
+                f"is {self.run.last}. Try a smaller inner_lr or outer_lr, or nonfinite='skip'"
+            )
+        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, self._window)
+        metadata = {
+            "iteration": self.iteration,
+            "best": None if self.best is None else dataclasses.asdict(self.best),
+            "seconds": self._seconds,
+            "inner_rates": self.rates.to_json(),
+            "config": self.config.to_dict(),
+            "self_contained": self._self_contained,
+            "torch": torch.__version__,
+        }
+        checkpoint.save(self.run.last, tensors, kind="training", metadata=metadata)
+
+    def _load_state(self) -> None:
+        tensors, metadata = checkpoint.load(self.run.last, kind="training")
+        if metadata["iteration"] > self.config.iterations:
+            raise ValueError(
+                f"iterations: expected at least the {metadata['iteration']} that the run has done, "
+                f"found {self.config.iterations}"
+            )
+        self._window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, str(self.run.last))
+        self.iteration, self._seconds = metadata["iteration"], metadata["seconds"]
+        self.best = None if metadata["best"] is None else Best(**metadata["best"])
+
+    def _save_best(self) -> None:
+        metadata = {
+            "iteration": self.iteration,
+            "validation": None if self.best is None else dataclasses.asdict(self.best),
+            "inner_rates": self.rates.to_json(),
+            "config": self.config.to_dict(),
+            "self_contained": self._self_contained,
+        }
+        checkpoint.save_weights(self.model, self.run.best, metadata)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Takes over the weights, and learned inner rates, of a weights file.
+
+        Raises:
+            FileNotFoundError, ValueError: As `signmaml.checkpoint.load_weights`.
+        """
+        metadata = checkpoint.load_weights(self.model, path)
+        if "inner_rates" in metadata:
+            self.rates.load_json(metadata["inner_rates"])
+
+    def _interrupted(self, signal_number: int) -> TrainingInterrupted:
+        return TrainingInterrupted(
+            f"stopped after iteration {self.iteration} of {self.config.iterations}; everything is saved. "
+            f"Continue with: signmaml train --resume {self.run.path}",
+            signal_number,
+        )
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Evaluation
+
+    def _evaluate(
+        self, split: str, sampler: Sampler | None, tasks: int, progress: Callable[[int], None] | None = None
+    ) -> Evaluation:
+        if sampler is None:
+            raise ValueError(f"{split}: expected data for this split, found none")
+        config, steps = self.config, self.config.evaluation_steps()
+        report: dict[str, Any] = {"data": self.data_name, "split": split}
+        if self._sources[split] is None:
+            report |= {"ways": config.ways, "shots": config.shots, "queries": config.evaluation_queries()}
+        with torch.no_grad():
+            rates = self.rates.values(steps)
+        return evaluate_sampler(
+            self.model,
+            sampler,
+            tasks=tasks,
+            chunk=default_chunk(self.device),
+            report=report,
+            progress=progress,
+            inner_lr=rates,
+            inner_steps=steps,
+            **self._arguments,
+        )
+
+    def _test_best(self, guard: SignalGuard) -> Evaluation | None:
+        """The test with the best weights, which the model holds from then on."""
+        if self.best is None:
+            self._save_best()  # without validation the last weights are the best
+        self.load_weights(self.run.best)
+        if self._test_sampler is None:
+            return None
+        with counting("test", self.config.test_tasks, enabled=self._show_progress) as count:
+
+            def count_or_stop(tasks: int) -> None:
+                count(tasks)
+                if guard.received is not None:
+                    raise self._interrupted(guard.received)
+
+            return self.test(count_or_stop)
+
+    def _write_result(self, result: FitResult) -> None:
+        self.run.write_result(
+            {
+                **result.to_dict(),
+                "parameters": parameter_count(self.model),
+                "device": building.device_name(self.device),
+                "versions": {"signmaml_ext": version(), "torch": torch.__version__},
+                "config": self.config.to_dict(),
+            }
+        )
+
+    def _draw_plots(self) -> None:
+        from . import plots
+
+        plots.draw_curves(self.run.metrics, self.run.curves)
+        sampler = self._test_sampler or self._val_sampler or self._train_sampler
+        with torch.no_grad():
+            rates = self.rates.values(self.config.evaluation_steps())
+        arguments = self._arguments | {"inner_lr": rates, "inner_steps": self.config.evaluation_steps()}
+        split = "test" if self._test_sampler else "val" if self._val_sampler else "train"
+        title = f"{self.data_name}/{split}, {self.config.method}"
+        plots.draw_task(self.model, sampler, self.run.episode, title=title, **arguments)
