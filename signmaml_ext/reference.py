@@ -118,14 +118,14 @@ def meta_accumulate(out: Tensor, grads: Tensor, live: Tensor) -> Tensor:
 # Chunks of tasks: all at once under vmap, or one by one
 
 
-# Models whose forward torch.func.vmap could not batch, with the reason.
-_not_batchable: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# Models whose forward torch.func.vmap could not batch, with the reason, by training mode: dropout draws in one only.
+_not_batchable: weakref.WeakKeyDictionary[nn.Module, dict[bool, str]] = weakref.WeakKeyDictionary()
 
 
 def why_not_batched(model: nn.Module, device: torch.device) -> str | None:
     """None if the tasks of a call run together under vmap, else why they run one by one."""
-    if model in _not_batchable:
-        return _not_batchable[model]
+    if (reason := _not_batchable.get(model, {}).get(model.training)) is not None:
+        return reason
     if device.type == "cpu" and any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
         # Per-task weights make a convolution a grouped one, slow on a CPU: measured 0.4 to 1.3 times the speed of task
         # by task for Conv4 at 28 to 84 pixels. Without convolutions: 2 (T = 4) to 50 times (T = 1000).
@@ -173,7 +173,7 @@ def _batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Resul
     result = run_task_by_task(problem, compute)
     # Remembered only now: had the call itself been at fault, the line above would have raised.
     if not isinstance(refusal.__cause__, torch.OutOfMemoryError):
-        _not_batchable[problem.model] = str(refusal)
+        _not_batchable.setdefault(problem.model, {})[problem.model.training] = str(refusal)
     return result
 
 

@@ -53,8 +53,8 @@ inline void check_apart(std::initializer_list<Region> written, std::initializer_
 // offsets: [segments + 1] int64 in host memory.
 inline void check_segment_offsets(const std::int64_t* offsets, std::int64_t segments, std::int64_t parameters) {
     const auto fail = [](const std::string& found) {
-        throw std::invalid_argument("segment_offsets: expected 0 first, P last and none smaller than the one before, found " +
-                                    found);
+        throw std::invalid_argument(
+            "segment_offsets: expected 0 first, P last and none smaller than the one before, found " + found);
     };
     if (offsets[0] != 0) fail(std::to_string(offsets[0]) + " first");
     for (std::int64_t g = 0; g < segments; ++g) {

@@ -1,5 +1,6 @@
-// The Python module signmaml_ext._C (and, on the emulated GPU, the tests' _emulated): addresses, sizes and a stream in, nothing out. signmaml_ext/ops.py has checked
-// shapes, types and devices; what is checked here is what only addresses and host memory tell.
+// The Python module signmaml_ext._C and, on the emulated GPU, the tests' _emulated: addresses, sizes and a stream in,
+// nothing out. signmaml_ext/ops.py has checked shapes, types and devices; what is checked here is what only addresses
+// and host memory tell.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -80,62 +81,51 @@ struct MetaAccumulateArguments {
     }
 };
 
-std::int64_t scalar_bytes(bool is_double) { return is_double ? 8 : 4; }
-
-void sign_step_cpu(Address params, Address grads, Address lr, Address segment_offsets, Address mask,
-                   Address nonfinite, std::int64_t tasks, std::int64_t parameters, std::int64_t lr_entries,
-                   std::int64_t mask_entries, std::int64_t segments, bool is_double, int threads) {
-    const SignStepArguments arguments{params, grads,      lr,         segment_offsets, mask,    nonfinite,
-                                      tasks,  parameters, lr_entries, mask_entries,    segments};
-    arguments.check(scalar_bytes(is_double));
-    if (segments > 0) {
-        check_segment_offsets(reinterpret_cast<const std::int64_t*>(segment_offsets), segments, parameters);
-    }
+// Checks, lets other Python threads run, and calls `work` with the struct of the right precision.
+template <typename Arguments, typename Work>
+void with_params(const Arguments& arguments, bool is_double, const Work& work) {
+    arguments.check(is_double ? sizeof(double) : sizeof(float));
     const py::gil_scoped_release unlocked;
     if (is_double) {
-        cpu::sign_step(arguments.as_params<double>(), threads);
+        work(arguments.template as_params<double>());
     } else {
-        cpu::sign_step(arguments.as_params<float>(), threads);
+        work(arguments.template as_params<float>());
     }
+}
+
+void sign_step_cpu(Address params, Address grads, Address lr, Address segment_offsets, Address mask, Address nonfinite,
+                   std::int64_t tasks, std::int64_t parameters, std::int64_t lr_entries, std::int64_t mask_entries,
+                   std::int64_t segments, bool is_double, int threads) {
+    const SignStepArguments arguments{params, grads,      lr,         segment_offsets, mask,    nonfinite,
+                                      tasks,  parameters, lr_entries, mask_entries,    segments};
+    with_params(arguments, is_double, [threads](const auto& p) {
+        if (p.segments > 0) check_segment_offsets(p.segment_offsets, p.segments, p.parameters);
+        cpu::sign_step(p, threads);
+    });
 }
 
 void meta_accumulate_cpu(Address out, Address grads, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
                          bool skip_nonfinite, bool is_double, int threads) {
     const MetaAccumulateArguments arguments{out, grads, nonfinite, tasks, parameters, skip_nonfinite};
-    arguments.check(scalar_bytes(is_double));
-    const py::gil_scoped_release unlocked;
-    if (is_double) {
-        cpu::meta_accumulate(arguments.as_params<double>(), threads);
-    } else {
-        cpu::meta_accumulate(arguments.as_params<float>(), threads);
-    }
+    with_params(arguments, is_double, [threads](const auto& p) { cpu::meta_accumulate(p, threads); });
 }
 
 #ifdef SIGNMAML_WITH_CUDA
-void sign_step_cuda(Address params, Address grads, Address lr, Address segment_offsets, Address mask,
-                    Address nonfinite, std::int64_t tasks, std::int64_t parameters, std::int64_t lr_entries,
-                    std::int64_t mask_entries, std::int64_t segments, bool is_double, int device, Address stream) {
+void sign_step_cuda(Address params, Address grads, Address lr, Address segment_offsets, Address mask, Address nonfinite,
+                    std::int64_t tasks, std::int64_t parameters, std::int64_t lr_entries, std::int64_t mask_entries,
+                    std::int64_t segments, bool is_double, int device, Address stream) {
     const SignStepArguments arguments{params, grads,      lr,         segment_offsets, mask,    nonfinite,
                                       tasks,  parameters, lr_entries, mask_entries,    segments};
-    arguments.check(scalar_bytes(is_double));
-    const py::gil_scoped_release unlocked;
-    if (is_double) {
-        launch_sign_step(arguments.as_params<double>(), device, reinterpret_cast<void*>(stream));
-    } else {
-        launch_sign_step(arguments.as_params<float>(), device, reinterpret_cast<void*>(stream));
-    }
+    with_params(arguments, is_double,
+                [device, stream](const auto& p) { launch_sign_step(p, device, reinterpret_cast<void*>(stream)); });
 }
 
 void meta_accumulate_cuda(Address out, Address grads, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
                           bool skip_nonfinite, bool is_double, int device, Address stream) {
     const MetaAccumulateArguments arguments{out, grads, nonfinite, tasks, parameters, skip_nonfinite};
-    arguments.check(scalar_bytes(is_double));
-    const py::gil_scoped_release unlocked;
-    if (is_double) {
-        launch_meta_accumulate(arguments.as_params<double>(), device, reinterpret_cast<void*>(stream));
-    } else {
-        launch_meta_accumulate(arguments.as_params<float>(), device, reinterpret_cast<void*>(stream));
-    }
+    with_params(arguments, is_double, [device, stream](const auto& p) {
+        launch_meta_accumulate(p, device, reinterpret_cast<void*>(stream));
+    });
 }
 #endif
 
@@ -148,14 +138,13 @@ py::dict as_dict(const CpuPlan& plan) {
 py::dict as_dict(const SignStepGrid& plan) {
     using py::literals::operator""_a;
     return py::dict("vector"_a = plan.vector, "block"_a = plan.block, "unroll"_a = plan.unroll,
-                    "tiles_per_row"_a = plan.tiles_per_row, "blocks_x"_a = plan.blocks_x,
-                    "blocks_y"_a = plan.blocks_y);
+                    "tiles_per_row"_a = plan.tiles_per_row, "blocks_x"_a = plan.blocks_x, "blocks_y"_a = plan.blocks_y);
 }
 
 py::dict as_dict(const MetaAccumulateGrid& plan) {
     using py::literals::operator""_a;
-    return py::dict("vector"_a = plan.vector, "block"_a = plan.block, "unroll"_a = plan.unroll,
-                    "head"_a = plan.head, "bodies"_a = plan.bodies, "tail"_a = plan.tail, "blocks"_a = plan.blocks);
+    return py::dict("vector"_a = plan.vector, "block"_a = plan.block, "unroll"_a = plan.unroll, "head"_a = plan.head,
+                    "bodies"_a = plan.bodies, "tail"_a = plan.tail, "blocks"_a = plan.blocks);
 }
 
 std::vector<std::string> split(const std::string& text) {
@@ -190,10 +179,10 @@ void define_plans(py::module_& m) {
                                int multiprocessors) {
         return as_dict(plan_sign_step(tasks, parameters, bytes, params, grads, multiprocessors));
     });
-    m.def("plan_meta_accumulate", [](std::int64_t tasks, std::int64_t parameters, int bytes, Address out,
-                                     Address grads, int multiprocessors) {
-        return as_dict(plan_meta_accumulate(tasks, parameters, bytes, out, grads, multiprocessors));
-    });
+    m.def("plan_meta_accumulate",
+          [](std::int64_t tasks, std::int64_t parameters, int bytes, Address out, Address grads, int multiprocessors) {
+              return as_dict(plan_meta_accumulate(tasks, parameters, bytes, out, grads, multiprocessors));
+          });
 }
 
 }  // namespace

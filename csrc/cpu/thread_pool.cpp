@@ -120,9 +120,9 @@ class ThreadPool {
     std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
     std::mutex mutex_;  // guards everything below
     std::condition_variable work_, done_;
-    int started_ = 0;        // workers there are
-    int places_ = 0;         // workers that may still join the loop
-    int helping_ = 0;        // workers that joined and are not done
+    int started_ = 0;  // workers there are
+    int places_ = 0;   // workers that may still join the loop
+    int helping_ = 0;  // workers that joined and are not done
     Loop* loop_ = nullptr;
 };
 

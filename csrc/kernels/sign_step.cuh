@@ -1,7 +1,7 @@
-// params[t, j] -= lr[j] * sign(grads[t, j]) for all tasks at once; flags tasks whose looked-at gradients are not finite.
-// A block owns tiles of one task's row, of kSignStepBlock * kSignStepUnroll vectors; a thread kSignStepUnroll vectors of
-// each tile, a block's width apart. Block x = 0 also takes the few elements before and after a row's aligned vectors.
-// Launched by launch_sign_step. Readable twin: sign_step in signmaml_ext/reference.py.
+// params[t, j] -= lr[j] * sign(grads[t, j]) for all tasks at once; flags tasks whose looked-at gradients are not
+// finite. A block owns tiles of one task's row, of kSignStepBlock * kSignStepUnroll vectors; a thread kSignStepUnroll
+// vectors of each tile, a block's width apart. Block x = 0 also takes the few elements before and after a row's aligned
+// vectors. Launched by launch_sign_step. Readable twin: sign_step in signmaml_ext/reference.py.
 #pragma once
 
 #include <cstdint>

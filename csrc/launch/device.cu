@@ -5,11 +5,13 @@ namespace signmaml {
 
 void check_cuda(cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
+    cudaGetLastError();  // forgets it, or the next launch would be blamed
     std::string message = what + " failed: " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
     if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion ||
         status == cudaErrorInsufficientDriver) {
-        message += "; `python -m signmaml_ext.info` says what this build covers, and a reinstall with "
-                   "TORCH_CUDA_ARCH_LIST set to the GPU's compute capability covers that GPU";
+        message +=
+            "; `python -m signmaml_ext.info` says what this build covers, and a reinstall with "
+            "TORCH_CUDA_ARCH_LIST set to the GPU's compute capability covers that GPU";
     }
     throw std::runtime_error(message);
 }

@@ -37,7 +37,7 @@ void load_if_capturing(const void* kernel, cudaStream_t stream);
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int block, std::int64_t shared_bytes,
-            cudaStream_t stream,            const Arguments&... arguments) {
+            cudaStream_t stream, const Arguments&... arguments) {
     load_if_capturing(reinterpret_cast<const void*>(kernel), stream);
     kernel<<<grid, block, static_cast<std::size_t>(shared_bytes), stream>>>(arguments...);
     const cudaError_t status = cudaGetLastError();

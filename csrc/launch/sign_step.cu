@@ -19,9 +19,9 @@ template <typename Scalar>
 void launch_sign_step(const SignStepParams<Scalar>& params, int device, void* stream) {
     if (params.tasks == 0 || params.parameters == 0) return;
     const DeviceScope scope(device);
-    const SignStepGrid plan = plan_sign_step(params.tasks, params.parameters, sizeof(Scalar),
-                                             reinterpret_cast<std::uintptr_t>(params.params),
-                                             reinterpret_cast<std::uintptr_t>(params.grads), multiprocessors(device));
+    const SignStepGrid plan =
+        plan_sign_step(params.tasks, params.parameters, sizeof(Scalar), reinterpret_cast<std::uintptr_t>(params.params),
+                       reinterpret_cast<std::uintptr_t>(params.grads), multiprocessors(device));
     const bool plain = params.lr_spread == Spread::kAll && params.mask_spread == Spread::kNone;
     constexpr int kWide = 16 / sizeof(Scalar);
     const auto kernel = plan.vector == kWide ? kernel_for<Scalar, kWide>(plain) : kernel_for<Scalar, 1>(plain);

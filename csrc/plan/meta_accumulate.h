@@ -45,7 +45,8 @@ constexpr MetaAccumulateGrid plan_meta_accumulate(std::int64_t tasks, std::int64
     const std::int64_t tail = parameters - head - bodies * vector;
     const std::int64_t budget = std::int64_t{multiprocessors} * kMetaAccumulateBlocksPerMultiprocessor;
     const std::int64_t blocks = ceil_div(bodies + head + tail, kMetaAccumulateBlock);
-    return {vector, kMetaAccumulateBlock, kMetaAccumulateUnroll, head, bodies, tail, larger(1, smaller(blocks, budget))};
+    return {
+        vector, kMetaAccumulateBlock, kMetaAccumulateUnroll, head, bodies, tail, larger(1, smaller(blocks, budget))};
 }
 
 // The sums of one piece and the rows being added to them fit the first-level cache together.

@@ -37,8 +37,7 @@ struct SignStepGrid {
 constexpr bool congruent(std::uint64_t a, std::uint64_t b) { return (a - b) % 16 == 0; }
 
 constexpr SignStepGrid plan_sign_step(std::int64_t tasks, std::int64_t parameters, int scalar_bytes,
-                                      std::uint64_t params_address, std::uint64_t grads_address,
-                                      int multiprocessors) {
+                                      std::uint64_t params_address, std::uint64_t grads_address, int multiprocessors) {
     const int vector = congruent(params_address, grads_address) ? 16 / scalar_bytes : 1;
     const std::int64_t tile = std::int64_t{kSignStepBlock} * kSignStepUnroll * vector;
     const std::int64_t tiles_per_row = ceil_div(parameters, tile);

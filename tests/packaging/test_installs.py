@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.installs import has_nvcc, run, use, without_nvcc
+from helpers.installs import run, use, without_nvcc
 
 pytestmark = [pytest.mark.packaging, pytest.mark.slow]
 
@@ -52,16 +52,3 @@ def test_uv_install_of_a_debug_build(source, bare):
     switches = {"SIGNMAML_NO_CUDA": "1", "SIGNMAML_DEBUG": "1"}
     run(uv, "pip", "install", "--python", bare.python, "--no-deps", source, **switches)
     check_without_cuda(bare, bare.site_packages / "signmaml_ext", "Debug")
-
-
-@pytest.mark.skipif(not has_nvcc(), reason="no nvcc on this machine")
-def test_architectures_that_were_asked_for(source, bare, build_requirements):
-    """And only these; a second build in the same folder, without CUDA, keeps nothing of the first."""
-    arguments = ["--no-build-isolation", "--no-deps"]
-    bare.lend(build_requirements)
-    bare.pip_install(*arguments, source, TORCH_CUDA_ARCH_LIST="9.0", FORCE_CUDA="1", MAX_JOBS="2")
-    bare.lend_torch()
-    native = bare.info()["native"]
-    assert (native["built_with_cuda"], native["cuda_architectures"]) == (True, ["9.0+PTX"])
-    bare.pip_install("--force-reinstall", *arguments, source, SIGNMAML_NO_CUDA="1")
-    check_without_cuda(bare, bare.site_packages / "signmaml_ext", "Release")

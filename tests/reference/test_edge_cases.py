@@ -296,6 +296,17 @@ def test_without_a_seed_torchs_generator_decides_and_advances_only_for_random_mo
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_training_mode_cannot_batch_evaluation_still_may():
+    """So a result does not depend on whether the model was trained before."""
+    model, data = dropout_net().double(), nets.vector_tasks()
+    options = {"inner_lr": 0.05, "inner_steps": 2}
+    before = evaluate(model.eval(), *data, **options)
+    assert meta_step(model.train(), *data, **options).backend == "torch"
+    after = evaluate(model.eval(), *data, **options)
+    assert before.backend == after.backend == "cpu"
+    assert torch.equal(before.logits, after.logits)
+
+
 def test_dropout_follows_training_mode():
     model, data = dropout_net().double().eval(), nets.vector_tasks()
     plain = nn.Sequential(model[0], model[2])
