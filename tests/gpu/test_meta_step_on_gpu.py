@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from helpers import nets
 from torch import nn
 
 import signmaml_ext
+from helpers import nets
 from signmaml_ext import meta_step
 
 pytestmark = [
