@@ -22,8 +22,8 @@ class Arguments {
 
 void block_sum(Address in, Address out, std::int64_t rows, std::int64_t columns, int block) {
     const Arguments of_launch({{"in", in, rows * columns * 4, 4, false}, {"out", out, rows * 4, 4, true}});
-    launch_selftest_block_sum(
-        {reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), columns}, static_cast<int>(rows), block);
+    launch_selftest_block_sum({reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), columns},
+                              static_cast<int>(rows), block);
 }
 
 void matmul_tf32(Address a, Address b, Address c, int m, int n, int k) {

@@ -34,7 +34,8 @@ MlpShape shape_of(const std::vector<int>& widths, const std::string& activation,
     MlpShape shape{};
     shape.layers = layers;
     for (int i = 0; i <= layers; ++i) {
-        if (widths[i] < 1) throw std::invalid_argument("widths: expected positive ones, found " + std::to_string(widths[i]));
+        if (widths[i] < 1)
+            throw std::invalid_argument("widths: expected positive ones, found " + std::to_string(widths[i]));
         shape.widths[i] = widths[i];
     }
     shape.activation = activation == "relu" ? Activation::kRelu : Activation::kTanh;
@@ -95,7 +96,8 @@ template <typename Scalar>
 void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars) {
     auto& buffers = emulation::settings().buffers;
     buffers.clear();
-    const auto add = [&buffers](const char* name, const void* address, std::int64_t count, std::int64_t bytes, bool writable) {
+    const auto add = [&buffers](const char* name, const void* address, std::int64_t count, std::int64_t bytes,
+                                bool writable) {
         if (address != nullptr) {
             buffers.push_back({name, reinterpret_cast<std::uintptr_t>(address), count * bytes, bytes, writable});
         }
@@ -124,12 +126,13 @@ void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars)
 #endif
 
 template <typename Scalar>
-void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int device, std::uintptr_t stream) {
+void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int device,
+            std::uintptr_t stream) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
 #ifdef SIGNMAML_EMULATION
-    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizeof(Scalar),
-                                       multiprocessors(device))
-                        .workspace_scalars);
+    declare(params,
+            plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizeof(Scalar), multiprocessors(device))
+                .workspace_scalars);
 #endif
     const py::gil_scoped_release unlocked;
     launch_mlp_meta_step(params, device, reinterpret_cast<void*>(stream));

@@ -139,7 +139,8 @@ struct MmaOperand {
 };
 
 // d += a * b for fragments of a 16 x kK and a kK x 8 matrix; `element` reads entry e of a lane's fragment.
-template <int kK, int kEntriesOfA, int kEntriesOfB, typename RowOfA, typename ColumnOfA, typename RowOfB, typename Element>
+template <int kK, int kEntriesOfA, int kEntriesOfB, typename RowOfA, typename ColumnOfA, typename RowOfB,
+          typename Element>
 inline void mma(void* const* operands, RowOfA row_of_a, ColumnOfA column_of_a, RowOfB row_of_b, Element element) {
     float a[16][kK], b[kK][8];
     for (int lane = 0; lane < kWarpThreads; ++lane) {
@@ -216,7 +217,8 @@ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) {
     });
 }
 
-// ---- asynchronous copies to shared memory -----------------------------------------------------------------------------
+// ---- asynchronous copies to shared memory
+// -----------------------------------------------------------------------------
 
 // Starts a copy of 16 bytes. The target holds NaN until a wait that covers the copy.
 inline void cp_async_16(void* target, const void* source) { emulation::start_copy(target, source, 16); }

@@ -96,7 +96,8 @@ void complete_warp_operation(Thread& arrived) {
         Thread& other = block.threads[first + lane];
         if (other.state == State::kDone || other.state == State::kAtBlockBarrier) diverged(arrived, other);
         if (other.state != State::kAtWarpOperation) return;  // still on its way
-        if (other.lanes != arrived.lanes || std::strcmp(other.operation, arrived.operation) != 0) diverged(arrived, other);
+        if (other.lanes != arrived.lanes || std::strcmp(other.operation, arrived.operation) != 0)
+            diverged(arrived, other);
         operands[lane] = other.operand;
     }
     arrived.combine(operands);
@@ -117,8 +118,8 @@ std::unique_ptr<Block> make_block(const Launch& launch, std::int64_t number, std
     block->index = {static_cast<unsigned>(n % launch.grid.x), static_cast<unsigned>(n / launch.grid.x % launch.grid.y),
                     static_cast<unsigned>(n / launch.grid.x / launch.grid.y)};
     block->shared.assign(static_cast<std::size_t>(shared_bytes), '\xff');
-    block->tracked_shared = std::make_unique<TrackedMemory>("shared memory", block->shared.data(), block->shared.size(),
-                                                            2, true, false);
+    block->tracked_shared =
+        std::make_unique<TrackedMemory>("shared memory", block->shared.data(), block->shared.size(), 2, true, false);
     const Extent3 size = launch.block_size;
     block->threads.resize(static_cast<std::size_t>(size.count()));
     for (std::size_t i = 0; i < block->threads.size(); ++i) {

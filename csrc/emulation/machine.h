@@ -31,9 +31,9 @@ struct Buffer {
 };
 
 struct Settings {
-    std::uint64_t seed = 0;        // of the order of threads and blocks
-    int blocks_alive = 1;          // blocks that run at the same time
-    int multiprocessors = 2;       // what a plan is told
+    std::uint64_t seed = 0;   // of the order of threads and blocks
+    int blocks_alive = 1;     // blocks that run at the same time
+    int multiprocessors = 2;  // what a plan is told
     std::vector<Buffer> buffers;
 };
 

@@ -78,8 +78,8 @@ void TrackedMemory::visit(const void* address, std::size_t bytes, Access access,
         const std::string where = "element " + std::to_string(i) + " of '" + name_ + "'";
         const bool equal_writes = access == Access::kFlag && element.by_flag;
         if (!ordered(element.writer, who) && !equal_writes) {
-            fail("race: " + describe(who) + (access == Access::kRead ? " reads " : " writes ") + where + ", written by " +
-                 describe(element.writer) + " with no barrier in between");
+            fail("race: " + describe(who) + (access == Access::kRead ? " reads " : " writes ") + where +
+                 ", written by " + describe(element.writer) + " with no barrier in between");
         }
         if (access == Access::kRead) {
             if (!element.written) fail("uninitialised: " + describe(who) + " reads " + where + ", which nobody wrote");

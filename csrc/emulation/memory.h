@@ -1,7 +1,7 @@
 // Memory that knows its bounds and who touched it last, so that a wrong index and a race are reported, not survived.
 //
-// Two accesses to an element race if two threads make them, one writes, and no barrier lies between: a block barrier, or
-// a warp barrier if both threads are of one warp. Threads of two blocks are never ordered within a launch.
+// Two accesses to an element race if two threads make them, one writes, and no barrier lies between: a block barrier,
+// or a warp barrier if both threads are of one warp. Threads of two blocks are never ordered within a launch.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,9 @@
-// A whole meta-step of small networks: for each task K inner steps on the support set, then the query set and its gradient.
+// A whole meta-step of small networks: for each task K inner steps on the support set, then the query set and its
+// gradient.
 //   forward a[l+1] = act(a[l] W[l]^T + b[l]);  backward dW = d^T a, db = sum d, d' = d W * act'(a);  W -= lr * sign(dW)
-// A team (a warp, or a block of kMlpBlock) owns every teams-th task; its weights and activations lie in shared memory or, if
-// too large, in its part of the workspace. A thread owns whole elements, so every sum has one order. One launch for all.
-// Launched by launch_mlp_meta_step. Readable twin: meta_gradients in signmaml_ext/reference.py.
+// A team (a warp, or a block of kMlpBlock) owns every teams-th task; its weights and activations lie in shared memory
+// or, if too large, in its part of the workspace. A thread owns whole elements, so every sum has one order. One launch
+// for all. Launched by launch_mlp_meta_step. Readable twin: meta_gradients in signmaml_ext/reference.py.
 #pragma once
 
 #include <cmath>
@@ -143,7 +144,8 @@ struct MlpTask {
         return mean;
     }
 
-    __device__ Scalar squared_error(const Scalar* row, const Scalar* target, Scalar* delta_row, int outputs, int count) {
+    __device__ Scalar squared_error(const Scalar* row, const Scalar* target, Scalar* delta_row, int outputs,
+                                    int count) {
         Scalar loss = Scalar(0);
         for (int o = 0; o < outputs; ++o) {
             const Scalar difference = load(row + o) - load(target + o);
@@ -179,8 +181,8 @@ struct MlpTask {
         return in_range ? log_of(sum) + largest - load(row + label) : invalid;
     }
 
-    // From the output's delta down. kStep: moves the weights; else each weight is replaced by its gradient, which is safe
-    // because the layer's weights are read for the last time just before.
+    // From the output's delta down. kStep: moves the weights; else each weight is replaced by its gradient, which is
+    // safe because the layer's weights are read for the last time just before.
     template <bool kStep>
     __device__ void backward(const MlpSet<Scalar>& set, const Scalar* lr) {
         for (int layer = p.shape.layers - 1; layer >= 0; --layer) {
@@ -263,8 +265,8 @@ struct MlpTask {
 };
 
 template <typename Scalar, bool kWarp, bool kInShared>
-__global__ void __launch_bounds__(kWarp ? 32 : kMlpBlock, kWarp ? 16 : 2) mlp_meta_step_kernel(const MlpMetaStepParams<Scalar> p,
-                                                                            const MlpLayout layout) {
+__global__ void __launch_bounds__(kWarp ? 32 : kMlpBlock, kWarp ? 16 : 2)
+    mlp_meta_step_kernel(const MlpMetaStepParams<Scalar> p, const MlpLayout layout) {
     const Shared<Scalar> scratch(0, kMlpScratch);
     const Shared<Scalar> own(kMlpScratch * static_cast<std::int64_t>(sizeof(Scalar)), kInShared ? layout.size : 1);
     for (std::int64_t task = blockIdx.x; task < p.tasks; task += gridDim.x) {

@@ -61,7 +61,8 @@ class Shared {
     Scalar* base_;
 };
 
-// ---- barriers, lanes --------------------------------------------------------------------------------------------------
+// ---- barriers, lanes
+// --------------------------------------------------------------------------------------------------
 
 __device__ inline void block_barrier() { __syncthreads(); }
 __device__ inline void warp_barrier() { __syncwarp(); }
@@ -73,7 +74,8 @@ __device__ inline Scalar shuffle_xor(Scalar value, int distance) {
     return __shfl_xor_sync(kAllLanes, value, distance);
 }
 
-// ---- tensor cores (sm_80 and later) -------------------------------------------------------------------------------------
+// ---- tensor cores (sm_80 and later)
+// -------------------------------------------------------------------------------------
 
 // Rounds to TF32 (10 bits of mantissa), ties away from zero.
 __device__ inline float to_tf32(float value) {
@@ -106,7 +108,8 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) 
                  : "memory");
 }
 
-// ---- asynchronous copies to shared memory (sm_80 and later) ---------------------------------------------------------------
+// ---- asynchronous copies to shared memory (sm_80 and later)
+// ---------------------------------------------------------------
 
 // Starts a copy of 16 bytes, both addresses multiples of 16; it belongs to the next group that is committed.
 __device__ inline void cp_async_16(void* target, const void* source) {
@@ -126,7 +129,8 @@ __device__ inline void cp_async_wait() {
 
 namespace signmaml {
 
-// ---- built from the above, the same on both machines ----------------------------------------------------------------------
+// ---- built from the above, the same on both machines
+// ----------------------------------------------------------------------
 
 // x - x is NaN for NaN and infinities, and 0 for every other number.
 template <typename Scalar>
@@ -150,7 +154,8 @@ __device__ inline Scalar warp_sum(Scalar value) {
     return value;
 }
 
-// The sum over a block of full warps, in order of warps, the same bits in every thread. `scratch` has an element a warp.
+// The sum over a block of full warps, in order of warps, the same bits in every thread. `scratch` has an element a
+// warp.
 template <typename Scalar>
 __device__ inline Scalar block_sum(Scalar value, const Shared<Scalar>& scratch) {
     const Scalar of_warp = warp_sum(value);

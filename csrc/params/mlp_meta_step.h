@@ -5,8 +5,8 @@
 
 namespace signmaml {
 
-inline constexpr int kMlpLayers = 5;     // linear layers at most: 1 to 4 hidden ones and the output
-inline constexpr int kMlpWidth = 256;    // of a hidden layer at most
+inline constexpr int kMlpLayers = 5;   // linear layers at most: 1 to 4 hidden ones and the output
+inline constexpr int kMlpWidth = 256;  // of a hidden layer at most
 
 enum class Activation : std::int32_t { kRelu = 0, kTanh = 1 };
 enum class MlpLoss : std::int32_t { kMse = 0, kCrossEntropy = 1 };
@@ -29,7 +29,7 @@ struct MlpSet {
 
 template <typename Scalar>
 struct MlpMetaStepParams {
-    const Scalar* theta;        // [P] Scalar: layer by layer weight [out, in], then bias [out]
+    const Scalar* theta;  // [P] Scalar: layer by layer weight [out, in], then bias [out]
     MlpSet<Scalar> support;
     MlpSet<Scalar> query;
     const Scalar* lr;           // [K, 2 * layers] Scalar: of weight and bias of each layer

@@ -60,8 +60,8 @@ struct MlpPlan {
     std::int64_t workspace_scalars;  // of all teams
 };
 
-constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                                     int scalar_bytes, int multiprocessors) {
+constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
+                                     std::int64_t query, int scalar_bytes, int multiprocessors) {
     const MlpLayout layout = mlp_layout(shape, larger(support, query));
     std::int64_t work = 0;  // elements of the largest activation
     for (int layer = 0; layer < shape.layers; ++layer) {

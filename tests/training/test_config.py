@@ -114,3 +114,7 @@ def test_what_a_resumed_run_may_change() -> None:
     allowed = old.replace(iterations=9, device="cpu", log_every=3, checkpoint_every=4, tensorboard=True, out="x")
     assert configs.differences(old, allowed) == []
     assert configs.differences(old, old.replace(inner_lr=0.5, seed=3)) == ["inner_lr: 0.01 -> 0.5", "seed: 0 -> 3"]
+
+
+def test_data_may_be_named_with_a_hyphen() -> None:
+    assert TrainConfig(data="mini-imagenet") == TrainConfig(data="mini_imagenet")

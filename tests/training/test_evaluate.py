@@ -50,7 +50,7 @@ def test_the_whole_protocol_is_told(model: nn.Module) -> None:
     text = str(found)
     for words in (
         "val accuracy", "+-", "95% t-interval", "3-way 2-shot", "4 queries a class", "toy/val", "fo-maml",
-        "3 test steps", "inner_lr 0.25", "BatchNorm on batch statistics", "6 tasks", "seed 9", "fp32",
+        "3 test steps", "inner_lr 0.25", "BatchNorm on batch statistics (transductive)", "6 tasks", "seed 9", "fp32",
     ):  # fmt: skip
         assert words in text, words
     stored = json.loads(json.dumps(found.to_dict()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from signmaml.loggers import MetricsFile, Progress, TensorBoard, clock, counting, read_metrics
+from signmaml.loggers import MetricsFile, Progress, TensorBoard, clock, counting, read_metrics, tensorboard_wanted
 
 
 def record(iteration: int, split: str = "train", **values: float) -> dict:
@@ -67,6 +67,13 @@ def test_tensorboard_holds_the_records(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, round(e.value, 3)) for e in events.Scalars("val/accuracy")] == [(10, 0.1), (20, 0.2)]
     assert set(events.Tags()["scalars"]) == {"val/accuracy", "val/loss"}
+
+
+def test_tensorboard_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed in (True, False):
+        found = object() if installed else None
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, found=found: found)
+        assert [tensorboard_wanted(choice) for choice in (None, True, False)] == [installed, True, False]
 
 
 class Terminal(io.StringIO):
