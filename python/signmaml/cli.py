@@ -54,7 +54,6 @@ examples:
   signmaml train --preset omniglot --data-root DIR  the same on Omniglot's images
   signmaml train --data folder --data-root DIR      own images: DIR/CLASS/*.png, or DIR/{train,val,test}/CLASS/*
   signmaml train --resume runs/NAME                 continue a run that was stopped
-  OMP_NUM_THREADS=1 signmaml train                  on cores that other programs use too
   signmaml evaluate runs/NAME --tasks 1000          test accuracy with its 95% interval
   signmaml plot runs/A runs/B --out both.png        compare two runs
 """

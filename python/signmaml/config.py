@@ -70,7 +70,7 @@ class TrainConfig:
         None, "name patterns of the parameters that the inner loop moves (ANIL: classifier.*); none: all"
     )
 
-    iterations: int = _option(500, "meta-iterations", least=1, on_resume=True)
+    iterations: int = _option(400, "meta-iterations", least=1, on_resume=True)
     outer_lr: float = _option(0.006, "learning rate of the outer Adam", above=0)
     schedule: str = _option(
         "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")

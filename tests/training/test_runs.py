@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.toy_run import toy_config, toy_trainer
 from signmaml import commands
+from signmaml.config import TrainConfig
 from signmaml.evaluate import Evaluation
 from signmaml.results import Best
 from signmaml.runs import RunFolder, choose_folder
@@ -63,3 +65,27 @@ def test_own_models_and_data_are_not_mistaken_for_the_configured_ones(tmp_path: 
     toy_trainer(tmp_path / "run", 2).fit()
     with pytest.raises(ValueError, match=r"of a run with a model, data or a loss of its own; .*load_weights"):
         commands.read_weights(str(tmp_path / "run"), which)
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "threads"),
+    [
+        ({}, {}, 1),
+        ({}, {"data": "sinusoid", "model": "mlp"}, 1),
+        ({}, {"image_size": 84}, 3),
+        ({}, {"data": "mini_imagenet"}, 3),
+        ({"OMP_NUM_THREADS": "3"}, {}, 3),
+    ],
+)
+def test_small_images_are_not_spread_over_threads(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], changes: dict[str, str], threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    torch.set_num_threads(3)
+    try:
+        commands.settle_threads(TrainConfig(**changes))  # type: ignore[arg-type]
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)  # as in the whole folder
