@@ -121,8 +121,19 @@ class Environment:
             file.write(lines)
 
     def lend_torch(self) -> None:
-        """Lends what this process's environment has: torch and the other dependencies, but no editable installs."""
-        self.lend(Path(torch.__file__).parents[1], sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+        """Lends what this process's environment has: torch and the other dependencies, but not this package.
+
+        The lent folder comes before what an editable install adds to the search, so it must not hold the package.
+        """
+        lent = self.folder / "lent"
+        lent.mkdir(exist_ok=True)
+        for place in {Path(torch.__file__).parents[1], Path(sysconfig.get_path("purelib"))}:
+            for entry in place.iterdir():
+                own = entry.name.startswith(("signmaml", "__editable__"))
+                link = lent / entry.name
+                if not own and not link.exists():
+                    link.symlink_to(entry)
+        self.lend(lent)
 
     def info(self) -> dict[str, Any]:
         """What `python -m signmaml_ext.info` reports of the package installed here."""
