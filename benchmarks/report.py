@@ -80,7 +80,7 @@ def section() -> str:
     parts = []
     if trainings := read("training"):
         parts += ["Training, from a command to a number:", training(trainings)]
-        parts.append("![test and validation accuracy over the iterations, Omniglot](docs/omniglot_curves.png)")
+        parts.append("![training and validation accuracy over the iterations, Omniglot](docs/omniglot_curves.png)")
     for result in read("meta_step"):
         parts += [
             "Meta-steps of sign-maml, K = 5, median (`python benchmarks/bench_meta_step.py` describes the workloads); "
@@ -95,6 +95,10 @@ def section() -> str:
             kernels(result),
             f"({machine(result)})",
         ]
+    parts.append(
+        "Convolutional networks run on a CPU task by task, as in the loop; what the package adds there (NaN flags, NaN-safe "
+        "signs) costs the difference."
+    )
     parts.append("No GPU was at hand for this version: there are no GPU figures here, measured or modelled.")
     return "\n\n".join(parts)
 
