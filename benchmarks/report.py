@@ -96,8 +96,8 @@ def section() -> str:
             f"({machine(result)})",
         ]
     parts.append(
-        "Convolutional networks run on a CPU task by task, as in the loop; what the package adds there (NaN flags, NaN-safe "
-        "signs) costs the difference."
+        "Convolutional networks run on a CPU task by task, as in the loop; what the package adds there (NaN flags, "
+        "NaN-safe signs) costs the difference."
     )
     parts.append("No GPU was at hand for this version: there are no GPU figures here, measured or modelled.")
     return "\n\n".join(parts)
