@@ -43,6 +43,13 @@ def why_not(problem: Problem) -> str | None:
         return (
             f"it serves up to {MOST_HIDDEN_LAYERS} hidden layers of up to {WIDEST}, and the widths are {found.widths}"
         )
+    used = {id(problem.model.get_parameter(name)) for name in found.names}
+    if len(used) < len(found.names):
+        return "its layers share parameters"
+    if any(id(parameter) not in used for parameter in problem.params.values()):
+        return "it has trainable parameters that its layers do not use"
+    if problem.loss == "mse" and not _targets_fit(problem, found.widths[-1]):
+        return f"the targets are not [T, S, {found.widths[-1]}]"
     dtypes = {parameter.dtype for parameter in problem.model.parameters()}
     if len(dtypes) > 1 or problem.support_x.dtype not in dtypes:
         return "parameters and inputs have several dtypes"
@@ -57,6 +64,11 @@ def why_not(problem: Problem) -> str | None:
     if not _computes_as_specified(problem, found):
         return "on the first task it does not compute what its structure says"
     return None
+
+
+def _targets_fit(problem: Problem, outputs: int) -> bool:
+    targets = [y for y in (problem.support_y, problem.query_y) if y is not None]
+    return all(tuple(y.shape[2:]) == (outputs,) for y in targets)
 
 
 def _computes_as_specified(problem: Problem, found: spec.MlpSpec) -> bool:

@@ -264,6 +264,22 @@ def test_refused_with_a_reason(model, reason):
     assert isinstance(found, str) and re.search(reason, found), found
 
 
+def test_what_the_kernel_would_get_wrong_is_refused():
+    """Tied layers, layers that the forward leaves out, and targets of another shape."""
+    data = tasks_for((4, 4, 4), "mse", 2, 3, 3, torch.float64)
+    tied = network((4, 4, 4), nn.ReLU).double()
+    assert mlp.why_not(problem_of(tied, data)) is None
+    tied[3].weight = tied[1].weight
+    assert mlp.why_not(problem_of(tied, data)) == "its layers share parameters"
+    unused = Functional().double()
+    unused.extra = nn.Linear(2, 2).double()
+    few = tasks_for((3, 6, 2), "mse", 2, 3, 3, torch.float64)
+    assert mlp.why_not(problem_of(unused, few)) == "it has trainable parameters that its layers do not use"
+    x, y, query_x, query_y = few
+    wrong = problem_of(Functional().double(), (x, y[..., :1], query_x, query_y))
+    assert mlp.why_not(wrong) == "the targets are not [T, S, 2]"
+
+
 def test_a_module_that_computes_something_else_is_found_out():
     """Structure alone would take it: forward hooks are not traced."""
     model = network((3, 6, 2), nn.ReLU).double()
