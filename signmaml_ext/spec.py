@@ -235,3 +235,50 @@ def check_mlp(spec: MlpSpec, model: nn.Module, x: Tensor) -> bool:
             if i + 1 < len(spec.layers):
                 value = value.relu() if spec.activation == "relu" else value.tanh()
         return torch.allclose(value, model(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Convolutional networks
+
+
+@dataclass(frozen=True)
+class ConvBlockSpec:
+    """Parameter names and constants of one block: conv3x3, BatchNorm, ReLU, halving."""
+
+    conv_weight: str  # [filters, channels in, 3, 3]
+    conv_bias: str | None  # [filters]
+    norm_weight: str  # [filters]
+    norm_bias: str  # [filters]
+    eps: float
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A module that is blocks of conv3x3 (padding 1), BatchNorm, ReLU and a halving, then one linear classifier.
+
+    Attributes:
+        blocks: The blocks in order; all have a convolution bias or none has.
+        classifier: Names of weight `[ways, features]` and bias `[ways]`.
+        channels: Of the images.
+        filters: Of every block.
+        ways: Width of the output.
+        halving: "max" (stride 1, then 2x2 max-pooling) or "stride" (stride-2 convolution).
+        readout: "flatten" (NCHW order) or "mean" (over height and width): what the classifier reads.
+    """
+
+    blocks: tuple[ConvBlockSpec, ...]
+    classifier: tuple[str, str]
+    channels: int
+    filters: int
+    ways: int
+    halving: str
+    readout: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameters in the order of params/conv_meta_step.h."""
+        names: list[str] = []
+        for block in self.blocks:
+            bias = [] if block.conv_bias is None else [block.conv_bias]
+            names += [block.conv_weight, *bias, block.norm_weight, block.norm_bias]
+        return (*names, *self.classifier)
