@@ -9,6 +9,7 @@ Turns the environment switches into CMake cache variables. The sources are liste
     CUDACXX, CUDA_HOME      which nvcc to use; without them the one on PATH, then /usr/local/cuda
     CUDAHOSTCXX             which C++ compiler nvcc shall use
     SIGNMAML_DEBUG=1        debug symbols and assertions, little optimisation
+    SIGNMAML_EMULATED=1     build the CUDA kernels for the emulated GPU as well, into build/emulated, for the tests
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_NVCC = (12, 0)
+# Where SIGNMAML_EMULATED=1 leaves its module: outside of the packages, so that no wheel can hold it.
+EMULATED_FOLDER = ROOT / "build" / "emulated"
 
 # One each of the generations in use. SASS runs on the later members of a generation (8.0 on 8.6 and 8.9), the PTX of
 # the newest on whatever comes after, so more entries would cost build time and change no result.
@@ -244,6 +247,16 @@ def tool(name: str) -> str:
     return path
 
 
+def keep_emulated(built: Path, target: Path) -> Path:
+    """Copies the emulated module from CMake's folder to where the tests look for it; an older one goes."""
+    modules = sorted(built.glob("_emulated*.so"))
+    if len(modules) != 1:
+        raise SetupError(f"SIGNMAML_EMULATED is set: expected one _emulated module in {built}, found {len(modules)}")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    return Path(shutil.copy(modules[0], target))
+
+
 class BuildWithCMake(build_ext):
     """Builds the one extension module by configuring and building CMakeLists.txt."""
 
@@ -260,6 +273,9 @@ class BuildWithCMake(build_ext):
         self._run(build, "build")
         if not output.is_file():
             raise SetupError(f"CMake built no {output}")
+        if read_flag(os.environ, "SIGNMAML_EMULATED"):
+            self._run([*build, "--target", "_emulated"], "build of the emulated module")
+            keep_emulated(folder, EMULATED_FOLDER)
 
     def _cache_variables(self, output: Path) -> list[str]:
         import pybind11
@@ -273,6 +289,7 @@ class BuildWithCMake(build_ext):
             "SIGNMAML_VERSION": self.distribution.get_version(),
             "SIGNMAML_OUTPUT": str(output),
             "SIGNMAML_CUDA": "ON" if nvcc else "OFF",
+            "SIGNMAML_EMULATED": "ON" if read_flag(os.environ, "SIGNMAML_EMULATED") else "OFF",
         }
         if nvcc:
             architectures = nvcc.architectures(os.environ)

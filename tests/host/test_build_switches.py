@@ -55,7 +55,7 @@ def test_flags(driver):
     assert driver.read_flag({}, "FORCE_CUDA") is False
 
 
-@pytest.mark.parametrize("name", ["FORCE_CUDA", "SIGNMAML_NO_CUDA", "SIGNMAML_DEBUG"])
+@pytest.mark.parametrize("name", ["FORCE_CUDA", "SIGNMAML_NO_CUDA", "SIGNMAML_DEBUG", "SIGNMAML_EMULATED"])
 def test_bad_flag(driver, refused, name):
     with pytest.raises(refused, match=f"^{name}: expected 1 or 0, found 'maybe'$"):
         driver.read_flag({name: "maybe"}, name)
@@ -184,3 +184,29 @@ def test_choice_of_nvcc(driver, refused, tmp_path, capsys):
         driver.choose_nvcc({"FORCE_CUDA": "1", "SIGNMAML_NO_CUDA": "1"})
     with pytest.raises(refused, match=r"^TORCH_CUDA_ARCH_LIST: expected numbers"):
         driver.choose_nvcc({"SIGNMAML_NO_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "banana"})
+
+
+def test_emulated_module_is_kept_outside_of_the_packages(driver, refused, tmp_path):
+    """In build/emulated of the source tree: no wheel takes anything from there, and the tests look there."""
+    from helpers import emulated
+
+    assert driver.EMULATED_FOLDER == emulated.BUILT_BY_SETUP == SETUP.parent / "build" / "emulated"
+    built, target = tmp_path / "cmake", tmp_path / "emulated"
+    built.mkdir()
+    with pytest.raises(refused, match=r"^SIGNMAML_EMULATED is set: expected one _emulated module in .*, found 0$"):
+        driver.keep_emulated(built, target)
+    target.mkdir()
+    (target / "_emulated.old.so").write_text("of an earlier Python")
+    (built / "_emulated.new.so").write_text("new")
+    assert driver.keep_emulated(built, target) == target / "_emulated.new.so"
+    assert [path.name for path in target.iterdir()] == ["_emulated.new.so"]
+
+
+def test_emulated_switch_reaches_cmake(driver, monkeypatch):
+    from setuptools import Distribution
+
+    command = driver.BuildWithCMake(Distribution({"name": "signmaml_ext", "version": "0"}))
+    monkeypatch.setenv("SIGNMAML_NO_CUDA", "1")
+    for value, expected in (("1", "ON"), ("0", "OFF")):
+        monkeypatch.setenv("SIGNMAML_EMULATED", value)
+        assert f"-DSIGNMAML_EMULATED={expected}" in command._cache_variables(Path("/nowhere/_C.so"))

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import signmaml_ext
 from signmaml_ext._loader import C
@@ -67,6 +68,19 @@ def test_gpu_code_is_what_the_build_says():
     ptx = set(re.findall(r"sm_(\d+[af]?)\.ptx", output(cuobjdump, "--list-ptx", C.__file__)))
     assert cubins == {entry.split("+")[0].replace(".", "") for entry in C.cuda_architectures}
     assert ptx == {entry.split("+")[0].replace(".", "") for entry in C.cuda_architectures if entry.endswith("+PTX")}
+
+
+def test_kernels_are_there_beside_the_cuda_build_of_torch():
+    """What CI asks for where there is an nvcc: code for two architectures or more, in one process with CUDA's torch."""
+    required = os.environ.get("SIGNMAML_TEST_REQUIRE_CUDA") == "1"
+    if not C.built_with_cuda and not required:
+        pytest.skip("signmaml_ext was built without CUDA, and SIGNMAML_TEST_REQUIRE_CUDA is not 1")
+    assert C.built_with_cuda
+    assert len(C.cuda_architectures) >= (2 if required else 1)
+    assert {"sign_step_cuda", "meta_accumulate_cuda", "mlp_meta_step_cuda"} <= set(dir(C))
+    assert re.fullmatch(r"\d+\.\d+.*", C.cuda_version)
+    assert not required or torch.version.cuda is not None, "torch is a CPU build"
+    assert C.cuda_driver_version() >= 0  # our own CUDA runtime answers
 
 
 def test_fastest_instruction_set_is_chosen():

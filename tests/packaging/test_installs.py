@@ -28,7 +28,10 @@ def check_without_cuda(installed, package: Path, build_type: str) -> None:
 
 
 def test_pip_install_where_nvcc_is_hidden(source, bare):
-    said = bare.pip_install("--verbose", "--no-deps", source, **without_nvcc())
+    """With the emulated module too: it is built, and stays in the source tree."""
+    said = bare.pip_install("--verbose", "--no-deps", source, SIGNMAML_EMULATED="1", **without_nvcc())
+    assert len(list((source / "build" / "emulated").glob("_emulated*.so"))) == 1
+    assert list(bare.site_packages.rglob("*emulated*")) == []
     assert "**  signmaml_ext: building WITHOUT CUDA" in said
     assert "**  CUDA_HOME is /no/cuda, and there is no bin/nvcc in it." in said
     check_without_cuda(bare, bare.site_packages / "signmaml_ext", "Release")
