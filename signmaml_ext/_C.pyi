@@ -1,5 +1,7 @@
 """The native module: addresses, sizes and a stream in. `ops.py` is its only caller besides tests and `info.py`."""
 
+from typing import Any
+
 version: str
 build_type: str
 compiler: str
@@ -77,3 +79,18 @@ def plan_sign_step(
 def plan_meta_accumulate(
     tasks: int, parameters: int, scalar_bytes: int, out: int, grads: int, multiprocessors: int, /
 ) -> dict[str, int]: ...
+def plan_conv_meta_step_cpu(
+    shape: dict[str, Any], tasks: int, support: int, query: int, scalar_bytes: int, threads: int
+) -> dict[str, Any]: ...
+def conv_meta_step_cpu(
+    addresses: dict[str, int],
+    shape: dict[str, Any],
+    *,
+    tasks: int,
+    support: int,
+    query: int,
+    steps: int,
+    by_sign: bool,
+    is_double: bool,
+    threads: int,
+) -> None: ...

@@ -14,6 +14,7 @@
 #ifdef SIGNMAML_EMULATION
 #include "bindings/emulation.h"
 #endif
+#include "bindings/conv.h"
 #include "bindings/mlp.h"
 #include "build_info.h"
 #include "cpu/dispatch.h"
@@ -192,6 +193,7 @@ PYBIND11_MODULE(SIGNMAML_MODULE, m, py::mod_gil_not_used()) {
     m.doc() = "Native core of signmaml_ext. Not a public interface: use signmaml_ext.ops.";
     define_build_info(m);
     define_plans(m);
+    define_conv(m);
     define_mlp(m);
     m.def("cpu_isas", &cpu::usable_isas);
     m.def("cpu_isa", [] { return std::string(cpu::kernels().name); });

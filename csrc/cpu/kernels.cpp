@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/conv_stages.h"
 #include "cpu/kernels.h"
 
 namespace signmaml::cpu::SIGNMAML_ISA {
@@ -122,6 +123,6 @@ constexpr SpanKernels<Scalar> table() {
 #define SIGNMAML_TEXT(x) SIGNMAML_TEXT_OF(x)
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>()};
+const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages};
 
 }  // namespace signmaml::cpu::SIGNMAML_ISA

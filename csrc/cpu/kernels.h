@@ -5,6 +5,8 @@
 
 namespace signmaml::cpu {
 
+struct ConvStageTables;
+
 // Rows that one pass over the sums adds: enough streams to keep the memory busy.
 inline constexpr int kRowsAtOnce = 4;
 
@@ -26,6 +28,7 @@ struct Kernels {
     const char* name;
     SpanKernels<float> float32;
     SpanKernels<double> float64;
+    const ConvStageTables* conv_stages;
 };
 
 template <typename Scalar>

@@ -1,6 +1,7 @@
 // The operations of the CPU backend. Bitwise the same result for every number of threads and every instruction set.
 #pragma once
 
+#include "params/conv_meta_step.h"
 #include "params/meta_accumulate.h"
 #include "params/sign_step.h"
 
@@ -11,5 +12,10 @@ void sign_step(const SignStepParams<Scalar>& params, int threads);
 
 template <typename Scalar>
 void meta_accumulate(const MetaAccumulateParams<Scalar>& params, int threads);
+
+// `params.workspace` has what plan_conv_meta_step_cpu says for conv_unit and these threads. The same bits for any number
+// of threads and whatever other tasks there are; an instruction set has its own.
+template <typename Scalar>
+void conv_meta_step(const ConvMetaStepParams<Scalar>& params, int threads);
 
 }  // namespace signmaml::cpu

@@ -1,0 +1,209 @@
+#include "bindings/conv.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "cpu/conv_stages.h"
+#include "cpu/dispatch.h"
+#include "cpu/ops.h"
+#include "plan/conv_meta_step_cpu.h"
+
+namespace py = pybind11;
+
+namespace signmaml::bindings {
+namespace {
+
+using Addresses = std::map<std::string, std::uintptr_t>;
+
+[[noreturn]] void refuse(const char* argument, const std::string& expected, const std::string& found) {
+    throw std::invalid_argument(std::string(argument) + ": expected " + expected + ", found " + found);
+}
+
+void check_range(const char* argument, std::int64_t value, std::int64_t least, std::int64_t most) {
+    if (value < least || value > most) {
+        refuse(argument, std::to_string(least) + " to " + std::to_string(most), std::to_string(value));
+    }
+}
+
+template <typename Value>
+Value entry(const py::dict& shape, const char* name) {
+    if (!shape.contains(name)) refuse("shape", std::string("an entry '") + name + "'", "none");
+    return shape[name].cast<Value>();
+}
+
+// "max" or "stride", "flatten" or "mean": the second of two words is true.
+bool second_of(const py::dict& shape, const char* name, const char* first, const char* second) {
+    const auto word = entry<std::string>(shape, name);
+    if (word != first && word != second) {
+        refuse(name, std::string("'") + first + "' or '" + second + "'", "'" + word + "'");
+    }
+    return word == second;
+}
+
+ConvShape conv_shape_of(const py::dict& entries) {
+    ConvShape shape{};
+    shape.blocks = entry<std::int32_t>(entries, "blocks");
+    shape.channels = entry<std::int32_t>(entries, "channels");
+    shape.filters = entry<std::int32_t>(entries, "filters");
+    shape.height = entry<std::int32_t>(entries, "height");
+    shape.width = entry<std::int32_t>(entries, "width");
+    shape.ways = entry<std::int32_t>(entries, "ways");
+    check_range("blocks", shape.blocks, 1, kConvBlocks);
+    check_range("channels", shape.channels, 1, kConvChannels);
+    check_range("filters", shape.filters, 1, kConvFilters);
+    if (shape.filters % kConvFilterUnit != 0) {
+        refuse("filters", "a multiple of " + std::to_string(kConvFilterUnit), std::to_string(shape.filters));
+    }
+    check_range("height", shape.height, 1, 1 << 14);
+    check_range("width", shape.width, 1, 1 << 14);
+    check_range("ways", shape.ways, 1, 1 << 20);
+    shape.halving = second_of(entries, "halving", "max", "stride") ? Halving::kStride : Halving::kMaxPool;
+    shape.readout = second_of(entries, "readout", "flatten", "mean") ? Readout::kMean : Readout::kFlatten;
+    shape.conv_bias = entry<bool>(entries, "conv_bias");
+    std::int64_t h = shape.height, w = shape.width;
+    for (int i = 0; i < shape.blocks; ++i) {
+        h = conv_half(h, shape.halving);
+        w = conv_half(w, shape.halving);
+    }
+    if (h < 1 || w < 1) {
+        refuse("height, width", "an image that " + std::to_string(shape.blocks) + " halvings leave something of",
+               std::to_string(shape.height) + " x " + std::to_string(shape.width));
+    }
+    const auto eps = entry<std::vector<double>>(entries, "eps");
+    if (static_cast<std::int64_t>(eps.size()) != shape.blocks) {
+        refuse("eps", std::to_string(shape.blocks) + " of them, one a block", std::to_string(eps.size()));
+    }
+    for (int i = 0; i < shape.blocks; ++i) shape.eps[i] = eps[static_cast<std::size_t>(i)];
+    return shape;
+}
+
+struct ConvSizes {
+    std::int64_t tasks;
+    int support, query, steps;
+    bool by_sign;
+
+    void check() const {
+        constexpr int kMost = std::numeric_limits<int>::max();
+        check_range("tasks", tasks, 0, std::numeric_limits<std::int64_t>::max());
+        check_range("support", support, 0, kMost);
+        check_range("query", query, 0, kMost);
+        check_range("steps", steps, 0, kMost);
+        if (steps > 0) check_range("support", support, 1, kMost);
+    }
+};
+
+template <typename Scalar>
+ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes) {
+    const auto at = [&addresses](const char* name) {
+        const auto found = addresses.find(name);
+        return found == addresses.end() ? nullptr : reinterpret_cast<void*>(found->second);
+    };
+    const auto scalars = [&at](const char* name) { return static_cast<Scalar*>(at(name)); };
+    const auto labels = [&at](const char* name) { return static_cast<const std::int64_t*>(at(name)); };
+    ConvMetaStepParams<Scalar> p{};
+    p.theta = scalars("theta");
+    p.support = {scalars("support_x"), labels("support_labels"), sizes.support};
+    p.query = {scalars("query_x"), labels("query_labels"), sizes.query};
+    p.lr = scalars("lr");
+    p.adapt = static_cast<const std::uint8_t*>(at("adapt"));
+    p.support_loss = scalars("support_loss");
+    p.query_loss = scalars("query_loss");
+    p.query_accuracy = scalars("query_accuracy");
+    p.logits = scalars("logits");
+    p.adapted = scalars("adapted");
+    p.grads = scalars("grads");
+    p.nonfinite = static_cast<std::uint8_t*>(at("nonfinite"));
+    p.workspace = at("workspace");
+    p.tasks = sizes.tasks;
+    p.parameters = conv_parameters(shape);
+    p.steps = sizes.steps;
+    p.by_sign = sizes.by_sign;
+    p.shape = shape;
+    return p;
+}
+
+// What a call cannot do without.
+template <typename Scalar>
+void check_present(const ConvMetaStepParams<Scalar>& p) {
+    const auto check = [](const char* name, const void* address, bool needed) {
+        if (needed && address == nullptr) refuse("addresses", std::string("one for '") + name + "'", "none");
+    };
+    const bool adapts = p.steps > 0, asks = p.query.count > 0;
+    check("theta", p.theta, true);
+    check("nonfinite", p.nonfinite, true);
+    check("workspace", p.workspace, true);
+    check("support_x", p.support.x, adapts);
+    check("support_labels", p.support.labels, adapts);
+    check("lr", p.lr, adapts);
+    check("adapt", p.adapt, adapts);
+    check("support_loss", p.support_loss, adapts);
+    check("query_x", p.query.x, asks);
+    check("query_labels", p.query.labels, asks);
+    check("query_loss", p.query_loss, asks);
+}
+
+ConvUnit conv_unit(int scalar_bytes) {
+    if (scalar_bytes == sizeof(double)) return cpu::conv_stages<double>(cpu::kernels()).unit;
+    if (scalar_bytes == sizeof(float)) return cpu::conv_stages<float>(cpu::kernels()).unit;
+    refuse("scalar_bytes", "4 or 8", std::to_string(scalar_bytes));
+}
+
+py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads) {
+    using py::literals::operator""_a;
+    const ConvShape shape = conv_shape_of(entries);
+    ConvSizes{tasks, support, query, 0, true}.check();
+    check_range("threads", threads, 1, std::numeric_limits<int>::max());
+    const ConvUnit unit = conv_unit(scalar_bytes);
+    const ConvCpuPlan plan = plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, unit, threads);
+    const ConvCpuLayout layout = conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit);
+    py::list blocks;
+    for (int i = 0; i < shape.blocks; ++i) {
+        const ConvBlockPlan& b = layout.blocks[i];
+        blocks.append(py::dict("inputs"_a = b.inputs, "out_h"_a = b.out_h, "out_w"_a = b.out_w,
+                               "half_h"_a = b.half_h, "half_w"_a = b.half_w, "vectors"_a = b.vectors,
+                               "vectors_back"_a = b.vectors_back, "rows"_a = b.rows, "items"_a = b.items));
+    }
+    return py::dict("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
+                    "workspace_bytes"_a = plan.workspace_bytes, "parameters"_a = conv_parameters(shape),
+                    "channels"_a = layout.channels, "lanes"_a = unit.lanes, "blocks"_a = blocks);
+}
+
+template <typename Scalar>
+void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes, int threads) {
+    const ConvMetaStepParams<Scalar> params = conv_params_of<Scalar>(addresses, shape, sizes);
+    check_present(params);
+    const py::gil_scoped_release unlocked;
+    cpu::conv_meta_step(params, threads);
+}
+
+void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
+                        int steps, bool by_sign, bool is_double, int threads) {
+    const ConvShape shape = conv_shape_of(entries);
+    const ConvSizes sizes{tasks, support, query, steps, by_sign};
+    sizes.check();
+    check_range("threads", threads, 1, std::numeric_limits<int>::max());
+    if (is_double) {
+        run_cpu<double>(addresses, shape, sizes, threads);
+    } else {
+        run_cpu<float>(addresses, shape, sizes, threads);
+    }
+}
+
+}  // namespace
+
+void define_conv(py::module_& m) {
+    using py::literals::operator""_a;
+    m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
+          "threads"_a);
+    m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
+          "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a);
+}
+
+}  // namespace signmaml::bindings

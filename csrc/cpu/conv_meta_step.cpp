@@ -1,0 +1,530 @@
+// A meta-step of a convolutional network on the CPU: as many tasks side by side as there are threads, the rest one
+// after the other with all threads on each. The stages are those of conv_stages.h; the readable twin is
+// meta_gradients in signmaml_ext/reference.py.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cpu/conv_stages.h"
+#include "cpu/dispatch.h"
+#include "cpu/flags.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+#include "plan/conv_meta_step_cpu.h"
+
+namespace signmaml::cpu {
+namespace {
+
+// Numbers 0 to count - 1, each lent to one thread at a time. As many threads as numbers come at most.
+class Places {
+  public:
+    explicit Places(std::int64_t count) : taken_(static_cast<std::size_t>(count)) {}
+
+    std::int64_t take() {
+        for (std::size_t i = 0;; i = (i + 1) % taken_.size()) {
+            if (!taken_[i].exchange(true, std::memory_order_acquire)) return static_cast<std::int64_t>(i);
+        }
+    }
+    void give_back(std::int64_t place) {
+        taken_[static_cast<std::size_t>(place)].store(false, std::memory_order_release);
+    }
+
+  private:
+    std::vector<std::atomic<bool>> taken_;
+};
+
+// Where one parameter tensor lies in theta.
+struct Tensor {
+    std::int64_t first;
+    std::int64_t size;
+};
+
+struct Tensors {
+    std::vector<Tensor> all;
+
+    explicit Tensors(const ConvShape& shape) {
+        std::int64_t at = 0;
+        const auto add = [this, &at](std::int64_t size) {
+            all.push_back({at, size});
+            at += size;
+        };
+        for (int i = 0; i < shape.blocks; ++i) {
+            add(std::int64_t{9} * shape.filters * (i == 0 ? shape.channels : shape.filters));
+            for (int v = 1; v < conv_tensors_of_block(shape); ++v) add(shape.filters);
+        }
+        const std::int64_t rest = conv_parameters(shape) - at;
+        add(rest - shape.ways);
+        add(shape.ways);
+    }
+};
+
+// Places of a block's tensors in the list.
+struct BlockTensors {
+    int weight, bias, gamma, beta;  // bias: -1 without one
+};
+
+BlockTensors tensors_of(const ConvShape& shape, int block) {
+    const int first = block * conv_tensors_of_block(shape);
+    return shape.conv_bias ? BlockTensors{first, first + 1, first + 2, first + 3}
+                           : BlockTensors{first, -1, first + 1, first + 2};
+}
+
+// What a gradient pass is for.
+struct Wanted {
+    const std::uint8_t* tensors;  // which parameter tensors get a gradient; null: all
+
+    bool operator()(int tensor) const { return tensors == nullptr || tensors[tensor] != 0; }
+};
+
+// Some threads that work on one task.
+template <typename Scalar>
+class ConvTeam {
+  public:
+    ConvTeam(const ConvMetaStepParams<Scalar>& p, const ConvCpuLayout& layout, const ConvStages<Scalar>& stages,
+             const Tensors& tensors, Scalar* memory, int threads)
+        : p_(p),
+          layout_(layout),
+          stages_(stages),
+          tensors_(tensors),
+          threads_(threads),
+          scratch_(threads),
+          task_{&p.shape, &layout, memory, 0} {
+        std::memset(memory, 0, static_cast<std::size_t>(layout.zeroed) * sizeof(Scalar));
+    }
+
+    void run(std::int64_t task) {
+        nonfinite_ = false;
+        take_parameters();
+        if (p_.steps > 0) take_images(p_.support, task);
+        bool features_stale = true;
+        for (std::int64_t step = 0; step < p_.steps; ++step) {
+            const Wanted wanted{p_.adapt};
+            const Scalar* lr = p_.lr + step * conv_tensors(p_.shape);
+            const Scalar loss = forward(p_.support, task, features_stale);
+            nonfinite_ |= !std::isfinite(loss);
+            p_.support_loss[step * p_.tasks + task] = loss;
+            logits_grad(p_.support, task);
+            backward(wanted);
+            move(wanted, lr);
+            features_stale = false;
+            for (int tensor = 0; tensor < classifier_tensor(); ++tensor) features_stale |= wanted(tensor);
+        }
+        if (p_.adapted != nullptr) give(p_.adapted + task * p_.parameters, /*grads=*/false);
+        if (p_.query.count > 0) {
+            take_images(p_.query, task);
+            const Scalar loss = forward(p_.query, task, true);
+            nonfinite_ |= !std::isfinite(loss);
+            p_.query_loss[task] = loss;
+            if (p_.query_accuracy != nullptr) p_.query_accuracy[task] = accuracy(task);
+            give_logits(task);
+            if (p_.grads != nullptr) {
+                logits_grad(p_.query, task);
+                backward(Wanted{nullptr});
+                give(p_.grads + task * p_.parameters, /*grads=*/true);
+            }
+        }
+        if (nonfinite_) raise_flag(p_.nonfinite + task);
+    }
+
+  private:
+    template <typename Body>
+    void each(std::int64_t items, const Body& body) {
+        parallel_for(items, threads_, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t item = begin; item < end; ++item) body(item);
+        });
+    }
+
+    template <typename Body>
+    void each_with_scratch(std::int64_t items, const Body& body) {
+        parallel_for(items, threads_, [&](std::int64_t begin, std::int64_t end) {
+            const std::int64_t place = scratch_.take();
+            Scalar* scratch = task_.memory + layout_.size + place * layout_.scratch;
+            for (std::int64_t item = begin; item < end; ++item) body(item, scratch);
+            scratch_.give_back(place);
+        });
+    }
+
+    // Calls visit(place in a tensor of theta [filters, inputs, 3, 3], place in the packed weights) for every weight.
+    template <typename Visit>
+    void each_weight(int block, const Visit& visit) const {
+        const ConvBlockPlan& b = layout_.blocks[block];
+        const std::int64_t group = b.vectors * std::int64_t{stages_.unit.lanes};
+        for (std::int64_t out = 0; out < p_.shape.filters; ++out) {
+            for (std::int64_t in = 0; in < b.inputs; ++in) {
+                const std::int64_t packed = out / group * 9 * b.inputs * group + in * group + out % group;
+                for (std::int64_t tap = 0; tap < 9; ++tap) {
+                    visit((out * b.inputs + in) * 9 + tap, packed + tap * b.inputs * group);
+                }
+            }
+        }
+    }
+
+    // The same for the classifier: torch flattens [filters, h, w], the packed weights are [h, w, channels].
+    template <typename Visit>
+    void each_classifier_weight(const Visit& visit) const {
+        const std::int64_t filters = p_.shape.filters, channels = layout_.channels;
+        const std::int64_t positions = layout_.features / channels;
+        for (std::int64_t way = 0; way < p_.shape.ways; ++way) {
+            for (std::int64_t filter = 0; filter < filters; ++filter) {
+                for (std::int64_t i = 0; i < positions; ++i) {
+                    visit((way * filters + filter) * positions + i, way * layout_.features + i * channels + filter);
+                }
+            }
+        }
+    }
+
+    int classifier_tensor() const { return p_.shape.blocks * conv_tensors_of_block(p_.shape); }
+
+    Scalar* clear(std::int64_t place, std::int64_t count) {
+        return static_cast<Scalar*>(
+            std::memset(task_.at(place), 0, static_cast<std::size_t>(count) * sizeof(Scalar)));
+    }
+
+    // theta into packed form. Padding is written too: a task with a NaN leaves it everywhere.
+    void take_parameters() {
+        const ConvShape& shape = p_.shape;
+        for (int i = 0; i < shape.blocks; ++i) {
+            const BlockTensors own = tensors_of(shape, i);
+            const Scalar* from = p_.theta + tensors_.all[own.weight].first;
+            Scalar* to = clear(layout_.blocks[i].weight, 9 * layout_.blocks[i].inputs * layout_.channels);
+            each_weight(i, [from, to](std::int64_t a, std::int64_t b) { to[b] = from[a]; });
+            clear(layout_.blocks[i].vector, kConvVectors * layout_.channels);
+            for (const auto& [tensor, which] : {std::pair{own.gamma, kGamma}, std::pair{own.beta, kBeta}}) {
+                std::copy_n(p_.theta + tensors_.all[tensor].first, shape.filters, task_.vector(i, which));
+            }
+        }
+        const Tensor weight = tensors_.all[classifier_tensor()], bias = tensors_.all[classifier_tensor() + 1];
+        const Scalar* from = p_.theta + weight.first;
+        Scalar* to = clear(layout_.classifier, shape.ways * layout_.features);
+        each_classifier_weight([from, to](std::int64_t a, std::int64_t b) { to[b] = from[a]; });
+        std::copy_n(p_.theta + bias.first, bias.size, task_.at(layout_.classifier_bias));
+    }
+
+    // Parameters, or their gradients, to a row in theta's order.
+    void give(Scalar* row, bool grads) {
+        const ConvShape& shape = p_.shape;
+        for (int i = 0; i < shape.blocks; ++i) {
+            const BlockTensors own = tensors_of(shape, i);
+            const Scalar* from = task_.at(grads ? layout_.blocks[i].weight_grad : layout_.blocks[i].weight);
+            Scalar* to = row + tensors_.all[own.weight].first;
+            each_weight(i, [from, to](std::int64_t a, std::int64_t b) { to[a] = from[b]; });
+            if (own.bias >= 0) {
+                const Tensor bias = tensors_.all[own.bias];
+                if (grads) {
+                    std::fill_n(row + bias.first, bias.size, Scalar(0));
+                } else {
+                    std::copy_n(p_.theta + bias.first, bias.size, row + bias.first);
+                }
+            }
+            std::copy_n(task_.vector(i, grads ? kGammaGrad : kGamma), shape.filters,
+                        row + tensors_.all[own.gamma].first);
+            std::copy_n(task_.vector(i, grads ? kBetaGrad : kBeta), shape.filters, row + tensors_.all[own.beta].first);
+        }
+        const Tensor weight = tensors_.all[classifier_tensor()], bias = tensors_.all[classifier_tensor() + 1];
+        const Scalar* from = task_.at(grads ? layout_.classifier_grad : layout_.classifier);
+        Scalar* to = row + weight.first;
+        each_classifier_weight([from, to](std::int64_t a, std::int64_t b) { to[a] = from[b]; });
+        std::copy_n(task_.at(grads ? layout_.classifier_bias_grad : layout_.classifier_bias), bias.size,
+                    row + bias.first);
+    }
+
+    // The images of a set, and the mean and covariance of layer 1's patches in it.
+    void take_images(const ConvSet<Scalar>& set, std::int64_t task) {
+        const ConvShape& shape = p_.shape;
+        const ConvBlockPlan& b = layout_.blocks[0];
+        task_.examples = set.count;
+        const std::int64_t pixels = std::int64_t{shape.channels} * shape.height * shape.width;
+        const Scalar* x = set.x + task * set.count * pixels;
+        each(set.count, [&](std::int64_t i) { stages_.pack_image(task_, x + i * pixels, i); });
+
+        const std::int64_t items = set.count * b.items, patch = 9 * b.inputs;
+        const double positions = static_cast<double>(set.count * b.out_h * b.out_w);
+        each(items, [&](std::int64_t item) { stages_.patch_sum(task_, item); });
+        auto* mean = reinterpret_cast<double*>(task_.at(layout_.patch_mean));
+        std::fill_n(mean, kConvLargestPatch, 0.0);
+        for (std::int64_t item = 0; item < items; ++item) {
+            for (std::int64_t j = 0; j < patch; ++j) mean[j] += task_.partial(item)[j];
+        }
+        for (std::int64_t j = 0; j < patch; ++j) mean[j] /= positions;
+
+        each_with_scratch(items, [&](std::int64_t item, Scalar* scratch) {
+            stages_.patch_covariance(task_, item, scratch);
+        });
+        auto* covariance = reinterpret_cast<double*>(task_.at(layout_.covariance));
+        const std::int64_t columns = 2 * std::int64_t{stages_.unit.lanes};  // of a tile of patch_covariance
+        for (std::int64_t i = 0; i < patch; ++i) {
+            for (std::int64_t j = 0; j < patch; ++j) {
+                const std::int64_t place = j / columns * columns * patch + i * columns + j % columns;
+                double sum = 0;
+                for (std::int64_t item = 0; item < items; ++item) sum += task_.partial(item)[place];
+                covariance[i * kConvLargestPatch + j] = sum / positions;
+            }
+        }
+    }
+
+    // The mean loss of the set. The classifier's input is still there if no convolution has moved.
+    Scalar forward(const ConvSet<Scalar>& set, std::int64_t task, bool features_stale) {
+        if (features_stale) {
+            for (int i = 0; i < p_.shape.blocks; ++i) {
+                const ConvBlockPlan& b = layout_.blocks[i];
+                if (i == 0) stages_.statistics(task_, 0);
+                each_with_scratch(set.count * b.items, [&](std::int64_t item, Scalar* scratch) {
+                    stages_.forward(task_, i, item, scratch);
+                });
+                if (i == 0) continue;
+                stages_.statistics(task_, i);
+                each(set.count, [&](std::int64_t example) { stages_.normalise(task_, i, example); });
+            }
+            if (p_.shape.readout == Readout::kMean) average();
+        }
+        const Scalar* weight = task_.at(layout_.classifier);
+        const Scalar* bias = task_.at(layout_.classifier_bias);
+        const std::int64_t ways = p_.shape.ways;
+        each(set.count, [&](std::int64_t i) {
+            Scalar* logits = task_.at(layout_.logits) + i * ways;
+            for (std::int64_t way = 0; way < ways; ++way) {
+                logits[way] =
+                    bias[way] + stages_.dot(features() + i * layout_.features, weight + way * layout_.features,
+                                            layout_.features);
+            }
+        });
+        return cross_entropy(set, task);
+    }
+
+    const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
+
+    const Scalar* features() const {
+        return task_.at(p_.shape.readout == Readout::kMean ? layout_.readout : last_block().halved);
+    }
+
+    void average() {
+        const ConvBlockPlan& b = last_block();
+        const std::int64_t positions = std::int64_t{b.half_h} * b.half_w, channels = layout_.channels;
+        for (std::int64_t example = 0; example < task_.examples; ++example) {
+            Scalar* mean = clear(layout_.readout + example * channels, channels);
+            const Scalar* from = task_.at(b.halved) + example * positions * channels;
+            for (std::int64_t i = 0; i < positions; ++i) {
+                stages_.add_scaled(mean, Scalar(1), from + i * channels, channels);
+            }
+            for (std::int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<Scalar>(positions);
+        }
+    }
+
+    // Also leaves the softmax in logits_grad. A label out of range makes the loss NaN: reference.cross_entropy.
+    Scalar cross_entropy(const ConvSet<Scalar>& set, std::int64_t task) {
+        const std::int64_t ways = p_.shape.ways;
+        Scalar loss = 0;
+        for (std::int64_t i = 0; i < set.count; ++i) {
+            const Scalar* logits = task_.at(layout_.logits) + i * ways;
+            Scalar* softmax = task_.at(layout_.logits_grad) + i * ways;
+            Scalar largest = logits[0], sum = 0;
+            for (std::int64_t way = 1; way < ways; ++way) largest = logits[way] > largest ? logits[way] : largest;
+            for (std::int64_t way = 0; way < ways; ++way) {
+                softmax[way] = std::exp(logits[way] - largest);
+                sum += softmax[way];
+            }
+            for (std::int64_t way = 0; way < ways; ++way) softmax[way] /= sum;
+            const std::int64_t label = set.labels[task * set.count + i];
+            loss += label >= 0 && label < ways ? std::log(sum) - (logits[label] - largest)
+                                               : std::numeric_limits<Scalar>::quiet_NaN();
+        }
+        return loss / static_cast<Scalar>(set.count);
+    }
+
+    // From the softmax to the gradient of the mean loss.
+    void logits_grad(const ConvSet<Scalar>& set, std::int64_t task) {
+        const std::int64_t ways = p_.shape.ways;
+        const std::int64_t* labels = set.labels + task * set.count;
+        bool in_range = true;
+        for (std::int64_t i = 0; i < set.count; ++i) in_range &= labels[i] >= 0 && labels[i] < ways;
+        const Scalar share = in_range ? Scalar(1) / static_cast<Scalar>(set.count)
+                                      : std::numeric_limits<Scalar>::quiet_NaN();
+        for (std::int64_t i = 0; i < set.count; ++i) {
+            Scalar* grad = task_.at(layout_.logits_grad) + i * ways;
+            if (in_range) grad[labels[i]] -= Scalar(1);
+            for (std::int64_t way = 0; way < ways; ++way) grad[way] *= share;
+        }
+    }
+
+    Scalar accuracy(std::int64_t task) const {
+        const std::int64_t ways = p_.shape.ways;
+        std::int64_t correct = 0;
+        for (std::int64_t i = 0; i < p_.query.count; ++i) {
+            const Scalar* logits = task_.at(layout_.logits) + i * ways;
+            std::int64_t best = 0;
+            for (std::int64_t way = 1; way < ways; ++way) {
+                // A NaN is the largest, as in torch's argmax.
+                const bool first_nan = std::isnan(logits[way]) && !std::isnan(logits[best]);
+                if (logits[way] > logits[best] || first_nan) best = way;
+            }
+            correct += best == p_.query.labels[task * p_.query.count + i] ? 1 : 0;
+        }
+        return static_cast<Scalar>(correct) / static_cast<Scalar>(p_.query.count);
+    }
+
+    void give_logits(std::int64_t task) const {
+        if (p_.logits == nullptr) return;
+        const std::int64_t count = std::int64_t{p_.query.count} * p_.shape.ways;
+        std::copy_n(task_.at(layout_.logits), count, p_.logits + task * count);
+    }
+
+    // Gradients of what is wanted, from logits_grad down to the lowest block that needs any.
+    void backward(Wanted wanted) {
+        const ConvShape& shape = p_.shape;
+        int lowest = shape.blocks;
+        for (int i = shape.blocks - 1; i >= 0; --i) {
+            const BlockTensors own = tensors_of(shape, i);
+            if (wanted(own.weight) || wanted(own.gamma) || wanted(own.beta)) lowest = i;
+        }
+        classifier_grads(lowest < shape.blocks);
+        for (int i = shape.blocks - 1; i >= lowest; --i) {
+            const BlockTensors own = tensors_of(shape, i);
+            const ConvBlockPlan& b = layout_.blocks[i];
+            if (i + 1 == shape.blocks) {
+                each(task_.examples * b.half_items, [&](std::int64_t item) { stages_.halved_sums(task_, i, item); });
+            }
+            stages_.norm_grads(task_, i);
+            if (i == 0) {
+                if (!wanted(own.weight)) continue;
+                each_with_scratch(task_.examples * b.items, [&](std::int64_t item, Scalar* scratch) {
+                    stages_.first_weight_grad(task_, item, scratch);
+                });
+                stages_.finish_first_weight_grad(task_);
+                continue;
+            }
+            if (i == lowest && !wanted(own.weight)) continue;
+            each(task_.examples * b.items, [&](std::int64_t item) { stages_.raw_grad(task_, i, item); });
+            if (wanted(own.weight)) {
+                const std::int64_t tiles = stages_.weight_tiles(task_, i);
+                parallel_for(threads_ > 1 ? tiles : 1, threads_, [&](std::int64_t begin, std::int64_t end) {
+                    stages_.weight_grad(task_, i, begin, threads_ > 1 ? end : tiles);
+                });
+            }
+            if (i == lowest) continue;
+            stages_.pack_back(task_, i);
+            const ConvBlockPlan& before = layout_.blocks[i - 1];
+            each(task_.examples * before.half_items, [&](std::int64_t item) { stages_.data_grad(task_, i, item); });
+        }
+    }
+
+    // Of the classifier and, for the blocks, of the last block's output.
+    void classifier_grads(bool blocks_too) {
+        const std::int64_t ways = p_.shape.ways, width = layout_.features;
+        const Scalar* grads = task_.at(layout_.logits_grad);
+        Scalar* bias_grad = clear(layout_.classifier_bias_grad, ways);
+        clear(layout_.classifier_grad, ways * width);
+        for (std::int64_t i = 0; i < task_.examples; ++i) {
+            for (std::int64_t way = 0; way < ways; ++way) bias_grad[way] += grads[i * ways + way];
+        }
+        each(ways, [&](std::int64_t way) {
+            Scalar* to = task_.at(layout_.classifier_grad) + way * width;
+            for (std::int64_t i = 0; i < task_.examples; ++i) {
+                stages_.add_scaled(to, grads[i * ways + way], features() + i * width, width);
+            }
+        });
+        if (!blocks_too) return;
+        const std::int64_t positions = std::int64_t{last_block().half_h} * last_block().half_w;
+        const bool averages = p_.shape.readout == Readout::kMean;
+        const Scalar share = averages ? Scalar(1) / static_cast<Scalar>(positions) : Scalar(1);
+        const std::int64_t copies = averages ? positions : 1;
+        each(task_.examples, [&](std::int64_t i) {
+            Scalar* to = clear(layout_.halved_grad + i * copies * width, copies * width);
+            for (std::int64_t copy = 0; copy < copies; ++copy) {
+                for (std::int64_t way = 0; way < ways; ++way) {
+                    stages_.add_scaled(to + copy * width, share * grads[i * ways + way],
+                                       task_.at(layout_.classifier) + way * width, width);
+                }
+            }
+        });
+    }
+
+    // One inner step of all tensors that adapt.
+    void move(Wanted wanted, const Scalar* lr) {
+        const ConvShape& shape = p_.shape;
+        for (int i = 0; i < shape.blocks; ++i) {
+            const BlockTensors own = tensors_of(shape, i);
+            const ConvBlockPlan& b = layout_.blocks[i];
+            if (wanted(own.weight)) {
+                step(task_.at(b.weight), task_.at(b.weight_grad), lr[own.weight], 9 * b.inputs * layout_.channels);
+            }
+            if (wanted(own.gamma)) {
+                step(task_.vector(i, kGamma), task_.vector(i, kGammaGrad), lr[own.gamma], shape.filters);
+            }
+            if (wanted(own.beta)) {
+                step(task_.vector(i, kBeta), task_.vector(i, kBetaGrad), lr[own.beta], shape.filters);
+            }
+        }
+        const int weight = classifier_tensor();
+        if (wanted(weight)) {
+            step(task_.at(layout_.classifier), task_.at(layout_.classifier_grad), lr[weight],
+                 shape.ways * layout_.features);
+        }
+        if (wanted(weight + 1)) {
+            step(task_.at(layout_.classifier_bias), task_.at(layout_.classifier_bias_grad), lr[weight + 1], shape.ways);
+        }
+    }
+
+    void step(Scalar* params, const Scalar* grads, Scalar lr, std::int64_t n) {
+        nonfinite_ |= p_.by_sign
+                          ? span_kernels<Scalar>(kernels()).sign_step(params, grads, &lr, false, nullptr, n)
+                          : stages_.gradient_step(params, grads, lr, n);
+    }
+
+    const ConvMetaStepParams<Scalar>& p_;
+    const ConvCpuLayout& layout_;
+    const ConvStages<Scalar>& stages_;
+    const Tensors& tensors_;
+    const int threads_;
+    Places scratch_;
+    ConvTask<Scalar> task_;
+    bool nonfinite_ = false;
+};
+
+template <typename Scalar>
+Scalar* aligned(void* workspace) {
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace);
+    return reinterpret_cast<Scalar*>((address + 63) / 64 * 64);
+}
+
+}  // namespace
+
+template <typename Scalar>
+void conv_meta_step(const ConvMetaStepParams<Scalar>& p, int threads) {
+    if (p.tasks == 0) return;
+    const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
+    const ConvCpuLayout layout =
+        conv_cpu_layout(p.shape, larger(p.support.count, p.query.count), sizeof(Scalar), stages.unit);
+    const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, sizeof(Scalar),
+                                                     stages.unit, threads);
+    const Tensors tensors(p.shape);
+    Scalar* memory = aligned<Scalar>(p.workspace);
+    if (plan.side_by_side > 0) {
+        Places places(plan.teams);
+        std::vector<std::unique_ptr<ConvTeam<Scalar>>> teams(static_cast<std::size_t>(plan.teams));
+        parallel_for(plan.side_by_side, threads, [&](std::int64_t begin, std::int64_t end) {
+            const std::int64_t place = places.take();
+            auto& team = teams[static_cast<std::size_t>(place)];
+            if (team == nullptr) {
+                Scalar* own = memory + place * plan.team_scalars;
+                team = std::make_unique<ConvTeam<Scalar>>(p, layout, stages, tensors, own, 1);
+            }
+            for (std::int64_t task = begin; task < end; ++task) team->run(task);
+            places.give_back(place);
+        });
+    }
+    if (plan.side_by_side < p.tasks) {
+        ConvTeam<Scalar> team(p, layout, stages, tensors, memory, threads);
+        for (std::int64_t task = plan.side_by_side; task < p.tasks; ++task) team.run(task);
+    }
+}
+
+template void conv_meta_step<float>(const ConvMetaStepParams<float>&, int);
+template void conv_meta_step<double>(const ConvMetaStepParams<double>&, int);
+
+}  // namespace signmaml::cpu

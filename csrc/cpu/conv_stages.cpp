@@ -1,0 +1,894 @@
+// The stages of a convolutional network on the CPU: NHWC, direct convolution in register tiles. CMakeLists.txt compiles
+// this file once for each instruction set, with SIGNMAML_ISA naming the namespace and fused multiply-adds where there
+// are any.
+// Everything but the table has internal linkage and calls no inline function of a header: see kernels.cpp.
+// Readable twin: signmaml_ext/reference.py. Every sum has an order of its own, whoever computes it.
+
+#include "cpu/conv_stages.h"
+
+namespace signmaml::cpu::SIGNMAML_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+template <typename Scalar>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    static constexpr int kLanes = kVectorBytes / 4;
+    typedef float Vector __attribute__((vector_size(kVectorBytes)));
+    typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(4)));
+    typedef std::int32_t Mask __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+};
+
+template <>
+struct Simd<double> {
+    static constexpr int kLanes = kVectorBytes / 8;
+    typedef double Vector __attribute__((vector_size(kVectorBytes)));
+    typedef double Loose __attribute__((vector_size(kVectorBytes), aligned(8)));
+    typedef std::int64_t Mask __attribute__((vector_size(kVectorBytes)));
+    typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
+};
+
+template <typename Scalar>
+using Vector = typename Simd<Scalar>::Vector;
+template <typename Scalar>
+using Mask = typename Simd<Scalar>::Mask;
+template <typename Scalar>
+constexpr int kLanes = Simd<Scalar>::kLanes;
+
+template <typename Scalar>
+inline Vector<Scalar> load(const Scalar* from) {
+    return *reinterpret_cast<const Vector<Scalar>*>(from);
+}
+template <typename Scalar>
+inline Vector<Scalar> load_loose(const Scalar* from) {
+    return *reinterpret_cast<const typename Simd<Scalar>::Loose*>(from);
+}
+template <typename Scalar>
+inline void store(Scalar* to, Vector<Scalar> value) {
+    *reinterpret_cast<Vector<Scalar>*>(to) = value;
+}
+template <typename Scalar>
+inline Vector<Scalar> all(Scalar value) {
+    return value - Vector<Scalar>{};
+}
+// Four bits a position, as bytes.
+template <typename Scalar>
+inline Mask<Scalar> load_choice(const std::uint8_t* from) {
+    return __builtin_convertvector(*reinterpret_cast<const typename Simd<Scalar>::Bytes*>(from), Mask<Scalar>);
+}
+template <typename Scalar>
+inline void store_choice(std::uint8_t* to, Mask<Scalar> value) {
+    *reinterpret_cast<typename Simd<Scalar>::Bytes*>(to) =
+        __builtin_convertvector(value, typename Simd<Scalar>::Bytes);
+}
+
+constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+constexpr std::int64_t pieces(std::int64_t count, std::int64_t most) { return (count + most - 1) / most; }
+// Piece `i` of `count` things in `n` pieces as even as can be: where it starts.
+constexpr std::int64_t start_of(std::int64_t i, std::int64_t count, std::int64_t n) { return i * count / n; }
+
+// ---- register tiles -------------------------------------------------------------------------------------------------
+// kVectors vectors of channels times kRows positions (or weights) stay in registers through the whole sum. Every loop
+// over them is unrolled: an accumulator that is indexed at run time would live in memory.
+
+constexpr int kMostVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kMostRows = 12;
+// 24 of 32 or 12 of 16 registers accumulate; the rest hold what is multiplied.
+constexpr int most_rows(int vectors) { return (kRegisters == 32 ? 24 : 12) / (vectors < 2 ? 2 : vectors); }
+
+// A stretch of the sum: `length` consecutive inputs of a position, and as many rows of weights.
+struct Run {
+    std::int64_t input;
+    std::int64_t weight;
+};
+
+struct Runs {
+    Run run[9];
+    int count;
+    std::int64_t length;
+};
+
+// out[i * out_step + channels] = sum over runs and k of x[i * x_step + run.input + k] * weight[run.weight + k rows]
+template <typename Scalar, int kVectors, int kRows>
+void convolve_tile(Scalar* out, std::int64_t out_step, const Scalar* x, std::int64_t x_step, const Runs& runs,
+                   const Scalar* weight) {
+    constexpr int kL = kLanes<Scalar>;
+    Vector<Scalar> sum[kRows][kVectors] = {};
+    for (int r = 0; r < runs.count; ++r) {
+        const Scalar* w = weight + runs.run[r].weight;
+        const Scalar* in[(kRows + 2) / 3];
+#pragma GCC unroll 8
+        for (int i = 0; i < (kRows + 2) / 3; ++i) in[i] = x + runs.run[r].input + 3 * i * x_step;
+        for (std::int64_t k = 0; k < runs.length; ++k, w += kVectors * kL) {
+            Vector<Scalar> row[kVectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kL);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i) {
+                const Vector<Scalar> value = all(in[i / 3][i % 3 * x_step + k]);
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store(out + i * out_step + v * kL, sum[i][v]);
+    }
+}
+
+// Where the outer products of a weight gradient come from: rows of positions.
+template <typename Scalar>
+struct Products {
+    const Scalar* x;
+    std::int64_t x_step, x_row;
+    const Scalar* grad;
+    std::int64_t grad_step, grad_row;
+    std::int64_t rows, positions;
+};
+
+// out[j rows + channels] (+)= sum over positions of x[position + j] * grad[position + channels]
+template <typename Scalar, int kVectors, int kRows>
+void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
+    constexpr int kL = kLanes<Scalar>;
+    Vector<Scalar> sum[kRows][kVectors] = {};
+    for (std::int64_t r = 0; r < p.rows; ++r) {
+        const Scalar* x = p.x + r * p.x_row;
+        const Scalar* grad = p.grad + r * p.grad_row;
+        for (std::int64_t i = 0; i < p.positions; ++i, x += p.x_step, grad += p.grad_step) {
+            Vector<Scalar> row[kVectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) row[v] = load(grad + v * kL);
+#pragma GCC unroll 16
+            for (int j = 0; j < kRows; ++j) {
+                const Vector<Scalar> value = all(x[j]);
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) sum[j][v] += value * row[v];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < kRows; ++j) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            Scalar* to = out + (j * kVectors + v) * kL;
+            store(to, add ? load(to) + sum[j][v] : sum[j][v]);
+        }
+    }
+}
+
+template <typename Scalar>
+using ConvolveTile = void (*)(Scalar*, std::int64_t, const Scalar*, std::int64_t, const Runs&, const Scalar*);
+template <typename Scalar>
+using OuterTile = void (*)(Scalar*, const Products<Scalar>&, bool);
+
+// The tile of so many vectors and rows, out of those that fit the registers.
+template <typename Scalar, int kVectors, int kRows = most_rows(kVectors)>
+ConvolveTile<Scalar> convolve_tile_of(std::int64_t rows) {
+    if constexpr (kRows == 1) {
+        return convolve_tile<Scalar, kVectors, 1>;
+    } else {
+        return rows == kRows ? convolve_tile<Scalar, kVectors, kRows>
+                             : convolve_tile_of<Scalar, kVectors, kRows - 1>(rows);
+    }
+}
+
+template <typename Scalar, int kVectors, int kRows = most_rows(kVectors)>
+OuterTile<Scalar> outer_tile_of(std::int64_t rows) {
+    if constexpr (kRows == 1) {
+        return outer_tile<Scalar, kVectors, 1>;
+    } else {
+        return rows == kRows ? outer_tile<Scalar, kVectors, kRows> : outer_tile_of<Scalar, kVectors, kRows - 1>(rows);
+    }
+}
+
+template <typename Scalar>
+ConvolveTile<Scalar> convolve_tile_of(int vectors, std::int64_t rows) {
+    if constexpr (kMostVectors == 4) {
+        if (vectors == 4) return convolve_tile_of<Scalar, 4>(rows);
+        if (vectors == 3) return convolve_tile_of<Scalar, 3>(rows);
+    }
+    return vectors == 2 ? convolve_tile_of<Scalar, 2>(rows) : convolve_tile_of<Scalar, 1>(rows);
+}
+
+template <typename Scalar>
+OuterTile<Scalar> outer_tile_of(int vectors, std::int64_t rows) {
+    if constexpr (kMostVectors == 4) {
+        if (vectors == 4) return outer_tile_of<Scalar, 4>(rows);
+        if (vectors == 3) return outer_tile_of<Scalar, 3>(rows);
+    }
+    return vectors == 2 ? outer_tile_of<Scalar, 2>(rows) : outer_tile_of<Scalar, 1>(rows);
+}
+
+// A row of positions, in tiles as even as can be.
+template <typename Scalar>
+void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int64_t x_step, std::int64_t positions,
+                  const Runs& runs, const Scalar* weight, int vectors) {
+    const std::int64_t tiles = pieces(positions, most_rows(vectors));
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        const std::int64_t first = start_of(tile, positions, tiles);
+        const std::int64_t last = start_of(tile + 1, positions, tiles);
+        convolve_tile_of<Scalar>(vectors, last - first)(out + first * out_step, out_step, x + first * x_step, x_step,
+                                                        runs, weight);
+    }
+}
+
+// ---- the images and layer 1's patches -------------------------------------------------------------------------------
+
+template <typename Scalar>
+void pack_image(const ConvTask<Scalar>& t, const Scalar* x, std::int64_t example) {
+    const std::int64_t h = t.shape->height, w = t.shape->width, c = t.shape->channels;
+    Scalar* image = t.at(t.layout->images) + example * (h + 2) * (w + 2) * c;
+    for (std::int64_t channel = 0; channel < c; ++channel) {
+        for (std::int64_t y = 0; y < h; ++y) {
+            const Scalar* from = x + (channel * h + y) * w;
+            Scalar* to = image + ((y + 1) * (w + 2) + 1) * c + channel;
+            for (std::int64_t i = 0; i < w; ++i) to[i * c] = from[i];
+        }
+    }
+}
+
+// One item's convolution rows, of a block.
+struct Rows {
+    std::int64_t example, first, count;
+};
+
+inline Rows rows_of(std::int64_t item, std::int64_t items, std::int64_t rows, std::int64_t height) {
+    const std::int64_t first = item % items * rows;
+    return {item / items, first, least(rows, height - first)};
+}
+
+template <typename Scalar>
+inline Rows raw_rows(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(block);
+    return rows_of(item, b.items, b.rows, b.out_h);
+}
+
+// Where the window of position 0 of an output row starts in the block's input.
+template <typename Scalar>
+const Scalar* input_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
+    const ConvBlockPlan& b = t.block(block);
+    const Scalar* base = t.at(block == 0 ? t.layout->images : t.block(block - 1).halved);
+    const std::int64_t row = (b.in_w + 2) * std::int64_t{b.input_lanes};
+    return base + (example * (b.in_h + 2) + y * b.stride) * row;
+}
+
+template <typename Scalar>
+void patch_sum(const ConvTask<Scalar>& t, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t c = b.inputs, step = b.stride * c;
+    Scalar* sums = t.partial(item);
+    for (int tap = 0; tap < 9; ++tap) {
+        for (std::int64_t channel = 0; channel < c; ++channel) {
+            Scalar sum = 0;
+            for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+                const Scalar* x = input_row(t, 0, rows.example, y) + (tap / 3 * (b.in_w + 2) + tap % 3) * c + channel;
+                Scalar of_row = 0;
+                for (std::int64_t i = 0; i < b.out_w; ++i) of_row += x[i * step];
+                sum += of_row;
+            }
+            sums[tap * c + channel] = sum;
+        }
+    }
+}
+
+template <typename Scalar>
+void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t c = b.inputs, patch = 9 * c;
+    const auto* mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
+    Scalar center[kConvPatchRow] = {};
+    for (std::int64_t j = 0; j < patch; ++j) center[j] = static_cast<Scalar>(mean[j]);
+    Scalar* to = scratch;
+    for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+        const Scalar* x = input_row(t, 0, rows.example, y);
+        for (std::int64_t i = 0; i < b.out_w; ++i, x += b.stride * c, to += kConvPatchRow) {
+            for (std::int64_t dy = 0; dy < 3; ++dy) {
+                const Scalar* from = x + dy * (b.in_w + 2) * c;
+                for (std::int64_t j = 0; j < 3 * c; ++j) to[dy * 3 * c + j] = from[j] - center[dy * 3 * c + j];
+            }
+            for (std::int64_t j = patch; j < kConvPatchRow; ++j) to[j] = 0;
+        }
+    }
+    const Products<Scalar> products{scratch, kConvPatchRow, 0, scratch, kConvPatchRow, 0, 1, rows.count * b.out_w};
+    constexpr int kVectors = 2, kL = kLanes<Scalar>;
+    for (std::int64_t column = 0; column < patch; column += kVectors * kL) {
+        for (std::int64_t j = 0; j < patch;) {
+            const std::int64_t count = least(most_rows(kVectors), patch - j);
+            Products<Scalar> of_tile = products;
+            of_tile.x += j;
+            of_tile.grad += column;
+            // Columns of one tile lie together, as channels of a group do.
+            outer_tile_of<Scalar>(kVectors, count)(t.partial(item) + column * patch + j * kVectors * kL, of_tile,
+                                                   false);
+            j += count;
+        }
+    }
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+// The runs of a 3x3 window in rows of `row` scalars, with `inputs` of every `lanes` channels.
+inline Runs window_runs(std::int64_t row, std::int64_t lanes, std::int64_t inputs, std::int64_t group) {
+    Runs runs{};
+    const bool whole = lanes == inputs;  // the three positions of a window's row follow each other without a gap
+    runs.count = whole ? 3 : 9;
+    runs.length = whole ? 3 * inputs : inputs;
+    for (int r = 0; r < runs.count; ++r) {
+        runs.run[r].input = whole ? r * row : r / 3 * row + r % 3 * lanes;
+        runs.run[r].weight = r * runs.length * group;
+    }
+    return runs;
+}
+
+template <typename Scalar>
+void pack_back(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t filters = t.shape->filters, channels = t.layout->channels;
+    const std::int64_t group = b.vectors * kLanes<Scalar>, group_back = b.vectors_back * kLanes<Scalar>;
+    const Scalar* from = t.at(b.weight);
+    Scalar* to = t.at(b.weight_back);
+    for (std::int64_t first = 0; first < channels; first += group_back) {  // input channels, now outputs
+        for (int tap = 0; tap < 9; ++tap) {
+            for (std::int64_t out = 0; out < filters; ++out, to += group_back) {
+                const Scalar* column = from + out / group * 9 * filters * group + out % group +
+                                       (std::int64_t{8 - tap} * filters + first) * group;
+                const std::int64_t count = least(group_back, filters - first);
+                for (std::int64_t in = 0; in < count; ++in) to[in] = column[in * group];
+                for (std::int64_t in = count; in < group_back; ++in) to[in] = 0;
+            }
+        }
+    }
+}
+
+// The mean of one item and its squared deviations from it, vector by vector of channels.
+template <typename Scalar>
+void item_statistics(Scalar* partial, const Scalar* raw, std::int64_t row, std::int64_t rows, std::int64_t positions,
+                     std::int64_t channels) {
+    const Scalar count = static_cast<Scalar>(rows * positions);
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        // Four sums at once: one would wait for itself at every addition.
+        Vector<Scalar> sums[4] = {}, squares[4] = {};
+        for (std::int64_t y = 0; y < rows; ++y) {
+            const Scalar* z = raw + y * row + c;
+            std::int64_t i = 0;
+            for (; i + 4 <= positions; i += 4, z += 4 * channels) {
+#pragma GCC unroll 4
+                for (int s = 0; s < 4; ++s) sums[s] += load(z + s * channels);
+            }
+            for (; i < positions; ++i, z += channels) sums[0] += load(z);
+        }
+        const Vector<Scalar> mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / count;
+        for (std::int64_t y = 0; y < rows; ++y) {
+            const Scalar* z = raw + y * row + c;
+            std::int64_t i = 0;
+            for (; i + 4 <= positions; i += 4, z += 4 * channels) {
+#pragma GCC unroll 4
+                for (int s = 0; s < 4; ++s) {
+                    const Vector<Scalar> deviation = load(z + s * channels) - mean;
+                    squares[s] += deviation * deviation;
+                }
+            }
+            for (; i < positions; ++i, z += channels) squares[0] += (load(z) - mean) * (load(z) - mean);
+        }
+        store(partial + c, mean);
+        store(partial + channels + c, (squares[0] + squares[1]) + (squares[2] + squares[3]));
+    }
+}
+
+// Of every 2 x 2 raw values the one that is largest after BatchNorm, the first of equals: gamma's sign decides, before
+// the statistics are known.
+template <typename Scalar>
+void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, const Scalar* raw, std::int64_t row) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels;
+    const Scalar* gamma = t.vector(block, kGamma);
+    auto* choices = reinterpret_cast<std::uint8_t*>(t.at(b.choice));
+    for (std::int64_t y = 0; y < rows.count / 2; ++y) {
+        const std::int64_t place = ((rows.example * b.half_h + rows.first / 2 + y) * b.half_w) * channels;
+        for (std::int64_t x = 0; x < b.half_w; ++x) {
+            const Scalar* z = raw + 2 * y * row + 2 * x * channels;
+            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                const Vector<Scalar> g = load(gamma + c), one = all(Scalar(1));
+                const Vector<Scalar> flip = g > 0 ? one : (g < 0 ? -one : Vector<Scalar>{});
+                Vector<Scalar> best = load(z + c);
+                Mask<Scalar> choice = {};
+#pragma GCC unroll 4
+                for (int i = 1; i < 4; ++i) {
+                    const Vector<Scalar> next = load(z + i / 2 * row + i % 2 * channels + c);
+                    const Mask<Scalar> better = next * flip > best * flip;
+                    best = better ? next : best;
+                    choice = better ? Mask<Scalar>{} + i : choice;
+                }
+                const std::int64_t to = place + x * channels + c;
+                store(t.at(b.winner) + to, best);
+                store_choice<Scalar>(choices + to, choice);
+            }
+        }
+    }
+}
+
+// NaN stays NaN, as in torch.
+template <typename Scalar>
+inline Vector<Scalar> relu(Vector<Scalar> y) {
+    return y < 0 ? Vector<Scalar>{} : y;
+}
+
+// Where BatchNorm reads and the halved gradient belongs: the winners, or without pooling the raw values.
+template <typename Scalar>
+struct Winners {
+    const Scalar* base;
+    std::int64_t example, row;
+};
+
+template <typename Scalar>
+Winners<Scalar> winners_of(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels;
+    if (b.stride == 1) return {t.at(b.winner), b.half_h * b.half_w * channels, b.half_w * channels};
+    const std::int64_t row = (b.out_w + 2) * channels;
+    return {t.at(b.raw) + row + channels, (b.out_h + 2) * row, row};
+}
+
+template <typename Scalar>
+void normalise_rows(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t first, std::int64_t last) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, row = (b.half_w + 2 * b.pad) * channels;
+    const Scalar* scale = t.vector(block, kScale);
+    const Scalar* shift = t.vector(block, kShift);
+    const Winners<Scalar> winners = winners_of(t, block);
+    for (std::int64_t y = first; y < last; ++y) {
+        const Scalar* from = winners.base + example * winners.example + y * winners.row;
+        Scalar* to = t.at(b.halved) + (example * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
+        for (std::int64_t x = 0; x < b.half_w; ++x, from += channels, to += channels) {
+            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                store(to + c, relu<Scalar>(load(scale + c) * load(from + c) + load(shift + c)));
+            }
+        }
+    }
+}
+
+template <typename Scalar>
+void normalise(const ConvTask<Scalar>& t, int block, std::int64_t example) {
+    normalise_rows(t, block, example, 0, t.block(block).half_h);
+}
+
+template <typename Scalar>
+void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const Rows rows = raw_rows(t, block, item);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
+    const bool keeps = b.raw >= 0;
+    const std::int64_t row = (keeps ? b.out_w + 2 : b.out_w) * channels;
+    Scalar* raw =
+        keeps ? t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels : scratch;
+    const Runs runs = window_runs((b.in_w + 2) * std::int64_t{b.input_lanes}, b.input_lanes, b.inputs, group);
+    for (std::int64_t first = 0; first < channels; first += group) {
+        const Scalar* weight = t.at(b.weight) + first * 9 * b.inputs;
+        for (std::int64_t y = 0; y < rows.count; ++y) {
+            convolve_row(raw + y * row + first, channels, input_row(t, block, rows.example, rows.first + y),
+                         b.stride * std::int64_t{b.input_lanes}, b.out_w, runs, weight, b.vectors);
+        }
+    }
+    if (block > 0) item_statistics(t.partial(item), raw, row, rows.count, b.out_w, channels);
+    if (b.stride == 1) choose_winners(t, block, rows, raw, row);
+    if (block == 0) {
+        const std::int64_t halves = b.stride == 1 ? 2 : 1;
+        normalise_rows(t, 0, rows.example, rows.first / halves, (rows.first + rows.count) / halves);
+    }
+}
+
+template <typename Scalar>
+Scalar root(double x) {
+    return static_cast<Scalar>(__builtin_sqrt(x));
+}
+
+// Mean and variance by channel, in double: from the items', or of layer 1 as W mean and W covariance W^T.
+template <typename Scalar>
+void moments(const ConvTask<Scalar>& t, int block, double* mean, double* variance) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
+    for (std::int64_t c = 0; c < channels; ++c) mean[c] = variance[c] = 0;
+    if (block > 0) {
+        double seen = 0;
+        for (std::int64_t item = 0; item < t.examples * b.items; ++item) {
+            const double count = static_cast<double>(raw_rows(t, block, item).count * b.out_w);
+            const Scalar* partial = t.partial(item);
+            const double share = count / (seen + count);
+            for (std::int64_t c = 0; c < filters; ++c) {
+                const double difference = partial[c] - mean[c];
+                mean[c] += difference * share;
+                variance[c] += partial[channels + c] + difference * difference * (seen * share);
+            }
+            seen += count;
+        }
+        for (std::int64_t c = 0; c < filters; ++c) variance[c] /= seen;
+        return;
+    }
+    const auto* patch_mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
+    const auto* covariance = reinterpret_cast<const double*>(t.at(t.layout->covariance));
+    const std::int64_t patch = 9 * b.inputs, group = b.vectors * kLanes<Scalar>;
+    for (std::int64_t first = 0; first < channels; first += group) {
+        const Scalar* weight = t.at(b.weight) + first * patch;
+        for (std::int64_t i = 0; i < patch; ++i) {
+            double product[kConvFilters] = {};  // of row i of the covariance with the weights
+            for (std::int64_t j = 0; j < patch; ++j) {
+                const double entry = covariance[i * kConvLargestPatch + j];
+                for (std::int64_t c = 0; c < group; ++c) product[c] += entry * weight[j * group + c];
+            }
+            for (std::int64_t c = 0; c < group; ++c) {
+                mean[first + c] += patch_mean[i] * weight[i * group + c];
+                variance[first + c] += product[c] * weight[i * group + c];
+            }
+        }
+    }
+    // Rounding may leave a constant channel a hair below 0.
+    for (std::int64_t c = 0; c < channels; ++c) variance[c] = variance[c] < 0 ? 0 : variance[c];
+}
+
+template <typename Scalar>
+void statistics(const ConvTask<Scalar>& t, int block) {
+    double mean[kConvFilters], variance[kConvFilters];
+    moments(t, block, mean, variance);
+    for (std::int64_t c = 0; c < t.layout->channels; ++c) {
+        const Scalar inverse = root<Scalar>(1 / (variance[c] + t.shape->eps[block]));
+        const Scalar scale = t.vector(block, kGamma)[c] * inverse;
+        t.vector(block, kMean)[c] = static_cast<Scalar>(mean[c]);
+        t.vector(block, kInverse)[c] = inverse;
+        t.vector(block, kScale)[c] = scale;
+        t.vector(block, kShift)[c] = static_cast<Scalar>(t.vector(block, kBeta)[c] - mean[c] * scale);
+    }
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <typename Scalar>
+void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(block);
+    const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
+    const std::int64_t channels = t.layout->channels;
+    const Winners<Scalar> winners = winners_of(t, block);
+    Scalar* partial = t.partial(item);
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        const Vector<Scalar> scale = load(t.vector(block, kScale) + c), shift = load(t.vector(block, kShift) + c);
+        const Vector<Scalar> mean = load(t.vector(block, kMean) + c), inverse = load(t.vector(block, kInverse) + c);
+        Vector<Scalar> sum = {}, product = {};
+        for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+            const Scalar* z = winners.base + rows.example * winners.example + y * winners.row + c;
+            Scalar* grad = t.at(t.layout->halved_grad) + (rows.example * b.half_h + y) * b.half_w * channels + c;
+            for (std::int64_t x = 0; x < b.half_w; ++x, z += channels, grad += channels) {
+                const Vector<Scalar> value = load(z);
+                // "not <=" lets the gradient of a NaN through, as torch does.
+                const Vector<Scalar> passed = scale * value + shift <= 0 ? Vector<Scalar>{} : load(grad);
+                store(grad, passed);
+                sum += passed;
+                product += passed * (value - mean);
+            }
+        }
+        store(partial + c, sum);
+        store(partial + channels + c, product * inverse);
+    }
+}
+
+template <typename Scalar>
+void norm_grads(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels;
+    double beta[kConvFilters] = {}, gamma[kConvFilters] = {};
+    for (std::int64_t item = 0; item < t.examples * b.half_items; ++item) {
+        const Scalar* partial = t.partial(item);
+        for (std::int64_t c = 0; c < channels; ++c) {
+            beta[c] += partial[c];
+            gamma[c] += partial[channels + c];
+        }
+    }
+    const double count = static_cast<double>(t.examples * b.out_h * b.out_w);
+    for (std::int64_t c = 0; c < channels; ++c) {
+        const double scale = t.vector(block, kScale)[c];
+        t.vector(block, kBetaGrad)[c] = static_cast<Scalar>(beta[c]);
+        t.vector(block, kGammaGrad)[c] = static_cast<Scalar>(gamma[c]);
+        t.vector(block, kSlope)[c] = static_cast<Scalar>(-scale * t.vector(block, kInverse)[c] * gamma[c] / count);
+        t.vector(block, kOffset)[c] = static_cast<Scalar>(-scale * beta[c] / count);
+    }
+}
+
+// d raw = scale * d halved at the winners + slope * (raw - mean) + offset everywhere
+template <typename Scalar>
+void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(block);
+    const Rows rows = raw_rows(t, block, item);
+    const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
+    Scalar* raw = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels;
+    const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
+    const bool pools = b.stride == 1;
+    const std::uint8_t* choices =
+        pools ? reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) + rows.example * b.half_h * b.half_w * channels
+              : nullptr;
+    const std::int64_t size = pools ? 2 : 1;
+    for (std::int64_t y = 0; y < rows.count; y += size) {
+        const std::int64_t half_y = (rows.first + y) / size;
+        for (std::int64_t x = 0; x < b.out_w; x += size) {
+            const std::int64_t half = (half_y * b.half_w + x / size) * channels;
+            const bool counts = half_y < b.half_h && x / size < b.half_w;  // pooling drops an odd last row and column
+            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                const Vector<Scalar> slope = load(t.vector(block, kSlope) + c);
+                const Vector<Scalar> mean = load(t.vector(block, kMean) + c);
+                const Vector<Scalar> offset = load(t.vector(block, kOffset) + c);
+                Vector<Scalar> routed = {};
+                Mask<Scalar> choice = {};
+                if (counts) {
+                    routed = load(t.vector(block, kScale) + c) * load(halved_grad + half + c);
+                    if (pools) choice = load_choice<Scalar>(choices + half + c);
+                }
+                for (int i = 0; i < size * size; ++i) {
+                    if (y + i / 2 >= rows.count || x + i % 2 >= b.out_w) continue;
+                    Scalar* z = raw + (y + i / 2) * row + (x + i % 2) * channels + c;
+                    const Vector<Scalar> of_winner = choice == i ? routed : Vector<Scalar>{};
+                    store(z, slope * (load(z) - mean) + offset + of_winner);
+                }
+            }
+        }
+    }
+}
+
+// The tiles of a weight gradient: groups of outputs, times runs of the window, times even pieces of a run.
+struct WeightTiles {
+    std::int64_t groups, runs, run_length, run_pieces;
+
+    std::int64_t count() const { return groups * runs * run_pieces; }
+};
+
+template <typename Scalar>
+WeightTiles weight_tiles_of(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const bool whole = b.inputs == b.input_lanes;
+    const std::int64_t length = whole ? 3 * b.inputs : b.inputs;
+    return {t.layout->channels / (b.vectors * kLanes<Scalar>), whole ? 3 : 9, length,
+            pieces(length, most_rows(b.vectors))};
+}
+
+template <typename Scalar>
+std::int64_t weight_tiles(const ConvTask<Scalar>& t, int block) {
+    return weight_tiles_of(t, block).count();
+}
+
+// Bytes of inputs and gradients that all tiles pass over before the next: they stay in the second-level cache.
+constexpr std::int64_t kChunkBytes = 128 * 1024;
+
+template <typename Scalar>
+void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, std::int64_t last_tile) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
+    const WeightTiles tiles = weight_tiles_of(t, block);
+    const Runs runs = window_runs((b.in_w + 2) * std::int64_t{b.input_lanes}, b.input_lanes, b.inputs, group);
+    const std::int64_t row = (b.out_w + 2) * channels;
+    const std::int64_t row_bytes =
+        (row + b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes}) * std::int64_t{sizeof(Scalar)};
+    const std::int64_t chunks = pieces(b.out_h, kChunkBytes / row_bytes > 0 ? kChunkBytes / row_bytes : 1);
+    for (std::int64_t example = 0; example < t.examples; ++example) {
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const std::int64_t first = start_of(chunk, b.out_h, chunks);
+            const std::int64_t rows = start_of(chunk + 1, b.out_h, chunks) - first;
+            const Scalar* x = input_row(t, block, example, first);
+            const Scalar* grad = t.at(b.raw) + (example * (b.out_h + 2) + first + 1) * row + channels;
+            for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
+                const std::int64_t piece = tile % tiles.run_pieces;
+                const Run& run = runs.run[tile / tiles.run_pieces % tiles.runs];
+                const std::int64_t which = tile / (tiles.run_pieces * tiles.runs);
+                const std::int64_t from = start_of(piece, tiles.run_length, tiles.run_pieces);
+                const std::int64_t to = start_of(piece + 1, tiles.run_length, tiles.run_pieces);
+                const Products<Scalar> products{x + run.input + from,
+                                                b.stride * std::int64_t{b.input_lanes},
+                                                b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes},
+                                                grad + which * group,
+                                                channels,
+                                                row,
+                                                rows,
+                                                b.out_w};
+                Scalar* out = t.at(b.weight_grad) + which * 9 * b.inputs * group + run.weight + from * group;
+                outer_tile_of<Scalar>(b.vectors, to - from)(out, products, example + chunk > 0);
+            }
+        }
+    }
+}
+
+// Rows of the halved gradient before a block, a gather from the block's raw gradient: with stride 2 the windows that
+// cover an input position are those of its parity.
+template <typename Scalar>
+void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(block);
+    const ConvBlockPlan& before = t.block(block - 1);
+    const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
+    const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
+    const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
+    const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
+    Scalar* out = t.at(t.layout->halved_grad) + (rows.example * b.in_h + rows.first) * b.in_w * channels;
+    const Runs window = window_runs(row, channels, filters, group);
+    for (std::int64_t first = 0; first < channels; first += group) {
+        const Scalar* weight = t.at(b.weight_back) + first * 9 * filters;
+        for (std::int64_t i = 0; i < rows.count; ++i) {
+            Scalar* to = out + i * b.in_w * channels + first;
+            const std::int64_t y = rows.first + i;
+            if (b.stride == 1) {
+                convolve_row(to, channels, grads + y * row, channels, b.in_w, window, weight, b.vectors_back);
+                continue;
+            }
+            for (std::int64_t parity = 0; parity < 2 && parity < b.in_w; ++parity) {
+                Runs runs{};
+                runs.length = filters;
+                // Taps 0 and 2 of an odd position, tap 1 of an even one.
+                for (std::int64_t dy = y % 2 == 0 ? 1 : 0; dy < 3; dy += 2) {
+                    for (std::int64_t dx = parity == 0 ? 1 : 0; dx < 3; dx += 2) {
+                        Run& run = runs.run[runs.count++];
+                        run.input = ((y + dy + 1) / 2) * row + (parity + dx + 1) / 2 * channels;
+                        run.weight = (dy * 3 + dx) * filters * group;
+                    }
+                }
+                convolve_row(to + parity * channels, 2 * channels, grads, channels, (b.in_w - parity + 1) / 2, runs,
+                             weight, b.vectors_back);
+            }
+        }
+    }
+    halved_sums(t, block - 1, item);
+}
+
+template <typename Scalar>
+void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
+    const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
+    const Scalar* grads = halved_grad + rows.first * b.half_w * channels;
+    if (b.stride == 1) {  // the halved gradient at the winners, 0 elsewhere
+        const auto* choices = reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) +
+                              rows.example * b.half_h * b.half_w * channels;
+        for (std::int64_t y = 0; y < rows.count; ++y) {
+            const std::int64_t half_y = (rows.first + y) / 2;
+            for (std::int64_t x = 0; x < b.out_w; ++x) {
+                const bool counts = half_y < b.half_h && x / 2 < b.half_w;
+                const std::int64_t half = (half_y * b.half_w + x / 2) * channels;
+                const int i = static_cast<int>(y % 2 * 2 + x % 2);
+                for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                    Vector<Scalar> grad = {};
+                    if (counts) {
+                        grad = load_choice<Scalar>(choices + half + c) == i ? load(halved_grad + half + c) : grad;
+                    }
+                    store(scratch + (y * b.out_w + x) * channels + c, grad);
+                }
+            }
+        }
+        grads = scratch;
+    }
+    const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
+    for (std::int64_t first = 0; first < channels; first += group) {
+        for (std::int64_t dy = 0; dy < 3; ++dy) {
+            for (std::int64_t j = 0; j < 3 * b.inputs;) {
+                const std::int64_t count = least(most_rows(b.vectors), 3 * b.inputs - j);
+                const Products<Scalar> products{input_row(t, 0, rows.example, rows.first) + dy * in_row + j,
+                                                b.stride * std::int64_t{b.input_lanes},
+                                                b.stride * in_row,
+                                                grads + first,
+                                                channels,
+                                                b.out_w * channels,
+                                                rows.count,
+                                                b.out_w};
+                outer_tile_of<Scalar>(b.vectors, count)(
+                    t.partial(item) + first * 9 * b.inputs + (dy * 3 * b.inputs + j) * group, products, false);
+                j += count;
+            }
+        }
+    }
+}
+
+// dW = scale * (sum of patches at the winners - d beta * mean patch - inverse * d gamma * covariance W)
+template <typename Scalar>
+void finish_first_weight_grad(const ConvTask<Scalar>& t) {
+    const ConvBlockPlan& b = t.block(0);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, patch = 9 * b.inputs;
+    const auto* patch_mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
+    const auto* covariance = reinterpret_cast<const double*>(t.at(t.layout->covariance));
+    for (std::int64_t first = 0; first < channels; first += group) {
+        const Scalar* weight = t.at(b.weight) + first * patch;
+        for (std::int64_t i = 0; i < patch; ++i) {
+            double dense[kConvFilters] = {}, sum[kConvFilters] = {};
+            for (std::int64_t j = 0; j < patch; ++j) {
+                const double entry = covariance[i * kConvLargestPatch + j];
+                for (std::int64_t c = 0; c < group; ++c) dense[c] += entry * weight[j * group + c];
+            }
+            for (std::int64_t item = 0; item < t.examples * b.items; ++item) {
+                const Scalar* partial = t.partial(item) + first * patch + i * group;
+                for (std::int64_t c = 0; c < group; ++c) sum[c] += partial[c];
+            }
+            for (std::int64_t c = 0; c < group; ++c) {
+                const double scale = t.vector(0, kScale)[first + c];
+                const double centred = sum[c] - t.vector(0, kBetaGrad)[first + c] * patch_mean[i];
+                const double slope = t.vector(0, kInverse)[first + c] * double{t.vector(0, kGammaGrad)[first + c]};
+                t.at(b.weight_grad)[first * patch + i * group + c] =
+                    static_cast<Scalar>(scale * (centred - slope * dense[c]));
+            }
+        }
+    }
+}
+
+// ---- the classifier and the step ------------------------------------------------------------------------------------
+
+template <typename Scalar>
+Scalar dot(const Scalar* a, const Scalar* b, std::int64_t n) {
+    constexpr int kL = kLanes<Scalar>;
+    Vector<Scalar> sums[4] = {};
+    std::int64_t i = 0;
+    for (; i + 4 * kL <= n; i += 4 * kL) {
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; ++s) sums[s] += load_loose(a + i + s * kL) * load_loose(b + i + s * kL);
+    }
+    for (; i + kL <= n; i += kL) sums[0] += load_loose(a + i) * load_loose(b + i);
+    const Vector<Scalar> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    Scalar sum = 0;
+    for (int lane = 0; lane < kL; ++lane) sum += total[lane];
+    for (; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+template <typename Scalar>
+void add_scaled(Scalar* __restrict y, Scalar factor, const Scalar* __restrict x, std::int64_t n) {
+    for (std::int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+}
+
+template <typename Scalar>
+bool gradient_step(Scalar* __restrict params, const Scalar* __restrict grads, Scalar lr, std::int64_t n) {
+    bool nonfinite = false;
+    for (std::int64_t i = 0; i < n; ++i) {
+        params[i] -= lr * grads[i];
+        nonfinite |= !(grads[i] - grads[i] == 0);
+    }
+    return nonfinite;
+}
+
+template <typename Scalar>
+constexpr ConvStages<Scalar> table() {
+    return {{kLanes<Scalar>, 2, kMostVectors},
+            pack_image<Scalar>,
+            patch_sum<Scalar>,
+            patch_covariance<Scalar>,
+            pack_back<Scalar>,
+            forward<Scalar>,
+            statistics<Scalar>,
+            normalise<Scalar>,
+            halved_sums<Scalar>,
+            norm_grads<Scalar>,
+            raw_grad<Scalar>,
+            weight_tiles<Scalar>,
+            weight_grad<Scalar>,
+            data_grad<Scalar>,
+            first_weight_grad<Scalar>,
+            finish_first_weight_grad<Scalar>,
+            dot<Scalar>,
+            add_scaled<Scalar>,
+            gradient_step<Scalar>};
+}
+
+}  // namespace
+
+extern const ConvStageTables kConvStages;
+const ConvStageTables kConvStages = {table<float>(), table<double>()};
+
+}  // namespace signmaml::cpu::SIGNMAML_ISA

@@ -1,0 +1,101 @@
+// The stages of a convolutional network's passes on the CPU, over one item of one task, once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "params/conv_meta_step.h"
+#include "plan/conv_meta_step_cpu.h"
+
+namespace signmaml::cpu {
+
+// One task's memory while it works on one of its sets.
+template <typename Scalar>
+struct ConvTask {
+    const ConvShape* shape;
+    const ConvCpuLayout* layout;
+    Scalar* memory;         // as the layout says
+    std::int64_t examples;  // n of the set at hand
+
+    const ConvBlockPlan& block(int i) const { return layout->blocks[i]; }
+    Scalar* at(std::int64_t place) const { return memory + place; }
+    Scalar* vector(int i, ConvVector which) const { return memory + block(i).vector + which * layout->channels; }
+    Scalar* partial(std::int64_t item) const { return memory + layout->partial + item * layout->partial_size; }
+};
+
+// "item" counts the items of all examples; `scratch` is the thread's own. Stages of the same name in kernels.md 2 and 4.
+template <typename Scalar>
+struct ConvStages {
+    ConvUnit unit;
+
+    // images[example] <- x [channels, height, width]
+    void (*pack_image)(const ConvTask<Scalar>&, const Scalar* x, std::int64_t example);
+    // partial[item] <- sum of the patches of layer 1 over the item
+    void (*patch_sum)(const ConvTask<Scalar>&, std::int64_t item);
+    // partial[item] <- sum of outer products of the patches' deviations from patch_mean
+    void (*patch_covariance)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
+
+    // weight_back <- weight, of a block after the first
+    void (*pack_back)(const ConvTask<Scalar>&, int block);
+    // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
+    // squared deviations. Block 0 with max-pooling keeps its raw values in scratch, and goes on to `halved`: its
+    // statistics are known before.
+    void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
+    // The vectors from kMean to kShift: from partial, or for block 0 from the patches' covariance.
+    void (*statistics)(const ConvTask<Scalar>&, int block);
+    // halved <- relu(scale * winner + shift), of one example
+    void (*normalise)(const ConvTask<Scalar>&, int block, std::int64_t example);
+
+    // halved_grad <- 0 where ReLU was; partial[item] <- its sum, and its sum times the normalised value
+    void (*halved_sums)(const ConvTask<Scalar>&, int block, std::int64_t item);
+    // kBetaGrad and kGammaGrad from partial; kSlope and kOffset from them
+    void (*norm_grads)(const ConvTask<Scalar>&, int block);
+    // raw <- its own gradient
+    void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
+    // Register tiles of the weight gradient of a block after the first, and their computation
+    std::int64_t (*weight_tiles)(const ConvTask<Scalar>&, int block);
+    void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t first_tile, std::int64_t last_tile);
+    // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. An item is one of
+    // the block before.
+    void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
+    // partial[item] <- sum of patches times halved_grad at the winners
+    void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
+    // weight_grad of block 0, from partial and the covariance
+    void (*finish_first_weight_grad)(const ConvTask<Scalar>&);
+
+    Scalar (*dot)(const Scalar* a, const Scalar* b, std::int64_t n);
+    // y += factor * x
+    void (*add_scaled)(Scalar* y, Scalar factor, const Scalar* x, std::int64_t n);
+    // params -= lr * grads. Returns whether a gradient is NaN or infinite.
+    bool (*gradient_step)(Scalar* params, const Scalar* grads, Scalar lr, std::int64_t n);
+};
+
+struct ConvStageTables {
+    ConvStages<float> float32;
+    ConvStages<double> float64;
+};
+
+namespace portable {
+extern const ConvStageTables kConvStages;
+}
+namespace avx2 {
+extern const ConvStageTables kConvStages;
+}
+namespace avx512 {
+extern const ConvStageTables kConvStages;
+}
+
+template <typename Scalar>
+const ConvStages<Scalar>& conv_stages(const Kernels& kernels);
+
+template <>
+inline const ConvStages<float>& conv_stages<float>(const Kernels& kernels) {
+    return kernels.conv_stages->float32;
+}
+
+template <>
+inline const ConvStages<double>& conv_stages<double>(const Kernels& kernels) {
+    return kernels.conv_stages->float64;
+}
+
+}  // namespace signmaml::cpu

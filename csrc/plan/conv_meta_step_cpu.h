@@ -1,0 +1,241 @@
+// How the CPU backend lays out a meta-step of a convolutional network: sizes of every block, places in a task's
+// memory, and the pieces ("items") that threads may share. Pure functions of the shape.
+// No choice here but the last function's depends on the number of threads or tasks, and none changes a result.
+#pragma once
+
+#include <cstdint>
+
+#include "params/conv_meta_step.h"
+#include "plan/math.h"
+
+namespace signmaml {
+
+// How one instruction set's kernels want channels: `lanes` scalars a vector, and so many vectors of channels at most
+// in a register tile, of many positions or of few.
+struct ConvUnit {
+    std::int32_t lanes;
+    std::int32_t vectors_wide;
+    std::int32_t vectors_narrow;
+};
+
+// A row of fewer positions than this fills the registers with channels instead.
+inline constexpr std::int64_t kConvNarrow = 8;
+
+constexpr std::int32_t conv_channels(int filters, ConvUnit unit) {
+    return static_cast<std::int32_t>(ceil_div(filters, unit.lanes) * unit.lanes);
+}
+
+// Vectors of a group of channels: the most that divide all of them evenly, so that one tile size serves a whole row.
+constexpr std::int32_t conv_group_vectors(int filters, std::int64_t row, ConvUnit unit) {
+    const std::int32_t all = conv_channels(filters, unit) / unit.lanes;
+    std::int32_t vectors = row < kConvNarrow ? unit.vectors_narrow : unit.vectors_wide;
+    while (all % vectors != 0) --vectors;
+    return vectors;
+}
+
+// Values of an image under one 3x3 window.
+inline constexpr int kConvLargestPatch = 9 * kConvChannels;
+inline constexpr int kConvPatchRow = 32;  // the same, in whole vectors
+// Positions that the rows of one item should have together at least: fewer would spend more on the item than on its
+// convolution, more would leave the first-level cache before their statistics are taken.
+inline constexpr std::int64_t kConvItemPositions = 128;
+
+// Rows, in pairs, of an item of an image with so many rows.
+constexpr std::int32_t conv_item_rows(std::int64_t rows, std::int64_t width) {
+    return static_cast<std::int32_t>(smaller(rows, 2 * ceil_div(kConvItemPositions, 2 * width)));
+}
+
+// One block: [n, in_h, in_w, inputs] -> convolution [n, out_h, out_w, filters] -> halved [n, half_h, half_w, filters].
+struct ConvBlockPlan {
+    std::int32_t inputs;       // channels that carry data
+    std::int32_t input_lanes;  // scalars from one position to the next
+    std::int32_t in_h, in_w, out_h, out_w, half_h, half_w;
+    std::int32_t stride;
+    std::int32_t vectors;       // of a group of output channels
+    std::int32_t vectors_back;  // of a group of input channels, in the data gradient
+    std::int32_t rows;          // convolution rows of an item: an even number, or all
+    std::int32_t items;         // of an image
+    std::int32_t half_rows;     // halved rows of an item of the backward pass
+    std::int32_t half_items;    // of an image
+    std::int32_t pad;           // zeros around the halved output: 1 where a convolution follows, else 0
+    // Places in a task's memory, in scalars.
+    std::int64_t weight;       // [groups, 9, inputs, group]
+    std::int64_t weight_back;  // [groups, 9, filters, group], window and channels exchanged; block 0 has none
+    std::int64_t weight_grad;  // like weight
+    std::int64_t vector;       // [kConvVectors, channels]
+    std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 with max-pooling has none
+    std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else none
+    std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
+    std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU
+};
+
+// Vectors of [channels] that a block keeps.
+enum ConvVector : std::int32_t {
+    kGamma = 0,
+    kBeta,
+    kGammaGrad,
+    kBetaGrad,
+    kMean,     // of the raw values
+    kInverse,  // 1 / standard deviation
+    kScale,    // gamma * inverse
+    kShift,    // beta - mean * scale
+    kSlope,    // of the raw value's gradient in the raw value
+    kOffset,   // the constant in that gradient
+    kConvVectors
+};
+
+struct ConvCpuLayout {
+    std::int32_t channels;  // of every block, in whole vectors
+    ConvBlockPlan blocks[kConvBlocks];
+    std::int64_t features;  // what the classifier reads: [half_h, half_w, channels] of the last block, or [channels]
+    // Places in a task's memory, in scalars.
+    std::int64_t images;           // [n, height + 2, width + 2, channels of the images]
+    std::int64_t readout;          // [n, features] with Readout::kMean; else none
+    std::int64_t halved_grad;      // [n, half_h, half_w, channels] of one block at a time
+    std::int64_t classifier;       // [ways, features]
+    std::int64_t classifier_grad;  // [ways, features]
+    std::int64_t classifier_bias;  // [ways]
+    std::int64_t classifier_bias_grad;
+    std::int64_t logits;       // [n, ways]
+    std::int64_t logits_grad;  // [n, ways]
+    std::int64_t partial;      // what items leave to be added up: [items of all images, partial_size]
+    std::int64_t partial_size;
+    std::int64_t patch_mean;  // [kConvLargestPatch] double
+    std::int64_t covariance;  // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
+    std::int64_t zeroed;      // so many scalars at the start are zero before the first task: borders stay so
+    std::int64_t size;        // of a task
+    std::int64_t scratch;     // of a thread, beside it
+};
+
+constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
+    return halving == Halving::kMaxPool ? size / 2 : (size + 1) / 2;
+}
+
+constexpr std::int64_t conv_parameters(const ConvShape& shape) {
+    std::int64_t count = 0;
+    std::int64_t h = shape.height, w = shape.width;
+    for (int i = 0; i < shape.blocks; ++i) {
+        const std::int64_t inputs = i == 0 ? shape.channels : shape.filters;
+        count += shape.filters * (9 * inputs + (shape.conv_bias ? 3 : 2));
+        h = conv_half(h, shape.halving);
+        w = conv_half(w, shape.halving);
+    }
+    const std::int64_t features = shape.readout == Readout::kMean ? shape.filters : shape.filters * h * w;
+    return count + shape.ways * (features + 1);
+}
+
+// Hands out places at multiples of 64 bytes.
+struct ConvPlaces {
+    std::int64_t step;  // scalars in 64 bytes
+    std::int64_t at;
+
+    constexpr std::int64_t take(std::int64_t count) {
+        const std::int64_t place = at;
+        at += ceil_div(count, step) * step;
+        return place;
+    }
+};
+
+constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int64_t h, std::int64_t w, ConvUnit unit) {
+    const bool pools = shape.halving == Halving::kMaxPool;
+    const std::int32_t channels = conv_channels(shape.filters, unit);
+    ConvBlockPlan block{};
+    block.inputs = i == 0 ? shape.channels : shape.filters;
+    block.input_lanes = i == 0 ? shape.channels : channels;
+    block.stride = pools ? 1 : 2;
+    block.in_h = static_cast<std::int32_t>(h);
+    block.in_w = static_cast<std::int32_t>(w);
+    block.out_h = static_cast<std::int32_t>(pools ? h : (h + 1) / 2);
+    block.out_w = static_cast<std::int32_t>(pools ? w : (w + 1) / 2);
+    block.half_h = static_cast<std::int32_t>(conv_half(h, shape.halving));
+    block.half_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
+    block.vectors = conv_group_vectors(shape.filters, block.out_w, unit);
+    block.vectors_back = conv_group_vectors(shape.filters, ceil_div(w, block.stride), unit);
+    block.rows = conv_item_rows(block.out_h, block.out_w);
+    block.items = static_cast<std::int32_t>(ceil_div(block.out_h, block.rows));
+    block.half_rows = conv_item_rows(larger(1, block.half_h), larger(1, block.half_w));
+    block.half_items = static_cast<std::int32_t>(ceil_div(block.half_h, block.half_rows));
+    block.pad = i + 1 < shape.blocks ? 1 : 0;
+    return block;
+}
+
+constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t examples, int scalar_bytes,
+                                        ConvUnit unit) {
+    const bool pools = shape.halving == Halving::kMaxPool;
+    const std::int64_t n = examples, channels = conv_channels(shape.filters, unit);
+    ConvCpuLayout layout{};
+    layout.channels = static_cast<std::int32_t>(channels);
+    std::int64_t h = shape.height, w = shape.width, items = 1, largest_half = 0;
+    for (int i = 0; i < shape.blocks; ++i) {
+        const ConvBlockPlan& block = layout.blocks[i] = conv_block_plan(shape, i, h, w, unit);
+        items = larger(items, larger(block.items, block.half_items));
+        h = block.half_h;
+        w = block.half_w;
+        largest_half = larger(largest_half, h * w);
+    }
+    layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
+
+    ConvPlaces places{64 / scalar_bytes, 0};
+    // Convolutions read the borders of these.
+    layout.images = places.take(n * (shape.height + 2) * (shape.width + 2) * shape.channels);
+    for (int i = 0; i < shape.blocks; ++i) {
+        ConvBlockPlan& block = layout.blocks[i];
+        const std::int64_t out = std::int64_t{block.out_h + 2} * (block.out_w + 2);
+        const std::int64_t half = std::int64_t{block.half_h + 2 * block.pad} * (block.half_w + 2 * block.pad);
+        block.raw = !pools || i > 0 ? places.take(n * out * channels) : -1;
+        block.halved = places.take(n * half * channels);
+    }
+    layout.zeroed = places.at;
+    for (int i = 0; i < shape.blocks; ++i) {
+        ConvBlockPlan& block = layout.blocks[i];
+        const std::int64_t half = n * block.half_h * block.half_w * channels;
+        block.weight = places.take(9 * block.inputs * channels);
+        block.weight_grad = places.take(9 * block.inputs * channels);
+        block.weight_back = i > 0 ? places.take(9 * shape.filters * channels) : -1;
+        block.vector = places.take(kConvVectors * channels);
+        block.winner = pools ? places.take(half) : -1;
+        block.choice = pools ? places.take(ceil_div(half, scalar_bytes)) : -1;
+    }
+    layout.readout = shape.readout == Readout::kMean ? places.take(n * channels) : -1;
+    layout.halved_grad = places.take(n * largest_half * channels);
+    layout.classifier = places.take(shape.ways * layout.features);
+    layout.classifier_grad = places.take(shape.ways * layout.features);
+    layout.classifier_bias = places.take(shape.ways);
+    layout.classifier_bias_grad = places.take(shape.ways);
+    layout.logits = places.take(n * shape.ways);
+    layout.logits_grad = places.take(n * shape.ways);
+    // An item leaves two vectors of channels, or its part of layer 1's weight gradient, or of the patches' covariance.
+    const std::int64_t patch = 9 * shape.channels;
+    layout.partial_size = larger(2 * channels, patch * larger(channels, kConvPatchRow));
+    layout.partial = places.take(n * items * layout.partial_size);
+    const std::int64_t doubles = std::int64_t{sizeof(double)} / scalar_bytes;
+    layout.patch_mean = places.take(kConvLargestPatch * doubles);
+    layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
+    layout.size = places.at;
+    // A thread keeps block 0's rows of an item to itself: raw values, their gradient, or patches.
+    const ConvBlockPlan& first = layout.blocks[0];
+    places.take(first.rows * first.out_w * larger(channels, kConvPatchRow));
+    layout.scratch = places.at - layout.size;
+    return layout;
+}
+
+// Which tasks run side by side, one thread each; the rest run one after the other, all threads on each.
+struct ConvCpuPlan {
+    std::int64_t side_by_side;     // the first so many tasks
+    std::int64_t teams;            // tasks in memory at once
+    std::int64_t team_scalars;     // of one task and its thread
+    std::int64_t workspace_bytes;  // of all
+};
+
+constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64_t tasks, std::int64_t support,
+                                              std::int64_t query, int scalar_bytes, ConvUnit unit, int threads) {
+    const ConvCpuLayout layout = conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit);
+    const std::int64_t side_by_side = tasks / threads * threads;
+    const std::int64_t teams = side_by_side > 0 ? threads : 1;
+    const std::int64_t one = layout.size + layout.scratch;
+    const std::int64_t large_team = layout.size + threads * layout.scratch;
+    // The first place is moved up to a multiple of 64 bytes.
+    return {side_by_side, teams, one, larger(teams * one, large_team) * scalar_bytes + 64};
+}
+
+}  // namespace signmaml
