@@ -7,12 +7,11 @@ Definition: reference.py. Kernel: csrc/kernels/mlp_meta_step.cuh.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _loader, ops, spec
 from .checks import Problem
@@ -23,9 +22,6 @@ WIDEST = 256  # kMlpWidth
 MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
 # Gradients of so many bytes are held at once; more tasks run in several launches.
 CHUNK_BYTES = 256 * 2**20
-
-# Modules whose computation was once held against their spec.
-_verified: weakref.WeakKeyDictionary[nn.Module, spec.MlpSpec] = weakref.WeakKeyDictionary()
 
 
 def why_not(problem: Problem) -> str | None:
@@ -61,23 +57,14 @@ def why_not(problem: Problem) -> str | None:
             return f"inner_lr varies within parameter {name!r}"
     if problem.support_x[0, 0].numel() != found.widths[0]:
         return f"its first layer takes {found.widths[0]} features"
-    if not _computes_as_specified(problem, found):
-        return "on the first task it does not compute what its structure says"
+    if not spec.verified(found, problem.model, problem.support_x[0]):
+        return "it does not compute what its structure says"
     return None
 
 
 def _targets_fit(problem: Problem, outputs: int) -> bool:
     targets = [y for y in (problem.support_y, problem.query_y) if y is not None]
     return all(tuple(y.shape[2:]) == (outputs,) for y in targets)
-
-
-def _computes_as_specified(problem: Problem, found: spec.MlpSpec) -> bool:
-    """Held against the module once; the comparison makes the host wait, so it is not repeated."""
-    if _verified.get(problem.model) != found:
-        if not spec.check_mlp(found, problem.model, problem.support_x[0]):
-            return False
-        _verified[problem.model] = found
-    return True
 
 
 def _rates(problem: Problem, found: spec.MlpSpec) -> Tensor:

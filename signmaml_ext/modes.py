@@ -21,7 +21,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 def call_modes(problem: Problem) -> Iterator[None]:
     """All modes of a problem, restored at the end, also after an error."""
     with ExitStack() as stack:
-        stack.enter_context(_batch_norm_mode(problem.model, problem.batch_norm))
+        stack.enter_context(batch_norm_mode(problem.model, problem.batch_norm))
         if problem.method == "maml":
             # Only the plain form of attention has a second derivative in torch.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -31,7 +31,7 @@ def call_modes(problem: Problem) -> Iterator[None]:
 
 
 @contextmanager
-def _batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
+def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """BatchNorm on the statistics of the batch at hand ("batch") or on its running ones, in train and eval alike.
 
     With `track_running_stats` off, torch's forward neither reads nor writes the running buffers.

@@ -1,0 +1,366 @@
+"""A module's forward as a chain of layers, read by torch.fx: what counts is the computation, not the class."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import modes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One link of a chain.
+
+    Attributes:
+        kind: "conv", "norm", "linear", "relu", "tanh", "pool" (2x2 maximum), "mean" (over height and width), "flatten",
+            or "images" (a view as images, whatever the shape before).
+        name: In messages: the module's path, or the node of the graph.
+        module: What "conv", "norm" and "linear" compute with; its path is `name`.
+        size: The sizes that a "flatten" or "images" view is written with, if it names them: `[features]`, `[C, H, W]`.
+    """
+
+    kind: str
+    name: str
+    module: nn.Module | None = None
+    size: tuple[int, ...] = ()
+
+
+@dataclass
+class Known:
+    """What was found out about a module, good for as long as its structure stays the same."""
+
+    structure: Hashable
+    layers: tuple[Layer, ...] | str  # or why it is no chain
+    computed: set[Hashable] = field(default_factory=set)  # what its numbers were held against, see `computes`
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+
+
+def of_module(model: nn.Module) -> Known:
+    """The chain that a module's forward is, or why it is none; remembered until the module's structure changes."""
+    structure = _structure(model)
+    known = _known.get(model)
+    if known is None or known.structure != structure:
+        known = Known(structure, _why_untraceable(model) or _trace(model))
+        _known[model] = known
+    return known
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Structure: all that the trace of a module may depend on, cheap to compare
+
+
+def _structure(model: nn.Module) -> Hashable:
+    return tuple(
+        (name, type(module), *[(key, _fingerprint(value)) for key, value in vars(module).items()])
+        for name, module in model.named_modules()
+    )
+
+
+def _fingerprint(value: object) -> Hashable:
+    """A plain value itself; else which object it is. Dictionaries hold parameters, buffers, submodules and hooks."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, tuple):
+        return tuple(_fingerprint(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _fingerprint(item)) for key, item in value.items())
+    if isinstance(value, Tensor):
+        return id(value), tuple(value.shape)
+    return id(value)
+
+
+_HOOKS = {
+    "_forward_hooks": "forward hooks",
+    "_forward_pre_hooks": "forward hooks",
+    "_backward_hooks": "backward hooks",
+    "_backward_pre_hooks": "backward hooks",
+}
+
+
+def _why_untraceable(model: nn.Module) -> str | None:
+    """What torch.fx would silently leave out."""
+    for dictionary, kind in _HOOKS.items():
+        if getattr(nn.modules.module, f"_global{dictionary}"):
+            return f"global {kind} are registered"
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "it"
+        for dictionary, kind in _HOOKS.items():
+            if getattr(module, dictionary):
+                return f"{where} has {kind}"
+        if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+            return f"the forward of {type(module).__name__} was replaced"
+        if hasattr(module, "parametrizations"):
+            return f"{where} is parametrised"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the graph to the chain
+
+
+class _Refused(Exception):
+    """The module is no chain of known layers; the message says why."""
+
+
+def _trace(model: nn.Module) -> tuple[Layer, ...] | str:
+    try:
+        graph = torch.fx.symbolic_trace(model).graph
+    except Exception as error:  # tracing runs the caller's forward on proxies: anything may go wrong
+        return f"torch.fx cannot trace it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    try:
+        return _Reader(dict(model.named_modules())).read(graph)
+    except _Refused as refusal:
+        return str(refusal)
+
+
+class _Reader:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.sizes: set[torch.fx.Node] = set()  # nodes that are a shape
+        self.counts: set[torch.fx.Node] = set()  # nodes that are the number of examples
+        self.chain: list[torch.fx.Node] = []
+
+    def read(self, graph: torch.fx.Graph) -> tuple[Layer, ...]:
+        layers: list[Layer] = []
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if self.chain:
+                    raise _Refused("its forward takes several arguments")
+            elif node.op == "output":
+                if node.args[0] is not self.chain[-1]:
+                    raise _Refused("it returns something else than its last layer's output")
+                break
+            elif self._is_about_the_shape(node):
+                continue
+            else:
+                data = [argument for argument in node.all_input_nodes if argument not in self.counts]
+                if data != self.chain[-1:] or not node.args or node.args[0] is not data[0]:
+                    raise _Refused(f"its layers are no plain chain (at {node.name!r})")
+                layer = self._layer(node)
+                if layer is not None:
+                    layers.append(layer)
+            self.chain.append(node)
+        return tuple(layers)
+
+    def _is_about_the_shape(self, node: torch.fx.Node) -> bool:
+        """`x.size(0)`, `x.size()[0]`, `x.shape[0]`: the number of examples, the same all along the chain."""
+        source, *rest = node.args or (None,)
+        if not isinstance(source, torch.fx.Node):
+            return False
+        if source in self.sizes:
+            if node.target is operator.getitem and rest == [0]:
+                self.counts.add(node)
+                return True
+        elif source in self.chain:
+            if node.target == "size" and node.op == "call_method" and rest == [0]:
+                self.counts.add(node)
+                return True
+            if (node.target == "size" and not rest) or (node.target is getattr and rest == ["shape"]):
+                self.sizes.add(node)
+                return True
+        return False
+
+    def _layer(self, node: torch.fx.Node) -> Layer | None:
+        """The layer that a node is; None if it hands its input on."""
+        if node.op == "call_module":
+            name = str(node.target)
+            return self._module(name, self.modules[name])
+        if node.op == "call_method":
+            read = _METHODS.get(str(node.target))
+        else:
+            read = next((reader for function, reader in _FUNCTIONS if function is node.target), None)
+        if read is None:
+            raise _Refused(f"it uses {getattr(node.target, '__name__', node.target)}")
+        given = node.args[1:]
+        if read is _view and len(given) == 1 and isinstance(given[0], (tuple, list)):
+            given = tuple(given[0])  # the sizes of a view may be given as one argument
+        is_count = tuple(isinstance(a, torch.fx.Node) and a in self.counts for a in given)
+        arguments = tuple(-1 if counts else a for a, counts in zip(given, is_count, strict=True))
+        return read(node.name, arguments, dict(node.kwargs), is_count)
+
+    def _module(self, name: str, module: nn.Module) -> Layer | None:
+        kind = type(module)
+        if kind is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and _passes(module)):
+            return None
+        if kind in _COMPUTING:
+            return Layer(_COMPUTING[kind], name, module)
+        if kind in _ACTIVATIONS:
+            return Layer(_ACTIVATIONS[kind], name)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            raise _Refused(f"it uses {kind.__name__} in training mode")
+        if kind is nn.MaxPool2d:
+            settings = {key: getattr(module, key) for key in _POOL_DEFAULTS}
+            return _pool(name, (), settings, ())
+        if kind is nn.AdaptiveAvgPool2d:
+            return _adaptive(name, (module.output_size,), {}, ())
+        if kind is nn.Flatten:
+            return _flatten(name, (module.start_dim, module.end_dim), {}, ())
+        raise _Refused(f"it uses {kind.__name__}")
+
+
+_COMPUTING: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.BatchNorm2d: "norm", nn.Linear: "linear"}
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+
+
+def _passes(dropout: nn.modules.dropout._DropoutNd) -> bool:
+    return dropout.p == 0 or not dropout.training
+
+
+# Each reads one call: its name in the graph, its arguments after the data (-1 in place of a count of examples), its
+# keyword arguments, and which arguments are such a count.
+_Arguments = tuple[Any, ...]
+_Read = Callable[[str, _Arguments, dict[str, Any], tuple[bool, ...]], Layer]
+
+
+def _activation(kind: str) -> _Read:
+    def read(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+        return Layer(kind, name)  # in place or not, a chain reads nothing twice
+
+    return read
+
+
+_POOL_DEFAULTS: dict[str, Any] = {
+    "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
+}  # fmt: skip
+
+
+def _pool(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+    settings = _POOL_DEFAULTS | dict(zip(_POOL_DEFAULTS, arguments, strict=False)) | keywords
+    kernel, stride = settings["kernel_size"], settings["stride"]
+    if _pair(kernel) != (2, 2) or (stride not in (None, [], ()) and _pair(stride) != (2, 2)):
+        raise _Refused(f"its pooling is not 2x2 with stride 2 (at {name!r})")
+    if (_pair(settings["padding"]), _pair(settings["dilation"])) != ((0, 0), (1, 1)):
+        raise _Refused(f"its pooling has padding or dilation (at {name!r})")
+    if settings["ceil_mode"] or settings["return_indices"]:
+        raise _Refused(f"its pooling has ceil_mode or returns indices (at {name!r})")
+    return Layer("pool", name)
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def _adaptive(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+    if [_pair(value) for value in (*arguments, *keywords.values())] != [(1, 1)]:
+        raise _Refused(f"its average pooling is not over the whole image (at {name!r})")
+    return Layer("mean", name)
+
+
+def _mean(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+    keep = keywords.pop("keepdim", False)
+    axes = [*arguments, *keywords.values()]
+    if keep or len(axes) != 1 or sorted(a % 4 if isinstance(a, int) else -1 for a in _pair(axes[0])) != [2, 3]:
+        raise _Refused(f"its mean is not over height and width (at {name!r})")
+    return Layer("mean", name)
+
+
+def _flatten(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+    settings = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), arguments, strict=False)) | keywords
+    if settings != {"start_dim": 1, "end_dim": -1}:
+        raise _Refused(f"it flattens other axes than all but the first (at {name!r})")
+    return Layer("flatten", name)
+
+
+def _view(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+    """`x.view(-1, n)`, `x.view(x.size(0), -1)`, `x.view(-1, C, H, W)`: the first axis still counts examples."""
+    sizes = arguments[1:]
+    written_out = all(isinstance(size, int) and size > 0 for size in sizes) and not any(is_count[1:])
+    if arguments[:1] == (-1,) and not keywords:
+        if sizes == (-1,) and is_count == (True, False):
+            return Layer("flatten", name)
+        if len(sizes) == 1 and written_out:
+            return Layer("flatten", name, size=sizes)
+        if len(sizes) == 3 and written_out:
+            return Layer("images", name, size=sizes)
+    raise _Refused(f"its view is not one of examples by features (at {name!r})")
+
+
+_METHODS: dict[str, _Read] = {
+    "relu": _activation("relu"),
+    "relu_": _activation("relu"),
+    "tanh": _activation("tanh"),
+    "mean": _mean,
+    "flatten": _flatten,
+    "view": _view,
+    "reshape": _view,
+}
+_FUNCTIONS: list[tuple[Any, _Read]] = [
+    (torch.relu, _activation("relu")),
+    (torch.relu_, _activation("relu")),
+    (F.relu, _activation("relu")),
+    (F.relu_, _activation("relu")),
+    (torch.tanh, _activation("tanh")),
+    (F.tanh, _activation("tanh")),
+    (F.max_pool2d, _pool),
+    (torch.max_pool2d, _pool),
+    (F.adaptive_avg_pool2d, _adaptive),
+    (torch.mean, _mean),
+    (torch.flatten, _flatten),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def computes(
+    model: nn.Module,
+    names: tuple[str, ...],
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    x: Tensor,
+) -> bool:
+    """Whether a module computes what `forward` does with its parameters `names`: values and gradients.
+
+    A structure can be read wrongly: a forward may leave out the gradient, switch to another precision, or count on a
+    wrapped function. Float64 tells a factor of 1 + 1e-8 from 1; what rounds float32 only, float32 tells. The numbers are
+    random ones of the shape of `x` `[S, ...]`, with BatchNorm on the batch: real examples may be constant, or not
+    finite. The answer makes the host wait for the device.
+    """
+    generator = torch.Generator().manual_seed(0)
+    examples = torch.randn(3, *x.shape[1:], generator=generator)
+    with torch.inference_mode(False), torch.enable_grad(), modes.batch_norm_mode(model, "batch"):
+        for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
+            parameters = {
+                name: parameter.detach().to(dtype, copy=True).requires_grad_(name in names)
+                for name, parameter in model.named_parameters()
+            }
+            inputs = examples.to(x.device, dtype)
+            try:
+                expected = forward(parameters, inputs)
+                found = torch.func.functional_call(model, parameters, (inputs,))
+            except Exception:  # examples that do not fit, say: the reference will meet it again and raise
+                return False
+            if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:
+                return False
+            weights = torch.randn(expected.shape, generator=generator).to(x.device, dtype)
+            if not _agree(found, expected, weights, [parameters[name] for name in names], tolerance):
+                return False
+    return True
+
+
+def _agree(found: Tensor, expected: Tensor, weights: Tensor, parameters: list[Tensor], tolerance: float) -> bool:
+    """Two results and their gradients, by the norm of the difference."""
+    if not found.requires_grad:
+        return False
+    of_found: tuple[Tensor | None, ...]
+    of_expected: tuple[Tensor | None, ...]
+    of_found, of_expected = (
+        torch.autograd.grad((value * weights).sum(), parameters, allow_unused=True) for value in (found, expected)
+    )
+    pairs = [(found, expected)]
+    for a, b in zip(of_found, of_expected, strict=True):
+        if a is None or b is None:
+            return False
+        pairs.append((a, b))
+    return all(bool((a - b).norm() <= tolerance * (1 + b.norm())) for a, b in pairs)

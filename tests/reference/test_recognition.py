@@ -1,0 +1,352 @@
+"""Modules that are recognised by their structure, modules that are not, and numbers that decide in the end."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from helpers import libraries, nets
+from signmaml.models import MLP, Conv4
+from signmaml_ext import chain, spec
+
+
+def images(channels: int, size: int, count: int = 4) -> Tensor:
+    return torch.randn(count, channels, size, size)
+
+
+# name -> (module, images to try it on, what must be found)
+RECOGNISED: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, object]]] = {
+    "Conv4": (lambda: Conv4(5, 3, 32, 84), images(3, 84, 2), {"halving": "max", "readout": "flatten", "filters": 32}),
+    "Conv4, odd": (lambda: Conv4(5, 1, 8, 21), images(1, 21), {"channels": 1, "ways": 5}),
+    "Conv4, strided": (lambda: Conv4(3, 1, 64, 28, pooling="stride"), images(1, 28), {"halving": "stride"}),
+    "Conv4, six blocks": (lambda: Conv4(3, 2, 8, 9, "stride", 6), images(2, 9), {"halving": "stride"}),
+    "Conv4, one block": (lambda: Conv4(3, 2, 8, 9, layers=1), images(2, 9), {"halving": "max"}),
+    "MiniImagenetCNN": (libraries.MiniImagenetCNN, images(3, 16), {"readout": "flatten", "ways": 3}),
+    "CNN4": (libraries.CNN4, images(3, 16), {"halving": "max"}),
+    "OmniglotCNN": (libraries.OmniglotCNN, images(1, 16), {"halving": "stride", "readout": "mean"}),
+    "torchmeta": (libraries.torchmeta, images(3, 16), {"channels": 3}),
+    "one sequence": (libraries.one_sequence, images(1, 16), {"halving": "max"}),
+    "functional": (libraries.Functional, images(2, 16), {"channels": 2}),
+    "pools first": (libraries.PoolsFirst, images(1, 16), {"readout": "mean"}),
+    "the tests' own": (lambda: nets.conv4(filters=8), images(1, 16), {}),
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+@pytest.mark.parametrize("training", [True, False])
+def test_recognised(name, training):
+    make, x, expected = RECOGNISED[name]
+    model = make().train(training)
+    found = spec.conv_from_module(model)
+    assert isinstance(found, spec.ConvSpec), found
+    for attribute, value in expected.items():
+        assert getattr(found, attribute) == value
+    assert sorted(found.names) == sorted(name for name, _ in model.named_parameters())
+    before = copy.deepcopy(model.state_dict())
+    assert spec.check_conv(found, model, x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_names_and_constants_come_in_order():
+    model = libraries.Functional(layers=2)
+    model.norms[1].eps = 0.5
+    assert spec.conv_from_module(model) == spec.ConvSpec(
+        blocks=(
+            spec.ConvBlockSpec("convs.0.weight", "convs.0.bias", "norms.0.weight", "norms.0.bias", 1e-3),
+            spec.ConvBlockSpec("convs.1.weight", "convs.1.bias", "norms.1.weight", "norms.1.bias", 0.5),
+        ),
+        classifier=("out.weight", "out.bias"), channels=2, filters=8, ways=3, halving="max", readout="flatten",
+    )  # fmt: skip
+    plain = spec.conv_from_module(libraries.one_sequence(layers=1))
+    assert isinstance(plain, spec.ConvSpec)
+    assert plain.names == ("0.weight", "1.weight", "1.bias", "7.weight", "7.bias")
+
+
+def changed(change: Callable[[nn.Sequential], None], **options: int) -> Callable[[], nn.Module]:
+    """One sequence of layers with something else about it."""
+
+    def make() -> nn.Module:
+        model = libraries.one_sequence(**options)
+        assert isinstance(model, nn.Sequential)
+        change(model)
+        return model
+
+    return make
+
+
+def put(index: int, layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return changed(lambda model: model.__setitem__(index, layer()), layers=2, side=4)
+
+
+def setting(index: int, attribute: str, value: object) -> Callable[[], nn.Module]:
+    return changed(lambda model: setattr(model[index], attribute, value), layers=2, side=4)
+
+
+class Around(nn.Module):
+    """A network with something done to what goes in or comes out."""
+
+    def __init__(self, before=lambda x: x, after=lambda x: x) -> None:
+        super().__init__()
+        self.net = libraries.one_sequence()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.net(self.before(x)))
+
+
+class OnlyInTraining(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * 1.000001 if self.training else self.net(x)
+
+
+class Skips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = libraries.ConvBlock(8, 8), libraries.ConvBlock(1, 8)
+        self.out = nn.Linear(8 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        return self.out((self.a(x) + F.max_pool2d(x, 2)).flatten(1))
+
+
+class TwoInputs(Around):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.net(x)
+
+
+class LooksAtTheData(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if x.sum() > 0 else self.net(-x)
+
+
+def tied() -> nn.Module:
+    model = libraries.one_sequence(layers=3, side=2)
+    model[8].weight = model[4].weight
+    return model
+
+
+def reused() -> nn.Module:
+    model = libraries.one_sequence(layers=3, side=2)
+    model[8] = model[4]
+    return model
+
+
+def hooked() -> nn.Module:
+    model = libraries.one_sequence()
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+    return model
+
+
+def parametrised() -> nn.Module:
+    model = libraries.one_sequence()
+    nn.utils.parametrizations.weight_norm(model[4])
+    return model
+
+
+def monkeypatched() -> nn.Module:
+    model = libraries.one_sequence()
+    original = model[0].forward
+    model[0].forward = lambda x: original(x) * 1.0000001
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "an MLP": (lambda: MLP(4, 3), "it has no 2d convolution"),
+    "5x5": (put(4, lambda: nn.Conv2d(8, 8, 5, padding=2, bias=False)), "has kernel_size .5, 5., not"),
+    "no padding": (put(4, lambda: nn.Conv2d(8, 8, 3, bias=False)), "has padding .0, 0., not"),
+    "groups": (put(4, lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)), "has groups 8"),
+    "dilation": (put(4, lambda: nn.Conv2d(8, 8, 3, padding=1, dilation=2, bias=False)), "has dilation"),
+    "padding mode": (
+        put(4, lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect", bias=False)), "has padding_mode reflect"
+    ),
+    "stride and pooling": (put(4, lambda: nn.Conv2d(8, 8, 3, 2, 1, bias=False)), "with pooling.* has stride"),
+    "no halving": (put(7, nn.Identity), "without pooling.* has stride"),
+    "transposed": (put(4, lambda: nn.ConvTranspose2d(8, 8, 3)), "it uses ConvTranspose2d"),
+    "one bias": (put(4, lambda: nn.Conv2d(8, 8, 3, padding=1)), "some of its convolutions have a bias"),
+    "BatchNorm without scale": (put(5, lambda: nn.BatchNorm2d(8, affine=False)), "no scale and shift"),
+    "InstanceNorm": (put(5, lambda: nn.InstanceNorm2d(8)), "it uses InstanceNorm2d"),
+    "another activation": (put(6, nn.LeakyReLU), "it uses LeakyReLU"),
+    "tanh": (put(6, nn.Tanh), "not conv, BatchNorm, ReLU and a halving, in this order, but conv, norm, tanh"),
+    "average pooling": (put(7, lambda: nn.AvgPool2d(2)), "it uses AvgPool2d"),
+    "3x3 pooling": (put(7, lambda: nn.MaxPool2d(3, 2, 1)), "pooling is not 2x2"),
+    "pooling, stride 1": (put(7, lambda: nn.MaxPool2d(2, 1)), "pooling is not 2x2"),
+    "ceil_mode": (setting(7, "ceil_mode", True), "ceil_mode"),
+    "dropout": (put(9, lambda: nn.Dropout(0.5)), "it uses Dropout in training mode"),
+    "other filters": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16),
+            nn.ReLU(), nn.Flatten(), nn.Linear(256, 3),
+        ),
+        r"different numbers of filters: \[8, 16\]",
+    ),
+    "ReLU before BatchNorm": (
+        changed(lambda m: (m.__setitem__(5, nn.ReLU()), m.__setitem__(6, nn.BatchNorm2d(8))), layers=2, side=4),
+        "but conv, relu, norm, pool",
+    ),
+    "no classifier": (put(11, nn.Identity), "not flatten or mean, and one linear layer"),
+    "two classifiers": (put(10, lambda: nn.Sequential(nn.Linear(128, 128), nn.ReLU())), "not flatten or mean"),
+    "classifier without bias": (put(11, lambda: nn.Linear(128, 3, bias=False)), "classifier '11' has no bias"),
+    "flattens all": (put(9, lambda: nn.Flatten(0)), "it flattens other axes"),
+    "scaled input": (lambda: Around(before=lambda x: x / 255), "it uses truediv"),
+    "scaled output": (lambda: Around(after=lambda y: y * 1.0001), "it uses mul"),
+    "softmax": (lambda: Around(after=lambda y: y.softmax(-1)), "it uses softmax"),
+    "view of a fixed batch": (lambda: Around(before=lambda x: x.view(4, 1, 16, 16)), "its view is not one of"),
+    "detached": (lambda: Around(after=lambda y: y.detach()), "it uses detach"),
+    "two outputs": (lambda: Around(after=lambda y: (y, y)), "it returns something else"),
+    "only in training": (OnlyInTraining, "it uses mul"),
+    "skip connection": (Skips, "no plain chain"),
+    "two inputs": (TwoInputs, "its forward takes several arguments"),
+    "control flow": (LooksAtTheData, "torch.fx cannot trace it"),
+    "tied": (tied, "layers '4' and '8' share parameters"),
+    "reused": (reused, "layer '4' is used twice"),
+    "forward hook": (hooked, "module '0' has forward hooks"),
+    "parametrised": (parametrised, "module '4' is parametrised|it uses Parametrized"),
+    "monkeypatched": (monkeypatched, "the forward of Conv2d was replaced"),
+    "subclass": (put(4, lambda: type("MyConv", (nn.Conv2d,), {})(8, 8, 3, padding=1, bias=False)), "no plain chain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(name):
+    make, reason = REFUSED[name]
+    found = spec.conv_from_module(make())
+    assert isinstance(found, str) and re.search(reason, found), found
+
+
+def test_only_the_mode_at_hand_counts():
+    """What deviates only in training is recognised in evaluation, dropout too, and the other way round refused."""
+    for model in (OnlyInTraining(), nn.Sequential(nn.Dropout2d(0.5), *libraries.one_sequence())):
+        for training in (True, False, True):
+            found = spec.conv_from_module(model.train(training))
+            assert isinstance(found, str) == training, found
+
+
+def test_a_changed_module_is_read_again():
+    model = libraries.one_sequence(layers=2, side=4)
+    x = images(1, 16)
+
+    def state() -> tuple[object, bool]:
+        found = spec.conv_from_module(model)
+        return found, isinstance(found, spec.ConvSpec) and spec.verified(found, model, x)
+
+    first, holds = state()
+    assert holds
+    model[5].eps = 0.5
+    second, holds = state()
+    assert holds and first != second
+    model[7].ceil_mode = True
+    assert isinstance(state()[0], str)
+    model[7].ceil_mode = False
+    handle = model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert isinstance(state()[0], str)
+    handle.remove()
+    assert state() == (second, True)
+    model[1].weight = model[5].weight
+    assert isinstance(state()[0], str)
+
+
+def test_a_lambda_that_is_exchanged_is_noticed():
+    model = libraries.OmniglotCNN()
+    assert isinstance(spec.conv_from_module(model), spec.ConvSpec)
+    model.base[1].max_pool = lambda x: x * 1.5
+    assert spec.conv_from_module(model) == "it uses mul"
+
+
+# --- what the structure cannot tell -----------------------------------------------------------------------------
+
+
+class WithoutGradient(Around):
+    """The values are right, the gradient is not: torch.fx does not see the mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for layer in list(self.net)[:-1]:
+                x = layer(x)
+        return self.net[-1](x)
+
+
+class InBfloat16(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("make", [WithoutGradient, InBfloat16])
+def test_numbers_decide(make):
+    model = make()
+    found = spec.conv_from_module(model)
+    assert isinstance(found, spec.ConvSpec)
+    assert not spec.check_conv(found, model, images(1, 16))
+    assert not spec.verified(found, model, images(1, 16))
+
+
+@pytest.mark.parametrize("factor", [1.5, 1 + 1e-6])
+def test_a_small_factor_is_found(factor, monkeypatch):
+    """A convolution that torch.fx takes for torch's own and that is not quite."""
+    model = libraries.one_sequence()
+    original = nn.Linear.forward
+    found = spec.conv_from_module(model)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: original(self, x) * factor)
+    assert isinstance(found, spec.ConvSpec)
+    assert not spec.check_conv(found, model, images(1, 16))
+
+
+def test_a_view_of_another_size_mixes_images():
+    """`view(-1, 1, 16, 16)` leaves images of 16 x 16 as they are and cuts others in pieces."""
+    model = libraries.OmniglotCNN(size=16)
+    found = spec.conv_from_module(model)
+    assert spec.verified(found, model, images(1, 16))
+    assert not spec.verified(found, model, images(1, 32))
+
+
+def test_a_module_that_fails_by_itself_is_not_verified():
+    model = libraries.MiniImagenetCNN()
+    assert not spec.check_conv(spec.conv_from_module(model), model, images(3, 40))
+
+
+def test_mlp_is_held_against_its_gradient_too():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.hidden(x).relu()
+            return self.out(x)
+
+    model = Frozen()
+    found = spec.mlp_from_module(model)
+    assert isinstance(found, spec.MlpSpec)
+    assert not spec.check_mlp(found, model, torch.randn(4, 3))
+    plain = nets.mlp()
+    assert spec.check_mlp(spec.mlp_from_module(plain), plain, torch.randn(4, 4))
+
+
+def test_the_memo_keeps_no_model_alive():
+    import gc
+    import weakref
+
+    model = libraries.OmniglotCNN()
+    spec.verified(spec.conv_from_module(model), model, images(1, 16))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_reading_a_module_again_is_cheap(monkeypatch):
+    """torch.fx traces once; afterwards the structure is compared."""
+    model, traces = Conv4(5, 1, 8, 28), []
+    monkeypatch.setattr(chain, "_trace", lambda m, original=chain._trace: traces.append(1) or original(m))
+    for _ in range(3):
+        spec.conv_from_module(model)
+    assert len(traces) == 1
