@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import dispatch, spec
 from .checks import Loss, Problem, Rate, check_problem
 from .dispatch import Explanation
 from .reference import Adaptation, MetaGradients
@@ -107,8 +107,9 @@ def meta_step(
             the scale of the loss.
         adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
             ``["classifier.*"]`` (ANIL); all others still get the meta-gradient. None: all that require grad.
-        backend: "auto", or one of "cuda", "cpu" (native sign steps on flat buffers) and "torch" (pure PyTorch, serves
-            everything). `explain` says which one "auto" takes and why.
+        backend: "auto", or one of "cuda", "cpu" (native: whole meta-steps of Conv-N networks and multilayer
+            perceptrons, sign steps of other modules) and "torch" (pure PyTorch, serves everything). `explain` says
+            which one "auto" takes and why.
         precision: "fp32" (strict, also where torch would allow TF32), "tf32" (CUDA) or "bf16" (autocast). The sign
             is always taken on the parameters' dtype.
         nonfinite: What a NaN or an Inf in a task does. "propagate": NaN in, NaN out. "skip": the task is left out of
@@ -262,8 +263,9 @@ def explain(
 ) -> Explanation:
     """Which backend would serve this call of `meta_step`, and why the others would not.
 
-    Arguments and errors are those of `meta_step`; without data the answer is for data that fits. No forward pass is
-    run: that a module's forward cannot be batched is known after the first real call.
+    Arguments and errors are those of `meta_step`; without data the answer is for data that fits. A module whose
+    structure is known runs on a few random examples to verify it, once. Others do not run: that a module's forward
+    cannot be batched is known after the first real call.
 
     Returns:
         An `Explanation`; print it, or read `.backend` and `.reasons`.
@@ -271,9 +273,9 @@ def explain(
     Example:
         >>> import torch, signmaml_ext
         >>> print(signmaml_ext.explain(torch.nn.Linear(3, 2), method="maml"))  # doctest: +ELLIPSIS
-        backend: torch (pure PyTorch, any module, any device); all tasks together
+        backend: torch, reference (pure PyTorch, any module, any device); all tasks together
           not cuda: ...
-          not cpu: its steps are sign steps, and the method is 'maml'
+          not cpu, flat: its steps are sign steps, and the method is 'maml'
     """
     arguments = locals().copy()
     data = ("support_x", "support_y", "query_x", "query_y")
@@ -283,12 +285,17 @@ def explain(
 
 
 def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The smallest data that pass the checks: one task of one example."""
-    like = torch.empty(())
+    """Small data of the shape that the model takes: one task of two examples. Features are made up if it is unknown."""
+    like, outputs = torch.empty(()), 1
+    example: tuple[int, ...] = (1,)
     if isinstance(model, nn.Module):
         like = next((p for p in model.parameters() if p.requires_grad), like)
-    x = torch.zeros(1, 1, dtype=like.dtype, device=like.device)
-    y = x if loss == "mse" else torch.zeros(1, 1, dtype=torch.int64, device=like.device)
+        example, outputs = spec.shapes_of(model) or (example, outputs)
+    x = torch.zeros(1, 2, *example, dtype=like.dtype, device=like.device)
+    if loss == "mse":
+        y = torch.zeros(1, 2, outputs, dtype=like.dtype, device=like.device)
+    else:
+        y = torch.zeros(1, 2, dtype=torch.int64, device=like.device)
     return x, y, x, y
 
 

@@ -323,8 +323,8 @@ def computes(
     """Whether a module computes what `forward` does with its parameters `names`: values and gradients.
 
     A structure can be read wrongly: a forward may leave out the gradient, switch to another precision, or count on a
-    wrapped function. Float64 tells a factor of 1 + 1e-8 from 1; what rounds float32 only, float32 tells. The numbers are
-    random ones of the shape of `x` `[S, ...]`, with BatchNorm on the batch: real examples may be constant, or not
+    wrapped function. Float64 tells a factor of 1 + 1e-8 from 1; what rounds float32 only, float32 tells. The numbers
+    are random ones of the shape of `x` `[S, ...]`, with BatchNorm on the batch: real examples may be constant, or not
     finite. The answer makes the host wait for the device.
     """
     generator = torch.Generator().manual_seed(0)
@@ -353,14 +353,11 @@ def _agree(found: Tensor, expected: Tensor, weights: Tensor, parameters: list[Te
     """Two results and their gradients, by the norm of the difference."""
     if not found.requires_grad:
         return False
-    of_found: tuple[Tensor | None, ...]
-    of_expected: tuple[Tensor | None, ...]
-    of_found, of_expected = (
-        torch.autograd.grad((value * weights).sum(), parameters, allow_unused=True) for value in (found, expected)
-    )
-    pairs = [(found, expected)]
-    for a, b in zip(of_found, of_expected, strict=True):
-        if a is None or b is None:
-            return False
-        pairs.append((a, b))
-    return all(bool((a - b).norm() <= tolerance * (1 + b.norm())) for a, b in pairs)
+
+    def gradients(value: Tensor) -> list[Tensor | None]:
+        return list(torch.autograd.grad((value * weights).sum(), parameters, allow_unused=True))
+
+    def close(a: Tensor | None, b: Tensor | None) -> bool:
+        return a is not None and b is not None and bool((a - b).norm() <= tolerance * (1 + b.norm()))
+
+    return close(found, expected) and all(map(close, gradients(found), gradients(expected)))

@@ -7,29 +7,63 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _loader, flat, mlp, reference
+from . import _loader, conv, flat, mlp, reference
 from .checks import Problem
 
 
 @dataclass(frozen=True)
-class Backend:
+class Family:
     """One way to compute a meta-step.
 
     Attributes:
-        name: What `backend=` says.
+        name: In explanations.
         summary: One line for people.
-        why_not_here: None if this installation and machine can run it at all, else the reason.
         why_not: None if it serves this problem, else the reason.
         meta_gradients: The meta-step.
         adapt: The inner loop, with the query pass if there is a query set.
+        fused: Whether all tasks run in one native call.
     """
 
     name: str
     summary: str
-    why_not_here: Callable[[], str | None]
     why_not: Callable[[Problem], str | None]
     meta_gradients: Callable[[Problem], reference.MetaGradients]
     adapt: Callable[[Problem], reference.Adaptation]
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Ways to compute a meta-step on one kind of device.
+
+    Attributes:
+        name: What `backend=` says.
+        device_type: Where it runs; None: anywhere.
+        why_not_here: None if this installation and machine can run it at all, else the reason.
+        families: In order of preference.
+    """
+
+    name: str
+    device_type: str | None
+    why_not_here: Callable[[], str | None]
+    families: tuple[Family, ...]
+
+    def why_not_there(self, problem: Problem) -> str | None:
+        """Why no family can serve the problem, whatever it is; None if one may."""
+        reason = self.why_not_here()
+        if reason is None and self.device_type not in (None, problem.device.type):
+            return f"the model is on {problem.device}"
+        return reason
+
+    def family_for(self, problem: Problem) -> tuple[Family | None, dict[str, str]]:
+        """The first family that serves a problem, each asked once, and why those before it do not."""
+        reasons: dict[str, str] = {}
+        for family in self.families:
+            reason = family.why_not(problem)
+            if reason is None:
+                return family, reasons
+            reasons[family.name] = reason
+        return None, reasons
 
 
 @dataclass(frozen=True)
@@ -38,18 +72,26 @@ class Explanation:
 
     Attributes:
         backend: The backend that would serve the call.
+        family: The family of that backend that would.
+        summary: What that family does.
         reasons: By backend name: None if it could serve the call, else why not.
+        families: By backend name: why each family that was asked before one served does not serve the call.
         how: How the tasks would run: together or one by one, and why.
     """
 
     backend: str
+    family: str
+    summary: str
     reasons: dict[str, str | None]
+    families: dict[str, dict[str, str]]
     how: str
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.backend} ({BACKENDS[self.backend].summary}); {self.how}"]
+        lines = [f"backend: {self.backend}, {self.family} ({self.summary}); {self.how}"]
         for name, reason in self.reasons.items():
-            if name != self.backend:
+            for family, of_family in self.families[name].items():
+                lines.append(f"  not {name}, {family}: {of_family}")
+            if name != self.backend and not (reason and self.families[name]):
                 lines.append(f"  not {name}: {reason or f'it could, but {self.backend} was preferred or asked for'}")
         return "\n".join(lines)
 
@@ -64,42 +106,29 @@ def _no_cuda_here() -> str | None:
     return None
 
 
-def _why_not_cuda(problem: Problem) -> str | None:
-    elsewhere = None if problem.device.type == "cuda" else f"the model is on {problem.device}"
-    reason = _no_cuda_here() or elsewhere
-    if reason is not None or mlp.why_not(problem) is None:
-        return reason
-    return flat.why_not(problem, "cuda")
+def _flat(device_type: str) -> Family:
+    return Family(
+        "flat",
+        "native sign steps on flat buffers, gradients by torch",
+        lambda problem: flat.why_not(problem, device_type),
+        flat.meta_gradients,
+        flat.adapt,
+    )
 
+
+CONV = Family("conv", "Conv-N networks in native code", conv.why_not, conv.meta_gradients, conv.adapt, fused=True)
+MLP = Family("mlp", "multilayer perceptrons in native code", mlp.why_not, mlp.meta_gradients, mlp.adapt, fused=True)
+TORCH = Family(
+    "reference", "pure PyTorch, any module, any device", lambda problem: None, reference.meta_gradients, reference.adapt
+)
 
 # In order of preference for backend="auto".
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend(
-            "cuda",
-            "one kernel for multilayer perceptrons, else native sign steps on flat buffers with gradients by torch",
-            _no_cuda_here,
-            _why_not_cuda,
-            lambda problem: (mlp if mlp.why_not(problem) is None else flat).meta_gradients(problem),
-            lambda problem: (mlp if mlp.why_not(problem) is None else flat).adapt(problem),
-        ),
-        Backend(
-            "cpu",
-            "native sign steps on flat buffers, gradients by torch, on the CPU",
-            lambda: None,
-            lambda problem: flat.why_not(problem, "cpu"),
-            flat.meta_gradients,
-            flat.adapt,
-        ),
-        Backend(
-            "torch",
-            "pure PyTorch, any module, any device",
-            lambda: None,
-            lambda problem: None,
-            reference.meta_gradients,
-            reference.adapt,
-        ),
+        Backend("cuda", "cuda", _no_cuda_here, (MLP, _flat("cuda"))),
+        Backend("cpu", "cpu", lambda: None, (CONV, _flat("cpu"))),
+        Backend("torch", None, lambda: None, (TORCH,)),
     )
 }
 
@@ -109,39 +138,57 @@ def backend_status() -> dict[str, str | None]:
     return {name: backend.why_not_here() for name, backend in BACKENDS.items()}
 
 
-def choose(problem: Problem) -> Backend:
-    """The backend that serves a problem.
+def _joined(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{family}: {reason}" for family, reason in reasons.items())
+
+
+def choose(problem: Problem) -> tuple[Backend, Family]:
+    """The backend and the family that serve a problem.
 
     Raises:
         ValueError: If the backend that the caller asked for does not serve it; the message says why.
     """
-    if problem.backend == "auto":
-        return next(backend for backend in BACKENDS.values() if backend.why_not(problem) is None)
-    backend = BACKENDS[problem.backend]
-    reason = backend.why_not(problem)
-    if reason is not None:
-        raise ValueError(f"backend: expected one that serves this call, found {problem.backend!r}: {reason}")
-    return backend
+    asked = BACKENDS.values() if problem.backend == "auto" else [BACKENDS[problem.backend]]
+    reason: str | None = None
+    for backend in asked:
+        reason = backend.why_not_there(problem)
+        if reason is not None:
+            continue
+        family, reasons = backend.family_for(problem)
+        if family is not None:
+            return backend, family
+        reason = _joined(reasons)
+    raise ValueError(f"backend: expected one that serves this call, found {problem.backend!r}: {reason}")
 
 
-def run(problem: Problem, compute: Callable[[Backend, Problem], reference.Result]) -> tuple[str, reference.Result]:
+def run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]) -> tuple[str, reference.Result]:
     """Computes with the chosen backend; "auto" goes on to pure PyTorch when a module turns out not to batch."""
-    backend = choose(problem)
+    backend, family = choose(problem)
     try:
         with torch.inference_mode(False):  # what is computed here outlives the caller's inference mode
-            return backend.name, compute(backend, problem)
+            return backend.name, compute(family, problem)
     except reference.NotBatchable as error:
         if problem.backend != "auto":
             raise ValueError(
                 f"backend: expected one that serves this module, found {problem.backend!r}: {error}"
             ) from error
     with torch.inference_mode(False):
-        return "torch", compute(BACKENDS["torch"], problem)
+        return "torch", compute(TORCH, problem)
 
 
 def explain(problem: Problem) -> Explanation:
     """Which backend would serve the problem, and why the others would not."""
-    reasons = {name: backend.why_not(problem) for name, backend in BACKENDS.items()}
+    reasons: dict[str, str | None] = {}
+    families: dict[str, dict[str, str]] = {}
+    for name, backend in BACKENDS.items():
+        reasons[name], families[name] = backend.why_not_there(problem), {}
+        if reasons[name] is None:
+            family, families[name] = backend.family_for(problem)
+            reasons[name] = None if family else _joined(families[name])
+    chosen, family = choose(problem)
     one_by_one = reference.why_not_batched(problem.model, problem.device)
-    how = "all tasks together" if one_by_one is None else f"task by task ({one_by_one})"
-    return Explanation(choose(problem).name, reasons, how)
+    if family.fused:
+        how = "all tasks in one native call"
+    else:
+        how = "all tasks together" if one_by_one is None else f"task by task ({one_by_one})"
+    return Explanation(chosen.name, family.name, family.summary, reasons, families, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -421,3 +422,22 @@ def verified(spec: MlpSpec | ConvSpec, model: nn.Module, x: Tensor) -> bool:
             return False
         known.computed.add(key)
     return True
+
+
+def shapes_of(model: nn.Module) -> tuple[tuple[int, ...], int] | None:
+    """Shape of one example that a recognised module takes, and width of its predictions; None for other modules.
+
+    The classifier of a convolutional network gives away how many features the image leaves, not its shape: a square
+    image if there is one, else a flat one.
+    """
+    mlp = mlp_from_module(model)
+    if isinstance(mlp, MlpSpec):
+        return (mlp.widths[0],), mlp.widths[-1]
+    conv = conv_from_module(model)
+    if not isinstance(conv, ConvSpec):
+        return None
+    scale = 2 ** len(conv.blocks)
+    positions = model.get_parameter(conv.classifier[0]).shape[1] // conv.filters if conv.readout == "flatten" else 1
+    side = math.isqrt(positions)
+    height = side if side * side == positions else 1
+    return (conv.channels, scale * height, scale * (positions // height)), conv.ways

@@ -1,0 +1,133 @@
+"""The Conv-N family: blocks of conv3x3, BatchNorm, ReLU and a halving, then one linear classifier.
+
+Definition: reference.py. Kernels: csrc/cpu/conv_meta_step.cpp; CUDA's are csrc/kernels/conv_*.cuh.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _loader, fused, spec
+from .checks import Problem
+from .reference import Adaptation, MetaGradients
+
+MOST_BLOCKS = 6  # kConvBlocks
+MOST_FILTERS = 128  # kConvFilters
+FILTER_UNIT = 8  # kConvFilterUnit
+MOST_CHANNELS = 3  # kConvChannels
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if the Conv-N kernels serve this problem, on whatever device, else the reason."""
+    found = spec.conv_from_module(problem.model)
+    if isinstance(found, str):
+        return found
+    if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
+        return (
+            f"it serves up to {MOST_BLOCKS} blocks with a multiple of {FILTER_UNIT} up to {MOST_FILTERS} filters, "
+            f"and these are {len(found.blocks)} with {found.filters}"
+        )
+    if found.channels > MOST_CHANNELS:
+        return f"it serves images of up to {MOST_CHANNELS} channels, and these have {found.channels}"
+    if problem.loss != "cross_entropy":
+        return "its loss is cross-entropy, and this is " + ("a callable" if callable(problem.loss) else problem.loss)
+    if problem.batch_norm != "batch":
+        return "it normalises by the batch, and batch_norm is 'running'"
+    if not problem.zero_dead_bias and found.blocks[0].conv_bias is not None:
+        return "its convolution biases have gradient 0, and zero_dead_bias=False asks for rounding noise"
+    on_cuda = problem.device.type == "cuda"
+    reason = fused.why_not(problem, found.names, ("fp32", "tf32", "bf16") if on_cuda else ("fp32",))
+    if reason is not None:
+        return reason
+    if on_cuda and problem.dtype == torch.float64:
+        return "it computes in float32 on CUDA, and the model is float64"
+    return _why_not_images(problem, found)
+
+
+def _why_not_images(problem: Problem, found: spec.ConvSpec) -> str | None:
+    x = problem.support_x
+    if x.ndim != 5 or x.shape[2] != found.channels:
+        return f"the images are not [T, S, {found.channels}, H, W]"
+    counts = [x.shape[1]] + ([] if problem.query_x is None else [problem.query_x.shape[1]])
+    height, width = x.shape[3:]
+    for _ in found.blocks:
+        if found.halving == "stride":
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if min(counts) * height * width == 1:
+            return "BatchNorm would see one value a channel"
+        if found.halving == "max":
+            height, width = height // 2, width // 2
+        if height == 0 or width == 0:
+            return f"images of {x.shape[3]} x {x.shape[4]} shrink to nothing in {len(found.blocks)} blocks"
+    features = found.filters * (height * width if found.readout == "flatten" else 1)
+    takes = problem.model.get_parameter(found.classifier[0]).shape[1]
+    if takes != features:
+        return f"its classifier takes {takes} features, and these images give {features}"
+    if not spec.verified(found, problem.model, x[0]):
+        return "it does not compute what its structure says"
+    return None
+
+
+def meta_gradients(problem: Problem, native: ModuleType = _loader.C) -> MetaGradients:
+    """The meta-step of all tasks; see `reference.meta_gradients`."""
+    found = _spec_of(problem)
+    return fused.meta_gradients(problem, found, native, lambda part, tensors: _call(part, tensors, found, native))
+
+
+def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
+    """The inner loop of all tasks; see `reference.adapt`."""
+    found = _spec_of(problem)
+    return fused.adapt(problem, found, native, lambda part, tensors: _call(part, tensors, found, native))
+
+
+def _spec_of(problem: Problem) -> spec.ConvSpec:
+    found = spec.conv_from_module(problem.model)
+    assert not isinstance(found, str), "why_not has a reason for this problem"
+    return found
+
+
+def shape_of(problem: Problem, found: spec.ConvSpec) -> dict[str, Any]:
+    """The network and its images as the native calls take them."""
+    return {
+        "blocks": len(found.blocks),
+        "channels": found.channels,
+        "filters": found.filters,
+        "height": problem.support_x.shape[3],
+        "width": problem.support_x.shape[4],
+        "ways": found.ways,
+        "halving": found.halving,
+        "readout": found.readout,
+        "conv_bias": found.blocks[0].conv_bias is not None,
+        "eps": [block.eps for block in found.blocks],
+    }
+
+
+def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.ConvSpec, native: ModuleType) -> None:
+    shape, sizes = shape_of(problem, found), fused.sizes_of(problem)
+    steps, by_sign = problem.steps, problem.method == "sign-maml"
+
+    def with_workspace(size: int) -> dict[str, int]:
+        workspace = torch.empty(size, dtype=torch.uint8, device=problem.device)
+        # Held until the call returns; on a stream, torch's allocator gives it to nobody who could come before.
+        tensors["workspace"] = workspace
+        return fused.addresses(tensors)
+
+    if fused.on_cuda(problem, native):
+        index = problem.device.index or 0
+        processors = native.multiprocessors(index)
+        plan = native.plan_conv_meta_step(shape, *sizes.values(), steps, problem.precision, processors)
+        native.conv_meta_step_cuda(
+            with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
+            precision=problem.precision, device=index, stream=fused.stream_of(problem.device),
+        )  # fmt: skip
+    else:
+        threads = torch.get_num_threads()
+        plan = native.plan_conv_meta_step_cpu(shape, *sizes.values(), problem.dtype.itemsize, threads)
+        native.conv_meta_step_cpu(
+            with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
+            is_double=problem.dtype == torch.float64, threads=threads,
+        )  # fmt: skip

@@ -1,0 +1,204 @@
+"""What the fused families share: a whole meta-step of all tasks in one native call and one fixed-order mean.
+
+A family (mlp.py, conv.py) says which problems it serves and makes the native call. Here is the rest: parameters as one
+row, rates as a table, memory for the results, tasks in chunks, the mean.
+Definition: reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import _loader, ops
+from .checks import Problem, check_labels
+from .flat import constant
+from .reference import Adaptation, MetaGradients
+from .spec import ConvSpec, MlpSpec
+
+# Gradients of so many bytes are held at once; more tasks run in several calls.
+CHUNK_BYTES = 256 * 2**20
+
+Spec = MlpSpec | ConvSpec
+# The native call: fills the results among the tensors, by name, for all tasks of the problem.
+Call = Callable[[Problem, dict[str, Tensor]], None]
+
+
+def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)) -> str | None:
+    """What no fused family serves, whatever the layers; None if there is nothing of the kind.
+
+    Args:
+        problem: The call.
+        names: Parameters that the family's layers use.
+        precisions: The precisions that it computes in.
+    """
+    if problem.method == "maml":
+        return "maml is second order"
+    if problem.precision not in precisions:
+        return f"it computes in {' or '.join(precisions)} there, and precision is {problem.precision!r}"
+    used = {id(problem.model.get_parameter(name)) for name in names}
+    if any(id(parameter) not in used for parameter in problem.params.values()):
+        return "it has trainable parameters that its layers do not use"
+    dtypes = {problem.model.get_parameter(name).dtype for name in names}
+    if dtypes != {problem.support_x.dtype} or (problem.query_x is not None and problem.query_x.dtype not in dtypes):
+        return "parameters and inputs have several dtypes"
+    if not dtypes <= set(ops.SCALARS):
+        return f"it computes in float32 or float64, and the model is {dtypes.pop()}"
+    if problem.rates.learnable():
+        return "inner_lr requires grad, which the pure PyTorch backend serves"
+    for name in problem.adapted if problem.steps else ():
+        rate = problem.rates.at(0, name, problem.params[name][None], {})
+        if isinstance(rate, Tensor) and rate.numel() != 1:
+            return f"inner_lr varies within parameter {name!r}"
+    if torch.is_autocast_enabled(problem.device.type):
+        return "torch.autocast is on around the call"
+    return None
+
+
+def on_cuda(problem: Problem, native: ModuleType) -> bool:
+    """Whether the CUDA kernels run: on a CUDA device, or emulated, by another module than the package's own."""
+    return problem.device.type == "cuda" or native is not _loader.C
+
+
+def meta_gradients(problem: Problem, spec: Spec, native: ModuleType, call: Call) -> MetaGradients:
+    """The meta-step of all tasks; see `reference.meta_gradients`."""
+    _check(problem, spec, native)
+    parameters = [problem.model.get_parameter(name) for name in spec.names]
+    sizes = [parameter.numel() for parameter in parameters]
+    size = sum(sizes)
+    chunk = max(1, CHUNK_BYTES // (size * problem.dtype.itemsize))
+    skip = problem.nonfinite == "skip"
+    mean = parameters[0].new_zeros(size)
+    parts, lives = [], []
+    for first in range(0, problem.tasks, chunk):
+        part = _run(_tasks(problem, first, chunk), spec, call, wants_grads=True)
+        of_chunk = torch.zeros_like(mean)
+        ops.meta_accumulate_(of_chunk, part["grads"], nonfinite=part["nonfinite"], skip_nonfinite=skip)
+        live = (~part["nonfinite"] if skip else torch.ones_like(part["nonfinite"])).sum()
+        mean += of_chunk * live
+        parts.append(part)
+        lives.append(live)
+    live_tasks = torch.stack(lives).sum()
+    # With one chunk its mean is the answer, unrounded by a product and a quotient.
+    mean = mean / live_tasks.clamp(min=1) if len(parts) > 1 else of_chunk
+    by_name = dict(zip(spec.names, mean.split(sizes), strict=True))
+    return MetaGradients(
+        params={name: by_name[name].view(parameter.shape) for name, parameter in problem.params.items()},
+        rates={},
+        query_loss=torch.cat([part["query_loss"] for part in parts]),
+        query_accuracy=_accuracy(parts),
+        support_loss=torch.cat([part["support_loss"] for part in parts], dim=1),
+        nonfinite=torch.cat([part["nonfinite"] for part in parts]),
+        live_tasks=live_tasks,
+    )
+
+
+def adapt(problem: Problem, spec: Spec, native: ModuleType, call: Call) -> Adaptation:
+    """The inner loop of all tasks; see `reference.adapt`."""
+    _check(problem, spec, native)
+    part = _run(problem, spec, call, wants_grads=False)
+    sizes = [problem.model.get_parameter(name).numel() for name in spec.names]
+    by_name = dict(zip(spec.names, part["adapted"].split(sizes, dim=1), strict=True))
+    return Adaptation(
+        params={name: by_name[name].reshape(-1, *problem.params[name].shape) for name in problem.adapted},
+        support_loss=part["support_loss"],
+        query_loss=part.get("query_loss"),
+        query_accuracy=_accuracy([part]),
+        logits=part.get("logits"),
+        nonfinite=part["nonfinite"],
+    )
+
+
+def _check(problem: Problem, spec: Spec, native: ModuleType) -> None:
+    if problem.loss == "cross_entropy" and not on_cuda(problem, native):
+        check_labels(problem, outputs(spec))
+
+
+def outputs(spec: Spec) -> int:
+    """Width of the predictions."""
+    return spec.ways if isinstance(spec, ConvSpec) else spec.widths[-1]
+
+
+def _tasks(problem: Problem, first: int, count: int) -> Problem:
+    """The problem of some of the tasks."""
+    data = ("support_x", "support_y", "query_x", "query_y")
+    return replace(problem, **{name: getattr(problem, name)[first : first + count] for name in data})
+
+
+def _accuracy(parts: list[dict[str, Tensor]]) -> Tensor | None:
+    if "query_accuracy" not in parts[0]:
+        return None
+    return torch.cat([part["query_accuracy"] for part in parts]).to(torch.float32)
+
+
+def _run(problem: Problem, spec: Spec, call: Call, *, wants_grads: bool) -> dict[str, Tensor]:
+    """One native call; the results by name, of the tasks of the problem."""
+    tasks, dtype, device = problem.tasks, problem.dtype, problem.device
+    theta = torch.cat([problem.model.get_parameter(name).detach().reshape(-1) for name in spec.names])
+    classifies = problem.loss == "cross_entropy"
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    results = {
+        "support_loss": empty(problem.steps, tasks),
+        "nonfinite": torch.zeros(tasks, dtype=torch.bool, device=device),
+    }
+    if problem.query_x is not None:
+        results["query_loss"] = empty(tasks)
+        if classifies:
+            results["query_accuracy"] = empty(tasks)
+    if wants_grads:
+        results["grads"] = empty(tasks, theta.numel())
+    else:
+        results["adapted"] = empty(tasks, theta.numel())
+        if problem.query_x is not None:
+            results["logits"] = empty(tasks, problem.query_x.shape[1], outputs(spec))
+    arguments = {
+        "theta": theta,
+        "lr": _rates(problem, spec.names),
+        "adapt": constant(tuple(name in problem.adapted for name in spec.names), torch.bool, device),
+        **_set("support", problem.support_x, problem.support_y, classifies),
+        **_set("query", problem.query_x, problem.query_y, classifies),
+    }
+    call(problem, {**arguments, **results})
+    return results
+
+
+def _rates(problem: Problem, names: tuple[str, ...]) -> Tensor:
+    """`[K * tensors]`: the rate of every tensor of the network at every step; 0 for those that stay."""
+    values = [
+        problem.rates.at(step, name, problem.params[name][None], {}) if name in problem.adapted else 0.0
+        for step in range(problem.steps)
+        for name in names
+    ]
+    if not any(isinstance(value, Tensor) for value in values):
+        return constant(tuple(values), problem.dtype, problem.device)
+    zero = torch.zeros((), dtype=problem.dtype, device=problem.device)
+    return torch.stack([(zero + value).reshape(()) for value in values])
+
+
+def _set(which: str, x: Tensor | None, y: Tensor | None, classifies: bool) -> dict[str, Tensor]:
+    if x is None or y is None:
+        return {}
+    return {f"{which}_x": x.contiguous(), f"{which}_{'labels' if classifies else 'target'}": y.contiguous()}
+
+
+def addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """As the native calls take them; what is empty is absent."""
+    return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
+
+
+def sizes_of(problem: Problem) -> dict[str, int]:
+    """Tasks and examples of a call, by the names of the native arguments."""
+    query = 0 if problem.query_x is None else problem.query_x.shape[1]
+    return {"tasks": problem.tasks, "support": problem.support_x.shape[1], "query": query}
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream's handle; 0 on the emulated GPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
