@@ -74,6 +74,7 @@ def meta_step(
     batch_norm: str = "batch",
     seed: int | None = None,
     zero_dead_bias: bool = True,
+    first_task: int = 0,
 ) -> MetaStepResult:
     """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
 
@@ -121,6 +122,9 @@ def meta_step(
             taken from torch's CPU generator, which advances by one draw, if the model draws random numbers at all.
         zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics has its true gradient, 0. False
             uses autograd's rounding noise, whose sign moves the bias at random, as the official code does.
+        first_task: For a meta-batch in pieces (over processes, or because memory is short): the number of this piece's
+            first task in it, so that dropout masks are those of the whole. Weigh the pieces' gradients by
+            `live_tasks`.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.

@@ -116,6 +116,7 @@ class Problem:
         batch_norm: One of `BATCH_NORM`.
         seed: Key of the dropout masks; None takes one from torch's generator if the model needs it.
         zero_dead_bias: Whether a bias directly before a BatchNorm has gradient exactly 0.
+        first_task: Number of the first task in a meta-batch that is computed in pieces; keys the dropout masks.
     """
 
     model: nn.Module
@@ -134,6 +135,7 @@ class Problem:
     batch_norm: str
     seed: int | None
     zero_dead_bias: bool
+    first_task: int = 0
 
     @property
     def tasks(self) -> int:
@@ -178,6 +180,7 @@ def check_problem(
     batch_norm: str,
     seed: int | None,
     zero_dead_bias: bool,
+    first_task: int = 0,
     with_query: bool = True,
 ) -> Problem:
     """Checks all arguments of `meta_step`, `evaluate` or (without query) `adapt` and returns the problem."""
@@ -203,6 +206,7 @@ def check_problem(
     steps = check_count("inner_steps", inner_steps, at_least=0)
     if seed is not None:
         seed = check_count("seed", seed, at_least=0)
+    first_task = check_count("first_task", first_task, at_least=0)
     adapted = _check_adapt(model, params, adapt)
     rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device)
 
@@ -233,6 +237,7 @@ def check_problem(
         batch_norm=batch_norm,
         seed=seed,
         zero_dead_bias=zero_dead_bias,
+        first_task=first_task,
     )
 
 

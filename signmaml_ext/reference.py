@@ -224,7 +224,7 @@ class Run:
         else:
             buffers = {name: b.clone() for name, b in self.buffers.items()}
             assert self.randomness is not None
-            with self.randomness.at(first_task, step):
+            with self.randomness.at(self.problem.first_task + first_task, step):
                 own = {name: p[0] for name, p in params.items()}
                 loss, prediction = (v[None] for v in self._one_task(own, shared, buffers, x[0], y[0]))
         if self.problem.loss == "cross_entropy" and not self.labels_checked:

@@ -21,8 +21,12 @@ SPLITS = ("train", "val", "test")
 Source = Any  # an ImageSet, a Sampler, or None
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of a configuration's `device`; "auto" is the first CUDA device if there is one.
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device of a configuration's `device`; "auto" is a CUDA device if there is one.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:INDEX".
+        local_rank: Which CUDA device "auto" and "cuda" mean.
 
     Raises:
         ValueError: There is no such device.
@@ -33,10 +37,10 @@ def resolve_device(name: str) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda", 0) if gpus else torch.device("cpu")
+        name = "cuda" if gpus else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
-        index = device.index or 0
+        index = local_rank if device.index is None else device.index
         if index >= gpus:
             raise ValueError(f"device: expected auto, cpu or one of {gpus} CUDA devices, found {name!r}")
         device = torch.device("cuda", index)

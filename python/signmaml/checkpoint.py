@@ -53,20 +53,29 @@ def load(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor
         ValueError: The file is truncated, no safetensors file, written by another program (if `kind` is given), of
             another kind, or of a newer version.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a .safetensors file, found nothing at {path}")
+    return parse(path.read_bytes(), path, kind=kind)
+
+
+def parse(content: bytes, path: Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `load` makes of a file's content; `path` is for messages.
+
+    Raises:
+        ValueError: As `load`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
     try:
-        with safe_open(str(path), framework="pt") as file:
-            entries = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = from_bytes(content)  # checks the header: its length, every offset, shape and dtype
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ValueError(
             f"checkpoint: expected a complete safetensors file, found {path} truncated or of another format ({error})"
         ) from error
-    return tensors, _metadata(entries.get(_ENTRY), path, kind)
+    return tensors, _metadata(header.get("__metadata__", {}).get(_ENTRY), path, kind)
 
 
 def _metadata(text: str | None, path: Path, kind: str | None) -> dict[str, Any]:

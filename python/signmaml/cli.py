@@ -54,6 +54,7 @@ examples:
   signmaml train --preset omniglot --data-root DIR  the same on Omniglot's images
   signmaml train --data folder --data-root DIR      own images: DIR/CLASS/*.png, or DIR/{train,val,test}/CLASS/*
   signmaml train --resume runs/NAME                 continue a run that was stopped
+  signmaml train --distributed --processes 8        8 processes on this machine; several machines: docs/scaling.md
   signmaml evaluate runs/NAME --tasks 1000          test accuracy with its 95% interval
   signmaml plot runs/A runs/B --out both.png        compare two runs
 """
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [_with_dashes(word) for word in words]
     parsed = build_parser().parse_args(words)
+    parsed.words = words
     try:
         return int(parsed.run(parsed))
     except BrokenPipeError:
@@ -108,11 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    # Of several processes each has its own reason to end.
+    name = "signmaml" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"signmaml, process {os.environ.get('RANK')}"
     if isinstance(error, USER_ERRORS):
-        print(f"signmaml: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     hint = "" if debug else "\n(run again with --debug to see where)"
-    print(f"signmaml: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+    print(f"{name}: {type(error).__name__}: {error}{hint}", file=sys.stderr)
     return 1
 
 
@@ -144,6 +148,17 @@ def _add_train(commands: Any) -> None:
     start.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it stopped")
     start.add_argument("--overwrite", action="store_true", help="replace a run that is in the run folder")
     start.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    several = parser.add_argument_group("several processes (or start them yourself: torchrun ... -m signmaml train)")
+    several.add_argument(
+        "--distributed", action="store_true", help="train in several processes; starts torchrun unless it runs inside"
+    )
+    several.add_argument("--processes", type=int, metavar="INT", help="how many to start (one a CUDA device)")
+    several.add_argument(
+        "--max-restarts", type=int, metavar="INT", help="how often to go on from the last checkpoint after a loss (0)"
+    )
+    several.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="how long to wait for another process (600)"
+    )
     heading_of = {first: heading for heading, first in _GROUPS}
     group = start
     for entry in dataclasses.fields(TrainConfig):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from torch import nn
 
-from . import building, checkpoint, data, plots
+from . import building, checkpoint, data, distributed, plots
 from . import config as configs
 from .cli import EVALUATION_FIELDS, given_fields
 from .config import TrainConfig
@@ -27,13 +29,77 @@ from .trainer import MetaTrainer
 def train(parsed: argparse.Namespace) -> int:
     """`signmaml train`."""
     config, out = training_config(parsed)
+    if parsed.distributed and not distributed.launched():
+        start_processes(parsed)
+    for option in ("processes", "max_restarts"):
+        if getattr(parsed, option) is not None:
+            found = "none" if not parsed.distributed else "torchrun's own environment, which settles it"
+            raise ValueError(f"--{option.replace('_', '-')}: expected --distributed with it, found {found}")
+    resume = parsed.resume is not None or goes_on(config, parsed)
     settle_threads(config)
-    trainer = MetaTrainer(config, out=out, progress=not parsed.quiet)
-    if not parsed.quiet:
+    group = distributed.join(config.device, parsed.timeout)
+    check_same_configuration(config, group)
+    trainer = MetaTrainer(config, out=out, progress=not parsed.quiet, group=group)
+    if group.first and not parsed.quiet:
         print(trainer.describe(), flush=True)
-    result = trainer.fit(resume=parsed.resume is not None, overwrite=parsed.overwrite)
-    print(summary(result, trainer.run))
+    result = trainer.fit(resume=resume, overwrite=parsed.overwrite)
+    if group.first:
+        print(summary(result, trainer.run))
+    group.close()
     return 0
+
+
+def start_processes(parsed: argparse.Namespace) -> NoReturn:
+    """Becomes torchrun, which starts this command in several processes of this machine.
+
+    Raises:
+        ValueError: The number of processes is out of range, or not given where there is no CUDA device to count.
+    """
+    processes = torch.cuda.device_count() if parsed.processes is None else parsed.processes
+    if processes < 1:
+        raise ValueError(f"--processes: expected an integer >= 1 (there is no CUDA device to count), found {processes}")
+    if (parsed.max_restarts or 0) < 0:
+        raise ValueError(f"--max-restarts: expected an integer >= 0, found {parsed.max_restarts}")
+    words = iter(parsed.words)
+    kept = []
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option in ("--processes", "--max-restarts"):
+            if not equals:
+                next(words)
+        elif word != "--distributed":
+            kept.append(word)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun += [f"--max-restarts={parsed.max_restarts or 0}", "-m", "signmaml", *kept]
+    os.execv(sys.executable, torchrun)
+
+
+def goes_on(config: TrainConfig, parsed: argparse.Namespace) -> bool:
+    """Whether this is a restart by torchrun, of processes whose predecessors began a run.
+
+    Raises:
+        ValueError: Restarts are allowed, and the options do not tell which run folder to go on in, or tell to clear it.
+    """
+    if not distributed.restarts_allowed():
+        return False
+    if parsed.overwrite:
+        raise ValueError("--overwrite: expected none with --max-restarts (a restart would erase the run), found one")
+    if parsed.resume is None and config.out is None:
+        raise ValueError("--out: expected a run folder with --max-restarts (a restart goes on in it), found none")
+    return distributed.restarted() and config.out is not None and RunFolder(config.out).holds_run()
+
+
+def check_same_configuration(config: TrainConfig, group: distributed.Group) -> None:
+    """Raises ValueError if this process has another configuration than rank 0."""
+    found = group.bytes_of_first(config.to_yaml().encode())
+    first = TrainConfig.from_dict(yaml.safe_load(found.decode()))
+    if first != config:
+        changed = [
+            f"{name}: {value!r} there, {getattr(config, name)!r} here"
+            for name, value in vars(first).items()
+            if value != getattr(config, name)
+        ]
+        raise ValueError(f"distributed: expected the configuration of process 0, found {'; '.join(changed)}")
 
 
 def settle_threads(config: TrainConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import signmaml_ext
 
+from .distributed import Group
 from .stats import mean_and_ci95
 
 if TYPE_CHECKING:
@@ -226,6 +228,7 @@ def evaluate_sampler(
     chunk: int,
     report: Mapping[str, Any],
     progress: Callable[[int], None] | None = None,
+    group: Group | None = None,
     **arguments: Any,
 ) -> Evaluation:
     """`evaluate` for a sampler that exists already.
@@ -237,23 +240,30 @@ def evaluate_sampler(
         chunk: Tasks at once, if the sampler can draw any number.
         report: `data` and `split`, and those of `ways`, `shots`, `queries` that are known; for the `Evaluation`.
         progress: As in `evaluate`.
+        group: Processes that take turns at the chunks, so that their number changes no result; None: this one.
         **arguments: For `signmaml_ext.evaluate`, with `loss` possibly None.
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []  # metric, loss, non-finite: [tasks of the chunk] each
+    group = group or Group()
+    numbers = torch.zeros(3, tasks, dtype=torch.float64, device=next(model.parameters()).device)
     loss = arguments.pop("loss")
     with dropout_off(model):
-        for episodes in _chunks(sampler, tasks, chunk):
+        for first, episodes in _chunks(sampler, tasks, chunk, group):
             result = signmaml_ext.evaluate(model, *episodes, loss=loss or loss_for(episodes), **arguments)
             metric = result.query_loss if result.query_accuracy is None else result.query_accuracy
-            parts.append((metric.double(), result.query_loss.double(), result.nonfinite))
+            rows = (metric.double(), result.query_loss.double(), result.nonfinite.double())
+            numbers[:, first : first + len(metric)] = torch.stack(rows)
             if progress is not None:
                 progress(len(episodes[0]))
-    values, losses, flags = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    group.add(numbers)
+    if not group.first:  # perhaps without a chunk of its own
+        return Evaluation(**json.loads(group.bytes_of_first(None)))
+    values, losses, flags = numbers.cpu()
+    flags = flags > 0
     left_out = arguments["nonfinite"] == "skip"
     counted = ~flags if left_out else torch.ones_like(flags)
     mean, ci95 = mean_and_ci95(values[counted].numpy())
     classification = result.query_accuracy is not None
-    return Evaluation(
+    evaluation = Evaluation(
         metric="accuracy" if classification else "mse",
         mean=mean,
         ci95=ci95,
@@ -273,6 +283,8 @@ def evaluate_sampler(
         backend=result.backend,
         precision=arguments["precision"],
     )
+    group.bytes_of_first(json.dumps(dataclasses.asdict(evaluation)).encode())
+    return evaluation
 
 
 def default_chunk(device: torch.device) -> int:
@@ -297,19 +309,20 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _chunks(sampler: Sampler, tasks: int, chunk: int) -> Iterator[Sequence[Tensor]]:
-    """Meta-batches with `tasks` tasks in all."""
+def _chunks(sampler: Sampler, tasks: int, chunk: int, group: Group) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """This process's meta-batches out of those with `tasks` tasks in all, each with the number of its first task."""
     draw_tasks = getattr(sampler, "draw_tasks", None)
     if draw_tasks is not None:
-        for first in range(0, tasks, chunk):
-            yield draw_tasks(first, min(chunk, tasks - first))
+        for first in range(chunk * group.rank, tasks, chunk * group.size):
+            yield first, draw_tasks(first, min(chunk, tasks - first))
         return
     done = iteration = 0
     while done < tasks:
         episodes = [part[: tasks - done] for part in sampler.draw(iteration)]
         if len(episodes[0]) == 0:
             raise ValueError(f"sampler: expected meta-batches with at least one task, found none in draw({iteration})")
-        yield episodes
+        if iteration % group.size == group.rank:
+            yield done, episodes
         done += len(episodes[0])
         iteration += 1
 

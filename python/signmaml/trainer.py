@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -17,9 +18,11 @@ import signmaml_ext
 
 from . import building, checkpoint, state, version
 from .config import TrainConfig
+from .distributed import Group
 from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
+from .pieces import MetaStep, draw_share
 from .rates import InnerRates
 from .results import Best, FitResult
 from .runs import RunFolder, choose_folder
@@ -53,6 +56,8 @@ class MetaTrainer:
         loss: As in `signmaml_ext.meta_step`; None: cross-entropy for int64 labels, else the mean squared error.
         progress: Whether to show progress (a bar on a terminal, lines elsewhere).
         callbacks: Called with every record that goes to metrics.jsonl.
+        group: The processes that train together (see `signmaml.distributed`), each with a trainer made alike; rank 0's
+            weights are everyone's, and rank 0 alone writes, shows progress and calls callbacks. None: this one.
 
     Raises:
         ValueError, TypeError: The configuration does not fit the data or the model, or names a device or backend that
@@ -80,23 +85,27 @@ class MetaTrainer:
         loss: Loss | None = None,
         progress: bool = True,
         callbacks: Sequence[Callable[[Mapping[str, Any]], None]] = (),
+        group: Group | None = None,
     ) -> None:
         self.config = config
-        self.device = building.resolve_device(config.device)
+        self.group = group or Group()
+        self.device = building.resolve_device(config.device, self.group.local_rank)
+        progress = progress and self.group.first
         self._out, self._show_progress, self._callbacks = out, progress, tuple(callbacks)
         own_data = train is not None
         self._sources = {"train": train, "val": val, "test": test}
         # Whether the configuration alone is enough to build everything again, as the command line does.
         self._self_contained = model is None and loss is None and not any(self._sources.values())
-        self._train_sampler = building.make_sampler(
-            config, train, "train", self.device, training=True, progress=progress
-        )
-        # All splits now: a missing test set should not come to light after hours of training.
-        self._val_sampler = self._test_sampler = None
-        if config.validate_every > 0 and (val is not None or not own_data):
-            self._val_sampler = building.make_sampler(config, val, "val", self.device, progress=progress)
-        if config.test_tasks > 0 and (test is not None or not own_data):
-            self._test_sampler = building.make_sampler(config, test, "test", self.device, progress=progress)
+        with self.group.first_before_others():
+            self._train_sampler = building.make_sampler(
+                config, train, "train", self.device, training=True, progress=progress
+            )
+            # All splits now: a missing test set should not come to light after hours of training.
+            self._val_sampler = self._test_sampler = None
+            if config.validate_every > 0 and (val is not None or not own_data):
+                self._val_sampler = building.make_sampler(config, val, "val", self.device, progress=progress)
+            if config.test_tasks > 0 and (test is not None or not own_data):
+                self._test_sampler = building.make_sampler(config, test, "test", self.device, progress=progress)
         self.data_name = building.data_name(config, [train, val, test])
 
         self.model = building.build_model(config, self._train_sampler) if model is None else model
@@ -104,28 +113,31 @@ class MetaTrainer:
         self.rates = InnerRates(self.model, config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
         episodes = self._train_sampler.draw(0)
         self._arguments = dict(building.step_arguments(config, loss or loss_for(episodes)))
-        self._try_one_task(episodes)
+        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._trained |= {f"rates.{name}": p for name, p in self.rates.named_parameters()}
+        self._classification, unreached = self._try_one_task(episodes)
+        self._meta_step = MetaStep(self.model, self._trained, self.group, self._classification, unreached)
         self.explanation = signmaml_ext.explain(
             self.model, *episodes, inner_lr=self.rates.values(), inner_steps=config.inner_steps, **self._arguments
         )
 
-        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._trained |= {f"rates.{name}": p for name, p in self.rates.named_parameters()}
         self.optimizer = torch.optim.Adam(self._trained.values(), lr=config.outer_lr)
         self.iteration = 0  # meta-iterations done
         self.best: Best | None = None
         self._seconds = 0.0
         self._window: list[Tensor] = []  # [loss, accuracy, non-finite tasks] of each iteration since the last record
-        self._classification = False
 
-    def _try_one_task(self, episodes: Sequence[Tensor]) -> None:
+    def _try_one_task(self, episodes: Sequence[Tensor]) -> tuple[bool, set[str]]:
         """A meta-step that is thrown away: what does not fit comes to light before a folder is made.
+
+        Returns:
+            Whether tasks have an accuracy, and the names of what is trained but got no gradient.
 
         It also settles which backend serves the model (a module may turn out not to batch), so that this does not
         depend on whether a run starts, resumes, or only tests.
         """
         self.model.train()
-        signmaml_ext.meta_step(
+        result = signmaml_ext.meta_step(
             self.model,
             *(part[:1] for part in episodes),
             inner_lr=self.rates.values(),
@@ -133,8 +145,10 @@ class MetaTrainer:
             seed=0,
             **self._arguments,
         )
-        for parameter in (*self.model.parameters(), *self.rates.parameters()):
+        unreached = {name for name, parameter in self._trained.items() if parameter.grad is None}
+        for parameter in self._trained.values():
             parameter.grad = None
+        return result.query_accuracy is not None, unreached
 
     @cached_property
     def run(self) -> RunFolder:
@@ -157,20 +171,33 @@ class MetaTrainer:
             FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is given.
             BlockingIOError: Another process is training into the folder.
             FileNotFoundError, ValueError: There is no run to resume, or it does not fit.
-            TrainingInterrupted: On SIGINT or SIGTERM, after saving.
+            TrainingInterrupted: On SIGINT or SIGTERM, after saving; of several processes all stop, at the next
+                multiple of `log_every`.
+            ProcessLost: Of several processes another one ended or hangs.
             FloatingPointError: The weights turned NaN or Inf (the last good checkpoint stays), or
                 `nonfinite="raise"` and a task did.
         """
-        with self.run.claimed(self.config, resume=resume, overwrite=overwrite), SignalGuard() as guard:
-            if resume and self.run.last.is_file():
-                self._load_state()
-            self.run.write_config(self.config)
+        with contextlib.ExitStack() as stack:
+            self._settle_folder()
+            claim = self.run.claimed(self.config, resume=resume, overwrite=overwrite)
+            self.group.first_does(lambda: stack.enter_context(claim))
+            guard = stack.enter_context(SignalGuard())
+            self._load_state(resume)
+            self.group.first_does(lambda: self.run.write_config(self.config))
             self._train(guard)
             evaluation = self._test_best(guard)
             result = FitResult(evaluation, self.best, self.iteration, self._seconds, self.run.path)
-            self._write_result(result)
-            self._draw_plots()
+            if self.group.first:
+                self._write_result(result)
+                self._draw_plots()
         return result
+
+    def _settle_folder(self) -> None:
+        """Rank 0 chooses the folder; the others know its name, for messages."""
+        chosen = self.group.first_does(lambda: str(self.run.path).encode())
+        path = self.group.bytes_of_first(chosen).decode()
+        if not self.group.first:
+            self.run = RunFolder(path)
 
     def validate(self) -> Evaluation:
         """The configuration's validation of the present weights: always the same tasks.
@@ -218,10 +245,12 @@ class MetaTrainer:
         self.model.train()
         began = time.monotonic() - self._seconds
         with contextlib.ExitStack() as stack:
-            metrics = MetricsFile(self.run.metrics, keep_until=self.iteration)
-            stack.callback(metrics.close)
-            writers: list[_Writer] = [metrics]
-            if tensorboard_wanted(config.tensorboard):
+            writers: list[_Writer] = []
+            if self.group.first:
+                metrics = MetricsFile(self.run.metrics, keep_until=self.iteration)
+                stack.callback(metrics.close)
+                writers.append(metrics)
+            if self.group.first and tensorboard_wanted(config.tensorboard):
                 board = TensorBoard(self.run.tensorboard, self.iteration)
                 stack.callback(board.close)
                 writers.append(board)
@@ -235,22 +264,31 @@ class MetaTrainer:
                     self._log(writers, self._training_record())
                 if self._val_sampler is not None and (last or self.iteration % config.validate_every == 0):
                     self._log(writers, self._validation_record())
-                if last or guard.received is not None or self.iteration % config.checkpoint_every == 0:
+                stopping = self._is_to_stop(guard)
+                if last or stopping or self.iteration % config.checkpoint_every == 0:
                     self._seconds = time.monotonic() - began
-                    metrics.sync()
+                    if self.group.first:
+                        metrics.sync()
                     self._save_state()
-                if guard.received is not None and not last:
-                    raise self._interrupted(guard.received)
+                if stopping and not last:
+                    raise self._interrupted(guard)
+
+    def _is_to_stop(self, guard: SignalGuard) -> bool:
+        """Whether to stop after this iteration; several processes agree on it only now and then."""
+        if self.group.size > 1 and self.iteration % self.config.log_every != 0:
+            return False
+        return self.group.any(guard.received is not None)
 
     def _train_step(self) -> None:
         """One meta-iteration; nothing here waits for the device."""
         config = self.config
-        episodes = self._train_sampler.draw(self.iteration)
+        episodes, first, tasks = draw_share(self._train_sampler, self.iteration, self.group)
         self.optimizer.zero_grad(set_to_none=True)
-        result = signmaml_ext.meta_step(
-            self.model,
-            *episodes,
-            inner_lr=self.rates.values(),
+        result = self._meta_step(
+            episodes,
+            first,
+            tasks,
+            self.rates.values,
             inner_steps=config.inner_steps,
             seed=step_seed(config.seed, self.iteration),
             **self._arguments,
@@ -262,7 +300,6 @@ class MetaTrainer:
         accuracy = result.query_loss if result.query_accuracy is None else result.query_accuracy
         numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
         self._window.append(torch.stack(numbers))
-        self._classification = result.query_accuracy is not None
 
     def _outer_lr(self, iteration: int) -> float:
         config = self.config
@@ -295,6 +332,8 @@ class MetaTrainer:
         return record | {"ci95": found.ci95, "tasks": found.tasks, "nonfinite_tasks": found.nonfinite}
 
     def _log(self, writers: Sequence[_Writer], record: Mapping[str, Any]) -> None:
+        if not self.group.first:
+            return
         for writer in writers:
             writer.write(record)
         for callback in self._callbacks:
@@ -315,6 +354,7 @@ class MetaTrainer:
                 f"weights turned NaN or Inf by iteration {self.iteration} (first {broken[0]!r}); the last good state "
                 f"is {self.run.last}. Try a smaller inner_lr or outer_lr, or nonfinite='skip'"
             )
+        self.group.check_same(self._trained.values(), "weights")
         tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, self._window)
         metadata = {
             "iteration": self.iteration,
@@ -325,10 +365,17 @@ class MetaTrainer:
             "self_contained": self._self_contained,
             "torch": torch.__version__,
         }
-        checkpoint.save(self.run.last, tensors, kind="training", metadata=metadata)
+        self.group.first_does(lambda: checkpoint.save(self.run.last, tensors, kind="training", metadata=metadata))
 
-    def _load_state(self) -> None:
-        tensors, metadata = checkpoint.load(self.run.last, kind="training")
+    def _load_state(self, resume: bool) -> None:
+        """The state of last.safetensors, if there is one to resume; rank 0's weights, state and place for everyone."""
+        last = self.run.last
+        found = self.group.first_does(lambda: last.read_bytes() if resume and last.is_file() else b"")
+        content = self.group.bytes_of_first(found)
+        if not content:
+            self._share_weights()
+            return
+        tensors, metadata = checkpoint.parse(content, last, kind="training")
         if metadata["iteration"] > self.config.iterations:
             raise ValueError(
                 f"iterations: expected at least the {metadata['iteration']} that the run has done, "
@@ -338,6 +385,9 @@ class MetaTrainer:
         self.iteration, self._seconds = metadata["iteration"], metadata["seconds"]
         self.best = None if metadata["best"] is None else Best(**metadata["best"])
 
+    def _share_weights(self) -> None:
+        self.group.copy_from_first([*self.model.state_dict().values(), *self.rates.parameters()])
+
     def _save_best(self) -> None:
         metadata = {
             "iteration": self.iteration,
@@ -346,7 +396,7 @@ class MetaTrainer:
             "config": self.config.to_dict(),
             "self_contained": self._self_contained,
         }
-        checkpoint.save_weights(self.model, self.run.best, metadata)
+        self.group.first_does(lambda: checkpoint.save_weights(self.model, self.run.best, metadata))
 
     def load_weights(self, path: str | Path) -> None:
         """Takes over the weights, and learned inner rates, of a weights file.
@@ -358,11 +408,11 @@ class MetaTrainer:
         if "inner_rates" in metadata:
             self.rates.load_json(metadata["inner_rates"])
 
-    def _interrupted(self, signal_number: int) -> TrainingInterrupted:
+    def _interrupted(self, guard: SignalGuard) -> TrainingInterrupted:
         return TrainingInterrupted(
             f"stopped after iteration {self.iteration} of {self.config.iterations}; everything is saved. "
             f"Continue with: signmaml train --resume {self.run.path}",
-            signal_number,
+            guard.received or signal.SIGTERM,  # it may have come to another process
         )
 
     # -----------------------------------------------------------------------------------------------------------
@@ -386,6 +436,7 @@ class MetaTrainer:
             chunk=default_chunk(self.device),
             report=report,
             progress=progress,
+            group=self.group,
             inner_lr=rates,
             inner_steps=steps,
             **self._arguments,
@@ -395,7 +446,8 @@ class MetaTrainer:
         """The test with the best weights, which the model holds from then on."""
         if self.best is None:
             self._save_best()  # without validation the last weights are the best
-        self.load_weights(self.run.best)
+        self.group.first_does(lambda: self.load_weights(self.run.best))
+        self._share_weights()
         if self._test_sampler is None:
             return None
         with counting("test", self.config.test_tasks, enabled=self._show_progress) as count:
@@ -403,7 +455,7 @@ class MetaTrainer:
             def count_or_stop(tasks: int) -> None:
                 count(tasks)
                 if guard.received is not None:
-                    raise self._interrupted(guard.received)
+                    raise self._interrupted(guard)
 
             return self.test(count_or_stop)
 

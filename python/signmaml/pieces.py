@@ -1,0 +1,182 @@
+"""A meta-step in pieces: tasks spread over processes, and over time where memory does not hold them all at once.
+
+Pieces add up. With G_i the meta-gradient of a piece's live tasks, their mean over the meta-batch is
+sum_i n_i G_i / sum_i n_i, with n_i the number of live tasks of piece i: however many tasks a piece has, and whichever
+were left out as non-finite, each task weighs the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import signmaml_ext
+
+from .distributed import Group
+from .evaluate import Sampler
+
+
+def draw_share(sampler: Sampler, iteration: int, group: Group) -> tuple[Sequence[Tensor], int, int]:
+    """This process's tasks of an iteration's meta-batch, the number of the first, and the size of the meta-batch.
+
+    Only these are drawn, if the sampler can (`draw_tasks` and `tasks`); else all are, and the others dropped. A share
+    may be empty: tensors `[0, ...]`.
+    """
+    draw_tasks, tasks = getattr(sampler, "draw_tasks", None), getattr(sampler, "tasks", None)
+    if group.size == 1 or draw_tasks is None or tasks is None:
+        episodes = sampler.draw(iteration)
+        tasks = len(episodes[0])
+        share = group.share_of(tasks)
+        return [part[share.start : share.stop] for part in episodes], share.start, tasks
+    share = group.share_of(tasks)
+    episodes = draw_tasks(iteration * tasks + share.start, max(1, len(share)))
+    return [part[: len(share)] for part in episodes], share.start, tasks
+
+
+class StepNumbers(NamedTuple):
+    """What is known of every task of a meta-batch after a step, in every process.
+
+    Attributes:
+        query_loss: `[T]`.
+        query_accuracy: `[T]`, or None in regression.
+        nonfinite: `[T]` bool.
+    """
+
+    query_loss: Tensor
+    query_accuracy: Tensor | None
+    nonfinite: Tensor
+
+
+class MetaStep:
+    """`signmaml_ext.meta_step` on a meta-batch of which this process computes a share.
+
+    Alone, and while all tasks fit in memory, it is exactly one call of `meta_step`.
+
+    Args:
+        model: The model.
+        trained: All that receives a gradient, by name: parameters of the model and learned inner rates.
+        group: The processes.
+        classification: Whether tasks have an accuracy.
+        unreached: Those of `trained` that a task was seen to leave without a gradient. Unless some task reaches them
+            after all, their `.grad` stays None and the optimizer leaves them alone, as in one call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Mapping[str, Tensor],
+        group: Group,
+        classification: bool,
+        unreached: Collection[str] = (),
+    ) -> None:
+        self._model, self._trained, self._group = model, list(trained.values()), group
+        self._unreached = [name in unreached for name in trained]
+        self._classification = classification
+        self.at_once: int | None = None  # tasks that fit in memory together; None: all, as far as is known
+
+    def __call__(
+        self, episodes: Sequence[Tensor], first: int, tasks: int, rates: Callable[[], Any], **arguments: Any
+    ) -> StepNumbers:
+        """Adds the meta-gradient of the whole meta-batch to `.grad`, which must be None.
+
+        Args:
+            episodes: The share of this process, tasks `first`, `first + 1`, ...; may hold no task.
+            first: Number of its first task in the meta-batch.
+            tasks: Tasks of the whole meta-batch.
+            rates: Gives `inner_lr`; called anew for every piece, whose backward pass uses it up.
+            **arguments: For `meta_step`.
+
+        Raises:
+            FloatingPointError: With nonfinite="raise" and a non-finite task, in every process.
+            torch.OutOfMemoryError: One task alone does not fit in memory.
+            ProcessLost: See `Group.add`.
+        """
+        if self._group.size == 1 and self.at_once is None:
+            try:
+                result = signmaml_ext.meta_step(self._model, *episodes, inner_lr=rates(), **arguments)
+                return StepNumbers(result.query_loss, result.query_accuracy, result.nonfinite)
+            except torch.OutOfMemoryError as error:
+                self._fewer(tasks, episodes, error)
+        raising = arguments["nonfinite"] == "raise"
+        if raising:  # in all processes or in none
+            arguments = {**arguments, "nonfinite": "propagate"}
+        sums = self._sums(episodes, first, tasks, rates, arguments)
+        self._group.add(sums)
+        gradients, live, numbers = sums.split([len(sums) - 1 - 3 * tasks, 1, 3 * tasks])
+        loss, accuracy, flags = numbers.view(3, tasks)
+        nonfinite = flags > 0
+        self._drop_gradients()
+        if raising and bool(nonfinite.any()):
+            found = nonfinite.nonzero().flatten().tolist()
+            raise FloatingPointError(f"a NaN or an Inf in the losses or gradients of tasks {found} (nonfinite='raise')")
+        gradients /= live.clamp(min=1)
+        parts = gradients.split([p.numel() for p in self._trained])
+        for parameter, part, unreached in zip(self._trained, parts, self._unreached, strict=True):
+            if not unreached or bool(part.any()):
+                parameter.grad = part.view(parameter.shape).to(parameter.dtype)
+        return StepNumbers(loss, accuracy if self._classification else None, nonfinite)
+
+    def _sums(
+        self,
+        episodes: Sequence[Tensor],
+        first: int,
+        tasks: int,
+        rates: Callable[[], Any],
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
+        """One flat tensor: sum of the live tasks' meta-gradients, their number, then loss, accuracy and flag by task.
+
+        By task and not summed: each has one process that knows it, and 0 elsewhere adds nothing, so the records do not
+        depend on the number of processes.
+        """
+        size = sum(p.numel() for p in self._trained)
+        dtype = max((p.dtype for p in self._trained), key=lambda dtype: dtype.itemsize)
+        sums = torch.zeros(size + 1 + 3 * tasks, dtype=dtype, device=self._trained[0].device)
+        gradients, live, numbers = sums[:size], sums[size], sums[size + 1 :].view(3, tasks)
+        done, share = 0, len(episodes[0])
+        while done < share:
+            count = min(self.at_once or share, share - done)
+            self._drop_gradients()
+            piece = [part[done : done + count] for part in episodes]
+            try:
+                result = signmaml_ext.meta_step(
+                    self._model, *piece, inner_lr=rates(), first_task=first + done, **arguments
+                )
+            except torch.OutOfMemoryError as error:
+                self._fewer(count, episodes, error)
+                continue
+            flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in self._trained]
+            gradients += torch.cat(flat) * result.live_tasks
+            live += result.live_tasks
+            place = slice(first + done, first + done + count)
+            numbers[0, place] = result.query_loss
+            if result.query_accuracy is not None:
+                numbers[1, place] = result.query_accuracy
+            numbers[2, place] = result.nonfinite
+            done += count
+        return sums
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def _fewer(self, count: int, episodes: Sequence[Tensor], error: torch.OutOfMemoryError) -> None:
+        """Halves the tasks at once.
+
+        Raises:
+            torch.OutOfMemoryError: It was one already; the message says what would need less.
+        """
+        self._drop_gradients()
+        if count > 1:
+            self.at_once = -(-count // 2)
+            return
+        support, query = list(episodes[0].shape[1:]), list(episodes[2].shape[1:])
+        raise torch.OutOfMemoryError(
+            f"memory: expected room for at least one task (support {support}, query {query}) on "
+            f"{episodes[0].device}, found too little: {str(error).splitlines()[0] if str(error) else 'none left'}. "
+            f"Memory grows with support and query examples (now {support[0]} and {query[0]}), with image size and "
+            "filters, and for method 'maml' with inner_steps: halve one of them, or use precision 'bf16'"
+        ) from error
