@@ -139,9 +139,9 @@ def test_sigterm_to_one_stops_and_saves_all(tmp_path: Path) -> None:
 
 
 SINUSOID = (
-    "train", "--preset", "sinusoid", "--iterations", "12", "--tasks", "5", "--checkpoint-every", "4", "--log-every", "3",
-    "--validate-every", "6", "--validate-tasks", "10", "--test-tasks", "10", "--quiet", "--no-tensorboard",
-    "--device", "cpu",
+    "train", "--preset", "sinusoid", "--iterations", "12", "--tasks", "5", "--checkpoint-every", "4",
+    "--log-every", "3", "--validate-every", "6", "--validate-tasks", "10", "--test-tasks", "10", "--quiet",
+    "--no-tensorboard", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_shares_cover_every_task_once() -> None:
     for size in range(1, 9):
         for tasks in range(0, 30):
             shares = [list(distributed.Group(rank, size).share_of(tasks)) for rank in range(size)]
-            assert sum(shares, []) == list(range(tasks))
+            assert [task for share in shares for task in share] == list(range(tasks))
             lengths = [len(share) for share in shares]
             assert max(lengths) - min(lengths) <= 1
 
