@@ -123,6 +123,28 @@ inline float to_tf32(float value) {
     return value;
 }
 
+inline std::uint32_t bits_of(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Two floats rounded to bf16 (ties to even) in one register, the lower one first.
+inline std::uint32_t pack_bf16(float low, float high) {
+    const auto rounded = [](float value) {
+        const std::uint32_t bits = bits_of(value);
+        if (value != value) return 0x7fffu;
+        return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    };
+    return rounded(low) | rounded(high) << 16;
+}
+
 namespace emulation {
 
 inline float bf16_to_float(std::uint32_t bits) {

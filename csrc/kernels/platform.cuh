@@ -84,6 +84,16 @@ __device__ inline float to_tf32(float value) {
     return __uint_as_float(bits);
 }
 
+__device__ inline std::uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ inline float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
+
+// Two floats rounded to bf16 (ties to even) in one register, the lower one first.
+__device__ inline std::uint32_t pack_bf16(float low, float high) {
+    std::uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // d (16 x 8, float) += a (16 x 8, TF32) * b (8 x 8, TF32).
 __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -31,6 +31,9 @@ class DeviceScope {
     int device_;
 };
 
+// What a block gets without asking.
+inline constexpr std::int64_t kPlainSharedBytes = 48 * 1024;
+
 // Loads a kernel's code now if the stream is being captured: the lazy loading of a first launch may do what a capture
 // forbids.
 void load_if_capturing(const void* kernel, cudaStream_t stream);
@@ -39,6 +42,11 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int block, std::int64_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
     load_if_capturing(reinterpret_cast<const void*>(kernel), stream);
+    if (shared_bytes > kPlainSharedBytes) {
+        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                   std::string("asking for ") + std::to_string(shared_bytes) + " bytes of shared memory for " + name);
+    }
     kernel<<<grid, block, static_cast<std::size_t>(shared_bytes), stream>>>(arguments...);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) {

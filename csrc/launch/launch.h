@@ -2,6 +2,7 @@
 // return: no allocation, no synchronisation, nothing that a stream capture forbids. Errors throw std::runtime_error.
 #pragma once
 
+#include "params/conv_kernels.h"
 #include "params/meta_accumulate.h"
 #include "params/mlp_meta_step.h"
 #include "params/sign_step.h"
@@ -17,6 +18,10 @@ void launch_meta_accumulate(const MetaAccumulateParams<Scalar>& params, int devi
 // `params.workspace` has what plan_mlp_meta_step says for multiprocessors(device).
 template <typename Scalar>
 void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream);
+
+// `params.workspace` has what plan_conv_meta_step says, given the same arguments.
+void launch_conv_meta_step(const ConvMetaStepParams<float>& params, ConvPrecision precision, bool by_covariance,
+                           std::int64_t workspace_limit, int device, void* stream);
 
 int multiprocessors(int device);
 

@@ -1,0 +1,200 @@
+// da = conv_transposed(dz, W): the gradient of a block's input, from the gradient of its raw output.
+// An implicit GEMM like conv_forward: rows are positions of the input, columns its channels, depth is taps x filters.
+// dz is made on the way from z, the halving's codes and the gradient above, and stored for the weight gradient. If the
+// block below has a raw output, its gradients of beta and gamma are summed up here: sum dy, sum dy * xhat.
+// A block owns a slice of tiles of one task and 8 * kTilesN channels. Launched by launch_conv_data_gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/conv_common.cuh"
+
+namespace signmaml {
+
+// Filters [first, first + depth) of the tile of dz, with zeros around the image and up to `padded`.
+template <typename Stored>
+__device__ inline void stage_raw_gradient(const ConvDataGradientParams<Stored>& p, std::int64_t task,
+                                          const TilePlace& place, const Shared<float>& tile, const Shared<float>& norm,
+                                          int first, int depth, int padded) {
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const int quads = padded / 4;
+    const int positions = tiles.tile_images * tiles.halo_height * tiles.halo_width;
+    // With stride 2 the tile starts at an even row and column, and dz at half of them.
+    const int border = block.stride == 1 ? 1 : 0;
+    const int own_height = (tiles.tile_height + block.stride - 1) / block.stride;
+    const int own_width = (tiles.tile_width + block.stride - 1) / block.stride;
+    for (int item = threadIdx.x; item < positions * quads; item += kConvThreads) {
+        const int position = item / quads, filter = item % quads * 4;
+        const int image = position / (tiles.halo_height * tiles.halo_width);
+        const int row = position / tiles.halo_width % tiles.halo_height - border;
+        const int column = position % tiles.halo_width - border;
+        const int y = place.y / block.stride + row, x = place.x / block.stride + column;
+        Vector<float, 4> values{};
+        if (image < place.images && y >= 0 && y < block.height && x >= 0 && x < block.width && filter < depth) {
+            values = raw_gradient<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
+            // Of the tiles that hold this position, the one whose own part it is stores it.
+            const bool owned = row >= 0 && row < own_height && column >= 0 && column < own_width;
+            if (owned && blockIdx.z == 0) {
+                const std::int64_t at =
+                    ((std::int64_t{place.image + image} * block.height + y) * block.width + x) * block.filters;
+                store_floats<4>(row_of(p.layer.raw_gradient, task) + at + first + filter, values);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile.set(position * kConvRow + filter + i, values.at[i]);
+    }
+}
+
+// Starts the copy of one tap's weights: a row a channel of the block's columns, filters [first, first + depth) in it.
+template <int kColumns>
+__device__ inline void stage_transposed_slab(const float* weights, int tap, int channels, int filters, int first,
+                                             int depth, int padded, const Shared<float>& slabs) {
+    const int first_column = static_cast<int>(blockIdx.z) * kColumns;
+    const int slab = tap % 2 * kColumns * kConvRow;
+    const int quads = padded / 4;
+    for (int item = threadIdx.x; item < kColumns * quads; item += kConvThreads) {
+        const int column = item / quads, filter = item % quads * 4;
+        float* target = slabs.address(slab + column * kConvRow + filter);
+        if (filter < depth && first_column + column < channels) {
+            cp_async_16(target,
+                        weights + (std::int64_t{tap} * channels + first_column + column) * filters + first + filter);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) store(target + i, 0.0f);
+        }
+    }
+    cp_async_commit();
+}
+
+template <ConvPrecision kPrecision, int kTilesN>
+__global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
+    conv_data_gradient_kernel(const ConvDataGradientParams<typename ConvStored<kPrecision>::Type> p) {
+    using Stored = typename ConvStored<kPrecision>::Type;
+    constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;
+    const ConvBlock& block = p.layer.block;
+    const ConvBlock& below = p.below.block;
+    const ConvTiles& tiles = p.tiles;
+    const std::int64_t task = blockIdx.y;
+    const int halo = tiles.halo_height * tiles.halo_width, channels = block.in_channels;
+    const Shared<float> tile(0, p.memory.slabs);
+    const Shared<float> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
+    const Shared<float> norm(p.memory.norm * 4, 5 * block.filters);
+    const Shared<float> norm_below((p.memory.norm + 5 * block.filters) * 4, 2 * channels);
+    const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
+    const float* weights = row_of(p.weights, task);
+    const int first_column = static_cast<int>(blockIdx.z) * kColumns;
+    const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
+    // A position of zeros after the tile: what a tap reads where no output lies.
+    const int zeros = tiles.tile_images * halo * kConvRow;
+
+    prepare_raw_gradient(p.layer, task, weights, norm);
+    if (p.below_is_raw) {
+        for (int channel = threadIdx.x; channel < channels; channel += kConvThreads) {
+            const NormOfChannel constants = norm_of(p.below, task, channel);
+            norm_below.set(channel, constants.mean);
+            norm_below.set(channels + channel, constants.inverse);
+        }
+    }
+    if (threadIdx.x < kConvRow) tile.set(zeros + threadIdx.x, 0.0f);
+    float sum_dy = 0.0f, sum_dy_xhat = 0.0f;  // of column threadIdx.x, over the slice's tiles so far
+    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
+        const TilePlace place = place_of(tiles, number);
+        TilePosition positions[4];
+#pragma unroll
+        for (int h = 0; h < 4; ++h) positions[h] = position_of(tiles, place, warp * 32 + h * 8 + group);
+        float sums[2][kTilesN][4] = {};
+        for (int first = 0; first < block.filters; first += kConvChunk) {
+            const int depth = smaller_of(kConvChunk, block.filters - first);
+            const int padded = (depth + kDepth - 1) / kDepth * kDepth;
+            block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
+            stage_raw_gradient(p, task, place, tile, norm, first, depth, padded);
+            stage_transposed_slab<kColumns>(weights + p.layer.weight, 0, channels, block.filters, first, depth, padded,
+                                            slabs);
+            for (int tap = 0; tap < kConvTaps; ++tap) {
+                cp_async_wait<0>();
+                block_barrier();  // the tile and this tap's slab are there; all have read the other slab
+                if (tap + 1 < kConvTaps) {
+                    stage_transposed_slab<kColumns>(weights + p.layer.weight, tap + 1, channels, block.filters, first,
+                                                    depth, padded, slabs);
+                }
+                // Output (y + 1 - ky) / stride took input y with this tap, if that is a whole number.
+                int rows[4];
+#pragma unroll
+                for (int h = 0; h < 4; ++h) {
+                    const int y = positions[h].y + 1 - tap / 3, x = positions[h].x + 1 - tap % 3;
+                    const bool whole = block.stride == 1 || (y % 2 == 0 && x % 2 == 0);
+                    const int row = block.stride == 1 ? y + 1 : y / 2, column = block.stride == 1 ? x + 1 : x / 2;
+                    rows[h] = positions[h].inside && whole
+                                  ? (positions[h].image * halo + row * tiles.halo_width + column) * kConvRow
+                                  : zeros;
+                }
+                const int slab = tap % 2 * kColumns * kConvRow;
+                for (int k0 = 0; k0 < padded; k0 += kDepth) {
+                    multiply<kPrecision>(
+                        sums, [&](int i, int half, int k) { return tile.get(rows[2 * i + half] + k0 + k); },
+                        [&](int j, int k) { return slabs.get(slab + (j * 8 + group) * kConvRow + k0 + k); });
+                }
+            }
+        }
+
+        Stored* gradient = row_of(p.below.gradient, task);
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+            const int column = first_column + j * 8 + member * 2;
+            float totals[2][2] = {};  // of dy and of dy * xhat
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+                if (!positions[h].inside || column >= channels) continue;
+                const Vector<float, 2> da{
+                    {rounded_to<Stored>(sums[h / 2][j][h % 2 * 2]), rounded_to<Stored>(sums[h / 2][j][h % 2 * 2 + 1])}};
+                const int y = place.y + positions[h].y, x = place.x + positions[h].x;
+                const std::int64_t image = place.image + positions[h].image;
+                const std::int64_t at = ((image * block.in_height + y) * block.in_width + x) * channels + column;
+                store_floats<2>(gradient + at, da);
+                if (!p.below_is_raw) continue;
+                const auto codes = load<std::uint8_t, 2>(row_of(p.below.codes, task) + at);
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    if (codes.at[e] < kConvActive) continue;
+                    const int winner = codes.at[e] - kConvActive;
+                    const std::int64_t row = image * below.height + y * below.window + winner / 2;
+                    const std::int64_t from =
+                        (row * below.width + x * below.window + winner % 2) * channels + column + e;
+                    const float z = as_float(load(row_of(p.below.raw, task) + from));
+                    const float xhat = (z - norm_below.get(column + e)) * norm_below.get(channels + column + e);
+                    totals[0][e] += da.at[e];
+                    totals[1][e] += da.at[e] * xhat;
+                }
+            }
+            if (!p.below_is_raw) continue;
+#pragma unroll
+            for (int which = 0; which < 2; ++which) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float of_warp = sum_over_rows(totals[which][e]);
+                    if (group == 0) {
+                        scratch.set((which * kWarps + warp) * kColumns + j * 8 + member * 2 + e, of_warp);
+                    }
+                }
+            }
+        }
+        if (p.below_is_raw) {
+            block_barrier();  // all warps' sums are there
+            if (threadIdx.x < kColumns) {
+                for (int w = 0; w < kWarps; ++w) {
+                    sum_dy += scratch.get(w * kColumns + threadIdx.x);
+                    sum_dy_xhat += scratch.get((kWarps + w) * kColumns + threadIdx.x);
+                }
+            }
+        }
+    }
+    const int column = first_column + static_cast<int>(threadIdx.x);
+    if (p.below_is_raw && threadIdx.x < kColumns && column < channels) {
+        float* sums = row_of(p.below.sums, task) + blockIdx.x * 2 * channels + column;
+        store(sums, sum_dy);
+        store(sums + channels, sum_dy_xhat);
+    }
+}
+
+}  // namespace signmaml

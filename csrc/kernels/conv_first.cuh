@@ -1,0 +1,312 @@
+// Block 1 of the network without its raw output: its input is fixed through all inner steps and a patch has only
+// 9 * channels values, so mean(z) = W m and var(z) = W G W^T follow from the patches' mean m and covariance G.
+//   patch_moments   sums for m and G, once a meta-step and set; a block owns a slice of tiles, a thread pairs of values
+//   conv_first      a = halve(relu(bn(conv(x, W)))), a thread one position of a and 8 filters
+//   conv_first_gradient   sum dy and sum dy * patch at the winners of the halving, a lane one filter
+//   conv_raw_gradient     dz of the direct form, which stores z; for tests of this one
+// x is read as x - shift (its mean, one value a channel): the mean of z then is small, and nothing cancels.
+// Launched by launch_conv_meta_step; pack and update make m, G and BatchNorm's constants (conv_update.cuh).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/conv_common.cuh"
+
+namespace signmaml {
+
+// The part of the images that a tile of outputs reads, minus shift, [position, channels]; outside the image x is 0.
+// A tile of `positions` outputs `spacing` inputs apart.
+template <typename Shift>
+__device__ inline void stage_pixels(const float* images, const ConvBlock& block, const ConvTiles& tiles,
+                                    const TilePlace& place, int spacing, const Shift& shift,
+                                    const Shared<float>& tile) {
+    const int channels = block.in_channels;
+    const int halo = tiles.halo_height * tiles.halo_width;
+    for (int item = threadIdx.x; item < tiles.tile_images * halo * channels; item += blockDim.x) {
+        const int column = item % tiles.halo_width, row = item / tiles.halo_width % tiles.halo_height;
+        const int channel = item / halo % channels, image = item / halo / channels;
+        const int y = place.y * spacing - 1 + row, x = place.x * spacing - 1 + column;
+        float value = 0.0f;
+        if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width) {
+            const std::int64_t plane = std::int64_t{place.image + image} * channels + channel;
+            value = load(images + (plane * block.in_height + y) * block.in_width + x);
+        }
+        tile.set((image * halo + row * tiles.halo_width + column) * channels + channel, value - shift(channel));
+    }
+}
+
+// Products of so many neighbouring positions are added in float32 before they join a sum in double.
+inline constexpr int kMomentRun = 8;
+// Pairs of patch values that one thread sums up: 27 * 28 / 2 over the block's threads, and one column of plain sums.
+inline constexpr int kMomentPairs = (kConvPatch * (kConvPatch + 1) / 2 + kConvPatch + kConvThreads - 1) / kConvThreads;
+
+__global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvPatchMomentsParams p) {
+    const ConvBlock& block = p.block;
+    const ConvTiles& tiles = p.tiles;
+    const std::int64_t task = blockIdx.y;
+    const int channels = block.in_channels, values = kConvTaps * channels;
+    const Shared<float> shift(0, kConvChannels + 1);
+    const Shared<float> tile((kConvChannels + 1) * 4,
+                             tiles.tile_images * tiles.halo_height * tiles.halo_width * channels);
+    const float* images = row_of(p.images, task);
+
+    // Where the slice centres: the mean of its first tile, halo and all. Any value near the images' would do.
+    const TilePlace first = place_of(tiles, first_tile(tiles, blockIdx.x));
+    const auto nothing = [](int) { return 0.0f; };
+    stage_pixels(images, block, tiles, first, block.stride, nothing, tile);
+    block_barrier();  // the tile is there
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    if (warp < channels) {
+        const int pixels = tiles.tile_images * tiles.halo_height * tiles.halo_width;
+        float sum = 0.0f;
+        for (int pixel = lane(); pixel < pixels; pixel += 32) sum += tile.get(pixel * channels + warp);
+        sum = warp_sum(sum);
+        if (lane() == 0) shift.set(warp, sum / static_cast<float>(pixels));
+    }
+
+    // Pair number n is (i, j), i <= j, row by row; the numbers after them are single values, paired with a 1.
+    const int pairs = values * (values + 1) / 2;
+    int left[kMomentPairs], right[kMomentPairs];
+    double sums[kMomentPairs] = {};
+#pragma unroll
+    for (int u = 0; u < kMomentPairs; ++u) {
+        int number = static_cast<int>(threadIdx.x) + u * kConvThreads, i = 0;
+        left[u] = right[u] = -1;
+        if (number < pairs) {
+            while (number >= values - i) number -= values - i++;
+            left[u] = i;
+            right[u] = i + number;
+        } else if (number < pairs + values) {
+            left[u] = number - pairs;
+        }
+    }
+    double count = 0.0;
+    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
+        const TilePlace place = place_of(tiles, number);
+        block_barrier();  // the shift is there; all have read the tile before
+        stage_pixels(images, block, tiles, place, block.stride, [&](int channel) { return shift.get(channel); }, tile);
+        block_barrier();  // the tile is there
+        count += static_cast<double>(place.positions());
+#pragma unroll
+        for (int u = 0; u < kMomentPairs; ++u) {
+            if (left[u] < 0) continue;
+            const auto offset_of = [&](int value) {
+                const int tap = value / channels;
+                return (tap / 3 * tiles.halo_width + tap % 3) * channels + value % channels;
+            };
+            const int of_left = offset_of(left[u]), of_right = right[u] < 0 ? -1 : offset_of(right[u]);
+            for (int image = 0; image < place.images; ++image) {
+                for (int y = 0; y < place.height; ++y) {
+                    const int row = ((image * tiles.halo_height + y * block.stride) * tiles.halo_width) * channels;
+                    for (int x0 = 0; x0 < place.width; x0 += kMomentRun) {
+                        float run = 0.0f;
+                        const int end = smaller_of(place.width, x0 + kMomentRun);
+                        for (int x = x0; x < end; ++x) {
+                            const int at = row + x * block.stride * channels;
+                            const float value = tile.get(at + of_left);
+                            run += of_right < 0 ? value : value * tile.get(at + of_right);
+                        }
+                        sums[u] += static_cast<double>(run);
+                    }
+                }
+            }
+        }
+    }
+    ConvMomentSums* out = row_of(p.sums, task) + blockIdx.x;
+    if (threadIdx.x == 0) store(&out->count, count);
+    if (static_cast<int>(threadIdx.x) < channels) {
+        store(&out->shift[threadIdx.x], static_cast<double>(shift.get(threadIdx.x)));
+    }
+#pragma unroll
+    for (int u = 0; u < kMomentPairs; ++u) {
+        if (left[u] < 0) continue;
+        store(right[u] < 0 ? &out->sum[left[u]] : &out->product[left[u]][right[u]], sums[u]);
+    }
+}
+
+inline constexpr int kFirstFilters = 8;  // of one thread
+
+// Shared memory: the tile of pixels, then all weights [9 * channels, filters], then mean, scale and beta [3, filters].
+template <bool kMaxPool, typename Stored>
+__global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirstParams<Stored> p) {
+    constexpr int kSide = kMaxPool ? 2 : 1;  // of the window
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const std::int64_t task = blockIdx.y;
+    const int channels = block.in_channels, filters = block.filters;
+    const int positions = tiles.tile_height * tiles.tile_width;  // of one image
+    const int halo = tiles.halo_height * tiles.halo_width;
+    const Shared<float> kernel(0, kConvTaps * channels * filters);
+    const Shared<float> norm(kConvTaps * channels * filters * 4, 3 * filters);
+    const Shared<float> tile((kConvTaps * channels + 3) * filters * 4, tiles.tile_images * halo * channels);
+    const float* weights = row_of(p.weights, task);
+    const ConvMoments* moments = row_of(p.moments, task);
+    const ConvFirstNorm* constants = row_of(p.norm, task);
+
+    for (int i = threadIdx.x; i < kConvTaps * channels * filters; i += kConvThreads) {
+        kernel.set(i, load(weights + p.layer.weight + i));
+    }
+    for (int filter = threadIdx.x; filter < filters; filter += kConvThreads) {
+        norm.set(filter, load(&constants->mean[filter]));
+        norm.set(filters + filter,
+                 load(weights + p.layer.gamma + filter) * load(&constants->inverse[filter]));
+        norm.set(2 * filters + filter, load(weights + p.layer.beta + filter));
+    }
+    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
+        const TilePlace place = place_of(tiles, number);
+        block_barrier();  // weights and constants are there; all have read the tile before
+        stage_pixels(row_of(p.images, task), block, tiles, place, 2,
+                     [&](int channel) { return load(&moments->shift[channel]); }, tile);
+        block_barrier();  // the tile is there
+        const int all = tiles.tile_images * positions;
+        for (int item = threadIdx.x; item < all * (filters / kFirstFilters); item += kConvThreads) {
+            const TilePosition at = position_of(tiles, place, item % all);
+            const int filter = item / all * kFirstFilters;
+            if (!at.inside) continue;
+            const int origin = (at.image * halo + at.y * 2 * tiles.halo_width + at.x * 2) * channels;
+            float z[kSide * kSide][kFirstFilters] = {};
+            for (int channel = 0; channel < channels; ++channel) {
+                float pixels[kSide + 2][kSide + 2];
+#pragma unroll
+                for (int y = 0; y < kSide + 2; ++y) {
+#pragma unroll
+                    for (int x = 0; x < kSide + 2; ++x) {
+                        pixels[y][x] = tile.get(origin + (y * tiles.halo_width + x) * channels + channel);
+                    }
+                }
+#pragma unroll
+                for (int tap = 0; tap < kConvTaps; ++tap) {
+                    const auto w = load<float, 4>(kernel.address((tap * channels + channel) * filters + filter));
+                    const auto v = load<float, 4>(kernel.address((tap * channels + channel) * filters + filter + 4));
+#pragma unroll
+                    for (int place_in_window = 0; place_in_window < kSide * kSide; ++place_in_window) {
+                        const float pixel = pixels[place_in_window / kSide + tap / 3][place_in_window % kSide + tap % 3];
+#pragma unroll
+                        for (int f = 0; f < 4; ++f) {
+                            z[place_in_window][f] += pixel * w.at[f];
+                            z[place_in_window][4 + f] += pixel * v.at[f];
+                        }
+                    }
+                }
+            }
+            Vector<float, kFirstFilters> values;
+            Vector<std::uint8_t, kFirstFilters> codes;
+#pragma unroll
+            for (int f = 0; f < kFirstFilters; ++f) {
+                float best = 0.0f;
+                int winner = 0;
+#pragma unroll
+                for (int place_in_window = 0; place_in_window < kSide * kSide; ++place_in_window) {
+                    const float scaled =
+                        (z[place_in_window][f] - norm.get(filter + f)) * norm.get(filters + filter + f);
+                    const float y = scaled + norm.get(2 * filters + filter + f);
+                    if (place_in_window == 0 || beats(y, best)) {
+                        best = y;
+                        winner = place_in_window;
+                    }
+                }
+                const bool active = is_active(best);
+                values.at[f] = active ? best : 0.0f;
+                codes.at[f] = static_cast<std::uint8_t>(winner + (active ? kConvActive : 0));
+            }
+            const std::int64_t image = place.image + at.image;
+            const std::int64_t to =
+                ((image * block.act_height + place.y + at.y) * block.act_width + place.x + at.x) * filters + filter;
+            // Two stores of four: eight floats are more than one access moves.
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                Vector<float, 4> part;
+#pragma unroll
+                for (int f = 0; f < 4; ++f) part.at[f] = values.at[half * 4 + f];
+                store_floats<4>(row_of(p.layer.activation, task) + to + half * 4, part);
+            }
+            store<std::uint8_t, kFirstFilters>(row_of(p.layer.codes, task) + to, codes);
+        }
+    }
+}
+
+// Lane l of every warp owns filter 32 * blockIdx.z + l; a warp takes every fourth position of the tiles.
+template <int kChannels, typename Stored>
+__global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const ConvFirstGradientParams<Stored> p) {
+    constexpr int kSums = 1 + kConvTaps * kChannels, kWarps = kConvThreads / 32;
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const std::int64_t task = blockIdx.y;
+    const int filters = block.filters;
+    const int filter = static_cast<int>(blockIdx.z) * 32 + lane();
+    const int warp = static_cast<int>(threadIdx.x / 32);
+    const int halo = tiles.halo_height * tiles.halo_width;
+    const Shared<float> halves(0, (kWarps - 1) * kSums * 32);  // of warps 1 to 3
+    const Shared<float> tile((kWarps - 1) * kSums * 32 * 4, tiles.tile_images * halo * kChannels);
+    const ConvMoments* moments = row_of(p.moments, task);
+
+    float sums[kSums] = {};
+    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
+        const TilePlace place = place_of(tiles, number);
+        block_barrier();  // all have read the tile before
+        stage_pixels(row_of(p.images, task), block, tiles, place, 2,
+                     [&](int channel) { return load(&moments->shift[channel]); }, tile);
+        block_barrier();  // the tile is there
+        if (filter >= filters) continue;
+        const int all = tiles.tile_images * tiles.tile_height * tiles.tile_width;
+        for (int item = warp; item < all; item += kWarps) {
+            const TilePosition at = position_of(tiles, place, item);
+            if (!at.inside) continue;
+            const std::int64_t image = place.image + at.image;
+            const std::int64_t from =
+                ((image * block.act_height + place.y + at.y) * block.act_width + place.x + at.x) * filters + filter;
+            const int code = load(row_of(p.layer.codes, task) + from);
+            const float gradient = as_float(load(row_of(p.layer.gradient, task) + from));
+            const float dy = code >= kConvActive ? gradient : 0.0f;
+            const int y = at.y * 2 + code / 2 % 2, x = at.x * 2 + code % 2;
+            const int origin = (at.image * halo + y * tiles.halo_width + x) * kChannels;
+            sums[0] += dy;
+#pragma unroll
+            for (int tap = 0; tap < kConvTaps; ++tap) {
+#pragma unroll
+                for (int channel = 0; channel < kChannels; ++channel) {
+                    const float pixel =
+                        tile.get(origin + (tap / 3 * tiles.halo_width + tap % 3) * kChannels + channel);
+                    sums[1 + tap * kChannels + channel] += dy * pixel;
+                }
+            }
+        }
+    }
+    if (warp > 0) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) halves.set(((warp - 1) * kSums + i) * 32 + lane(), sums[i]);
+    }
+    block_barrier();  // the other warps' sums are there
+    if (warp > 0 || filter >= filters) return;
+    float* partials = row_of(p.partials, task) + blockIdx.x * std::int64_t{kSums} * filters + filter;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+        float sum = sums[i];
+        for (int w = 0; w + 1 < kWarps; ++w) sum += halves.get((w * kSums + i) * 32 + lane());
+        store(partials + i * filters, sum);
+    }
+}
+
+// A thread owns 4 filters of one position. Shared memory: BatchNorm's constants [5, filters].
+template <typename Stored>
+__global__ void __launch_bounds__(kConvThreads) conv_raw_gradient_kernel(const ConvRawGradientParams<Stored> p) {
+    const ConvBlock& block = p.layer.block;
+    const std::int64_t task = blockIdx.y;
+    const Shared<float> norm(0, 5 * block.filters);
+    prepare_raw_gradient(p.layer, task, row_of(p.weights, task), norm);
+    block_barrier();  // the constants are there
+    const int quads = block.filters / 4;
+    const std::int64_t items = std::int64_t{p.layer.count} * block.height * block.width * quads;
+    const std::int64_t threads = std::int64_t{gridDim.x} * kConvThreads;
+    for (std::int64_t item = std::int64_t{blockIdx.x} * kConvThreads + threadIdx.x; item < items; item += threads) {
+        const int filter = static_cast<int>(item % quads) * 4;
+        const std::int64_t position = item / quads;
+        const int x = static_cast<int>(position % block.width);
+        const int y = static_cast<int>(position / block.width % block.height);
+        const int image = static_cast<int>(position / block.width / block.height);
+        store_floats<4>(row_of(p.layer.raw_gradient, task) + position * block.filters + filter,
+                        raw_gradient<4>(p.layer, task, image, y, x, filter, norm));
+    }
+}
+
+}  // namespace signmaml

@@ -1,0 +1,225 @@
+// z = conv3x3(x, W) of one block of the network, and the statistics of z that its BatchNorm needs.
+// An implicit GEMM on tensor cores: rows are positions of z, columns filters, depth is taps x channels. A block owns a
+// slice of tiles of one task and 8 * kTilesN filters; a warp 32 positions of a tile. The input comes from the images,
+// from a stored activation, or from the raw output of the block below: normalised, halved and (for a backward pass)
+// stored on the way. Launched by launch_conv_forward. Readable twin: nn.Conv2d under reference.py.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/conv_common.cuh"
+
+namespace signmaml {
+
+template <typename Stored>
+__device__ inline void stage_image(const ConvForwardParams<Stored>& p, std::int64_t task, const TilePlace& place,
+                                   const Shared<float>& tile, int padded) {
+    const ConvBlock& block = p.layer.block;
+    const float* images = row_of(p.images, task);
+    const int positions = p.tiles.tile_images * p.tiles.halo_height * p.tiles.halo_width;
+    for (int item = threadIdx.x; item < positions * padded; item += kConvThreads) {
+        const int position = item / padded, channel = item % padded;
+        const int image = position / (p.tiles.halo_height * p.tiles.halo_width);
+        const int y = place.y * block.stride - 1 + position / p.tiles.halo_width % p.tiles.halo_height;
+        const int x = place.x * block.stride - 1 + position % p.tiles.halo_width;
+        const bool inside = image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width &&
+                            channel < block.in_channels;
+        float value = 0.0f;
+        if (inside) {
+            const std::int64_t plane = std::int64_t{place.image + image} * block.in_channels + channel;
+            value = load(images + (plane * block.in_height + y) * block.in_width + x);
+        }
+        tile.set(position * kConvRow + channel, value);
+    }
+}
+
+// Channels [first, first + depth) of the tile's input, with zeros up to `padded`.
+template <typename Stored>
+__device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std::int64_t task, const TilePlace& place,
+                                        const Shared<float>& tile, const Shared<float>& norm, int first, int depth,
+                                        int padded) {
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const int quads = padded / 4;
+    const int positions = tiles.tile_images * tiles.halo_height * tiles.halo_width;
+    for (int item = threadIdx.x; item < positions * quads; item += kConvThreads) {
+        const int position = item / quads, channel = item % quads * 4;
+        const int image = position / (tiles.halo_height * tiles.halo_width);
+        const int row = position / tiles.halo_width % tiles.halo_height, column = position % tiles.halo_width;
+        const int y = place.y * block.stride - 1 + row, x = place.x * block.stride - 1 + column;
+        Vector<float, 4> values{};
+        if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width && channel < depth) {
+            const std::int64_t at =
+                ((std::int64_t{place.image + image} * block.in_height + y) * block.in_width + x) * block.in_channels +
+                first + channel;
+            if (p.source == ConvSource::kActivation) {
+                values = load_floats<4>(row_of(p.below.activation, task) + at);
+            } else {
+                const auto activated = activate<4>(p.below, row_of(p.below.raw, task), place.image + image, y, x,
+                                                   first + channel, norm);
+                values = activated.values;
+                // Of the tiles that hold this position, the one whose own part it is stores it.
+                const bool owned = row >= 1 && row <= tiles.tile_height * block.stride && column >= 1 &&
+                                   column <= tiles.tile_width * block.stride;
+                if (p.keep && owned && blockIdx.z == 0) {
+                    store_floats<4>(row_of(p.below.activation, task) + at, values);
+                    store<std::uint8_t, 4>(row_of(p.below.codes, task) + at, activated.codes);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile.set(position * kConvRow + channel + i, values.at[i]);
+    }
+}
+
+// Starts the copy of one tap's weights of channels [first, first + depth) and of the block's filters; zeros up to
+// `padded` rows and beyond the last filter.
+template <int kColumns>
+__device__ inline void stage_forward_slab(const float* weights, int tap, int channels, int filters, int first,
+                                          int depth, int padded, const Shared<float>& slabs) {
+    const int first_column = static_cast<int>(blockIdx.z) * kColumns;
+    const int slab = tap % 2 * kConvChunk * (kColumns + 8);
+    for (int item = threadIdx.x; item < padded * (kColumns / 4); item += kConvThreads) {
+        const int row = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
+        float* target = slabs.address(slab + row * (kColumns + 8) + column);
+        if (row < depth && first_column + column < filters) {
+            const std::int64_t from = (std::int64_t{tap} * channels + first + row) * filters + first_column + column;
+            cp_async_16(target, weights + from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) store(target + i, 0.0f);
+        }
+    }
+    cp_async_commit();
+}
+
+template <ConvPrecision kPrecision, int kTilesN>
+__global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
+    conv_forward_kernel(const ConvForwardParams<typename ConvStored<kPrecision>::Type> p) {
+    using Stored = typename ConvStored<kPrecision>::Type;
+    constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const std::int64_t task = blockIdx.y;
+    const int halo = tiles.halo_height * tiles.halo_width, channels = block.in_channels;
+    const Shared<float> tile(0, p.memory.slabs);
+    const Shared<float> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
+    const Shared<float> norm(p.memory.norm * 4, p.memory.scratch - p.memory.norm);
+    const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
+    const float* weights = row_of(p.weights, task);
+    const int first_column = static_cast<int>(blockIdx.z) * kColumns;
+    const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
+
+    if (p.source == ConvSource::kRaw) prepare_activation(p.below, task, weights, norm);
+    // Of column threadIdx.x, over the slice's tiles so far.
+    float count = 0.0f, mean = 0.0f, squares = 0.0f;
+    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
+        const TilePlace place = place_of(tiles, number);
+        TilePosition positions[4];
+        int rows[4];  // where the positions' inputs lie in the tile
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+            positions[h] = position_of(tiles, place, warp * 32 + h * 8 + group);
+            const int y = positions[h].y * block.stride, x = positions[h].x * block.stride;
+            // A position outside takes what is there: nothing that it makes is used.
+            rows[h] = positions[h].inside ? (positions[h].image * halo + y * tiles.halo_width + x) * kConvRow : 0;
+        }
+        float sums[2][kTilesN][4] = {};
+        for (int first = 0; first < channels; first += kConvChunk) {
+            const int depth = smaller_of(kConvChunk, channels - first);
+            const int padded = (depth + kDepth - 1) / kDepth * kDepth;
+            block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
+            if (p.source == ConvSource::kImage) {
+                stage_image(p, task, place, tile, padded);
+            } else {
+                stage_activation(p, task, place, tile, norm, first, depth, padded);
+            }
+            stage_forward_slab<kColumns>(weights + p.layer.weight, 0, channels, block.filters, first, depth, padded,
+                                         slabs);
+            for (int tap = 0; tap < kConvTaps; ++tap) {
+                cp_async_wait<0>();
+                block_barrier();  // the tile and this tap's slab are there; all have read the other slab
+                if (tap + 1 < kConvTaps) {
+                    stage_forward_slab<kColumns>(weights + p.layer.weight, tap + 1, channels, block.filters, first,
+                                                 depth, padded, slabs);
+                }
+                const int shift = (tap / 3 * tiles.halo_width + tap % 3) * kConvRow;
+                const int slab = tap % 2 * kConvChunk * (kColumns + 8);
+                for (int k0 = 0; k0 < padded; k0 += kDepth) {
+                    multiply<kPrecision>(
+                        sums, [&](int i, int half, int k) { return tile.get(rows[2 * i + half] + shift + k0 + k); },
+                        [&](int j, int k) { return slabs.get(slab + (k0 + k) * (kColumns + 8) + j * 8 + group); });
+                }
+            }
+        }
+
+        // z as it will be read again, and the sums of its columns.
+        Stored* raw = row_of(p.layer.raw, task);
+        const float of_tile = static_cast<float>(place.positions());
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+            const int column = first_column + j * 8 + member * 2;
+            float total[2] = {};
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+                Vector<float, 2> z{};
+                if (positions[h].inside) {
+                    z = {{rounded_to<Stored>(sums[h / 2][j][h % 2 * 2]), rounded_to<Stored>(sums[h / 2][j][h % 2 * 2 + 1])}};
+                    const int y = place.y + positions[h].y, x = place.x + positions[h].x;
+                    const std::int64_t image = place.image + positions[h].image;
+                    if (column < block.filters) {
+                        store_floats<2>(raw + ((image * block.height + y) * block.width + x) * block.filters + column, z);
+                    }
+                }
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    sums[h / 2][j][h % 2 * 2 + e] = z.at[e];
+                    total[e] += z.at[e];
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float of_warp = sum_over_rows(total[e]);
+                if (group == 0) scratch.set(warp * kColumns + j * 8 + member * 2 + e, of_warp);
+            }
+        }
+        block_barrier();  // all warps' sums are there
+        const auto total_of = [&](int which, int column) {
+            float total = 0.0f;
+            for (int w = 0; w < kWarps; ++w) total += scratch.get((which * kWarps + w) * kColumns + column);
+            return total;
+        };
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float center = total_of(0, j * 8 + member * 2 + e) / of_tile;
+                float total = 0.0f;
+#pragma unroll
+                for (int h = 0; h < 4; ++h) {
+                    const float distance = sums[h / 2][j][h % 2 * 2 + e] - center;
+                    if (positions[h].inside) total += distance * distance;
+                }
+                const float of_warp = sum_over_rows(total);
+                if (group == 0) scratch.set((kWarps + warp) * kColumns + j * 8 + member * 2 + e, of_warp);
+            }
+        }
+        block_barrier();  // all warps' squares are there
+        if (threadIdx.x < kColumns) {
+            // The tile joins the slice: counts, means and squares of two sets make those of their union.
+            const float distance = total_of(0, threadIdx.x) / of_tile - mean, both = count + of_tile;
+            squares += total_of(1, threadIdx.x) + distance * distance * count * of_tile / both;
+            mean += distance * of_tile / both;
+            count = both;
+        }
+    }
+    const int column = first_column + static_cast<int>(threadIdx.x);
+    if (threadIdx.x < kColumns && column < block.filters) {
+        float* statistics = row_of(p.layer.statistics, task) + blockIdx.x * 3 * block.filters + column;
+        store(statistics, count);
+        store(statistics + block.filters, mean);
+        store(statistics + 2 * block.filters, squares);
+    }
+}
+
+}  // namespace signmaml

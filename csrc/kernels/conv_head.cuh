@@ -1,0 +1,238 @@
+// The classifier of one task: features from the last block, logits, softmax cross-entropy, and the way back.
+//   logits = f W^T + b;  dlogits = (softmax - onehot) / n;  df = dlogits W;  dW = dlogits^T f;  db = sum dlogits
+// A block owns a task. In an inner step it moves W and b itself; in the query pass of a meta-step it writes their
+// gradients. df leaves through the readout as the gradient of the last block's activation, with that block's gradients
+// of beta and gamma. Launched by launch_conv_head. Readable twin: cross_entropy in signmaml_ext/reference.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/conv_common.cuh"
+
+namespace signmaml {
+
+inline constexpr int kConvHeadThreads = 256;
+
+// Shared memory, in floats: constants of BatchNorm [3, filters], its mean and r [2, filters], an element a warp for
+// sums over the block, and two an element a thread.
+template <typename Stored>
+struct ConvHead {
+    const ConvHeadParams<Stored>& p;
+    std::int64_t task;
+    Shared<float> norm, scratch, sums;
+
+    __device__ int pixels() const { return p.layer.block.act_height * p.layer.block.act_width; }
+    __device__ int width() const {
+        return p.readout == Readout::kFlatten ? pixels() * p.layer.block.filters : p.layer.block.filters;
+    }
+    __device__ float* weights() const { return row_of(p.weights, task); }
+    __device__ float* features() const { return row_of(p.features, task); }
+    __device__ float* scores() const { return row_of(p.scores, task); }
+
+    // Of one image and pixel, one filter; stores the code of the halving.
+    __device__ float activation(int image, int pixel, int filter) const {
+        const ConvBlock& block = p.layer.block;
+        const std::int64_t at = (std::int64_t{image} * pixels() + pixel) * block.filters + filter;
+        if (!p.source_is_raw) return as_float(load(row_of(p.layer.activation, task) + at));
+        const auto result = activate<1>(p.layer, row_of(p.layer.raw, task), image, pixel / block.act_width,
+                                        pixel % block.act_width, filter, norm);
+        if (p.pass != ConvPass::kForward) store(row_of(p.layer.codes, task) + at, result.codes.at[0]);
+        return result.values.at[0];
+    }
+
+    __device__ void make_features() const {
+        const int filters = p.layer.block.filters;
+        const bool flat = p.readout == Readout::kFlatten;
+        const std::int64_t items = std::int64_t{p.layer.count} * width();
+        for (std::int64_t item = threadIdx.x; item < items; item += kConvHeadThreads) {
+            const int filter = static_cast<int>(item % filters);
+            const int row = static_cast<int>(item / filters);  // of pixels of all images, or of images
+            float value = 0.0f;
+            if (flat) {
+                value = activation(row / pixels(), row % pixels(), filter);
+            } else {
+                for (int pixel = 0; pixel < pixels(); ++pixel) value += activation(row, pixel, filter);
+                value /= static_cast<float>(pixels());
+            }
+            store(features() + item, value);
+        }
+    }
+
+    // A warp an image and way.
+    __device__ void make_logits() const {
+        const int warp = static_cast<int>(threadIdx.x / 32);
+        for (int item = warp; item < p.layer.count * p.ways; item += kConvHeadThreads / 32) {
+            const float* row = features() + static_cast<std::int64_t>(item / p.ways) * width();
+            const float* weight = weights() + p.weight + static_cast<std::int64_t>(item % p.ways) * width();
+            float sum = 0.0f;
+            for (int i = lane(); i < width(); i += 32) sum += load(row + i) * load(weight + i);
+            sum = warp_sum(sum);
+            if (lane() == 0) {
+                const float logit = sum + load(weights() + p.bias + item % p.ways);
+                store(scores() + item, logit);
+                if (p.logits != nullptr) {
+                    store(p.logits + task * p.layer.count * p.ways + item, logit);
+                }
+            }
+        }
+    }
+
+    // Logits become their gradient; returns the mean loss, the same bits in every thread. One label out of range makes
+    // loss and gradient of the whole task NaN, as reference.cross_entropy does.
+    __device__ float make_loss() const {
+        const std::int64_t* labels = p.labels + task * p.layer.count;
+        const float count = static_cast<float>(p.layer.count);
+        float wrong = 0.0f;
+        for (int image = threadIdx.x; image < p.layer.count; image += kConvHeadThreads) {
+            const std::int64_t label = load(labels + image);
+            if (label < 0 || label >= p.ways) wrong += 1.0f;
+        }
+        const float invalid = block_sum(wrong, scratch) > 0.0f ? static_cast<float>(NAN) : 0.0f;
+        float loss = 0.0f, correct = 0.0f;
+        for (int image = threadIdx.x; image < p.layer.count; image += kConvHeadThreads) {
+            float* row = scores() + static_cast<std::int64_t>(image) * p.ways;
+            const std::int64_t label = load(labels + image);
+            float largest = load(row), of_label = 0.0f;
+            int best = 0;
+            for (int way = 0; way < p.ways; ++way) {
+                const float score = load(row + way);
+                // A NaN is the largest, as in torch's argmax.
+                if (score > largest || (score != score && largest == largest)) {
+                    largest = score;
+                    best = way;
+                }
+                if (way == label) of_label = score;
+            }
+            float sum = 0.0f;
+            for (int way = 0; way < p.ways; ++way) sum += expf(load(row + way) - largest);
+            for (int way = 0; way < p.ways; ++way) {
+                const float share = expf(load(row + way) - largest) / sum;
+                store(row + way, (way == label ? share - 1.0f : share) / count + invalid);
+            }
+            loss += logf(sum) + largest - of_label;
+            if (best == label) correct += 1.0f;
+        }
+        // The sums also are the barrier between the gradients' writers and their readers.
+        correct = block_sum(correct, scratch);
+        if (p.accuracy != nullptr && threadIdx.x == 0) store(p.accuracy + task, correct / count);
+        return block_sum(loss, scratch) / count + invalid;
+    }
+
+    // The gradient of the last block's activation, and what BatchNorm sums of it. A thread owns a filter and every
+    // groups-th pixel of all images.
+    __device__ void send_back() const {
+        const ConvBlock& block = p.layer.block;
+        const int filters = block.filters, groups = kConvHeadThreads / filters;
+        const int filter = static_cast<int>(threadIdx.x) % filters, group = static_cast<int>(threadIdx.x) / filters;
+        const bool flat = p.readout == Readout::kFlatten;
+        float sum_dy = 0.0f, sum_dy_xhat = 0.0f;
+        if (group < groups) {
+            for (int row = group; row < p.layer.count * pixels(); row += groups) {
+                const int image = row / pixels(), pixel = row % pixels();
+                const float* scores_of_image = scores() + static_cast<std::int64_t>(image) * p.ways;
+                const float* column = weights() + p.weight + (flat ? pixel * filters : 0) + filter;
+                float gradient = 0.0f;
+                for (int way = 0; way < p.ways; ++way) {
+                    gradient += load(scores_of_image + way) * load(column + static_cast<std::int64_t>(way) * width());
+                }
+                if (!flat) gradient /= static_cast<float>(pixels());
+                gradient = rounded_to<Stored>(gradient);
+                const std::int64_t at = std::int64_t{row} * filters + filter;
+                store(row_of(p.layer.gradient, task) + at, Storing<Stored>::of(gradient));
+                if (!p.source_is_raw) continue;
+                const int code = load(row_of(p.layer.codes, task) + at);
+                if (code < kConvActive) continue;
+                const int y = pixel / block.act_width * block.window + (code - kConvActive) / 2;
+                const int x = pixel % block.act_width * block.window + code % 2;
+                const std::int64_t from =
+                    ((std::int64_t{image} * block.height + y) * block.width + x) * filters + filter;
+                const float z = as_float(load(row_of(p.layer.raw, task) + from));
+                sum_dy += gradient;
+                sum_dy_xhat += gradient * (z - norm.get(filter)) * norm.get(3 * filters + filter);
+            }
+        }
+        sums.set(threadIdx.x, sum_dy);
+        sums.set(kConvHeadThreads + threadIdx.x, sum_dy_xhat);
+        block_barrier();  // all groups' sums are there; all have read the weights that now move
+        if (p.source_is_raw && static_cast<int>(threadIdx.x) < filters) {
+            float totals[2] = {};
+            for (int which = 0; which < 2; ++which) {
+                for (int g = 0; g < groups; ++g) {
+                    totals[which] += sums.get(which * kConvHeadThreads + g * filters + threadIdx.x);
+                }
+                store(row_of(p.layer.sums, task) + which * filters + threadIdx.x, totals[which]);
+            }
+        }
+    }
+
+    // One element of the classifier: its gradient moves it, or is the result.
+    __device__ bool take(std::int64_t place, std::int64_t theta_place, float gradient, int tensor) const {
+        if (p.pass == ConvPass::kGradient) {
+            store(p.grads + task * p.parameters + theta_place, gradient);
+        } else {
+            const float direction = p.by_sign ? sign(gradient) : gradient;
+            store(weights() + place, load(weights() + place) - load(p.lr + tensor) * direction);
+        }
+        return is_nonfinite(gradient);
+    }
+
+    __device__ bool take_all() const {
+        const int filters = p.layer.block.filters;
+        bool nonfinite = false;
+        if (p.pass == ConvPass::kGradient || load(p.adapt) != 0) {
+            for (int item = threadIdx.x; item < p.ways * width(); item += kConvHeadThreads) {
+                const int way = item / width(), i = item % width();
+                float gradient = 0.0f;
+                for (int image = 0; image < p.layer.count; ++image) {
+                    gradient += load(scores() + static_cast<std::int64_t>(image) * p.ways + way) *
+                                load(features() + static_cast<std::int64_t>(image) * width() + i);
+                }
+                // torch flattens filter by filter, the features here lie pixel by pixel.
+                const int flattened =
+                    p.readout == Readout::kFlatten ? i % filters * pixels() + i / filters : i;
+                nonfinite |= take(p.weight + item, p.theta_weight + way * width() + flattened, gradient, 0);
+            }
+        }
+        if (p.pass == ConvPass::kGradient || load(p.adapt + 1) != 0) {
+            for (int way = threadIdx.x; way < p.ways; way += kConvHeadThreads) {
+                float gradient = 0.0f;
+                for (int image = 0; image < p.layer.count; ++image) {
+                    gradient += load(scores() + static_cast<std::int64_t>(image) * p.ways + way);
+                }
+                nonfinite |= take(p.bias + way, p.theta_weight + p.ways * width() + way, gradient, 1);
+            }
+        }
+        return nonfinite;
+    }
+};
+
+template <typename Stored>
+__global__ void __launch_bounds__(kConvHeadThreads) conv_head_kernel(const ConvHeadParams<Stored> p) {
+    const int filters = p.layer.block.filters;
+    const int scratch = 5 * filters, sums = scratch + kConvHeadThreads / 32;
+    const ConvHead<Stored> head{p, std::int64_t{blockIdx.x}, Shared<float>(0, scratch),
+                                Shared<float>(scratch * 4, kConvHeadThreads / 32),
+                                Shared<float>(sums * 4, 2 * kConvHeadThreads)};
+    if (p.source_is_raw) {
+        prepare_activation(p.layer, head.task, head.weights(), head.norm);
+        for (int filter = threadIdx.x; filter < filters; filter += kConvHeadThreads) {
+            head.norm.set(3 * filters + filter, norm_of(p.layer, head.task, filter).inverse);
+        }
+    }
+    block_barrier();  // BatchNorm's constants are there
+    head.make_features();
+    block_barrier();  // all features are there
+    head.make_logits();
+    block_barrier();  // all logits are there
+    const float loss = head.make_loss();
+    bool nonfinite = is_nonfinite(loss);
+    if (threadIdx.x == 0) store(p.loss + head.task, loss);
+    if (p.pass != ConvPass::kForward) {
+        head.send_back();
+        nonfinite |= head.take_all();
+    }
+    if (nonfinite) raise_flag(p.nonfinite + head.task);
+}
+
+}  // namespace signmaml

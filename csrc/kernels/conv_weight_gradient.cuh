@@ -1,0 +1,153 @@
+// dW = sum over positions of patch(x) (x) dz: partial sums of the weight gradient of one block of the network.
+// A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps, columns filters, depth is
+// positions. A block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk channels and
+// 8 * kTilesN filters; warps 0 and 2 take the first 16 channels, 1 and 3 the others; two warps share the depth.
+// Launched by launch_conv_weight_gradient; conv_sign_update adds the slices up and moves the weights.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/conv_common.cuh"
+
+namespace signmaml {
+
+// Channels [first, first + depth) of the input rows that a row of taps reads, with zeros up to kConvChunk.
+template <typename Stored>
+__device__ inline void stage_input_rows(const ConvWeightGradientParams<Stored>& p, std::int64_t task,
+                                        const TilePlace& place, const Shared<float>& tile, int tap_row, int first,
+                                        int depth) {
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const int positions = tiles.tile_images * tiles.tile_height * tiles.halo_width;
+    for (int item = threadIdx.x; item < positions * (kConvChunk / 4); item += kConvThreads) {
+        const int position = item / (kConvChunk / 4), channel = item % (kConvChunk / 4) * 4;
+        const int image = position / (tiles.tile_height * tiles.halo_width);
+        const int row = position / tiles.halo_width % tiles.tile_height;
+        const int y = (place.y + row) * block.stride + tap_row - 1;
+        const int x = place.x * block.stride + position % tiles.halo_width - 1;
+        Vector<float, 4> values{};
+        if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width) {
+            const std::int64_t of_image = place.image + image;
+            if (p.source == ConvSource::kImage) {
+                const float* images = row_of(p.images, task);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    if (channel + i >= depth) continue;
+                    const std::int64_t plane = of_image * block.in_channels + channel + i;
+                    values.at[i] = load(images + (plane * block.in_height + y) * block.in_width + x);
+                }
+            } else if (channel < depth) {
+                const std::int64_t at =
+                    ((of_image * block.in_height + y) * block.in_width + x) * block.in_channels + first + channel;
+                values = load_floats<4>(row_of(p.input, task) + at);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile.set(position * kConvDeepRow + channel + i, values.at[i]);
+    }
+}
+
+// The tile of dz, a row a position of the block's filters: zeros outside, so that such positions add nothing.
+template <int kColumns, typename Stored>
+__device__ inline void stage_output_gradient(const ConvWeightGradientParams<Stored>& p, std::int64_t task,
+                                             const TilePlace& place, const Shared<float>& target, int first_column) {
+    const ConvBlock& block = p.layer.block;
+    for (int item = threadIdx.x; item < kConvTile * (kColumns / 4); item += kConvThreads) {
+        const int number = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
+        const TilePosition position = position_of(p.tiles, place, number);
+        Vector<float, 4> values{};
+        if (position.inside && first_column + column < block.filters) {
+            const int y = place.y + position.y, x = place.x + position.x;
+            const std::int64_t image = place.image + position.image;
+            values = load_floats<4>(row_of(p.layer.raw_gradient, task) +
+                                    ((image * block.height + y) * block.width + x) * block.filters + first_column +
+                                    column);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) target.set(number * (kColumns + 8) + column + i, values.at[i]);
+    }
+}
+
+template <ConvPrecision kPrecision, int kTilesN>
+__global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
+    conv_weight_gradient_kernel(const ConvWeightGradientParams<typename ConvStored<kPrecision>::Type> p) {
+    constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>;
+    const ConvBlock& block = p.layer.block;
+    const ConvTiles& tiles = p.tiles;
+    const std::int64_t task = blockIdx.y;
+    const int channels = block.in_channels;
+    const int chunks = (channels + kConvChunk - 1) / kConvChunk;
+    const int tap_row = static_cast<int>(blockIdx.z) % 3;
+    const int first = static_cast<int>(blockIdx.z) / 3 % chunks * kConvChunk;
+    const int first_column = static_cast<int>(blockIdx.z) / 3 / chunks * kColumns;
+    const int depth = smaller_of(kConvChunk, channels - first);
+    const Shared<float> tile(0, p.memory.slabs);
+    const Shared<float> outputs(p.memory.slabs * 4, p.memory.scratch - p.memory.slabs);
+    const Shared<std::int32_t> places(p.memory.scratch * 4, kConvTile);
+    const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
+    const int row0 = warp % 2 * 16;  // of the chunk's channels
+
+    // Where the input of each position of a tile lies; the same for all tiles.
+    for (int number = threadIdx.x; number < kConvTile; number += kConvThreads) {
+        const int area = tiles.tile_height * tiles.tile_width;
+        const int row = number / tiles.tile_width;  // of all images' rows
+        const int at = row * tiles.halo_width + number % tiles.tile_width * block.stride;
+        places.set(number, number < tiles.tile_images * area ? at * kConvDeepRow : 0);
+    }
+    float sums[3][kTilesN][4] = {};
+    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
+        const TilePlace place = place_of(tiles, number);
+        block_barrier();  // all have read the tile before
+        stage_input_rows(p, task, place, tile, tap_row, first, depth);
+        stage_output_gradient<kColumns>(p, task, place, outputs, first_column);
+        block_barrier();  // the tile is there
+        if (row0 >= depth) continue;
+        const int used = tiles.tile_images * tiles.tile_height * tiles.tile_width;
+        for (int k0 = warp / 2 * kDepth; k0 < used; k0 += 2 * kDepth) {
+            multiply<kPrecision>(
+                sums,
+                [&](int tap, int half, int k) {
+                    return tile.get(places.get(k0 + k) + tap * kConvDeepRow + row0 + half * 8 + group);
+                },
+                [&](int j, int k) { return outputs.get((k0 + k) * (kColumns + 8) + j * 8 + group); });
+        }
+    }
+    block_barrier();  // all have read the last tile: its memory now carries the sums of warps 2 and 3
+    const Shared<float> halves(0, p.memory.scratch);
+    const int mine = (warp % 2 * 32 + lane()) * 3 * kTilesN * 4;
+    if (warp >= 2) {
+#pragma unroll
+        for (int tap = 0; tap < 3; ++tap) {
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) halves.set(mine + (tap * kTilesN + j) * 4 + e, sums[tap][j][e]);
+            }
+        }
+    }
+    block_barrier();  // the second half of the depth is there
+    if (warp >= 2) return;
+    float* partials = row_of(p.partials, task) + blockIdx.x * std::int64_t{kConvTaps} * channels * block.filters;
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int channel = row0 + half * 8 + group;
+                const int column = first_column + j * 8 + member * 2;
+                if (channel >= depth || column >= block.filters) continue;
+                Vector<float, 2> values;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    values.at[e] =
+                        sums[tap][j][half * 2 + e] + halves.get(mine + (tap * kTilesN + j) * 4 + half * 2 + e);
+                }
+                const std::int64_t row = std::int64_t{tap_row * 3 + tap} * channels + first + channel;
+                store<float, 2>(partials + row * block.filters + column, values);
+            }
+        }
+    }
+}
+
+}  // namespace signmaml

@@ -1,0 +1,316 @@
+#include "kernels/conv_first.cuh"
+#include "kernels/conv_head.cuh"
+#include "kernels/conv_update.cuh"
+#include "launch/conv_products.cuh"
+#include "launch/device.cuh"
+#include "launch/launch.h"
+#include "plan/conv_meta_step.h"
+
+namespace signmaml {
+namespace {
+
+// One chunk of tasks: hands every launch of the plan its arrays.
+template <ConvPrecision kPrecision>
+class ConvRun {
+    using Stored = typename ConvStored<kPrecision>::Type;
+
+  public:
+    ConvRun(const ConvMetaStepParams<float>& params, const ConvPlan& plan, std::int64_t first_task, std::int64_t tasks,
+            cudaStream_t stream)
+        : p_(params), plan_(plan), first_(first_task), tasks_(tasks), stream_(stream) {}
+
+    void launch_all() const {
+        for (const ConvLaunch& one : plan_.launches) launch_one(one);
+    }
+
+  private:
+    const ConvMetaStepParams<float>& p_;
+    const ConvPlan& plan_;
+    std::int64_t first_, tasks_;
+    cudaStream_t stream_;
+
+    template <typename T>
+    PerTask<T> array(const ConvArray& place) const {
+        return {reinterpret_cast<T*>(static_cast<char*>(p_.workspace) + place.offset), place.stride};
+    }
+
+    const ConvSet<float>& set_of(const ConvLaunch& one) const { return one.query ? p_.query : p_.support; }
+
+    PerTask<const float> images(const ConvLaunch& one) const {
+        const ConvSet<float>& set = set_of(one);
+        const std::int64_t of_task =
+            std::int64_t{set.count} * p_.shape.channels * p_.shape.height * p_.shape.width;
+        return {set.x + first_ * of_task, of_task * std::int64_t{sizeof(float)}};
+    }
+
+    // Of every set, block and pass.
+    ConvLayer<Stored> layer(const ConvLaunch& one, int number) const {
+        const ConvWorkspace& space = plan_.workspace;
+        const ConvPlaces& places = plan_.network.blocks[number];
+        const int count = set_of(one).count;
+        ConvLayer<Stored> layer{};
+        layer.block = plan_.blocks[number];
+        layer.count = count;
+        layer.weight = places.weight;
+        layer.gamma = places.gamma;
+        layer.beta = places.beta;
+        layer.activation = array<Stored>(space.activation[number]);
+        layer.codes = array<std::uint8_t>(space.codes[number]);
+        layer.gradient = array<Stored>(space.gradient[number]);
+        if (number == 0 && plan_.network.by_covariance) return layer;
+        layer.raw = array<Stored>(space.raw[number]);
+        layer.raw_gradient = array<Stored>(space.raw_gradient);
+        layer.statistics = array<float>(space.statistics[number]);
+        layer.sums = array<float>(space.sums[number]);
+        layer.statistics_slices = forward_tiles(layer.block, count).slices;
+        layer.sums_slices = sums_slices(number, count);
+        return layer;
+    }
+
+    // The head makes the sums of the last block, the data gradient of the next block those of any other.
+    int sums_slices(int number, int count) const {
+        return number + 1 == plan_.network.count ? 1 : data_gradient_tiles(plan_.blocks[number + 1], count).slices;
+    }
+
+    PerTask<const float> weights() const { return array<const float>(plan_.workspace.weights); }
+
+    PerTask<const ConvMoments> moments(bool query) const {
+        return array<const ConvMoments>(query ? plan_.workspace.query_moments : plan_.workspace.support_moments);
+    }
+
+    void launch_one(const ConvLaunch& one) const {
+        switch (one.kernel) {
+            case ConvKernel::kPatchMoments: return patch_moments(one);
+            case ConvKernel::kPack: return pack(one);
+            case ConvKernel::kFirst: return first(one);
+            case ConvKernel::kForward: return forward(one);
+            case ConvKernel::kHead: return head(one);
+            case ConvKernel::kDataGradient: return data_gradient(one);
+            case ConvKernel::kWeightGradient: return weight_gradient(one);
+            case ConvKernel::kFirstGradient: return first_gradient(one);
+            case ConvKernel::kRawGradient: return raw_gradient_of_first(one);
+            case ConvKernel::kSignUpdate: return update(one, "conv_sign_update_kernel", conv_sign_update_kernel);
+            case ConvKernel::kMetaAccumulate:
+                return update(one, "conv_meta_accumulate_kernel", conv_meta_accumulate_kernel);
+            case ConvKernel::kUnpack: return unpack(one);
+        }
+    }
+
+    template <typename Params>
+    void go(const char* name, void (*kernel)(Params), const ConvLaunch& one, const Params& params) const {
+        launch(name, kernel, grid_of(one, tasks_), one.threads, one.shared_bytes, stream_, params);
+    }
+
+    void patch_moments(const ConvLaunch& one) const {
+        const ConvBlock& block = plan_.blocks[0];
+        const ConvWorkspace& space = plan_.workspace;
+        const ConvPatchMomentsParams params{images(one),
+                                            array<ConvMomentSums>(one.query ? space.query_sums : space.support_sums),
+                                            block, moment_tiles(block, set_of(one).count)};
+        go("patch_moments_kernel", patch_moments_kernel, one, params);
+    }
+
+    void pack(const ConvLaunch& one) const {
+        const ConvWorkspace& space = plan_.workspace;
+        ConvPackParams params{};
+        params.theta = p_.theta;
+        params.weights = array<float>(space.weights);
+        params.network = plan_.network;
+        if (plan_.network.by_covariance) {
+            const ConvBlock& block = plan_.blocks[0];
+            params.norm = array<ConvFirstNorm>(space.norm);
+            if (p_.support.count > 0) {
+                params.support_sums = array<const ConvMomentSums>(space.support_sums);
+                params.support = array<ConvMoments>(space.support_moments);
+                params.support_slices = moment_tiles(block, p_.support.count).slices;
+            }
+            if (p_.query.count > 0) {
+                params.query_sums = array<const ConvMomentSums>(space.query_sums);
+                params.query = array<ConvMoments>(space.query_moments);
+                params.query_slices = moment_tiles(block, p_.query.count).slices;
+            }
+        }
+        params.starts_with_query = p_.steps == 0;
+        params.eps = plan_.blocks[0].eps;
+        go("conv_pack_kernel", conv_pack_kernel, one, params);
+    }
+
+    void unpack(const ConvLaunch& one) const {
+        const ConvUnpackParams params{p_.theta, weights(), p_.adapted + first_ * p_.parameters, plan_.network};
+        go("conv_unpack_kernel", conv_unpack_kernel, one, params);
+    }
+
+    void first(const ConvLaunch& one) const {
+        ConvFirstParams<Stored> params{};
+        params.images = images(one);
+        params.weights = weights();
+        params.moments = moments(one.query);
+        params.norm = array<const ConvFirstNorm>(plan_.workspace.norm);
+        params.layer = layer(one, 0);
+        params.tiles = first_tiles(params.layer.block, params.layer.count);
+        const bool pools = p_.shape.halving == Halving::kMaxPool;
+        go("conv_first_kernel", pools ? conv_first_kernel<true, Stored> : conv_first_kernel<false, Stored>, one, params);
+    }
+
+    void first_gradient(const ConvLaunch& one) const {
+        ConvFirstGradientParams<Stored> params{};
+        params.images = images(one);
+        params.moments = moments(one.query);
+        params.layer = layer(one, 0);
+        params.partials = array<float>(plan_.workspace.first_partials);
+        params.tiles = first_tiles(params.layer.block, params.layer.count);
+        const auto kernel = p_.shape.channels == 1   ? conv_first_gradient_kernel<1, Stored>
+                            : p_.shape.channels == 2 ? conv_first_gradient_kernel<2, Stored>
+                                                     : conv_first_gradient_kernel<3, Stored>;
+        go("conv_first_gradient_kernel", kernel, one, params);
+    }
+
+    void raw_gradient_of_first(const ConvLaunch& one) const {
+        const ConvRawGradientParams<Stored> params{weights(), layer(one, 0)};
+        go("conv_raw_gradient_kernel", conv_raw_gradient_kernel<Stored>, one, params);
+    }
+
+    bool has_raw(int block) const { return block > 0 || !plan_.network.by_covariance; }
+
+    bool goes_back(const ConvLaunch& one) const { return !one.query || plan_.sizes.wants_grads; }
+
+    void forward(const ConvLaunch& one) const {
+        ConvForwardParams<Stored> params{};
+        params.weights = weights();
+        params.layer = layer(one, one.block);
+        if (one.block == 0) {
+            params.source = ConvSource::kImage;
+            params.images = images(one);
+        } else {
+            params.source = has_raw(one.block - 1) ? ConvSource::kRaw : ConvSource::kActivation;
+            params.below = layer(one, one.block - 1);
+        }
+        params.tiles = forward_tiles(params.layer.block, params.layer.count);
+        params.keep = goes_back(one);
+        params.memory = forward_memory(params.tiles, params.layer.block.in_channels, conv_columns(p_.shape.filters));
+        launch_conv_forward<kPrecision>(params, one, tasks_, stream_);
+    }
+
+    void data_gradient(const ConvLaunch& one) const {
+        ConvDataGradientParams<Stored> params{};
+        params.weights = weights();
+        params.layer = layer(one, one.block);
+        params.below = layer(one, one.block - 1);
+        params.below_is_raw = has_raw(one.block - 1);
+        const ConvBlock& block = params.layer.block;
+        params.tiles = data_gradient_tiles(block, params.layer.count);
+        params.memory =
+            data_gradient_memory(params.tiles, block.in_channels, block.filters, conv_columns(block.in_channels));
+        launch_conv_data_gradient<kPrecision>(params, one, tasks_, stream_);
+    }
+
+    void weight_gradient(const ConvLaunch& one) const {
+        ConvWeightGradientParams<Stored> params{};
+        params.layer = layer(one, one.block);
+        if (one.block == 0) {
+            params.source = ConvSource::kImage;
+            params.images = images(one);
+        } else {
+            params.source = ConvSource::kActivation;
+            params.input = array<const Stored>(plan_.workspace.activation[one.block - 1]);
+        }
+        params.partials = array<float>(plan_.workspace.weight_partials[one.block]);
+        params.tiles = weight_gradient_tiles(params.layer.block, params.layer.count);
+        params.memory = weight_gradient_memory(params.tiles, conv_weight_columns(p_.shape.filters));
+        launch_conv_weight_gradient<kPrecision>(params, one, tasks_, stream_);
+    }
+
+    void head(const ConvLaunch& one) const {
+        const ConvSet<float>& set = set_of(one);
+        const ConvNetwork& net = plan_.network;
+        ConvHeadParams<Stored> params{};
+        params.layer = layer(one, net.count - 1);
+        params.weights = array<float>(plan_.workspace.weights);
+        params.features = array<float>(plan_.workspace.features);
+        params.scores = array<float>(plan_.workspace.scores);
+        params.labels = set.labels + first_ * set.count;
+        params.loss = one.query ? p_.query_loss + first_ : p_.support_loss + one.step * p_.tasks + first_;
+        if (one.query) {
+            params.accuracy = p_.query_accuracy == nullptr ? nullptr : p_.query_accuracy + first_;
+            params.logits = p_.logits == nullptr ? nullptr : p_.logits + first_ * set.count * net.ways;
+            params.grads = p_.grads == nullptr ? nullptr : p_.grads + first_ * p_.parameters;
+            params.pass = p_.grads == nullptr ? ConvPass::kForward : ConvPass::kGradient;
+        } else {
+            params.lr = p_.lr + std::int64_t{one.step} * net.tensors + net.tensors - 2;
+            params.adapt = p_.adapt + net.tensors - 2;
+            params.pass = ConvPass::kStep;
+        }
+        params.nonfinite = p_.nonfinite + first_;
+        params.weight = net.head_weight;
+        params.bias = net.head_bias;
+        params.theta_weight = net.theta_head_weight;
+        params.parameters = p_.parameters;
+        params.ways = net.ways;
+        params.readout = p_.shape.readout;
+        params.source_is_raw = has_raw(net.count - 1);
+        params.by_sign = p_.by_sign;
+        launch("conv_head_kernel", conv_head_kernel<Stored>, dim3(static_cast<unsigned>(tasks_)), one.threads,
+               one.shared_bytes, stream_, params);
+    }
+
+    void update(const ConvLaunch& one, const char* name, void (*kernel)(ConvUpdateParams)) const {
+        const ConvWorkspace& space = plan_.workspace;
+        const ConvNetwork& net = plan_.network;
+        const int count = set_of(one).count;
+        ConvUpdateParams params{};
+        params.weights = array<float>(space.weights);
+        params.network = net;
+        for (int i = 0; i < net.count; ++i) {
+            if (!has_raw(i)) continue;
+            params.weight_partials[i] = array<const float>(space.weight_partials[i]);
+            params.sums[i] = array<const float>(space.sums[i]);
+            params.weight_slices[i] = weight_gradient_tiles(plan_.blocks[i], count).slices;
+            params.sums_slices[i] = sums_slices(i, count);
+        }
+        if (net.by_covariance) {
+            params.first_partials = array<const float>(space.first_partials);
+            params.first_slices = first_tiles(plan_.blocks[0], count).slices;
+            params.moments = moments(one.query);
+            params.norm = array<ConvFirstNorm>(space.norm);
+            const bool last = one.step + 1 == p_.steps;
+            if (!one.query && !(last && p_.query.count == 0)) {
+                params.next_moments = moments(last);
+            }
+            params.eps = plan_.blocks[0].eps;
+        }
+        if (!one.query) {
+            params.lr = p_.lr + std::int64_t{one.step} * net.tensors;
+            params.adapt = p_.adapt;
+        }
+        params.grads = p_.grads == nullptr ? nullptr : p_.grads + first_ * p_.parameters;
+        params.nonfinite = p_.nonfinite + first_;
+        params.by_sign = p_.by_sign;
+        go(name, kernel, one, params);
+    }
+};
+
+template <ConvPrecision kPrecision>
+void run_chunks(const ConvMetaStepParams<float>& params, const ConvPlan& plan, cudaStream_t stream) {
+    for (std::int64_t first = 0; first < params.tasks; first += plan.chunk) {
+        ConvRun<kPrecision>(params, plan, first, smaller(plan.chunk, params.tasks - first), stream).launch_all();
+    }
+}
+
+}  // namespace
+
+void launch_conv_meta_step(const ConvMetaStepParams<float>& params, ConvPrecision precision, bool by_covariance,
+                           std::int64_t workspace_limit, int device, void* raw_stream) {
+    if (params.tasks == 0) return;
+    const DeviceScope scope(device);
+    const auto stream = static_cast<cudaStream_t>(raw_stream);
+    const ConvSizes sizes{params.tasks,          params.support.count,    params.query.count, params.steps,
+                          params.grads != nullptr, params.adapted != nullptr};
+    const ConvPlan plan = plan_conv_meta_step(params.shape, sizes, precision, by_covariance, workspace_limit);
+    switch (precision) {
+        case ConvPrecision::kFp32: return run_chunks<ConvPrecision::kFp32>(params, plan, stream);
+        case ConvPrecision::kTf32: return run_chunks<ConvPrecision::kTf32>(params, plan, stream);
+        case ConvPrecision::kBf16: return run_chunks<ConvPrecision::kBf16>(params, plan, stream);
+    }
+}
+
+}  // namespace signmaml

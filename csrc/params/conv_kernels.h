@@ -1,0 +1,275 @@
+// What the single kernels of a Conv-N meta-step work on. The whole step is described by conv_meta_step.h; the plan cuts
+// it into these.
+#pragma once
+
+#include <cstdint>
+
+#include "params/conv_meta_step.h"
+
+namespace signmaml {
+
+// How the products of convolutions are taken; everything else is float32.
+enum class ConvPrecision : std::int32_t {
+    kFp32 = 0,  // high and low TF32 halves, three products: the error of float32
+    kTf32 = 1,  // one product of TF32 operands
+    kBf16 = 2,  // bf16 operands, and activations stored in bf16
+};
+
+// Where a convolution reads its input.
+enum class ConvSource : std::int32_t {
+    kImage = 0,       // the images [count, channels, height, width]
+    kActivation = 1,  // what conv_first stored: [count, height, width, channels]
+    kRaw = 2,         // the raw output of the block below, normalised and halved on the way
+};
+
+// What becomes of the gradients of a pass.
+enum class ConvPass : std::int32_t {
+    kStep = 0,     // an inner step: they move the weights
+    kGradient = 1, // the query set of a meta-step: they are the result
+    kForward = 2,  // the query set of an evaluation: there are none
+};
+
+// One array a task, `stride` bytes apart.
+template <typename T>
+struct PerTask {
+    T* base;
+    std::int64_t stride;
+};
+
+// A grid of positions (count x height x width) cut into tiles of whole images or of rectangles of one, and the tiles
+// dealt out to slices: tile i belongs to slice i / tiles_per_slice. Depends on the shape and the count, never on T.
+struct ConvTiles {
+    std::int32_t count, height, width;                          // the grid
+    std::int32_t tile_images, tile_height, tile_width;          // at most so many positions a tile as the kernel takes
+    std::int32_t tiles_y, tiles_x, tiles;                       // of an image, and in all
+    std::int32_t tiles_per_slice, slices;
+    std::int32_t halo_height, halo_width;                       // of one image's part of what the tile reads
+};
+
+// Sizes of one block of the network.
+struct ConvBlock {
+    std::int32_t in_height, in_width, in_channels;
+    std::int32_t height, width;          // of the raw output
+    std::int32_t act_height, act_width;  // after the halving
+    std::int32_t filters;
+    std::int32_t stride;  // of the convolution
+    std::int32_t window;  // 2: of a 2x2 max-pooling; 1: there is none
+    float eps;
+};
+
+// One block of the network in one pass. `codes` holds what the backward pass must know of the halving: the winner's
+// place in its window (row * 2 + column), plus kConvActive where ReLU lets it through.
+template <typename Stored>
+struct ConvLayer {
+    ConvBlock block;
+    std::int32_t count;                // images
+    std::int64_t weight, gamma, beta;  // places in a task's weights
+    PerTask<Stored> raw;               // [count, height, width, filters]
+    PerTask<Stored> activation;        // [count, act_height, act_width, filters]
+    PerTask<std::uint8_t> codes;       // likewise
+    PerTask<Stored> gradient;          // of the activation
+    PerTask<Stored> raw_gradient;      // of the raw output
+    PerTask<float> statistics;         // [slices, 3, filters]: count, mean and sum of squares around it
+    PerTask<float> sums;               // [slices, 2, filters]: gradients of beta and gamma
+    std::int32_t statistics_slices;
+    std::int32_t sums_slices;
+};
+
+inline constexpr std::uint8_t kConvActive = 4;
+
+// Threads of a block of the convolution kernels: four warps, two rows of fragments each.
+inline constexpr int kConvThreads = 128;
+inline constexpr int kConvTile = 128;   // positions
+inline constexpr int kConvChunk = 32;   // channels that lie in shared memory at once
+inline constexpr int kConvRow = 36;     // floats from one position's channels to the next: fragment reads hit 32 banks
+inline constexpr int kConvDeepRow = 40; // the same where positions are the depth of the product
+inline constexpr int kConvTaps = 9;
+
+// Where the parts of a block's shared memory begin, in floats; the tile of positions comes first.
+struct ConvMemory {
+    std::int32_t slabs;    // two of weights; or the other operand
+    std::int32_t norm;     // constants of BatchNorm
+    std::int32_t scratch;  // sums of warps
+    std::int32_t end;
+};
+
+template <typename Stored>
+struct ConvForwardParams {
+    PerTask<const float> images;  // of kImage
+    PerTask<const float> weights;
+    ConvLayer<Stored> below;  // unless kImage
+    ConvLayer<Stored> layer;
+    ConvTiles tiles;  // of the raw output
+    ConvSource source;
+    bool keep;  // store activation and codes of the block below, which a backward pass reads
+    ConvMemory memory;
+};
+
+template <typename Stored>
+struct ConvDataGradientParams {
+    PerTask<const float> weights;
+    ConvLayer<Stored> below;
+    ConvLayer<Stored> layer;
+    ConvTiles tiles;  // of the block's input
+    bool below_is_raw;  // the block below has a raw output whose gradient sums are wanted
+    ConvMemory memory;
+};
+
+template <typename Stored>
+struct ConvWeightGradientParams {
+    PerTask<const float> images;  // of kImage
+    PerTask<const Stored> input;  // else: activation of the block below
+    ConvLayer<Stored> layer;
+    PerTask<float> partials;  // [slices, 9 * in_channels, filters]
+    ConvTiles tiles;          // of the raw output
+    ConvSource source;        // kImage or kActivation
+    ConvMemory memory;
+};
+
+// ---- block 1 by the covariance of its patches
+// -----------------------------------------------------------------------------
+
+inline constexpr int kConvPatch = kConvTaps * kConvChannels;  // values of a patch at most
+
+// Centred on one value a channel (`shift`), so that sums of squares do not cancel. A patch is [taps, channels].
+struct ConvMoments {
+    double mean[kConvPatch];                   // of the patch, minus shift
+    double covariance[kConvPatch][kConvPatch];
+    float shift[kConvChannels];
+};
+
+// One slice's share of them.
+struct ConvMomentSums {
+    double count;
+    double shift[kConvChannels];
+    double sum[kConvPatch];                 // of patch - shift
+    double product[kConvPatch][kConvPatch]; // i <= j
+};
+
+// BatchNorm's constants of block 1, of the current weights and set.
+struct ConvFirstNorm {
+    float mean[kConvFilters];     // of the raw output of images minus shift
+    float inverse[kConvFilters];  // 1 / sqrt(variance + eps)
+};
+
+struct ConvPatchMomentsParams {
+    PerTask<const float> images;
+    PerTask<ConvMomentSums> sums;  // [slices]
+    ConvBlock block;
+    ConvTiles tiles;
+};
+
+template <typename Stored>
+struct ConvFirstParams {
+    PerTask<const float> images;
+    PerTask<const float> weights;
+    PerTask<const ConvMoments> moments;
+    PerTask<const ConvFirstNorm> norm;
+    ConvLayer<Stored> layer;
+    ConvTiles tiles;  // of the activation
+};
+
+template <typename Stored>
+struct ConvFirstGradientParams {
+    PerTask<const float> images;
+    PerTask<const ConvMoments> moments;
+    ConvLayer<Stored> layer;
+    PerTask<float> partials;  // [slices, 1 + 9 * channels, filters]: sums of dy, and of dy * (patch - shift)
+    ConvTiles tiles;          // of the activation
+};
+
+// The gradient of block 1's raw output, where the direct form keeps one.
+template <typename Stored>
+struct ConvRawGradientParams {
+    PerTask<const float> weights;
+    ConvLayer<Stored> layer;
+};
+
+// ---- head, weights
+// ------------------------------------------------------------------------------------------------------
+
+template <typename Stored>
+struct ConvHeadParams {
+    ConvLayer<Stored> layer;  // the last block
+    PerTask<float> weights;
+    PerTask<float> features;  // [count, features]
+    PerTask<float> scores;    // [count, ways]: logits, then their gradient
+    const std::int64_t* labels;
+    float* loss;              // [T]
+    float* accuracy;          // [T]; may be null
+    float* logits;            // [T, count, ways]; may be null
+    float* grads;             // [T, P] of kGradient
+    std::uint8_t* nonfinite;  // [T]
+    const float* lr;          // of kStep: of the classifier's weight and bias at this step
+    const std::uint8_t* adapt;
+    std::int64_t weight, bias;  // places in a task's weights
+    std::int64_t theta_weight;  // place in a row of grads; the bias follows
+    std::int64_t parameters;    // P
+    std::int32_t ways;
+    Readout readout;
+    bool source_is_raw;  // else the last block is block 1, and its activation is stored
+    bool by_sign;
+    ConvPass pass;
+};
+
+// Where one block's parameters lie, packed and in theta.
+struct ConvPlaces {
+    std::int64_t weight, gamma, beta;
+    std::int64_t theta_weight, theta_bias, theta_gamma, theta_beta;  // theta_bias: -1 without one
+    std::int32_t in_channels;
+    std::int32_t tensor;  // index of the weight among theta's tensors
+};
+
+struct ConvNetwork {
+    ConvPlaces blocks[kConvBlocks];
+    std::int64_t head_weight, head_bias, theta_head_weight, theta_head_bias;
+    std::int64_t parameters;  // P
+    std::int32_t count;       // of blocks
+    std::int32_t filters, ways, channels;
+    std::int32_t pixels;      // positions that the classifier reads of every filter
+    std::int32_t tensors;
+    bool conv_bias;
+    bool by_covariance;  // block 1 is
+};
+
+// theta to every task's packed weights, and block 1's constants; and back.
+struct ConvPackParams {
+    const float* theta;
+    PerTask<float> weights;
+    ConvNetwork network;
+    PerTask<const ConvMomentSums> support_sums, query_sums;
+    PerTask<ConvMoments> support, query;
+    PerTask<ConvFirstNorm> norm;
+    std::int32_t support_slices, query_slices;  // 0: there is no such set
+    bool starts_with_query;                     // no inner step: the constants are those of the query set
+    float eps;                                  // of block 1
+};
+
+struct ConvUnpackParams {
+    const float* theta;
+    PerTask<const float> weights;
+    float* adapted;  // [T, P]
+    ConvNetwork network;
+};
+
+struct ConvUpdateParams {
+    PerTask<float> weights;
+    ConvNetwork network;
+    PerTask<const float> weight_partials[kConvBlocks];  // [slices, 9 * in_channels, filters]
+    PerTask<const float> sums[kConvBlocks];             // [slices, 2, filters]
+    std::int32_t weight_slices[kConvBlocks];
+    std::int32_t sums_slices[kConvBlocks];
+    // Block 1 by the covariance of its patches.
+    PerTask<const float> first_partials;
+    std::int32_t first_slices;
+    PerTask<const ConvMoments> moments, next_moments;  // of this pass and of the next; null after the last
+    PerTask<ConvFirstNorm> norm;
+    float eps;
+    const float* lr;            // [tensors] of this step
+    const std::uint8_t* adapt;  // [tensors]
+    float* grads;               // [T, P] of kGradient
+    std::uint8_t* nonfinite;    // [T]
+    bool by_sign;
+};
+
+}  // namespace signmaml

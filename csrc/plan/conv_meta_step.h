@@ -1,0 +1,592 @@
+// How a Conv-N meta-step runs on a GPU: the launches in order, their grids and memory, the workspace. Pure functions of
+// the shape and the counts; what a task computes never depends on T.
+//
+// Design. Activations lie [task][image][height][width][channel], weights [task][9 * channels in][filters], packed from
+// theta once a meta-step. A convolution is an implicit GEMM through mma.sync over tiles of at most 128 positions whose
+// input, halo and all, lies in shared memory 32 channels at a time, while the weights of one tap after the other come
+// in by cp.async. Of block l a pass stores the raw output z_l; what z_l becomes (BatchNorm, ReLU, halving) is made by
+// whoever reads it, once stored on the way (a_l and a byte a value that says who won the pooling), and dz_l likewise.
+// BatchNorm's sums are epilogues: a block of a kernel owns a slice of the tiles and writes one partial sum a channel, and
+// every reader adds the at most 64 slices up again in order, which costs less than a launch of its own.
+// A pass of N blocks is: first (or forward) of block 1, forward of blocks 2..N, head; and backward: data_gradient and
+// weight_gradient of blocks N..2, first_gradient of block 1, and sign_update or meta_accumulate for all weights at
+// once: 3 N + 1 launches, 13 for Conv4. Block 1 needs no raw output: see kernels/conv_first.cuh.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "params/conv_kernels.h"
+#include "plan/math.h"
+
+namespace signmaml {
+
+// ---- sizes
+// -------------------------------------------------------------------------------------------------------------
+
+inline ConvBlock conv_block(const ConvShape& shape, int number) {
+    ConvBlock block{};
+    int height = shape.height, width = shape.width;
+    for (int i = 0; i <= number; ++i) {
+        const bool pools = shape.halving == Halving::kMaxPool;
+        block.in_height = height;
+        block.in_width = width;
+        block.in_channels = i == 0 ? shape.channels : shape.filters;
+        block.stride = pools ? 1 : 2;
+        block.window = pools ? 2 : 1;
+        block.height = pools ? height : (height + 1) / 2;
+        block.width = pools ? width : (width + 1) / 2;
+        block.act_height = block.height / block.window;
+        block.act_width = block.width / block.window;
+        block.filters = shape.filters;
+        block.eps = static_cast<float>(shape.eps[i]);
+        height = block.act_height;
+        width = block.act_width;
+    }
+    return block;
+}
+
+// Places of all parameters, packed and in theta. The packed tensors begin at multiples of four floats.
+inline ConvNetwork conv_network(const ConvShape& shape, bool by_covariance) {
+    ConvNetwork net{};
+    std::int64_t packed = 0, theta = 0;
+    const std::int64_t filters = shape.filters;
+    for (int i = 0; i < shape.blocks; ++i) {
+        ConvPlaces& places = net.blocks[i];
+        places.in_channels = i == 0 ? shape.channels : shape.filters;
+        places.tensor = i * conv_tensors_of_block(shape);
+        const std::int64_t weights = kConvTaps * places.in_channels * filters;
+        places.weight = packed;
+        places.gamma = places.weight + weights;
+        places.beta = places.gamma + filters;
+        packed = places.beta + filters;
+        places.theta_weight = theta;
+        theta += weights;
+        places.theta_bias = shape.conv_bias ? theta : -1;
+        theta += shape.conv_bias ? filters : 0;
+        places.theta_gamma = theta;
+        places.theta_beta = theta + filters;
+        theta += 2 * filters;
+    }
+    const ConvBlock last = conv_block(shape, shape.blocks - 1);
+    net.pixels = shape.readout == Readout::kFlatten ? last.act_height * last.act_width : 1;
+    net.head_weight = packed;
+    net.head_bias = packed + std::int64_t{shape.ways} * net.pixels * filters;
+    net.theta_head_weight = theta;
+    net.theta_head_bias = theta + std::int64_t{shape.ways} * net.pixels * filters;
+    net.parameters = net.theta_head_bias + shape.ways;
+    net.count = shape.blocks;
+    net.filters = shape.filters;
+    net.ways = shape.ways;
+    net.channels = shape.channels;
+    net.tensors = conv_tensors(shape);
+    net.conv_bias = shape.conv_bias;
+    net.by_covariance = by_covariance;
+    return net;
+}
+
+// ---- tiles
+// --------------------------------------------------------------------------------------------------------------
+
+// What a tile of positions reads of its input, along one axis.
+enum class ConvHalo : std::int32_t {
+    kForward1 = 0,    // a 3-wide convolution, stride 1
+    kForward2 = 1,    // the same, stride 2
+    kTransposed2 = 2, // the outputs that inputs of a stride-2 convolution went into; tiles begin at even places
+    kPooled = 3,      // the pixels under a 2-wide window of a stride-1 convolution
+};
+
+constexpr int halo_of(ConvHalo halo, int extent) {
+    if (halo == ConvHalo::kForward1) return extent + 2;
+    if (halo == ConvHalo::kForward2) return 2 * extent + 1;
+    return halo == ConvHalo::kTransposed2 ? extent / 2 + 1 : 2 * extent + 2;
+}
+
+struct ConvTileLimits {
+    int positions;    // of a tile
+    int halo;         // positions that it reads, of all its images
+    int slices;       // of a task
+    int tiles;        // of a slice at least
+    bool whole_rows;  // only the width has a halo: the weight gradient reads one row of taps
+};
+
+// The tile that makes the least work: every tile costs the products of a full one, and what it reads.
+inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, const ConvTileLimits& limits) {
+    ConvTiles best{};
+    std::int64_t least = -1;
+    const bool even = halo == ConvHalo::kTransposed2;
+    const auto halo_height = [&](int extent) { return limits.whole_rows ? extent : halo_of(halo, extent); };
+    int previous = 0;
+    for (int columns = 1; columns <= width; ++columns) {
+        int tile_width = static_cast<int>(ceil_div(width, columns));
+        if (even && columns > 1) tile_width += tile_width % 2;
+        if (tile_width == previous) continue;
+        previous = tile_width;
+        const int halo_width = halo_of(halo, tile_width);
+        int tile_height = static_cast<int>(smaller(height, limits.positions / tile_width));
+        while (tile_height > 0 && halo_height(tile_height) * halo_width > limits.halo) --tile_height;
+        if (even && tile_height < height) tile_height -= tile_height % 2;
+        if (tile_height <= 0) continue;
+        const int rows = static_cast<int>(ceil_div(height, tile_height));
+        tile_height = static_cast<int>(ceil_div(height, rows));
+        if (even && rows > 1) tile_height += tile_height % 2;
+        int images = 1;
+        if (rows == 1 && tile_width >= width) {
+            const int of_image = halo_height(tile_height) * halo_width;
+            images = static_cast<int>(smaller(count, smaller(limits.positions / (tile_height * tile_width), limits.halo / of_image)));
+        }
+        const std::int64_t groups = ceil_div(count, images);
+        const std::int64_t tiles = groups * rows * ceil_div(width, tile_width);
+        const std::int64_t cost = tiles * (limits.positions + std::int64_t{images} * halo_height(tile_height) * halo_width);
+        if (least >= 0 && cost >= least) continue;
+        least = cost;
+        best = {count,
+                height,
+                width,
+                images,
+                tile_height,
+                tile_width,
+                rows,
+                static_cast<int>(ceil_div(width, tile_width)),
+                static_cast<int>(tiles),
+                0,
+                0,
+                halo_of(halo, tile_height),
+                halo_width};
+    }
+    const std::int64_t per_slice = larger(limits.tiles, ceil_div(best.tiles, limits.slices));
+    best.tiles_per_slice = static_cast<int>(per_slice);
+    best.slices = static_cast<int>(ceil_div(best.tiles, per_slice));
+    return best;
+}
+
+// Slices of a task: enough blocks to fill a GPU with few tasks; few enough that every reader can add them up.
+inline constexpr int kConvSlices = 64;
+// Of a weight gradient every slice costs 9 * channels * filters floats, written and read.
+inline constexpr int kConvWeightSlices = 8;
+inline constexpr int kConvMomentSlices = 16;
+// Positions in shared memory that leave room for three blocks on a multiprocessor, and for two with stride 2.
+inline constexpr int kConvHalo = 224;
+inline constexpr int kConvStridedHalo = 416;
+inline constexpr int kConvRowHalo = 168;
+inline constexpr int kConvFirstTile = 64;
+inline constexpr int kConvFirstHalo = 400;
+
+inline ConvTiles forward_tiles(const ConvBlock& block, int count) {
+    const bool strided = block.stride == 2;
+    return conv_tiles(strided ? ConvHalo::kForward2 : ConvHalo::kForward1, count, block.height, block.width,
+                      {kConvTile, strided ? kConvStridedHalo : kConvHalo, kConvSlices, 1, false});
+}
+
+inline ConvTiles data_gradient_tiles(const ConvBlock& block, int count) {
+    return conv_tiles(block.stride == 2 ? ConvHalo::kTransposed2 : ConvHalo::kForward1, count, block.in_height,
+                      block.in_width, {kConvTile, kConvHalo, kConvSlices, 1, false});
+}
+
+inline ConvTiles weight_gradient_tiles(const ConvBlock& block, int count) {
+    // More filters make the partial sums dear and give more blocks anyway.
+    const int tiles = static_cast<int>(larger(1, block.filters / 32));
+    return conv_tiles(block.stride == 2 ? ConvHalo::kForward2 : ConvHalo::kForward1, count, block.height, block.width,
+                      {kConvTile, kConvRowHalo, kConvWeightSlices, tiles, true});
+}
+
+inline ConvTiles moment_tiles(const ConvBlock& block, int count) {
+    ConvTiles tiles = conv_tiles(block.stride == 2 ? ConvHalo::kForward2 : ConvHalo::kForward1, count, block.height,
+                                 block.width, {kConvTile, kConvStridedHalo, kConvMomentSlices, 1, false});
+    return tiles;
+}
+
+inline ConvTiles first_tiles(const ConvBlock& block, int count) {
+    return conv_tiles(block.window == 2 ? ConvHalo::kPooled : ConvHalo::kForward2, count, block.act_height,
+                      block.act_width, {kConvFirstTile, kConvFirstHalo, kConvSlices, 1, false});
+}
+
+// ---- kernels
+// ------------------------------------------------------------------------------------------------------------
+
+// Columns of a product's tile that a block of threads takes: 8 for the narrowest network, else 32, or 64 where that
+// reads the input once instead of twice.
+constexpr int conv_columns(int filters) { return filters <= 8 ? 8 : filters <= 32 ? 32 : 64; }
+constexpr int conv_weight_columns(int filters) { return filters <= 8 ? 8 : 32; }
+
+inline ConvMemory forward_memory(const ConvTiles& tiles, int channels, int columns) {
+    ConvMemory memory{};
+    memory.slabs = tiles.tile_images * tiles.halo_height * tiles.halo_width * kConvRow;
+    memory.norm = memory.slabs + 2 * kConvChunk * (columns + 8);
+    memory.scratch = memory.norm + 3 * channels;
+    memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
+    return memory;
+}
+
+inline ConvMemory data_gradient_memory(const ConvTiles& tiles, int channels, int filters, int columns) {
+    ConvMemory memory{};
+    memory.slabs = (tiles.tile_images * tiles.halo_height * tiles.halo_width + 1) * kConvRow;  // one of zeros
+    memory.norm = memory.slabs + 2 * columns * kConvRow;
+    memory.scratch = memory.norm + 5 * filters + 2 * channels;
+    memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
+    return memory;
+}
+
+inline ConvMemory weight_gradient_memory(const ConvTiles& tiles, int columns) {
+    ConvMemory memory{};
+    memory.slabs = tiles.tile_images * tiles.tile_height * tiles.halo_width * kConvDeepRow;
+    memory.norm = memory.scratch = memory.slabs + kConvTile * (columns + 8);
+    memory.end = memory.scratch + kConvTile;
+    return memory;
+}
+
+enum class ConvKernel : std::int32_t {
+    kPatchMoments,
+    kPack,
+    kFirst,
+    kForward,
+    kHead,
+    kDataGradient,
+    kWeightGradient,
+    kFirstGradient,
+    kRawGradient,
+    kSignUpdate,
+    kMetaAccumulate,
+    kUnpack,
+};
+
+constexpr const char* name_of(ConvKernel kernel) {
+    switch (kernel) {
+        case ConvKernel::kPatchMoments: return "patch_moments";
+        case ConvKernel::kPack: return "conv_pack";
+        case ConvKernel::kFirst: return "conv_first";
+        case ConvKernel::kForward: return "conv_forward";
+        case ConvKernel::kHead: return "conv_head";
+        case ConvKernel::kDataGradient: return "conv_data_gradient";
+        case ConvKernel::kWeightGradient: return "conv_weight_gradient";
+        case ConvKernel::kFirstGradient: return "conv_first_gradient";
+        case ConvKernel::kRawGradient: return "conv_raw_gradient";
+        case ConvKernel::kSignUpdate: return "conv_sign_update";
+        case ConvKernel::kMetaAccumulate: return "conv_meta_accumulate";
+        default: return "conv_unpack";
+    }
+}
+
+struct ConvLaunch {
+    ConvKernel kernel;
+    int block;  // of the network; -1: all, or none
+    int step;   // 0 to K - 1: inner steps; K: the query pass; -1: before or after
+    bool query; // works on the query set
+    std::int64_t grid_x, grid_y, grid_z;
+    int threads;
+    std::int64_t shared_bytes;
+    double flops;  // multiplications and additions of the algorithm, whatever the precision splits them into
+    double bytes;  // every array that the kernel touches counted once
+};
+
+// ---- workspace
+// ----------------------------------------------------------------------------------------------------------
+
+// One array of the workspace: `stride` bytes a task, from `offset` on.
+struct ConvArray {
+    std::int64_t offset, stride;
+    int element_bytes;
+};
+
+struct ConvWorkspace {
+    ConvArray weights, norm, support_sums, query_sums, support_moments, query_moments, first_partials, features, scores,
+        raw_gradient;
+    ConvArray raw[kConvBlocks], activation[kConvBlocks], codes[kConvBlocks], gradient[kConvBlocks],
+        statistics[kConvBlocks], sums[kConvBlocks], weight_partials[kConvBlocks];
+    std::int64_t bytes;
+};
+
+struct ConvSizes {
+    std::int64_t tasks;
+    int support, query, steps;
+    bool wants_grads;    // of the query loss
+    bool wants_adapted;  // the parameters after the inner loop
+};
+
+struct ConvPlan {
+    ConvShape shape;
+    ConvSizes sizes;
+    ConvPrecision precision;
+    ConvNetwork network;
+    ConvBlock blocks[kConvBlocks];
+    std::int64_t chunk;  // tasks at once; the launches are repeated for every chunk
+    ConvWorkspace workspace;
+    std::vector<ConvLaunch> launches;  // of a chunk
+};
+
+// Tasks beyond what fits here run one chunk after the other.
+inline constexpr std::int64_t kConvWorkspaceLimit = std::int64_t{4} << 30;
+inline constexpr std::int64_t kLargestConvChunk = 65535;  // the y extent of a grid
+
+inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
+    ConvWorkspace space{};
+    std::int64_t at = 0;
+    const auto take = [&](ConvArray& array, std::int64_t elements, int element_bytes) {
+        array = {at, ceil_div(elements * element_bytes, 256) * 256, element_bytes};
+        at += tasks * array.stride;
+    };
+    const int stored = plan.precision == ConvPrecision::kBf16 ? 2 : 4;
+    const int support = plan.sizes.support, query = plan.sizes.query;
+    const std::int64_t count = larger(support, query), filters = plan.shape.filters;
+    const ConvNetwork& net = plan.network;
+    take(space.weights, net.head_bias + net.ways, 4);
+    const auto slices = [&](ConvTiles (*tiles)(const ConvBlock&, int), const ConvBlock& block) {
+        std::int64_t most = 1;
+        if (support > 0) most = larger(most, tiles(block, support).slices);
+        if (query > 0) most = larger(most, tiles(block, query).slices);
+        return most;
+    };
+    if (net.by_covariance) {
+        const ConvBlock& first = plan.blocks[0];
+        take(space.norm, sizeof(ConvFirstNorm) / 4, 4);
+        const std::int64_t of_sums = sizeof(ConvMomentSums) / 4;
+        if (support > 0) take(space.support_sums, moment_tiles(first, support).slices * of_sums, 4);
+        if (query > 0) take(space.query_sums, moment_tiles(first, query).slices * of_sums, 4);
+        if (support > 0) take(space.support_moments, sizeof(ConvMoments) / 4, 4);
+        if (query > 0) take(space.query_moments, sizeof(ConvMoments) / 4, 4);
+        take(space.first_partials, slices(first_tiles, first) * (1 + kConvTaps * first.in_channels) * filters, 4);
+    }
+    std::int64_t largest_raw = 0;
+    for (int i = 0; i < net.count; ++i) {
+        const ConvBlock& block = plan.blocks[i];
+        const std::int64_t raw = count * block.height * block.width * filters;
+        const std::int64_t activation = count * block.act_height * block.act_width * filters;
+        const bool direct = i > 0 || !net.by_covariance;
+        take(space.activation[i], activation, stored);
+        take(space.codes[i], activation, 1);
+        take(space.gradient[i], activation, stored);
+        if (!direct) continue;
+        take(space.raw[i], raw, stored);
+        take(space.statistics[i], slices(forward_tiles, block) * 3 * filters, 4);
+        take(space.sums[i], (i + 1 < net.count ? slices(data_gradient_tiles, plan.blocks[i + 1]) : 1) * 2 * filters, 4);
+        take(space.weight_partials[i],
+             slices(weight_gradient_tiles, block) * kConvTaps * block.in_channels * filters, 4);
+        largest_raw = larger(largest_raw, raw);
+    }
+    if (largest_raw > 0) take(space.raw_gradient, largest_raw, stored);
+    take(space.features, count * net.pixels * filters, 4);
+    take(space.scores, count * net.ways, 4);
+    space.bytes = at;
+    return space;
+}
+
+// ---- the launches
+// --------------------------------------------------------------------------------------------------------
+
+class ConvPlanner {
+  public:
+    explicit ConvPlanner(ConvPlan& plan) : plan_(plan), tasks_(plan.chunk) {}
+
+    void add_all() {
+        const ConvSizes& sizes = plan_.sizes;
+        if (plan_.network.by_covariance) {
+            if (sizes.support > 0) add_moments(false);
+            if (sizes.query > 0) add_moments(true);
+        }
+        const double packed = static_cast<double>(plan_.network.head_bias + plan_.network.ways);
+        add(ConvKernel::kPack, -1, -1, false, 1 + smaller(16, ceil_div(plan_.network.head_bias, 256)), 1, 256,
+            update_bytes(), 0.0, 8.0 * packed * static_cast<double>(tasks_));
+        for (int step = 0; step < sizes.steps; ++step) add_pass(step, false, true);
+        if (sizes.query > 0) add_pass(sizes.steps, true, sizes.wants_grads);
+        if (sizes.wants_adapted) {
+            add(ConvKernel::kUnpack, -1, -1, false, smaller(16, ceil_div(plan_.network.head_bias, 256)), 1, 256, 0, 0.0,
+                8.0 * packed * static_cast<double>(tasks_));
+        }
+    }
+
+  private:
+    ConvPlan& plan_;
+    std::int64_t tasks_;
+
+    std::int64_t update_bytes() const {
+        return plan_.network.by_covariance
+                   ? std::int64_t{plan_.shape.filters} * (kConvPatch * 8 + (1 + kConvPatch) * 4 + 4)
+                   : 0;
+    }
+
+    void add(ConvKernel kernel, int block, int step, bool query, std::int64_t x, std::int64_t z, int threads,
+             std::int64_t shared_bytes, double flops, double bytes) {
+        plan_.launches.push_back({kernel, block, step, query, x, tasks_, z, threads, shared_bytes, flops, bytes});
+    }
+
+    double stored() const { return plan_.precision == ConvPrecision::kBf16 ? 2.0 : 4.0; }
+
+    double all(double of_task) const { return of_task * static_cast<double>(tasks_); }
+
+    static double area(double count, int height, int width, int channels) {
+        return count * height * static_cast<double>(width) * channels;
+    }
+
+    void add_moments(bool query) {
+        const int count = query ? plan_.sizes.query : plan_.sizes.support;
+        const ConvBlock& block = plan_.blocks[0];
+        const ConvTiles tiles = moment_tiles(block, count);
+        const double values = kConvTaps * block.in_channels;
+        const std::int64_t floats =
+            kConvChannels + 1 + tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
+        add(ConvKernel::kPatchMoments, 0, -1, query, tiles.slices, 1, kConvThreads, floats * 4,
+            all(area(count, block.height, block.width, 1) * values * (values + 3.0)),
+            all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0));
+    }
+
+    void add_pass(int step, bool query, bool backward) {
+        const int count = query ? plan_.sizes.query : plan_.sizes.support;
+        const ConvNetwork& net = plan_.network;
+        const double filters = plan_.shape.filters;
+        for (int i = 0; i < net.count; ++i) {
+            if (i == 0 && net.by_covariance) {
+                add_first(step, query, count);
+            } else {
+                add_forward(i, step, query, count, backward);
+            }
+        }
+        const double features = static_cast<double>(count) * net.pixels * filters;
+        const ConvBlock& last = plan_.blocks[net.count - 1];
+        const bool raw = net.count > 1 || !net.by_covariance;
+        add(ConvKernel::kHead, net.count - 1, step, query, tasks_, 1, 256, (5 * net.filters + 8 + 512) * 4,
+            all(features * net.ways * (backward ? 6.0 : 2.0)),
+            all((raw ? area(count, last.height, last.width, last.filters) : features) * stored() + features * 4.0 +
+                (backward ? 2.0 : 1.0) * net.ways * net.pixels * filters * 4.0));
+        plan_.launches.back().grid_y = 1;
+        if (!backward) return;
+        for (int i = net.count - 1; i > 0; --i) {
+            add_data_gradient(i, step, query, count);
+            add_weight_gradient(i, step, query, count);
+        }
+        if (net.by_covariance) {
+            add_first_gradient(step, query, count);
+        } else {
+            add_raw_gradient(step, query, count);
+            add_weight_gradient(0, step, query, count);
+        }
+        add_update(step, query, count);
+    }
+
+    void add_first(int step, bool query, int count) {
+        const ConvBlock& block = plan_.blocks[0];
+        const ConvTiles tiles = first_tiles(block, count);
+        const std::int64_t floats = std::int64_t{kConvTaps * block.in_channels + 3} * block.filters +
+                                    tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
+        const double used = area(count, block.act_height, block.act_width, block.filters);
+        add(ConvKernel::kFirst, 0, step, query, tiles.slices, 1, kConvThreads, floats * 4,
+            all(used * block.window * block.window * 2.0 * kConvTaps * block.in_channels),
+            all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0 + used * (stored() + 1.0)));
+    }
+
+    double products(int i, int count) const {
+        const ConvBlock& block = plan_.blocks[i];
+        return area(count, block.height, block.width, block.filters) * 2.0 * kConvTaps * block.in_channels;
+    }
+
+    double weight_bytes(int i) const {
+        return 4.0 * kConvTaps * plan_.blocks[i].in_channels * plan_.blocks[i].filters;
+    }
+
+    double raw_bytes(int i, int count) const {
+        const ConvBlock& block = plan_.blocks[i];
+        return area(count, block.height, block.width, block.filters) * stored();
+    }
+
+    double activation_values(int i, int count) const {
+        const ConvBlock& block = plan_.blocks[i];
+        return area(count, block.act_height, block.act_width, block.filters);
+    }
+
+    bool has_raw(int i) const { return i > 0 || !plan_.network.by_covariance; }
+
+    void add_forward(int i, int step, bool query, int count, bool keep) {
+        const ConvBlock& block = plan_.blocks[i];
+        const ConvTiles tiles = forward_tiles(block, count);
+        const int columns = conv_columns(block.filters);
+        double bytes = weight_bytes(i) + raw_bytes(i, count);
+        if (i == 0) {
+            bytes += area(count, block.in_height, block.in_width, block.in_channels) * 4.0;
+        } else if (has_raw(i - 1)) {
+            bytes += raw_bytes(i - 1, count);
+            if (keep) bytes += activation_values(i - 1, count) * (stored() + 1.0);
+        } else {
+            bytes += activation_values(i - 1, count) * stored();
+        }
+        add(ConvKernel::kForward, i, step, query, tiles.slices, ceil_div(block.filters, columns), kConvThreads,
+            std::int64_t{forward_memory(tiles, block.in_channels, columns).end} * 4, all(products(i, count)), all(bytes));
+    }
+
+    void add_data_gradient(int i, int step, bool query, int count) {
+        const ConvBlock& block = plan_.blocks[i];
+        const ConvTiles tiles = data_gradient_tiles(block, count);
+        const int columns = conv_columns(block.in_channels);
+        double bytes = weight_bytes(i) + 2.0 * raw_bytes(i, count);  // z read, dz stored
+        bytes += activation_values(i, count) * (stored() + 1.0) + activation_values(i - 1, count) * stored();
+        if (has_raw(i - 1)) bytes += raw_bytes(i - 1, count) + activation_values(i - 1, count);
+        add(ConvKernel::kDataGradient, i, step, query, tiles.slices, ceil_div(block.in_channels, columns), kConvThreads,
+            std::int64_t{data_gradient_memory(tiles, block.in_channels, block.filters, columns).end} * 4,
+            all(products(i, count)), all(bytes));
+    }
+
+    void add_weight_gradient(int i, int step, bool query, int count) {
+        const ConvBlock& block = plan_.blocks[i];
+        const ConvTiles tiles = weight_gradient_tiles(block, count);
+        const int columns = conv_weight_columns(block.filters);
+        const double input = area(count, block.in_height, block.in_width, block.in_channels) * (i == 0 ? 4.0 : stored());
+        add(ConvKernel::kWeightGradient, i, step, query, tiles.slices,
+            3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvThreads,
+            std::int64_t{weight_gradient_memory(tiles, columns).end} * 4, all(products(i, count)),
+            all(input + raw_bytes(i, count) + tiles.slices * weight_bytes(i)));
+    }
+
+    void add_first_gradient(int step, bool query, int count) {
+        const ConvBlock& block = plan_.blocks[0];
+        const ConvTiles tiles = first_tiles(block, count);
+        const std::int64_t sums = 1 + kConvTaps * block.in_channels;
+        const std::int64_t floats = (kConvThreads / 32 - 1) * sums * 32 +
+                                    tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
+        const double used = activation_values(0, count);
+        add(ConvKernel::kFirstGradient, 0, step, query, tiles.slices, ceil_div(block.filters, 32), kConvThreads,
+            floats * 4, all(used * 2.0 * static_cast<double>(sums)),
+            all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0 + used * (stored() + 1.0) +
+                4.0 * static_cast<double>(tiles.slices * sums * block.filters)));
+    }
+
+    void add_raw_gradient(int step, bool query, int count) {
+        const ConvBlock& block = plan_.blocks[0];
+        const std::int64_t items = std::int64_t{count} * block.height * block.width * block.filters / 4;
+        add(ConvKernel::kRawGradient, 0, step, query, smaller(kConvSlices, ceil_div(items, kConvThreads)), 1, kConvThreads,
+            std::int64_t{5} * block.filters * 4, all(10.0 * raw_bytes(0, count) / stored()),
+            all(2.0 * raw_bytes(0, count) + activation_values(0, count) * (stored() + 1.0)));
+    }
+
+    void add_update(int step, bool query, int count) {
+        const ConvNetwork& net = plan_.network;
+        double bytes = 8.0 * static_cast<double>(net.head_weight);
+        std::int64_t elements = 0;
+        for (int i = net.by_covariance ? 1 : 0; i < net.count; ++i) {
+            const ConvBlock& block = plan_.blocks[i];
+            bytes += weight_gradient_tiles(block, count).slices * weight_bytes(i);
+            elements += std::int64_t{kConvTaps} * block.in_channels * block.filters;
+        }
+        if (net.by_covariance) {
+            bytes += 4.0 * first_tiles(plan_.blocks[0], count).slices * (1.0 + kConvTaps * net.channels) * net.filters;
+        }
+        add(query ? ConvKernel::kMetaAccumulate : ConvKernel::kSignUpdate, -1, step, query,
+            2 + smaller(64, larger(1, ceil_div(elements, 256))), 1, 256, update_bytes(), all(bytes / 4.0), all(bytes));
+    }
+};
+
+// `workspace_limit`: bytes that the workspace should not exceed unless one task needs them; 0: kConvWorkspaceLimit.
+inline ConvPlan plan_conv_meta_step(const ConvShape& shape, const ConvSizes& sizes, ConvPrecision precision,
+                                    bool by_covariance = true, std::int64_t workspace_limit = 0) {
+    ConvPlan plan{};
+    plan.shape = shape;
+    plan.sizes = sizes;
+    plan.precision = precision;
+    plan.network = conv_network(shape, by_covariance);
+    for (int i = 0; i < shape.blocks; ++i) plan.blocks[i] = conv_block(shape, i);
+    const std::int64_t of_task = conv_workspace(plan, 1).bytes;
+    const std::int64_t limit = workspace_limit > 0 ? workspace_limit : kConvWorkspaceLimit;
+    plan.chunk = larger(1, smaller(smaller(sizes.tasks, kLargestConvChunk), limit / of_task));
+    plan.workspace = conv_workspace(plan, plan.chunk);
+    ConvPlanner(plan).add_all();
+    return plan;
+}
+
+}  // namespace signmaml
