@@ -40,7 +40,7 @@ def meta_accumulate_cpu(
     /,
 ) -> None: ...
 
-# The next three are there only where built_with_cuda.
+# The next three, conv_meta_step_cuda, mlp_meta_step_cuda and multiprocessors are there only where built_with_cuda.
 def cuda_driver_version() -> int: ...
 def sign_step_cuda(
     params: int,
@@ -82,6 +82,34 @@ def plan_meta_accumulate(
 def plan_conv_meta_step_cpu(
     shape: dict[str, Any], tasks: int, support: int, query: int, scalar_bytes: int, threads: int
 ) -> dict[str, Any]: ...
+def plan_conv_meta_step(
+    shape: dict[str, Any],
+    tasks: int,
+    support: int,
+    query: int,
+    steps: int,
+    precision: str,
+    multiprocessors: int,
+    wants_grads: bool = True,
+    wants_adapted: bool = False,
+    by_covariance: bool = True,
+    workspace_limit: int = 0,
+) -> dict[str, Any]: ...
+def conv_meta_step_cuda(
+    addresses: dict[str, int],
+    shape: dict[str, Any],
+    *,
+    tasks: int,
+    support: int,
+    query: int,
+    steps: int,
+    by_sign: bool,
+    precision: str,
+    device: int,
+    stream: int,
+    by_covariance: bool = True,
+    workspace_limit: int = 0,
+) -> None: ...
 def conv_meta_step_cpu(
     addresses: dict[str, int],
     shape: dict[str, Any],

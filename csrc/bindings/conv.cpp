@@ -13,6 +13,8 @@
 #include "cpu/conv_stages.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
+#include "launch/launch.h"
+#include "plan/conv_meta_step.h"
 #include "plan/conv_meta_step_cpu.h"
 
 namespace py = pybind11;
@@ -166,9 +168,9 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     py::list blocks;
     for (int i = 0; i < shape.blocks; ++i) {
         const ConvBlockPlan& b = layout.blocks[i];
-        blocks.append(py::dict("inputs"_a = b.inputs, "out_h"_a = b.out_h, "out_w"_a = b.out_w,
-                               "half_h"_a = b.half_h, "half_w"_a = b.half_w, "vectors"_a = b.vectors,
-                               "vectors_back"_a = b.vectors_back, "rows"_a = b.rows, "items"_a = b.items));
+        blocks.append(py::dict("inputs"_a = b.inputs, "out_h"_a = b.out_h, "out_w"_a = b.out_w, "half_h"_a = b.half_h,
+                               "half_w"_a = b.half_w, "vectors"_a = b.vectors, "vectors_back"_a = b.vectors_back,
+                               "rows"_a = b.rows, "items"_a = b.items));
     }
     return py::dict("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
                     "workspace_bytes"_a = plan.workspace_bytes, "parameters"_a = conv_parameters(shape),
@@ -196,6 +198,97 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
     }
 }
 
+// ---- CUDA
+// --------------------------------------------------------------------------------------------------------------
+
+ConvPrecision conv_precision_of(const std::string& precision) {
+    if (precision == "fp32") return ConvPrecision::kFp32;
+    if (precision == "tf32") return ConvPrecision::kTf32;
+    if (precision == "bf16") return ConvPrecision::kBf16;
+    refuse("precision", "'fp32', 'tf32' or 'bf16'", "'" + precision + "'");
+}
+
+// The multiprocessors of the GPU play no part: what a task computes must not depend on them.
+py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int query, int steps,
+                   const std::string& precision, int multiprocessors, bool wants_grads, bool wants_adapted,
+                   bool by_covariance, std::int64_t workspace_limit) {
+    using py::literals::operator""_a;
+    const ConvShape shape = conv_shape_of(entries);
+    ConvSizes{tasks, support, query, steps, true}.check();
+    check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
+    const ConvPlan plan = plan_conv_meta_step(shape, {tasks, support, query, steps, wants_grads, wants_adapted},
+                                              conv_precision_of(precision), by_covariance, workspace_limit);
+    py::list launches;
+    for (const ConvLaunch& one : plan.launches) {
+        launches.append(py::dict("kernel"_a = name_of(one.kernel), "block_of_network"_a = one.block,
+                                 "step"_a = one.step, "set"_a = one.query ? "query" : "support",
+                                 "grid"_a = py::make_tuple(one.grid_x, one.grid_y, one.grid_z),
+                                 "threads"_a = one.threads, "shared_bytes"_a = one.shared_bytes, "flops"_a = one.flops,
+                                 "bytes"_a = one.bytes));
+    }
+    py::list arrays;
+    for_each_array(plan.workspace, [&arrays](const char* name, const ConvArray& array) {
+        arrays.append(py::dict("name"_a = name, "offset"_a = array.offset, "stride"_a = array.stride,
+                               "element_bytes"_a = array.element_bytes));
+    });
+    return py::dict("workspace_bytes"_a = plan.workspace.bytes, "chunk"_a = plan.chunk,
+                    "parameters"_a = conv_parameters(shape), "launches"_a = launches, "workspace"_a = arrays);
+}
+
+#ifdef SIGNMAML_WITH_CUDA
+#ifdef SIGNMAML_EMULATION
+// Tells the emulated GPU what it may touch: every array of the workspace by itself, so that a step out of one is seen.
+void declare(const ConvMetaStepParams<float>& p, const ConvPlan& plan) {
+    auto& buffers = emulation::settings().buffers;
+    buffers.clear();
+    const auto add = [&buffers](const char* name, const void* address, std::int64_t count, std::int64_t bytes,
+                                bool writable) {
+        if (address != nullptr && count > 0) {
+            buffers.push_back({name, reinterpret_cast<std::uintptr_t>(address), count * bytes, bytes, writable});
+        }
+    };
+    for_each_array(plan.workspace, [&](const char* name, const ConvArray& array) {
+        add(name, static_cast<char*>(p.workspace) + array.offset, plan.chunk * array.stride / array.element_bytes,
+            array.element_bytes, true);
+    });
+    const std::int64_t image = std::int64_t{p.shape.channels} * p.shape.height * p.shape.width;
+    const std::int64_t support = p.tasks * p.support.count, query = p.tasks * p.query.count;
+    const std::int64_t tensors = conv_tensors(p.shape);
+    add("theta", p.theta, p.parameters, 4, false);
+    add("support_x", p.support.x, support * image, 4, false);
+    add("support_labels", p.support.labels, support, 8, false);
+    add("query_x", p.query.x, query * image, 4, false);
+    add("query_labels", p.query.labels, query, 8, false);
+    add("lr", p.lr, p.steps * tensors, 4, false);
+    add("adapt", p.adapt, tensors, 1, false);
+    add("support_loss", p.support_loss, p.steps * p.tasks, 4, true);
+    add("query_loss", p.query_loss, p.tasks, 4, true);
+    add("query_accuracy", p.query_accuracy, p.tasks, 4, true);
+    add("logits", p.logits, query * p.shape.ways, 4, true);
+    add("adapted", p.adapted, p.tasks * p.parameters, 4, true);
+    add("grads", p.grads, p.tasks * p.parameters, 4, true);
+    add("nonfinite", p.nonfinite, p.tasks, 1, true);
+}
+#endif
+
+void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support,
+                         int query, int steps, bool by_sign, const std::string& precision, int device,
+                         std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
+    const ConvShape shape = conv_shape_of(entries);
+    const ConvSizes sizes{tasks, support, query, steps, by_sign};
+    sizes.check();
+    const ConvPrecision of_products = conv_precision_of(precision);
+    const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
+    check_present(params);
+#ifdef SIGNMAML_EMULATION
+    declare(params, plan_conv_meta_step(shape, {tasks, support, query, steps, true, true}, of_products, by_covariance,
+                                        workspace_limit));
+#endif
+    const py::gil_scoped_release unlocked;
+    launch_conv_meta_step(params, of_products, by_covariance, workspace_limit, device, reinterpret_cast<void*>(stream));
+}
+#endif  // SIGNMAML_WITH_CUDA
+
 }  // namespace
 
 void define_conv(py::module_& m) {
@@ -204,6 +297,14 @@ void define_conv(py::module_& m) {
           "threads"_a);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a);
+    m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
+          "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
+          "workspace_limit"_a = 0);
+#ifdef SIGNMAML_WITH_CUDA
+    m.def("conv_meta_step_cuda", &conv_meta_step_cuda, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
+          "query"_a, "steps"_a, "by_sign"_a, "precision"_a, "device"_a, "stream"_a, "by_covariance"_a = true,
+          "workspace_limit"_a = 0);
+#endif
 }
 
 }  // namespace signmaml::bindings

@@ -64,8 +64,8 @@ __device__ inline void store_floats(Stored* target, const Vector<float, kCount>&
 
 // Where a tile lies in the grid of positions.
 struct TilePlace {
-    int image, y, x;           // its first position
-    int images, height, width; // of the part of it that is inside the grid
+    int image, y, x;            // its first position
+    int images, height, width;  // of the part of it that is inside the grid
 
     __device__ int positions() const { return images * height * width; }
 };
@@ -155,8 +155,8 @@ struct Activated {
 
 // `norm` holds mean, gamma / sqrt(variance + eps) and beta of every channel, one array after the other.
 template <int kCount, typename Stored>
-__device__ inline Activated<kCount, Stored> activate(const ConvLayer<Stored>& layer, const Stored* raw, int image, int y,
-                                                     int x, int channel, const Shared<float>& norm) {
+__device__ inline Activated<kCount, Stored> activate(const ConvLayer<Stored>& layer, const Stored* raw, int image,
+                                                     int y, int x, int channel, const Shared<float>& norm) {
     const ConvBlock& block = layer.block;
     const int filters = block.filters;
     Activated<kCount, Stored> result;

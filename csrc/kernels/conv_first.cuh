@@ -148,15 +148,15 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
     }
     for (int filter = threadIdx.x; filter < filters; filter += kConvThreads) {
         norm.set(filter, load(&constants->mean[filter]));
-        norm.set(filters + filter,
-                 load(weights + p.layer.gamma + filter) * load(&constants->inverse[filter]));
+        norm.set(filters + filter, load(weights + p.layer.gamma + filter) * load(&constants->inverse[filter]));
         norm.set(2 * filters + filter, load(weights + p.layer.beta + filter));
     }
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
         block_barrier();  // weights and constants are there; all have read the tile before
-        stage_pixels(row_of(p.images, task), block, tiles, place, 2,
-                     [&](int channel) { return load(&moments->shift[channel]); }, tile);
+        stage_pixels(
+            row_of(p.images, task), block, tiles, place, 2, [&](int channel) { return load(&moments->shift[channel]); },
+            tile);
         block_barrier();  // the tile is there
         const int all = tiles.tile_images * positions;
         for (int item = threadIdx.x; item < all * (filters / kFirstFilters); item += kConvThreads) {
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
                     const auto v = load<float, 4>(kernel.address((tap * channels + channel) * filters + filter + 4));
 #pragma unroll
                     for (int place_in_window = 0; place_in_window < kSide * kSide; ++place_in_window) {
-                        const float pixel = pixels[place_in_window / kSide + tap / 3][place_in_window % kSide + tap % 3];
+                        const float pixel =
+                            pixels[place_in_window / kSide + tap / 3][place_in_window % kSide + tap % 3];
 #pragma unroll
                         for (int f = 0; f < 4; ++f) {
                             z[place_in_window][f] += pixel * w.at[f];
@@ -244,8 +245,9 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
         block_barrier();  // all have read the tile before
-        stage_pixels(row_of(p.images, task), block, tiles, place, 2,
-                     [&](int channel) { return load(&moments->shift[channel]); }, tile);
+        stage_pixels(
+            row_of(p.images, task), block, tiles, place, 2, [&](int channel) { return load(&moments->shift[channel]); },
+            tile);
         block_barrier();  // the tile is there
         if (filter >= filters) continue;
         const int all = tiles.tile_images * tiles.tile_height * tiles.tile_width;
@@ -265,8 +267,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const
             for (int tap = 0; tap < kConvTaps; ++tap) {
 #pragma unroll
                 for (int channel = 0; channel < kChannels; ++channel) {
-                    const float pixel =
-                        tile.get(origin + (tap / 3 * tiles.halo_width + tap % 3) * kChannels + channel);
+                    const float pixel = tile.get(origin + (tap / 3 * tiles.halo_width + tap % 3) * kChannels + channel);
                     sums[1 + tap * kChannels + channel] += dy * pixel;
                 }
             }

@@ -55,8 +55,8 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
             if (p.source == ConvSource::kActivation) {
                 values = load_floats<4>(row_of(p.below.activation, task) + at);
             } else {
-                const auto activated = activate<4>(p.below, row_of(p.below.raw, task), place.image + image, y, x,
-                                                   first + channel, norm);
+                const auto activated =
+                    activate<4>(p.below, row_of(p.below.raw, task), place.image + image, y, x, first + channel, norm);
                 values = activated.values;
                 // Of the tiles that hold this position, the one whose own part it is stores it.
                 const bool owned = row >= 1 && row <= tiles.tile_height * block.stride && column >= 1 &&
@@ -164,11 +164,13 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
             for (int h = 0; h < 4; ++h) {
                 Vector<float, 2> z{};
                 if (positions[h].inside) {
-                    z = {{rounded_to<Stored>(sums[h / 2][j][h % 2 * 2]), rounded_to<Stored>(sums[h / 2][j][h % 2 * 2 + 1])}};
+                    z = {{rounded_to<Stored>(sums[h / 2][j][h % 2 * 2]),
+                          rounded_to<Stored>(sums[h / 2][j][h % 2 * 2 + 1])}};
                     const int y = place.y + positions[h].y, x = place.x + positions[h].x;
                     const std::int64_t image = place.image + positions[h].image;
                     if (column < block.filters) {
-                        store_floats<2>(raw + ((image * block.height + y) * block.width + x) * block.filters + column, z);
+                        store_floats<2>(raw + ((image * block.height + y) * block.width + x) * block.filters + column,
+                                        z);
                     }
                 }
 #pragma unroll

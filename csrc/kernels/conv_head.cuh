@@ -189,8 +189,7 @@ struct ConvHead {
                                 load(features() + static_cast<std::int64_t>(image) * width() + i);
                 }
                 // torch flattens filter by filter, the features here lie pixel by pixel.
-                const int flattened =
-                    p.readout == Readout::kFlatten ? i % filters * pixels() + i / filters : i;
+                const int flattened = p.readout == Readout::kFlatten ? i % filters * pixels() + i / filters : i;
                 nonfinite |= take(p.weight + item, p.theta_weight + way * width() + flattened, gradient, 0);
             }
         }

@@ -25,7 +25,8 @@ __device__ inline Shared<T> first_memory(int filters, int which) {
     const std::int64_t doubles = std::int64_t{kConvPatch} * filters * 8;
     const std::int64_t floats = std::int64_t{1 + kConvPatch} * filters * 4;
     if (which == 0) return Shared<T>(0, std::int64_t{kConvPatch} * filters);
-    return which == 1 ? Shared<T>(doubles, std::int64_t{1 + kConvPatch} * filters) : Shared<T>(doubles + floats, filters);
+    return which == 1 ? Shared<T>(doubles, std::int64_t{1 + kConvPatch} * filters)
+                      : Shared<T>(doubles + floats, filters);
 }
 
 // Mean and covariance of the patches from the slices' sums, each around its own shift; all threads of a block.
@@ -67,8 +68,8 @@ __device__ inline void join_moments(const ConvMomentSums* slices, int count_of_s
 
 // BatchNorm's constants of block 1: mean(z) = W m and var(z) = W G W^T, in double since W may lie along a direction of
 // small variance. All threads of a block; the weights lie in global memory.
-__device__ inline void first_norm(const ConvMoments* moments, const float* weights, int channels, int filters, float eps,
-                                  ConvFirstNorm* norm) {
+__device__ inline void first_norm(const ConvMoments* moments, const float* weights, int channels, int filters,
+                                  float eps, ConvFirstNorm* norm) {
     const int values = kConvTaps * channels;
     const Shared<double> products = first_memory<double>(filters, 0);
     for (int item = threadIdx.x; item < values * filters; item += kConvUpdateThreads) {
@@ -103,7 +104,7 @@ __device__ inline std::int64_t theta_place(const ConvNetwork& net, std::int64_t 
     }
     int number = net.count - 1;
     while (place < net.blocks[number].weight) --number;
-    const ConvPlaces& block = net.blocks[number];
+    const ConvOffsets& block = net.blocks[number];
     if (place >= block.beta) return block.theta_beta + place - block.beta;
     if (place >= block.gamma) return block.theta_gamma + place - block.gamma;
     const std::int64_t i = place - block.weight;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_pack_kernel(const Con
     const ConvNetwork& net = p.network;
     float* weights = row_of(p.weights, task);
     // Block 0 packs block 1 of the network and whatever follows from it, the others the rest.
-    const ConvPlaces& first = net.blocks[0];
+    const ConvOffsets& first = net.blocks[0];
     if (blockIdx.x == 0) {
         for (std::int64_t i = threadIdx.x; i < first.gamma; i += kConvUpdateThreads) {
             store(weights + i, load(p.theta + theta_place(net, i)));
@@ -184,7 +185,7 @@ __device__ inline int gamma_tensor(const ConvNetwork& net, int block) {
 template <bool kStep>
 __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) {
     const ConvNetwork& net = p.network;
-    const ConvPlaces& places = net.blocks[0];
+    const ConvOffsets& places = net.blocks[0];
     const int filters = net.filters, values = kConvTaps * net.channels;
     const Shared<float> sums = first_memory<float>(filters, 1), dgammas = first_memory<float>(filters, 2);
     const ConvMoments* moments = row_of(p.moments, task);
@@ -217,8 +218,8 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
             dense += load(&moments->covariance[i][j]) *
                      static_cast<double>(load(weights + places.weight + j * filters + filter));
         }
-        const float centred = sums.get((1 + i) * filters + filter) -
-                              sums.get(filter) * static_cast<float>(load(&moments->mean[i]));
+        const float centred =
+            sums.get((1 + i) * filters + filter) - sums.get(filter) * static_cast<float>(load(&moments->mean[i]));
         const float inner = centred - dgammas.get(filter) * inverse * static_cast<float>(dense);
         sums.set((1 + i) * filters + filter, load(weights + places.gamma + filter) * inverse * inner);
     }
@@ -232,8 +233,10 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
     }
     for (int filter = threadIdx.x; filter < filters; filter += kConvUpdateThreads) {
         const int tensor = gamma_tensor(net, 0);
-        nonfinite |= take<kStep>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgammas.get(filter));
-        nonfinite |= take<kStep>(p, task, places.beta + filter, places.theta_beta + filter, tensor + 1, sums.get(filter));
+        nonfinite |=
+            take<kStep>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgammas.get(filter));
+        nonfinite |=
+            take<kStep>(p, task, places.beta + filter, places.theta_beta + filter, tensor + 1, sums.get(filter));
     }
     if (kStep && p.next_moments.base != nullptr) {
         block_barrier();  // the weights have moved
@@ -250,7 +253,7 @@ __device__ inline bool take_norms(const ConvUpdateParams& p, std::int64_t task) 
     bool nonfinite = false;
     for (int item = threadIdx.x; item < net.count * net.filters; item += kConvUpdateThreads) {
         const int block = item / net.filters, filter = item % net.filters;
-        const ConvPlaces& places = net.blocks[block];
+        const ConvOffsets& places = net.blocks[block];
         if (!kStep && net.conv_bias) store(p.grads + task * net.parameters + places.theta_bias + filter, 0.0f);
         if (block == 0 && net.by_covariance) continue;
         const float* sums = row_of(p.sums[block], task) + filter;
@@ -269,7 +272,7 @@ __device__ inline bool take_weights(const ConvUpdateParams& p, std::int64_t task
     const ConvNetwork& net = p.network;
     bool nonfinite = false;
     for (int block = net.by_covariance ? 1 : 0; block < net.count; ++block) {
-        const ConvPlaces& places = net.blocks[block];
+        const ConvOffsets& places = net.blocks[block];
         const int elements = kConvTaps * places.in_channels * net.filters;
         const float* partials = row_of(p.weight_partials[block], task);
         for (int item = piece * kConvUpdateThreads + static_cast<int>(threadIdx.x); item < elements;

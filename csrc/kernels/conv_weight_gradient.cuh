@@ -1,8 +1,8 @@
 // dW = sum over positions of patch(x) (x) dz: partial sums of the weight gradient of one block of the network.
-// A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps, columns filters, depth is
-// positions. A block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk channels and
-// 8 * kTilesN filters; warps 0 and 2 take the first 16 channels, 1 and 3 the others; two warps share the depth.
-// Launched by launch_conv_weight_gradient; conv_sign_update adds the slices up and moves the weights.
+// A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps, columns filters, depth
+// is positions. A block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk channels and 8 *
+// kTilesN filters; warps 0 and 2 take the first 16 channels, 1 and 3 the others; two warps share the depth. Launched by
+// launch_conv_weight_gradient; conv_sign_update adds the slices up and moves the weights.
 #pragma once
 
 #include <cstdint>
@@ -59,9 +59,9 @@ __device__ inline void stage_output_gradient(const ConvWeightGradientParams<Stor
         if (position.inside && first_column + column < block.filters) {
             const int y = place.y + position.y, x = place.x + position.x;
             const std::int64_t image = place.image + position.image;
-            values = load_floats<4>(row_of(p.layer.raw_gradient, task) +
-                                    ((image * block.height + y) * block.width + x) * block.filters + first_column +
-                                    column);
+            values =
+                load_floats<4>(row_of(p.layer.raw_gradient, task) +
+                               ((image * block.height + y) * block.width + x) * block.filters + first_column + column);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) target.set(number * (kColumns + 8) + column + i, values.at[i]);

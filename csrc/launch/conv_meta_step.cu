@@ -38,15 +38,14 @@ class ConvRun {
 
     PerTask<const float> images(const ConvLaunch& one) const {
         const ConvSet<float>& set = set_of(one);
-        const std::int64_t of_task =
-            std::int64_t{set.count} * p_.shape.channels * p_.shape.height * p_.shape.width;
+        const std::int64_t of_task = std::int64_t{set.count} * p_.shape.channels * p_.shape.height * p_.shape.width;
         return {set.x + first_ * of_task, of_task * std::int64_t{sizeof(float)}};
     }
 
     // Of every set, block and pass.
     ConvLayer<Stored> layer(const ConvLaunch& one, int number) const {
         const ConvWorkspace& space = plan_.workspace;
-        const ConvPlaces& places = plan_.network.blocks[number];
+        const ConvOffsets& places = plan_.network.blocks[number];
         const int count = set_of(one).count;
         ConvLayer<Stored> layer{};
         layer.block = plan_.blocks[number];
@@ -149,7 +148,8 @@ class ConvRun {
         params.layer = layer(one, 0);
         params.tiles = first_tiles(params.layer.block, params.layer.count);
         const bool pools = p_.shape.halving == Halving::kMaxPool;
-        go("conv_first_kernel", pools ? conv_first_kernel<true, Stored> : conv_first_kernel<false, Stored>, one, params);
+        go("conv_first_kernel", pools ? conv_first_kernel<true, Stored> : conv_first_kernel<false, Stored>, one,
+           params);
     }
 
     void first_gradient(const ConvLaunch& one) const {
@@ -172,7 +172,7 @@ class ConvRun {
 
     bool has_raw(int block) const { return block > 0 || !plan_.network.by_covariance; }
 
-    bool goes_back(const ConvLaunch& one) const { return !one.query || plan_.sizes.wants_grads; }
+    bool goes_back(const ConvLaunch& one) const { return !one.query || plan_.request.wants_grads; }
 
     void forward(const ConvLaunch& one) const {
         ConvForwardParams<Stored> params{};
@@ -303,9 +303,9 @@ void launch_conv_meta_step(const ConvMetaStepParams<float>& params, ConvPrecisio
     if (params.tasks == 0) return;
     const DeviceScope scope(device);
     const auto stream = static_cast<cudaStream_t>(raw_stream);
-    const ConvSizes sizes{params.tasks,          params.support.count,    params.query.count, params.steps,
-                          params.grads != nullptr, params.adapted != nullptr};
-    const ConvPlan plan = plan_conv_meta_step(params.shape, sizes, precision, by_covariance, workspace_limit);
+    const ConvRequest request{params.tasks, params.support.count,    params.query.count,
+                              params.steps, params.grads != nullptr, params.adapted != nullptr};
+    const ConvPlan plan = plan_conv_meta_step(params.shape, request, precision, by_covariance, workspace_limit);
     switch (precision) {
         case ConvPrecision::kFp32: return run_chunks<ConvPrecision::kFp32>(params, plan, stream);
         case ConvPrecision::kTf32: return run_chunks<ConvPrecision::kTf32>(params, plan, stream);

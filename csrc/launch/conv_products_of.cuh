@@ -31,9 +31,11 @@ void launch_conv_data_gradient(const ConvDataGradientParams<Stored>& params, con
 template <ConvPrecision kPrecision, typename Stored>
 void launch_conv_weight_gradient(const ConvWeightGradientParams<Stored>& params, const ConvLaunch& plan,
                                  std::int64_t tasks, cudaStream_t stream) {
-    const auto kernel = conv_weight_columns(params.layer.block.filters) == 8 ? conv_weight_gradient_kernel<kPrecision, 1>
-                                                                             : conv_weight_gradient_kernel<kPrecision, 4>;
-    launch("conv_weight_gradient_kernel", kernel, grid_of(plan, tasks), plan.threads, plan.shared_bytes, stream, params);
+    const auto kernel = conv_weight_columns(params.layer.block.filters) == 8
+                            ? conv_weight_gradient_kernel<kPrecision, 1>
+                            : conv_weight_gradient_kernel<kPrecision, 4>;
+    launch("conv_weight_gradient_kernel", kernel, grid_of(plan, tasks), plan.threads, plan.shared_bytes, stream,
+           params);
 }
 
 }  // namespace signmaml

@@ -24,9 +24,9 @@ enum class ConvSource : std::int32_t {
 
 // What becomes of the gradients of a pass.
 enum class ConvPass : std::int32_t {
-    kStep = 0,     // an inner step: they move the weights
-    kGradient = 1, // the query set of a meta-step: they are the result
-    kForward = 2,  // the query set of an evaluation: there are none
+    kStep = 0,      // an inner step: they move the weights
+    kGradient = 1,  // the query set of a meta-step: they are the result
+    kForward = 2,   // the query set of an evaluation: there are none
 };
 
 // One array a task, `stride` bytes apart.
@@ -39,11 +39,11 @@ struct PerTask {
 // A grid of positions (count x height x width) cut into tiles of whole images or of rectangles of one, and the tiles
 // dealt out to slices: tile i belongs to slice i / tiles_per_slice. Depends on the shape and the count, never on T.
 struct ConvTiles {
-    std::int32_t count, height, width;                          // the grid
-    std::int32_t tile_images, tile_height, tile_width;          // at most so many positions a tile as the kernel takes
-    std::int32_t tiles_y, tiles_x, tiles;                       // of an image, and in all
+    std::int32_t count, height, width;                  // the grid
+    std::int32_t tile_images, tile_height, tile_width;  // at most so many positions a tile as the kernel takes
+    std::int32_t tiles_y, tiles_x, tiles;               // of an image, and in all
     std::int32_t tiles_per_slice, slices;
-    std::int32_t halo_height, halo_width;                       // of one image's part of what the tile reads
+    std::int32_t halo_height, halo_width;  // of one image's part of what the tile reads
 };
 
 // Sizes of one block of the network.
@@ -79,10 +79,10 @@ inline constexpr std::uint8_t kConvActive = 4;
 
 // Threads of a block of the convolution kernels: four warps, two rows of fragments each.
 inline constexpr int kConvThreads = 128;
-inline constexpr int kConvTile = 128;   // positions
-inline constexpr int kConvChunk = 32;   // channels that lie in shared memory at once
-inline constexpr int kConvRow = 36;     // floats from one position's channels to the next: fragment reads hit 32 banks
-inline constexpr int kConvDeepRow = 40; // the same where positions are the depth of the product
+inline constexpr int kConvTile = 128;    // positions
+inline constexpr int kConvChunk = 32;    // channels that lie in shared memory at once
+inline constexpr int kConvRow = 36;      // floats from one position's channels to the next: fragment reads hit 32 banks
+inline constexpr int kConvDeepRow = 40;  // the same where positions are the depth of the product
 inline constexpr int kConvTaps = 9;
 
 // Where the parts of a block's shared memory begin, in floats; the tile of positions comes first.
@@ -110,7 +110,7 @@ struct ConvDataGradientParams {
     PerTask<const float> weights;
     ConvLayer<Stored> below;
     ConvLayer<Stored> layer;
-    ConvTiles tiles;  // of the block's input
+    ConvTiles tiles;    // of the block's input
     bool below_is_raw;  // the block below has a raw output whose gradient sums are wanted
     ConvMemory memory;
 };
@@ -133,7 +133,7 @@ inline constexpr int kConvPatch = kConvTaps * kConvChannels;  // values of a pat
 
 // Centred on one value a channel (`shift`), so that sums of squares do not cancel. A patch is [taps, channels].
 struct ConvMoments {
-    double mean[kConvPatch];                   // of the patch, minus shift
+    double mean[kConvPatch];  // of the patch, minus shift
     double covariance[kConvPatch][kConvPatch];
     float shift[kConvChannels];
 };
@@ -142,8 +142,8 @@ struct ConvMoments {
 struct ConvMomentSums {
     double count;
     double shift[kConvChannels];
-    double sum[kConvPatch];                 // of patch - shift
-    double product[kConvPatch][kConvPatch]; // i <= j
+    double sum[kConvPatch];                  // of patch - shift
+    double product[kConvPatch][kConvPatch];  // i <= j
 };
 
 // BatchNorm's constants of block 1, of the current weights and set.
@@ -213,7 +213,7 @@ struct ConvHeadParams {
 };
 
 // Where one block's parameters lie, packed and in theta.
-struct ConvPlaces {
+struct ConvOffsets {
     std::int64_t weight, gamma, beta;
     std::int64_t theta_weight, theta_bias, theta_gamma, theta_beta;  // theta_bias: -1 without one
     std::int32_t in_channels;
@@ -221,12 +221,12 @@ struct ConvPlaces {
 };
 
 struct ConvNetwork {
-    ConvPlaces blocks[kConvBlocks];
+    ConvOffsets blocks[kConvBlocks];
     std::int64_t head_weight, head_bias, theta_head_weight, theta_head_bias;
     std::int64_t parameters;  // P
     std::int32_t count;       // of blocks
     std::int32_t filters, ways, channels;
-    std::int32_t pixels;      // positions that the classifier reads of every filter
+    std::int32_t pixels;  // positions that the classifier reads of every filter
     std::int32_t tensors;
     bool conv_bias;
     bool by_covariance;  // block 1 is

@@ -6,9 +6,9 @@
 // input, halo and all, lies in shared memory 32 channels at a time, while the weights of one tap after the other come
 // in by cp.async. Of block l a pass stores the raw output z_l; what z_l becomes (BatchNorm, ReLU, halving) is made by
 // whoever reads it, once stored on the way (a_l and a byte a value that says who won the pooling), and dz_l likewise.
-// BatchNorm's sums are epilogues: a block of a kernel owns a slice of the tiles and writes one partial sum a channel, and
-// every reader adds the at most 64 slices up again in order, which costs less than a launch of its own.
-// A pass of N blocks is: first (or forward) of block 1, forward of blocks 2..N, head; and backward: data_gradient and
+// BatchNorm's sums are epilogues: a block of a kernel owns a slice of the tiles and writes one partial sum a channel,
+// and every reader adds the at most 64 slices up again in order, which costs less than a launch of its own. A pass of N
+// blocks is: first (or forward) of block 1, forward of blocks 2..N, head; and backward: data_gradient and
 // weight_gradient of blocks N..2, first_gradient of block 1, and sign_update or meta_accumulate for all weights at
 // once: 3 N + 1 launches, 13 for Conv4. Block 1 needs no raw output: see kernels/conv_first.cuh.
 #pragma once
@@ -52,7 +52,7 @@ inline ConvNetwork conv_network(const ConvShape& shape, bool by_covariance) {
     std::int64_t packed = 0, theta = 0;
     const std::int64_t filters = shape.filters;
     for (int i = 0; i < shape.blocks; ++i) {
-        ConvPlaces& places = net.blocks[i];
+        ConvOffsets& places = net.blocks[i];
         places.in_channels = i == 0 ? shape.channels : shape.filters;
         places.tensor = i * conv_tensors_of_block(shape);
         const std::int64_t weights = kConvTaps * places.in_channels * filters;
@@ -90,10 +90,10 @@ inline ConvNetwork conv_network(const ConvShape& shape, bool by_covariance) {
 
 // What a tile of positions reads of its input, along one axis.
 enum class ConvHalo : std::int32_t {
-    kForward1 = 0,    // a 3-wide convolution, stride 1
-    kForward2 = 1,    // the same, stride 2
-    kTransposed2 = 2, // the outputs that inputs of a stride-2 convolution went into; tiles begin at even places
-    kPooled = 3,      // the pixels under a 2-wide window of a stride-1 convolution
+    kForward1 = 0,     // a 3-wide convolution, stride 1
+    kForward2 = 1,     // the same, stride 2
+    kTransposed2 = 2,  // the outputs that inputs of a stride-2 convolution went into; tiles begin at even places
+    kPooled = 3,       // the pixels under a 2-wide window of a stride-1 convolution
 };
 
 constexpr int halo_of(ConvHalo halo, int extent) {
@@ -133,11 +133,13 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
         int images = 1;
         if (rows == 1 && tile_width >= width) {
             const int of_image = halo_height(tile_height) * halo_width;
-            images = static_cast<int>(smaller(count, smaller(limits.positions / (tile_height * tile_width), limits.halo / of_image)));
+            images = static_cast<int>(
+                smaller(count, smaller(limits.positions / (tile_height * tile_width), limits.halo / of_image)));
         }
         const std::int64_t groups = ceil_div(count, images);
         const std::int64_t tiles = groups * rows * ceil_div(width, tile_width);
-        const std::int64_t cost = tiles * (limits.positions + std::int64_t{images} * halo_height(tile_height) * halo_width);
+        const std::int64_t cost =
+            tiles * (limits.positions + std::int64_t{images} * halo_height(tile_height) * halo_width);
         if (least >= 0 && cost >= least) continue;
         least = cost;
         best = {count,
@@ -269,9 +271,9 @@ constexpr const char* name_of(ConvKernel kernel) {
 
 struct ConvLaunch {
     ConvKernel kernel;
-    int block;  // of the network; -1: all, or none
-    int step;   // 0 to K - 1: inner steps; K: the query pass; -1: before or after
-    bool query; // works on the query set
+    int block;   // of the network; -1: all, or none
+    int step;    // 0 to K - 1: inner steps; K: the query pass; -1: before or after
+    bool query;  // works on the query set
     std::int64_t grid_x, grid_y, grid_z;
     int threads;
     std::int64_t shared_bytes;
@@ -296,7 +298,7 @@ struct ConvWorkspace {
     std::int64_t bytes;
 };
 
-struct ConvSizes {
+struct ConvRequest {
     std::int64_t tasks;
     int support, query, steps;
     bool wants_grads;    // of the query loss
@@ -305,7 +307,7 @@ struct ConvSizes {
 
 struct ConvPlan {
     ConvShape shape;
-    ConvSizes sizes;
+    ConvRequest request;
     ConvPrecision precision;
     ConvNetwork network;
     ConvBlock blocks[kConvBlocks];
@@ -326,7 +328,7 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
         at += tasks * array.stride;
     };
     const int stored = plan.precision == ConvPrecision::kBf16 ? 2 : 4;
-    const int support = plan.sizes.support, query = plan.sizes.query;
+    const int support = plan.request.support, query = plan.request.query;
     const std::int64_t count = larger(support, query), filters = plan.shape.filters;
     const ConvNetwork& net = plan.network;
     take(space.weights, net.head_bias + net.ways, 4);
@@ -359,8 +361,8 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
         take(space.raw[i], raw, stored);
         take(space.statistics[i], slices(forward_tiles, block) * 3 * filters, 4);
         take(space.sums[i], (i + 1 < net.count ? slices(data_gradient_tiles, plan.blocks[i + 1]) : 1) * 2 * filters, 4);
-        take(space.weight_partials[i],
-             slices(weight_gradient_tiles, block) * kConvTaps * block.in_channels * filters, 4);
+        take(space.weight_partials[i], slices(weight_gradient_tiles, block) * kConvTaps * block.in_channels * filters,
+             4);
         largest_raw = larger(largest_raw, raw);
     }
     if (largest_raw > 0) take(space.raw_gradient, largest_raw, stored);
@@ -368,6 +370,33 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
     take(space.scores, count * net.ways, 4);
     space.bytes = at;
     return space;
+}
+
+// Every array that is there, with a name: for whoever checks or prints them.
+template <typename Visit>
+void for_each_array(const ConvWorkspace& space, const Visit& visit) {
+    const auto one = [&](const char* name, const ConvArray& array) {
+        if (array.stride > 0) visit(name, array);
+    };
+    one("weights", space.weights);
+    one("norm", space.norm);
+    one("support_sums", space.support_sums);
+    one("query_sums", space.query_sums);
+    one("support_moments", space.support_moments);
+    one("query_moments", space.query_moments);
+    one("first_partials", space.first_partials);
+    one("features", space.features);
+    one("scores", space.scores);
+    one("raw_gradient", space.raw_gradient);
+    for (int i = 0; i < kConvBlocks; ++i) {
+        one("raw", space.raw[i]);
+        one("activation", space.activation[i]);
+        one("codes", space.codes[i]);
+        one("gradient", space.gradient[i]);
+        one("statistics", space.statistics[i]);
+        one("sums", space.sums[i]);
+        one("weight_partials", space.weight_partials[i]);
+    }
 }
 
 // ---- the launches
@@ -378,17 +407,17 @@ class ConvPlanner {
     explicit ConvPlanner(ConvPlan& plan) : plan_(plan), tasks_(plan.chunk) {}
 
     void add_all() {
-        const ConvSizes& sizes = plan_.sizes;
+        const ConvRequest& request = plan_.request;
         if (plan_.network.by_covariance) {
-            if (sizes.support > 0) add_moments(false);
-            if (sizes.query > 0) add_moments(true);
+            if (request.support > 0) add_moments(false);
+            if (request.query > 0) add_moments(true);
         }
         const double packed = static_cast<double>(plan_.network.head_bias + plan_.network.ways);
         add(ConvKernel::kPack, -1, -1, false, 1 + smaller(16, ceil_div(plan_.network.head_bias, 256)), 1, 256,
             update_bytes(), 0.0, 8.0 * packed * static_cast<double>(tasks_));
-        for (int step = 0; step < sizes.steps; ++step) add_pass(step, false, true);
-        if (sizes.query > 0) add_pass(sizes.steps, true, sizes.wants_grads);
-        if (sizes.wants_adapted) {
+        for (int step = 0; step < request.steps; ++step) add_pass(step, false, true);
+        if (request.query > 0) add_pass(request.steps, true, request.wants_grads);
+        if (request.wants_adapted) {
             add(ConvKernel::kUnpack, -1, -1, false, smaller(16, ceil_div(plan_.network.head_bias, 256)), 1, 256, 0, 0.0,
                 8.0 * packed * static_cast<double>(tasks_));
         }
@@ -418,7 +447,7 @@ class ConvPlanner {
     }
 
     void add_moments(bool query) {
-        const int count = query ? plan_.sizes.query : plan_.sizes.support;
+        const int count = query ? plan_.request.query : plan_.request.support;
         const ConvBlock& block = plan_.blocks[0];
         const ConvTiles tiles = moment_tiles(block, count);
         const double values = kConvTaps * block.in_channels;
@@ -430,7 +459,7 @@ class ConvPlanner {
     }
 
     void add_pass(int step, bool query, bool backward) {
-        const int count = query ? plan_.sizes.query : plan_.sizes.support;
+        const int count = query ? plan_.request.query : plan_.request.support;
         const ConvNetwork& net = plan_.network;
         const double filters = plan_.shape.filters;
         for (int i = 0; i < net.count; ++i) {
@@ -478,9 +507,7 @@ class ConvPlanner {
         return area(count, block.height, block.width, block.filters) * 2.0 * kConvTaps * block.in_channels;
     }
 
-    double weight_bytes(int i) const {
-        return 4.0 * kConvTaps * plan_.blocks[i].in_channels * plan_.blocks[i].filters;
-    }
+    double weight_bytes(int i) const { return 4.0 * kConvTaps * plan_.blocks[i].in_channels * plan_.blocks[i].filters; }
 
     double raw_bytes(int i, int count) const {
         const ConvBlock& block = plan_.blocks[i];
@@ -508,7 +535,8 @@ class ConvPlanner {
             bytes += activation_values(i - 1, count) * stored();
         }
         add(ConvKernel::kForward, i, step, query, tiles.slices, ceil_div(block.filters, columns), kConvThreads,
-            std::int64_t{forward_memory(tiles, block.in_channels, columns).end} * 4, all(products(i, count)), all(bytes));
+            std::int64_t{forward_memory(tiles, block.in_channels, columns).end} * 4, all(products(i, count)),
+            all(bytes));
     }
 
     void add_data_gradient(int i, int step, bool query, int count) {
@@ -527,7 +555,8 @@ class ConvPlanner {
         const ConvBlock& block = plan_.blocks[i];
         const ConvTiles tiles = weight_gradient_tiles(block, count);
         const int columns = conv_weight_columns(block.filters);
-        const double input = area(count, block.in_height, block.in_width, block.in_channels) * (i == 0 ? 4.0 : stored());
+        const double input =
+            area(count, block.in_height, block.in_width, block.in_channels) * (i == 0 ? 4.0 : stored());
         add(ConvKernel::kWeightGradient, i, step, query, tiles.slices,
             3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvThreads,
             std::int64_t{weight_gradient_memory(tiles, columns).end} * 4, all(products(i, count)),
@@ -550,8 +579,8 @@ class ConvPlanner {
     void add_raw_gradient(int step, bool query, int count) {
         const ConvBlock& block = plan_.blocks[0];
         const std::int64_t items = std::int64_t{count} * block.height * block.width * block.filters / 4;
-        add(ConvKernel::kRawGradient, 0, step, query, smaller(kConvSlices, ceil_div(items, kConvThreads)), 1, kConvThreads,
-            std::int64_t{5} * block.filters * 4, all(10.0 * raw_bytes(0, count) / stored()),
+        add(ConvKernel::kRawGradient, 0, step, query, smaller(kConvSlices, ceil_div(items, kConvThreads)), 1,
+            kConvThreads, std::int64_t{5} * block.filters * 4, all(10.0 * raw_bytes(0, count) / stored()),
             all(2.0 * raw_bytes(0, count) + activation_values(0, count) * (stored() + 1.0)));
     }
 
@@ -573,17 +602,17 @@ class ConvPlanner {
 };
 
 // `workspace_limit`: bytes that the workspace should not exceed unless one task needs them; 0: kConvWorkspaceLimit.
-inline ConvPlan plan_conv_meta_step(const ConvShape& shape, const ConvSizes& sizes, ConvPrecision precision,
+inline ConvPlan plan_conv_meta_step(const ConvShape& shape, const ConvRequest& request, ConvPrecision precision,
                                     bool by_covariance = true, std::int64_t workspace_limit = 0) {
     ConvPlan plan{};
     plan.shape = shape;
-    plan.sizes = sizes;
+    plan.request = request;
     plan.precision = precision;
     plan.network = conv_network(shape, by_covariance);
     for (int i = 0; i < shape.blocks; ++i) plan.blocks[i] = conv_block(shape, i);
     const std::int64_t of_task = conv_workspace(plan, 1).bytes;
     const std::int64_t limit = workspace_limit > 0 ? workspace_limit : kConvWorkspaceLimit;
-    plan.chunk = larger(1, smaller(smaller(sizes.tasks, kLargestConvChunk), limit / of_task));
+    plan.chunk = larger(1, smaller(smaller(request.tasks, kLargestConvChunk), limit / of_task));
     plan.workspace = conv_workspace(plan, plan.chunk);
     ConvPlanner(plan).add_all();
     return plan;

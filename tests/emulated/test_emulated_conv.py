@@ -1,0 +1,327 @@
+"""The Conv-N kernels on the emulated GPU against the definition in plain PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from helpers import conv_cases, emulated, images
+from helpers.conv_cases import Net
+
+# Twice what float32 can tell apart: an error below it is as good as none, and PyTorch's may be that by luck.
+SPACING = 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def native() -> ModuleType:
+    return emulated.load(emulated.build_once())
+
+
+def by_seed(native: ModuleType, seed: int) -> None:
+    """A random order of threads, and sometimes several blocks at once."""
+    native.configure(seed=seed, blocks_alive=1 + seed % 3, multiprocessors=2)
+
+
+def assert_within_twice_torch(net: Net, found: Tensor, exact: Tensor, torch_found: Tensor) -> None:
+    """Every tensor's gradient is at most twice as far from float64's as PyTorch's own in the same precision."""
+    ours, theirs = conv_cases.errors(net, found, exact), conv_cases.errors(net, torch_found, exact)
+    for shape, error, peer in zip(net.tensors, ours, theirs, strict=True):
+        assert error <= 2 * peer + SPACING, (shape, error, peer)
+
+
+NETS = {
+    "max": Net(),
+    "stride": Net(halving="stride"),
+    "one block": Net(blocks=1, height=8, width=11),
+    "one block, stride, mean": Net(blocks=1, halving="stride", readout="mean", height=6, width=8, channels=2),
+    "three blocks, odd": Net(blocks=3, height=15, width=9, channels=2, support=2, query=3),
+    "colour, mean": Net(channels=3, readout="mean", conv_bias=False),
+    "colour, stride": Net(blocks=3, channels=3, halving="stride", height=11, width=9),
+    "six blocks": Net(blocks=6, halving="stride", height=9, width=8, query=24),
+    "24 filters": Net(filters=24, height=6, width=5, tasks=1),
+    "32 filters, bf16 depth": Net(filters=32, height=5, width=5, tasks=1, conv_bias=False),
+    "many ways": Net(ways=100, height=5, width=4, query=2),
+    "two ways, eps": Net(ways=2, eps=1e-3),
+    "wide": Net(height=4, width=37, support=2, query=2),
+    "tall": Net(height=41, width=4, channels=3, support=2, query=2),
+    "many images": Net(blocks=2, height=5, width=5, support=2, query=70, tasks=1),
+}
+FORMS = [True, False]  # block 1 by the covariance of its patches, or like the others
+
+
+@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_before_the_sign(native, name, by_covariance):
+    net = NETS[name]
+    by_seed(native, list(NETS).index(name))
+    data = conv_cases.draw(net, seed=3)
+    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, data, steps=0)
+    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
+    assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+    torch.testing.assert_close(found.query_loss.double(), exact.query_loss, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(found.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.query_accuracy, exact.query_accuracy)
+    assert not found.nonfinite.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filters", [40, 72])
+def test_several_chunks_of_channels_and_columns(native, filters):
+    """72 filters are two blocks of columns, and three chunks of depth."""
+    by_seed(native, 1)
+    net = Net(blocks=2, filters=filters, height=4, width=4, tasks=1, support=2, query=2)
+    data = conv_cases.draw(net)
+    found = conv_cases.run(native, net, data, steps=0)
+    exact = conv_cases.definition(net, data, steps=0)
+    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
+    assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+
+
+@pytest.mark.parametrize("offset", [0.0, 128.0])
+def test_images_far_from_zero(native, offset):
+    """Pixels as 0..255 files have them: the covariance must not cancel."""
+    by_seed(native, 2)
+    net = Net(channels=3, height=10, width=9)
+    data = conv_cases.draw(net, offset=offset)
+    for by_covariance in FORMS:
+        found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+        exact = conv_cases.definition(net, data, steps=0)
+        single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
+        assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+
+
+@pytest.mark.parametrize("by_sign", [True, False])
+def test_the_step_is_exact_given_the_gradient(native, by_sign):
+    """The same data as support set of one step and as query set of none: the step uses the very same gradient."""
+    by_seed(native, 4)
+    net = Net(channels=2, support=3, query=3)
+    data = conv_cases.draw(net)
+    lr = torch.rand(1, len(net.tensors)) * 0.1
+    data.query_x, data.query_y = data.support_x, data.support_y
+    gradient = conv_cases.run(native, net, data, steps=0).grads
+    stepped = conv_cases.run(native, net, data, steps=1, lr=lr, by_sign=by_sign)
+    rates = torch.cat([rate.expand(torch.Size(shape).numel()) for rate, shape in zip(lr[0], net.tensors, strict=True)])
+    theta = torch.cat([p.reshape(-1) for p in data.params])
+    direction = gradient.sign() if by_sign else gradient
+    assert torch.equal(stepped.adapted, theta - rates * direction)
+    for tensor, before, dead in zip(conv_cases.split(net, stepped.adapted), data.params, net.dead, strict=True):
+        assert not dead or torch.equal(tensor, before.expand_as(tensor)), "a convolution's bias never moves"
+
+
+@pytest.mark.parametrize("halving", ["max", "stride"])
+def test_whole_meta_step_of_tasks_without_a_flipped_sign(native, halving):
+    by_seed(native, 5)
+    net = Net(halving=halving, channels=3, tasks=4)
+    data = conv_cases.draw(net, seed=1)
+    found, exact = conv_cases.run(native, net, data, steps=2), conv_cases.definition(net, data, steps=2)
+    same = (found.adapted.double() - exact.adapted).abs().amax(1) < 1e-4
+    assert same.sum() >= 2, "too many signs flipped to say anything"
+    for t in same.nonzero()[:, 0].tolist():
+        rows = slice(t, t + 1)
+        assert max(conv_cases.errors(net, found.grads[rows], exact.grads[rows])) < 5e-6
+        torch.testing.assert_close(found.query_loss[t].double(), exact.query_loss[t], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.support_loss[:, t].double(), exact.support_loss[:, t], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "rates", "head only", "body only", "some"])
+def test_plain_gradient_steps_and_options(native, case):
+    """Steps without a sign are smooth: whole trajectories can be held against float64."""
+    by_seed(native, 6)
+    net = Net(channels=2, tasks=2)
+    data = conv_cases.draw(net)
+    count = len(net.tensors)
+    options = {
+        "plain": {},
+        "rates": {"lr": torch.rand(3, count, generator=torch.Generator().manual_seed(1)) * 0.1},
+        "head only": {"adapt": [False] * (count - 2) + [True] * 2},
+        "body only": {"adapt": [True] * (count - 2) + [False] * 2},
+        "some": {"adapt": [i % 3 != 1 for i in range(count)]},
+    }[case]
+    options = {"lr": 0.05, "steps": 3, "by_sign": False, **options}
+    found, exact = conv_cases.run(native, net, data, **options), conv_cases.definition(net, data, **options)
+    assert max(conv_cases.errors(net, found.grads, exact.grads)) < 5e-6
+    assert max(conv_cases.errors(net, found.adapted, exact.adapted)) < 1e-6
+    torch.testing.assert_close(found.support_loss.double(), exact.support_loss, rtol=1e-5, atol=1e-5)
+    for tensor, before, moves in zip(
+        conv_cases.split(net, found.adapted), data.params, options.get("adapt", [True] * count), strict=True
+    ):
+        assert moves or torch.equal(tensor, before.expand_as(tensor))
+
+
+def test_forward_only_and_without_a_query_set(native):
+    by_seed(native, 7)
+    net = Net()
+    data = conv_cases.draw(net)
+    whole = conv_cases.run(native, net, data, steps=2)
+    evaluated = conv_cases.run(native, net, data, steps=2, wants_grads=False)
+    for name in ("logits", "query_loss", "query_accuracy", "support_loss", "adapted"):
+        assert torch.equal(getattr(whole, name), getattr(evaluated, name)), name
+    adapted = conv_cases.run(native, net, data, steps=2, with_query=False)
+    assert torch.equal(adapted.adapted, whole.adapted) and torch.equal(adapted.support_loss, whole.support_loss)
+
+
+@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_task_does_not_depend_on_its_neighbours_or_the_schedule(native, steps, by_covariance):
+    net = Net(tasks=5, height=6, width=7)
+    data = conv_cases.draw(net)
+    results = []
+    for seed, chosen, limit in ((0, slice(0, 5), 0), (1, slice(2, 3), 0), (2, slice(1, 4), 0), (3, slice(0, 5), 1)):
+        by_seed(native, seed)
+        part = conv_cases.run(
+            native, net, data.tasks(chosen), steps=steps, by_covariance=by_covariance, workspace_limit=limit
+        )
+        row = 2 - chosen.start
+        results.append((part.grads[row], part.adapted[row], part.logits[row], part.support_loss[:, row]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_chunks_of_tasks_give_the_same(native):
+    net = Net(tasks=5, height=6, width=7)
+    data = conv_cases.draw(net)
+    plans = [native.plan_conv_meta_step(net.shape, 5, 3, 4, 1, "fp32", 2, workspace_limit=limit) for limit in (0, 1)]
+    limit = plans[1]["workspace_bytes"] * 2
+    assert [plan["chunk"] for plan in plans] == [5, 1]
+    whole, ones, pairs = (conv_cases.run(native, net, data, workspace_limit=each) for each in (0, 1, limit))
+    for name in ("grads", "adapted", "logits", "support_loss", "query_loss", "query_accuracy"):
+        assert torch.equal(getattr(whole, name), getattr(ones, name)), name
+        assert torch.equal(getattr(whole, name), getattr(pairs, name)), name
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["nan in support", "nan in query", "inf in support", "label in support", "label in query", "negative label"],
+)
+def test_nonfinite_tasks(native, fault):
+    by_seed(native, 8)
+    net = Net(tasks=3, channels=2)
+    data = conv_cases.draw(net)
+    healthy = conv_cases.run(native, net, data, steps=2)
+    if "label" in fault:
+        (data.query_y if "query" in fault else data.support_y)[1, 0] = -1 if "negative" in fault else net.ways
+    else:
+        x = data.query_x if "query" in fault else data.support_x
+        x[1, 0, 0, 3, 2] = torch.nan if "nan" in fault else torch.inf
+    found, exact = conv_cases.run(native, net, data, steps=2), conv_cases.definition(net, data, steps=2)
+    assert found.nonfinite.tolist() == exact.nonfinite.tolist() == [False, True, False]
+    for name in ("query_loss", "support_loss"):
+        assert torch.equal(getattr(found, name).isnan(), getattr(exact, name).isnan()), name
+    for of_found, of_exact in zip(conv_cases.split(net, found.grads), conv_cases.split(net, exact.grads), strict=True):
+        assert torch.equal(of_found.isfinite(), of_exact.isfinite())
+    for row in (0, 2):
+        assert torch.equal(found.grads[row], healthy.grads[row])
+        assert torch.equal(found.adapted[row], healthy.adapted[row])
+    # Left out of the mean.
+    mean, flags = torch.zeros(found.grads.shape[1]), found.nonfinite.clone()
+    emulated.meta_accumulate_(native, mean, found.grads, nonfinite=flags, skip_nonfinite=True)
+    assert torch.equal(mean, (found.grads[0] + found.grads[2]) / 2)
+
+
+@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
+def test_ties_in_pooling_take_the_first(native, by_covariance):
+    """Blocky images and coarse weights are exact in every precision, so equal values are equal for all."""
+    by_seed(native, 9)
+    net = Net(tasks=1, height=8, width=8, support=2, query=2, conv_bias=False)
+    data = conv_cases.draw(net)
+    data.query_x = (data.query_x[..., ::4, ::4] > 0).float().repeat_interleave(4, -1).repeat_interleave(4, -2)
+    data.params[0] = (data.params[0] * 4).round() / 4
+    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, data, steps=0)
+    windows = F.conv2d(data.query_x[0], data.params[0], padding=1).unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
+    assert ((windows == windows.amax(-1, keepdim=True)).sum(-1) > 1).float().mean() > 0.3, "hardly any tie"
+    assert max(conv_cases.errors(net, found.grads, exact.grads)) < 2e-6
+
+
+@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_relu_at_zero_and_a_dead_filter(native, beta, by_covariance):
+    """gamma = 0 makes every value of a filter its beta: at 0 ReLU lets nothing through, above the first ones win."""
+    by_seed(native, 10)
+    net = Net(tasks=1, conv_bias=False)
+    data = conv_cases.draw(net)
+    for block in range(net.blocks):
+        data.params[3 * block + 1][3] = 0.0
+        data.params[3 * block + 2][3] = beta
+    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, data, steps=0)
+    assert max(conv_cases.errors(net, found.grads, exact.grads)) < 2e-6
+    of_beta = conv_cases.split(net, found.grads)[2][0, 3]
+    assert (of_beta == 0) == (beta == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
+def test_real_images(native, by_covariance, tmp_path_factory):
+    """Crops of CIFAR images as their files hold them, 0 to 255."""
+    from signmaml import data as sets
+
+    root = images.real_data("cifar100", tmp_path_factory)
+    chosen = sets.load("fc100", "test", root=root, progress=False)
+    net = Net(channels=3, height=13, width=12, ways=3, tasks=2, support=3, query=3)
+    data = conv_cases.draw(net)
+    for t, (x, y) in itertools.product(range(2), ((data.support_x, data.support_y), (data.query_x, data.query_y))):
+        for way in range(3):
+            x[t, way] = chosen.images_of(3 * t + way)[11][:, 8 : 8 + net.height, 9 : 9 + net.width].float()
+            y[t, way] = way
+    by_seed(native, 11)
+    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, data, steps=0)
+    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
+    assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+
+
+@pytest.mark.parametrize("halving", ["max", "stride"])
+@pytest.mark.parametrize(("precision", "roundoff"), [("tf32", 2**-11), ("bf16", 2**-8)])
+def test_lower_precisions(native, precision, roundoff, halving):
+    """Against an operator of the same precision: TF32 operands by hand, bf16 by torch's autocast.
+
+    Where ReLU or the pooling decide otherwise than float64, one value moves a whole gradient, for us as for torch: so
+    the errors of several draws are compared by their medians.
+    """
+    by_seed(native, 12)
+    net = Net(blocks=3, channels=3, filters=16, height=12, width=11, halving=halving, support=2, query=6, tasks=1)
+    of_draws = torch.zeros(7, 2, len(net.tensors))
+    for seed in range(7):
+        data = conv_cases.draw(net, seed)
+        exact = conv_cases.definition(net, data, steps=0)
+        peer = conv_cases.definition(net, data, steps=0, dtype=torch.float32, precision=precision)
+        found = conv_cases.run(native, net, data, steps=0, precision=precision)
+        for row, result in enumerate((found, peer)):
+            of_draws[seed, row] = torch.tensor(conv_cases.errors(net, result.grads, exact.grads))
+    ours, theirs = of_draws.median(0).values
+    assert (ours <= 2 * theirs + roundoff).all(), (ours, theirs)
+    # It is that precision and no better one.
+    weights = [i for i, shape in enumerate(net.tensors) if len(shape) == 4]
+    assert (ours[weights] > roundoff / 10).all(), ours
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_lower_precisions_do_whole_meta_steps(native, precision):
+    by_seed(native, 13)
+    net = Net(tasks=2)
+    data = conv_cases.draw(net)
+    runs = [conv_cases.run(native, net, data, steps=2, precision=precision) for _ in range(2)]
+    assert torch.equal(runs[0].grads, runs[1].grads) and not runs[0].nonfinite.any()
+    exact = conv_cases.definition(net, data, steps=2)
+    torch.testing.assert_close(runs[0].support_loss[0].double(), exact.support_loss[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp16"}, "precision: expected 'fp32', 'tf32' or 'bf16', found 'fp16'"),
+        ({"filters": 12}, "filters: expected a multiple of 8, found 12"),
+        ({"height": 3}, "height, width: expected an image that 2 halvings leave something of"),
+    ],
+)
+def test_refused(native, change, message):
+    net = Net(**{name: value for name, value in change.items() if name != "precision"})
+    with pytest.raises(ValueError, match=message):
+        conv_cases.run(native, net, conv_cases.draw(Net()), precision=change.get("precision", "fp32"))
