@@ -1,0 +1,301 @@
+"""The native Conv-N meta-step on the CPU against the definition: reference.py in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.images import real_data
+from torch import Tensor, nn
+
+from signmaml.data import load
+from signmaml.episodes import EpisodeSampler
+from signmaml.models import Conv4
+from signmaml_ext import adapt, evaluate, meta_step
+from signmaml_ext._loader import C
+
+ISAS = C.cpu_isas()
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = C.cpu_isa()
+    C.select_cpu_isa(request.param)
+    yield request.param
+    C.select_cpu_isa(before)
+
+
+class MeanReadout(nn.Module):
+    """Strided blocks without convolution bias; the classifier reads the mean over positions."""
+
+    def __init__(self, channels: int, filters: int, ways: int, layers: int) -> None:
+        super().__init__()
+        widths = [channels] + [filters] * layers
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o, eps=1e-3), nn.ReLU())
+                for i, o in zip(widths[:-1], widths[1:], strict=True)
+            )
+        )
+        self.linear = nn.Linear(filters, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(x).mean(dim=[2, 3]))
+
+
+def net(*, channels: int = 1, filters: int = 8, size: int = 12, ways: int = 3, pooling: str = "max", layers: int = 2):
+    """A network with scales of both signs, so that pooling takes the largest and the smallest."""
+    if pooling == "mean":
+        model: nn.Module = MeanReadout(channels, filters, ways, layers)
+    else:
+        model = Conv4(ways=ways, channels=channels, filters=filters, image_size=size, pooling=pooling, layers=layers)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.normal_()
+                module.bias.normal_(std=0.3)
+    return model.double()
+
+
+def data(*, channels: int = 1, size: int = 12, ways: int = 3, tasks: int = 2, support: int = 4, query: int = 5) -> Data:
+    def images(count: int) -> Tensor:
+        return torch.randn(tasks, count, channels, size, size, dtype=torch.float64) * 0.7 + 0.4
+
+    labels = [torch.randint(ways, (tasks, count)) for count in (support, query)]
+    return images(support), labels[0], images(query), labels[1]
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def both(model: nn.Module, batch: Data, **arguments: Any) -> tuple[Any, dict[str, Tensor], Any, dict[str, Tensor]]:
+    """The call on the native backend and on the reference, each with its meta-gradients."""
+    found = []
+    for backend in ("cpu", "torch"):
+        model.zero_grad(set_to_none=True)
+        result = meta_step(model, *batch, backend=backend, **arguments)
+        found += [result, grads(model)]
+    model.zero_grad(set_to_none=True)
+    return tuple(found)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Norm-wise, relative to `b`; 0 and 0 are equal."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-300))
+
+
+SHAPES = [
+    dict(size=8, filters=8, layers=1),
+    dict(size=13, filters=8, layers=3, channels=3),
+    dict(size=21, filters=24, layers=4, channels=2),
+    dict(size=11, filters=40, layers=2, ways=2),
+    dict(size=9, filters=64, layers=2),
+    dict(size=7, filters=128, layers=1, channels=3),
+    dict(size=64, filters=8, layers=6),
+    dict(size=33, filters=16, layers=1, channels=3, ways=7),
+    dict(size=8, filters=8, layers=1, pooling="stride"),
+    dict(size=13, filters=24, layers=3, pooling="stride", channels=3),
+    dict(size=24, filters=64, layers=4, pooling="stride"),
+    dict(size=9, filters=128, layers=2, pooling="stride"),
+    dict(size=70, filters=8, layers=6, pooling="stride", channels=2),
+    dict(size=14, filters=32, layers=3, pooling="mean"),
+    dict(size=11, filters=48, layers=2, pooling="mean", channels=3, ways=4),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(str(value) for value in shape.values()))
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+def test_float64_trajectories_are_those_of_the_reference(isa: str, shape: dict[str, Any], method: str) -> None:
+    model = net(**shape)
+    batch = data(**{key: value for key, value in shape.items() if key in ("channels", "size", "ways")})
+    native, own, reference, expected = both(model, batch, inner_lr=0.01, inner_steps=3, method=method)
+    assert native.backend == "cpu"
+    torch.testing.assert_close(native.support_loss, reference.support_loss, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(native.query_loss, reference.query_loss, rtol=1e-11, atol=1e-12)
+    assert torch.equal(native.query_accuracy, reference.query_accuracy)
+    assert own.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(("support", "query"), [(1, 1), (2, 17), (31, 3)])
+@pytest.mark.parametrize("pooling", ["max", "stride"])
+def test_sets_of_any_size(steps: int, support: int, query: int, pooling: str) -> None:
+    model, batch = net(size=10, pooling=pooling), data(size=10, support=support, query=query)
+    native, own, reference, expected = both(model, batch, inner_lr=0.05, inner_steps=steps)
+    assert native.backend == "cpu"
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-11, name
+    torch.testing.assert_close(native.query_loss, reference.query_loss, rtol=1e-12, atol=1e-12)
+
+
+def test_a_hundred_ways() -> None:
+    model, batch = net(size=10, ways=100), data(size=10, ways=100, support=100, query=120, tasks=1)
+    _, own, _, expected = both(model, batch, inner_lr=0.01, inner_steps=2)
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize(
+    "patterns", [["classifier.*"], ["features.*"], ["features.1.conv.weight"], ["*.normalize.*"], ["features.0.*"]]
+)
+def test_what_does_not_adapt_stays(isa: str, patterns: list[str]) -> None:
+    model, batch = net(layers=3), data()
+    _, own, _, expected = both(model, batch, inner_lr=0.02, inner_steps=3, adapt=patterns)
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-10, name
+
+
+def test_rates_by_tensor_and_step() -> None:
+    model, batch = net(), data()
+    rates: dict[str, float | Tensor] = {}
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        by_step = torch.tensor([0.01, 0.0, 0.03], dtype=torch.float64) * (number + 1)
+        rates[name] = by_step.reshape(3, *[1] * parameter.ndim)
+    _, own, _, expected = both(model, batch, inner_lr=rates, inner_steps=3)
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-10, name
+
+
+@pytest.mark.parametrize("pooling", ["max", "stride", "mean"])
+def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> None:
+    model, batch = net(size=19, filters=24, layers=3, pooling=pooling).float(), data(size=19, tasks=5)
+    batch = tuple(value.float() if value.is_floating_point() else value for value in batch)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            model.zero_grad(set_to_none=True)
+            result = meta_step(model, *batch, inner_lr=0.01, inner_steps=2, backend="cpu")
+            found.append([*grads(model).values(), result.query_loss, result.support_loss])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ["max", "stride"])
+def test_a_task_has_the_same_bits_whatever_shares_its_batch(isa: str, pooling: str) -> None:
+    model, batch = net(size=19, filters=24, layers=3, pooling=pooling).float(), data(size=19, tasks=5)
+    batch = tuple(value.float() if value.is_floating_point() else value for value in batch)
+    broken = batch[0].clone()
+    broken[3, 0, 0, 4, 4] = torch.nan  # a neighbour that leaves NaN in every buffer it used
+    arguments: dict[str, Any] = dict(inner_lr=0.01, inner_steps=2, backend="cpu")
+    together = evaluate(model, broken, *batch[1:], **arguments)
+    adapted = adapt(model, broken, batch[1], **arguments)
+    assert together.nonfinite.tolist() == [False, False, False, True, False]
+    for task in (0, 1, 2, 4):
+        alone = evaluate(model, *(value[task : task + 1] for value in batch), **arguments)
+        assert torch.equal(alone.logits[0], together.logits[task])
+        assert torch.equal(alone.support_loss[:, 0], together.support_loss[:, task])
+        own = adapt(model, batch[0][task : task + 1], batch[1][task : task + 1], **arguments)
+        assert all(torch.equal(value[0], adapted[name][task]) for name, value in own.items())
+
+
+@pytest.mark.parametrize("pooling", ["max", "stride"])
+def test_a_broken_task_is_flagged_and_can_be_left_out(isa: str, pooling: str) -> None:
+    model, batch = net(pooling=pooling), data(tasks=3)
+    batch[2][1, 0, 0, 0, 0] = torch.inf
+    native, own, reference, expected = both(model, batch, inner_lr=0.01, inner_steps=1, nonfinite="skip")
+    assert native.nonfinite.tolist() == reference.nonfinite.tolist() == [False, True, False]
+    assert int(native.live_tasks) == 2
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-11, name
+    native, own, _, _ = both(model, batch, inner_lr=0.01, inner_steps=1)
+    assert native.nonfinite.tolist() == [False, True, False]
+    dead = [name for name in own if name.endswith("conv.bias")]
+    assert all(bool(own[name].isnan().any()) for name in own if name not in dead)
+
+
+@pytest.mark.parametrize("case", ["constant images", "scale 0", "all dead", "sparse"])
+def test_ties_and_zeros(isa: str, case: str) -> None:
+    model, batch = net(channels=1), data()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and case == "scale 0":
+                module.weight[::2] = 0
+            if isinstance(module, nn.BatchNorm2d) and case == "all dead":
+                module.bias.fill_(-100)
+    if case == "constant images":
+        batch[2][0], batch[2][1] = 0.5, 0.0
+    if case == "sparse":  # most windows are equal, so pooling has many ties
+        for images in (batch[0], batch[2]):
+            images[images < 1.2] = 0
+    # No step: where gradients are 0 but for rounding, a sign step goes anywhere.
+    native, own, reference, expected = both(model, batch, inner_lr=0.01, inner_steps=0)
+    torch.testing.assert_close(native.query_loss, reference.query_loss, rtol=1e-11, atol=1e-12)
+    for name, gradient in expected.items():
+        assert distance(own[name], gradient) < 1e-10 or (own[name] - gradient).norm() < 1e-13, name
+
+
+def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, float]]:
+    """By tensor: the error of the native float32 gradient and of torch's, against float64."""
+    _, _, _, exact = both(model.double(), batch, inner_lr=0.0, inner_steps=0)
+    single = tuple(value.float() if value.is_floating_point() else value for value in batch)
+    _, own, _, theirs = both(model.float(), single, inner_lr=0.0, inner_steps=0)
+    for name, gradient in exact.items():
+        yield name, distance(own[name].double(), gradient), distance(theirs[name].double(), gradient)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[9], SHAPES[10]], ids=["max", "stride", "wide"])
+def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any]) -> None:
+    model = net(**shape)
+    sizes = {key: value for key, value in shape.items() if key in ("channels", "size", "ways")}
+    errors = [list(float32_errors(model, data(**sizes, query=10))) for _ in range(4)]
+    for rows in zip(*errors, strict=True):
+        own, theirs = (max(row[column] for row in rows) for column in (1, 2))
+        assert own <= 2 * theirs, rows[0][0]
+
+
+@pytest.mark.parametrize(("kind", "name", "channels", "size"), [("mini-imagenet", "mini_imagenet", 3, 84)])
+def test_float32_gradients_on_real_images(
+    kind: str, name: str, channels: int, size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = real_data(kind, tmp_path_factory)
+    images = load(name, "test", root=root)
+    sampler = EpisodeSampler(images, ways=5, shots=1, queries=1, tasks=2, seed=3)
+    model = Conv4(ways=5, channels=channels, filters=32, image_size=size)
+    errors = []
+    for iteration in range(4):
+        # Raw values 0 to 255, as the official set-up has them: a mean far from 0 in layer 1.
+        batch = tuple(v.double() * 255 if v.is_floating_point() else v for v in sampler.draw(iteration))
+        errors.append(list(float32_errors(model, batch)))
+    for rows in zip(*errors, strict=True):
+        own, theirs = (max(row[column] for row in rows) for column in (1, 2))
+        assert own <= 2 * theirs, rows[0][0]
+
+
+def test_memory_does_not_grow_with_steps_or_tasks() -> None:
+    shape = dict(
+        blocks=4, channels=3, filters=32, height=84, width=84, ways=5, halving="max", readout="flatten",
+        conv_bias=True, eps=[1e-5] * 4,
+    )  # fmt: skip
+    one, many = (C.plan_conv_meta_step_cpu(shape, tasks, 5, 5, 4, 2) for tasks in (2, 2000))
+    assert one["workspace_bytes"] == many["workspace_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(filters=12), "filters: expected a multiple of 8, found 12"),
+        (dict(blocks=7), "blocks: expected 1 to 6, found 7"),
+        (dict(channels=4), "channels: expected 1 to 3, found 4"),
+        (dict(height=8, width=8), "height, width: expected an image that 4 halvings leave something of, found 8 x 8"),
+        (dict(halving="mean"), "halving: expected 'max' or 'stride', found 'mean'"),
+        (dict(eps=[1e-5]), "eps: expected 4 of them, one a block, found 1"),
+    ],
+)
+def test_the_native_call_refuses_what_it_does_not_serve(changes: dict[str, Any], message: str) -> None:
+    shape = dict(
+        blocks=4, channels=3, filters=32, height=84, width=84, ways=5, halving="max", readout="flatten",
+        conv_bias=True, eps=[1e-5] * 4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        C.plan_conv_meta_step_cpu(shape | changes, 1, 5, 5, 4, 1)
+    with pytest.raises(ValueError, match="addresses: expected one for 'theta', found none"):
+        C.conv_meta_step_cpu({}, shape, tasks=1, support=1, query=1, steps=1, by_sign=True, is_double=False, threads=1)
