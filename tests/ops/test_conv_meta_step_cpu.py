@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers.images import real_data
 from torch import Tensor, nn
 
+from helpers.images import real_data
 from signmaml.data import load
 from signmaml.episodes import EpisodeSampler
 from signmaml.models import Conv4
@@ -37,7 +38,7 @@ class MeanReadout(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o, eps=1e-3), nn.ReLU())
-                for i, o in zip(widths[:-1], widths[1:], strict=True)
+                for i, o in itertools.pairwise(widths)
             )
         )
         self.linear = nn.Linear(filters, ways)
@@ -89,21 +90,21 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 SHAPES = [
-    dict(size=8, filters=8, layers=1),
-    dict(size=13, filters=8, layers=3, channels=3),
-    dict(size=21, filters=24, layers=4, channels=2),
-    dict(size=11, filters=40, layers=2, ways=2),
-    dict(size=9, filters=64, layers=2),
-    dict(size=7, filters=128, layers=1, channels=3),
-    dict(size=64, filters=8, layers=6),
-    dict(size=33, filters=16, layers=1, channels=3, ways=7),
-    dict(size=8, filters=8, layers=1, pooling="stride"),
-    dict(size=13, filters=24, layers=3, pooling="stride", channels=3),
-    dict(size=24, filters=64, layers=4, pooling="stride"),
-    dict(size=9, filters=128, layers=2, pooling="stride"),
-    dict(size=70, filters=8, layers=6, pooling="stride", channels=2),
-    dict(size=14, filters=32, layers=3, pooling="mean"),
-    dict(size=11, filters=48, layers=2, pooling="mean", channels=3, ways=4),
+    {"size": 8, "filters": 8, "layers": 1},
+    {"size": 13, "filters": 8, "layers": 3, "channels": 3},
+    {"size": 21, "filters": 24, "layers": 4, "channels": 2},
+    {"size": 11, "filters": 40, "layers": 2, "ways": 2},
+    {"size": 9, "filters": 64, "layers": 2},
+    {"size": 7, "filters": 128, "layers": 1, "channels": 3},
+    {"size": 64, "filters": 8, "layers": 6},
+    {"size": 33, "filters": 16, "layers": 1, "channels": 3, "ways": 7},
+    {"size": 8, "filters": 8, "layers": 1, "pooling": "stride"},
+    {"size": 13, "filters": 24, "layers": 3, "pooling": "stride", "channels": 3},
+    {"size": 24, "filters": 64, "layers": 4, "pooling": "stride"},
+    {"size": 9, "filters": 128, "layers": 2, "pooling": "stride"},
+    {"size": 70, "filters": 8, "layers": 6, "pooling": "stride", "channels": 2},
+    {"size": 14, "filters": 32, "layers": 3, "pooling": "mean"},
+    {"size": 11, "filters": 48, "layers": 2, "pooling": "mean", "channels": 3, "ways": 4},
 ]
 
 
@@ -185,7 +186,7 @@ def test_a_task_has_the_same_bits_whatever_shares_its_batch(isa: str, pooling: s
     batch = tuple(value.float() if value.is_floating_point() else value for value in batch)
     broken = batch[0].clone()
     broken[3, 0, 0, 4, 4] = torch.nan  # a neighbour that leaves NaN in every buffer it used
-    arguments: dict[str, Any] = dict(inner_lr=0.01, inner_steps=2, backend="cpu")
+    arguments: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 2, "backend": "cpu"}
     together = evaluate(model, broken, *batch[1:], **arguments)
     adapted = adapt(model, broken, batch[1], **arguments)
     assert together.nonfinite.tolist() == [False, False, False, True, False]
@@ -271,10 +272,10 @@ def test_float32_gradients_on_real_images(
 
 
 def test_memory_does_not_grow_with_steps_or_tasks() -> None:
-    shape = dict(
-        blocks=4, channels=3, filters=32, height=84, width=84, ways=5, halving="max", readout="flatten",
-        conv_bias=True, eps=[1e-5] * 4,
-    )  # fmt: skip
+    shape = {
+        "blocks": 4, "channels": 3, "filters": 32, "height": 84, "width": 84, "ways": 5, "halving": "max", "readout": "flatten",
+        "conv_bias": True, "eps": [1e-5] * 4,
+    }  # fmt: skip
     one, many = (C.plan_conv_meta_step_cpu(shape, tasks, 5, 5, 4, 2) for tasks in (2, 2000))
     assert one["workspace_bytes"] == many["workspace_bytes"]
 
@@ -282,19 +283,19 @@ def test_memory_does_not_grow_with_steps_or_tasks() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(filters=12), "filters: expected a multiple of 8, found 12"),
-        (dict(blocks=7), "blocks: expected 1 to 6, found 7"),
-        (dict(channels=4), "channels: expected 1 to 3, found 4"),
-        (dict(height=8, width=8), "height, width: expected an image that 4 halvings leave something of, found 8 x 8"),
-        (dict(halving="mean"), "halving: expected 'max' or 'stride', found 'mean'"),
-        (dict(eps=[1e-5]), "eps: expected 4 of them, one a block, found 1"),
+        ({"filters": 12}, "filters: expected a multiple of 8, found 12"),
+        ({"blocks": 7}, "blocks: expected 1 to 6, found 7"),
+        ({"channels": 4}, "channels: expected 1 to 3, found 4"),
+        ({"height": 8, "width": 8}, "height, width: expected an image that 4 halvings leave something of, found 8 x 8"),
+        ({"halving": "mean"}, "halving: expected 'max' or 'stride', found 'mean'"),
+        ({"eps": [1e-5]}, "eps: expected 4 of them, one a block, found 1"),
     ],
 )
 def test_the_native_call_refuses_what_it_does_not_serve(changes: dict[str, Any], message: str) -> None:
-    shape = dict(
-        blocks=4, channels=3, filters=32, height=84, width=84, ways=5, halving="max", readout="flatten",
-        conv_bias=True, eps=[1e-5] * 4,
-    )  # fmt: skip
+    shape = {
+        "blocks": 4, "channels": 3, "filters": 32, "height": 84, "width": 84, "ways": 5, "halving": "max", "readout": "flatten",
+        "conv_bias": True, "eps": [1e-5] * 4,
+    }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         C.plan_conv_meta_step_cpu(shape | changes, 1, 5, 5, 4, 1)
     with pytest.raises(ValueError, match="addresses: expected one for 'theta', found none"):
