@@ -271,12 +271,22 @@ def test_float32_gradients_on_real_images(
         assert own <= 2 * theirs, rows[0][0]
 
 
+OFFICIAL: dict[str, Any] = {
+    "blocks": 4,
+    "channels": 3,
+    "filters": 32,
+    "height": 84,
+    "width": 84,
+    "ways": 5,
+    "halving": "max",
+    "readout": "flatten",
+    "conv_bias": True,
+    "eps": [1e-5] * 4,
+}
+
+
 def test_memory_does_not_grow_with_steps_or_tasks() -> None:
-    shape = {
-        "blocks": 4, "channels": 3, "filters": 32, "height": 84, "width": 84, "ways": 5, "halving": "max", "readout": "flatten",
-        "conv_bias": True, "eps": [1e-5] * 4,
-    }  # fmt: skip
-    one, many = (C.plan_conv_meta_step_cpu(shape, tasks, 5, 5, 4, 2) for tasks in (2, 2000))
+    one, many = (C.plan_conv_meta_step_cpu(OFFICIAL, tasks, 5, 5, 4, 2) for tasks in (2, 2000))
     assert one["workspace_bytes"] == many["workspace_bytes"]
 
 
@@ -292,11 +302,7 @@ def test_memory_does_not_grow_with_steps_or_tasks() -> None:
     ],
 )
 def test_the_native_call_refuses_what_it_does_not_serve(changes: dict[str, Any], message: str) -> None:
-    shape = {
-        "blocks": 4, "channels": 3, "filters": 32, "height": 84, "width": 84, "ways": 5, "halving": "max", "readout": "flatten",
-        "conv_bias": True, "eps": [1e-5] * 4,
-    }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        C.plan_conv_meta_step_cpu(shape | changes, 1, 5, 5, 4, 1)
+        C.plan_conv_meta_step_cpu(OFFICIAL | changes, 1, 5, 5, 4, 1)
     with pytest.raises(ValueError, match="addresses: expected one for 'theta', found none"):
         C.conv_meta_step_cpu({}, shape, tasks=1, support=1, query=1, steps=1, by_sign=True, is_double=False, threads=1)
