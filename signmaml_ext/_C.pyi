@@ -1,5 +1,6 @@
 """The native module: addresses, sizes and a stream in. `ops.py` is its only caller besides tests and `info.py`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 version: str
@@ -114,6 +115,22 @@ def conv_meta_step_cpu(
     addresses: dict[str, int],
     shape: dict[str, Any],
     *,
+    tasks: int,
+    support: int,
+    query: int,
+    steps: int,
+    by_sign: bool,
+    is_double: bool,
+    threads: int,
+) -> None: ...
+def plan_mlp_meta_step_cpu(
+    widths: Sequence[int], tasks: int, support: int, query: int, scalar_bytes: int, threads: int
+) -> dict[str, int]: ...
+def mlp_meta_step_cpu(
+    addresses: dict[str, int],
+    widths: Sequence[int],
+    activation: str,
+    loss: str,
     tasks: int,
     support: int,
     query: int,

@@ -115,7 +115,8 @@ class _Refused(Exception):
 
 def _trace(model: nn.Module) -> tuple[Layer, ...] | str:
     try:
-        graph = torch.fx.symbolic_trace(model).graph
+        with modes.buffers_kept(model):
+            graph = torch.fx.symbolic_trace(model).graph
     except Exception as error:  # tracing runs the caller's forward on proxies: anything may go wrong
         return f"torch.fx cannot trace it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     try:
@@ -329,7 +330,8 @@ def computes(
     """
     generator = torch.Generator().manual_seed(0)
     examples = torch.randn(3, *x.shape[1:], generator=generator)
-    with torch.inference_mode(False), torch.enable_grad(), modes.batch_norm_mode(model, "batch"):
+    normalising = modes.batch_norm_mode(model, "batch")
+    with torch.inference_mode(False), torch.enable_grad(), modes.buffers_kept(model), normalising:
         for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
             parameters = {
                 name: parameter.detach().to(dtype, copy=True).requires_grad_(name in names)

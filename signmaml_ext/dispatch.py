@@ -127,7 +127,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", "cuda", _no_cuda_here, (MLP, _flat("cuda"))),
-        Backend("cpu", "cpu", lambda: None, (CONV, _flat("cpu"))),
+        Backend("cpu", "cpu", lambda: None, (CONV, MLP, _flat("cpu"))),
         Backend("torch", None, lambda: None, (TORCH,)),
     )
 }

@@ -50,6 +50,21 @@ def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 @contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever the model's forward does to its buffers is forgotten at the end."""
+    before = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        for module, buffers in before:
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        yield
+    finally:
+        for module, buffers in before:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
     """Strict float32 (or TF32) convolutions and matrix products on CUDA; torch's default mixes the two."""
     flags: list[Any]

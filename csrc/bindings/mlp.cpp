@@ -9,8 +9,12 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "cpu/dispatch.h"
+#include "cpu/mlp_stages.h"
+#include "cpu/ops.h"
 #include "launch/launch.h"
 #include "plan/mlp_meta_step.h"
+#include "plan/mlp_meta_step_cpu.h"
 
 namespace py = pybind11;
 
@@ -53,8 +57,6 @@ py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t s
                     "parameters"_a = mlp_parameters(shape));
 }
 
-#ifdef SIGNMAML_WITH_CUDA
-
 struct MlpSizes {
     std::int64_t tasks;
     int support, query, steps;
@@ -91,6 +93,47 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
     return p;
 }
 
+MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
+                       int scalar_bytes, int threads) {
+    const auto plan_for = [&](const auto& stages) {
+        return plan_mlp_meta_step_cpu(shape, tasks, support, query, scalar_bytes, stages.wide.lanes,
+                                      stages.narrow.lanes, threads);
+    };
+    if (scalar_bytes == sizeof(double)) return plan_for(cpu::mlp_stages<double>(cpu::kernels()));
+    if (scalar_bytes == sizeof(float)) return plan_for(cpu::mlp_stages<float>(cpu::kernels()));
+    throw std::invalid_argument("scalar_bytes: expected 4 or 8, found " + std::to_string(scalar_bytes));
+}
+
+py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
+                  int scalar_bytes, int threads) {
+    using py::literals::operator""_a;
+    const MlpCpuPlan plan =
+        plan_on_cpu(shape_of(widths, "relu", "mse"), tasks, support, query, scalar_bytes, threads);
+    return py::dict("lanes"_a = plan.lanes, "groups"_a = plan.groups, "slots"_a = plan.slots, "within"_a = plan.within,
+                    "workspace_scalars"_a = plan.workspace_scalars);
+}
+
+template <typename Scalar>
+void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int threads) {
+    const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
+    const py::gil_scoped_release unlocked;
+    cpu::mlp_meta_step(params, threads);
+}
+
+void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
+                       const std::string& loss, std::int64_t tasks, int support, int query, int steps, bool by_sign,
+                       bool is_double, int threads) {
+    const MlpShape shape = shape_of(widths, activation, loss);
+    const MlpSizes sizes{tasks, support, query, steps, by_sign};
+    if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
+    if (is_double) {
+        run_cpu<double>(addresses, shape, sizes, threads);
+    } else {
+        run_cpu<float>(addresses, shape, sizes, threads);
+    }
+}
+
+#ifdef SIGNMAML_WITH_CUDA
 #ifdef SIGNMAML_EMULATION
 template <typename Scalar>
 void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars) {
@@ -157,6 +200,10 @@ void define_mlp(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "multiprocessors"_a);
+    m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
+          "threads"_a);
+    m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
+          "support"_a, "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,

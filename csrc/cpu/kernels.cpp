@@ -7,6 +7,7 @@
 
 #include "cpu/conv_stages.h"
 #include "cpu/kernels.h"
+#include "cpu/mlp_stages.h"
 
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
@@ -123,6 +124,7 @@ constexpr SpanKernels<Scalar> table() {
 #define SIGNMAML_TEXT(x) SIGNMAML_TEXT_OF(x)
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages};
+const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages,
+                          &kMlpStages};
 
 }  // namespace signmaml::cpu::SIGNMAML_ISA

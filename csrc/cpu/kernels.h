@@ -6,6 +6,7 @@
 namespace signmaml::cpu {
 
 struct ConvStageTables;
+struct MlpStageTables;
 
 // Rows that one pass over the sums adds: enough streams to keep the memory busy.
 inline constexpr int kRowsAtOnce = 4;
@@ -29,6 +30,7 @@ struct Kernels {
     SpanKernels<float> float32;
     SpanKernels<double> float64;
     const ConvStageTables* conv_stages;
+    const MlpStageTables* mlp_stages;
 };
 
 template <typename Scalar>

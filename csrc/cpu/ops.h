@@ -3,6 +3,7 @@
 
 #include "params/conv_meta_step.h"
 #include "params/meta_accumulate.h"
+#include "params/mlp_meta_step.h"
 #include "params/sign_step.h"
 
 namespace signmaml::cpu {
@@ -17,5 +18,10 @@ void meta_accumulate(const MetaAccumulateParams<Scalar>& params, int threads);
 // of threads and whatever other tasks there are; an instruction set has its own.
 template <typename Scalar>
 void conv_meta_step(const ConvMetaStepParams<Scalar>& params, int threads);
+
+// `params.workspace` has what plan_mlp_meta_step_cpu says for the lanes of mlp_stages and these threads. The same bits as
+// above.
+template <typename Scalar>
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int threads);
 
 }  // namespace signmaml::cpu

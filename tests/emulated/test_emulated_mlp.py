@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from types import ModuleType
 
 import pytest
@@ -10,58 +9,13 @@ import torch
 from torch import nn
 
 from helpers import emulated, nets
-from signmaml_ext import mlp, reference, spec
-from signmaml_ext.checks import Problem, check_problem
+from helpers.perceptrons import assert_same, network, problem_of, tasks_for
+from signmaml_ext import fused, mlp, reference, spec
 
 
 @pytest.fixture(scope="module")
 def native() -> ModuleType:
     return emulated.load(emulated.build_once())
-
-
-def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Module:
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def tasks_for(widths: tuple[int, ...], loss: str, tasks: int, support: int, query: int, dtype: torch.dtype):
-    def draw(count: int):
-        x = torch.randn(tasks, count, widths[0], dtype=dtype)
-        if loss == "mse":
-            return x, torch.randn(tasks, count, widths[-1], dtype=dtype)
-        return x, torch.randint(widths[-1], (tasks, count))
-
-    return *draw(support), *draw(query)
-
-
-def problem_of(model: nn.Module, data, **options) -> Problem:
-    chosen = {
-        "inner_lr": 0.05,
-        "inner_steps": 3,
-        "method": "sign-maml",
-        "loss": "mse",
-        "adapt": None,
-        "backend": "torch",
-        "precision": "fp32",
-        "nonfinite": "propagate",
-        "batch_norm": "batch",
-        "seed": 0,
-        "zero_dead_bias": True,
-    }
-    return check_problem(model, *data, **{**chosen, **options})
-
-
-def assert_same(found: reference.MetaGradients, expected: reference.MetaGradients, tolerance: float) -> None:
-    for name in ("query_loss", "query_accuracy", "support_loss", "nonfinite", "live_tasks"):
-        torch.testing.assert_close(
-            getattr(found, name), getattr(expected, name), rtol=tolerance, atol=tolerance, equal_nan=True, msg=name
-        )
-    for name, gradient in expected.params.items():
-        torch.testing.assert_close(
-            found.params[name], gradient, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name
-        )
 
 
 SHAPES = [
@@ -124,7 +78,7 @@ def test_more_tasks_than_teams_and_chunks(native, monkeypatch):
     problem = problem_of(model, data, inner_steps=2)
     expected = reference.meta_gradients(problem)
     assert_same(mlp.meta_gradients(problem, native), expected, 1e-11)
-    monkeypatch.setattr(mlp, "CHUNK_BYTES", 30 * 13 * 8)
+    monkeypatch.setattr(fused, "CHUNK_BYTES", 30 * 13 * 8)
     assert_same(mlp.meta_gradients(problem, native), expected, 1e-11)
 
 
@@ -270,7 +224,7 @@ def test_what_the_kernel_would_get_wrong_is_refused():
     tied = network((4, 4, 4), nn.ReLU).double()
     assert mlp.why_not(problem_of(tied, data)) is None
     tied[3].weight = tied[1].weight
-    assert mlp.why_not(problem_of(tied, data)) == "its layers share parameters"
+    assert mlp.why_not(problem_of(tied, data)) == "layers '1' and '3' share parameters"
     unused = Functional().double()
     unused.extra = nn.Linear(2, 2).double()
     few = tasks_for((3, 6, 2), "mse", 2, 3, 3, torch.float64)

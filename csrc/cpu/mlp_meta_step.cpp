@@ -1,0 +1,58 @@
+// A meta-step of multilayer perceptrons on the CPU: groups of tasks over threads, or threads within a group where there
+// are fewer groups. What a group does is in mlp_stages.cpp; the readable twin is meta_gradients in
+// signmaml_ext/reference.py.
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/dispatch.h"
+#include "cpu/mlp_stages.h"
+#include "cpu/ops.h"
+#include "cpu/thread_pool.h"
+#include "plan/mlp_meta_step_cpu.h"
+
+namespace signmaml::cpu {
+namespace {
+
+template <typename Scalar>
+Scalar* aligned(Scalar* memory) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    return reinterpret_cast<Scalar*>((address + kMlpAlignment - 1) / kMlpAlignment * kMlpAlignment);
+}
+
+void share(std::int64_t items, int threads, Sharing::Body body, const void* self) {
+    parallel_for(items, threads, [&](std::int64_t begin, std::int64_t end) { body(self, begin, end); });
+}
+
+}  // namespace
+
+template <typename Scalar>
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, int threads) {
+    if (p.tasks == 0) return;
+    const MlpStages<Scalar>& stages = mlp_stages<Scalar>(kernels());
+    const MlpCpuPlan plan =
+        plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, sizeof(Scalar), stages.wide.lanes,
+                               stages.narrow.lanes, threads);
+    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, larger(p.support.count, p.query.count));
+    const auto meta_step =
+        plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
+    Scalar* memory = aligned(p.workspace);
+    const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};
+    std::atomic<std::int64_t> next{0};
+    // An item is a slot, whose memory nobody else uses; it takes groups until none is left.
+    parallel_for(plan.slots, static_cast<int>(plan.slots), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t slot = begin; slot < end; ++slot) {
+            Scalar* own = memory + slot * layout.size * plan.lanes;
+            for (std::int64_t group; (group = next.fetch_add(1, std::memory_order_relaxed)) < plan.groups;) {
+                const std::int64_t first = group * plan.lanes;
+                const int live = static_cast<int>(std::min<std::int64_t>(plan.lanes, p.tasks - first));
+                meta_step({&p, &layout, own, first, live, sharing});
+            }
+        }
+    });
+}
+
+template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, int);
+template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, int);
+
+}  // namespace signmaml::cpu

@@ -1,0 +1,74 @@
+// How a meta-step of a multilayer perceptron is laid out on the CPU: tasks side by side in the lanes of vectors, a group
+// of tasks for each thread. Pure functions of the shape.
+#pragma once
+
+#include <cstdint>
+
+#include "params/mlp_meta_step.h"
+#include "plan/math.h"
+#include "plan/mlp_meta_step.h"
+
+namespace signmaml {
+
+// Places in a group's own memory, in vectors: one element of all its tasks each.
+struct MlpCpuLayout {
+    std::int64_t parameters;                  // as in theta
+    std::int64_t weight[kMlpLayers];          // [out, in] of each layer, among them
+    std::int64_t bias[kMlpLayers];            // [out]
+    std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] holds the examples
+    std::int64_t target;                      // [count, out], or labels [count]
+    std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
+    std::int64_t size;
+};
+
+constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t count) {
+    MlpCpuLayout layout{};
+    std::int64_t at = 0;
+    std::int64_t widest = 0;
+    for (int layer = 0; layer < shape.layers; ++layer) {
+        const std::int64_t outputs = shape.widths[layer + 1];
+        layout.weight[layer] = at;
+        at += outputs * shape.widths[layer];
+        layout.bias[layer] = at;
+        at += outputs;
+        widest = larger(widest, outputs);
+    }
+    for (int layer = 0; layer <= shape.layers; ++layer) {
+        layout.activation[layer] = at;
+        at += count * shape.widths[layer];
+    }
+    layout.target = at;
+    at += count * shape.widths[shape.layers];
+    for (std::int64_t& delta : layout.delta) {
+        delta = at;
+        at += count * widest;
+    }
+    layout.size = at;
+    return layout;
+}
+
+struct MlpCpuPlan {
+    int lanes;                       // tasks of a group
+    std::int64_t groups;             // the last one may be partly empty
+    std::int64_t slots;              // groups at work at the same time, each with its memory
+    bool within;                     // threads share the work of a group, since there are too few groups
+    std::int64_t workspace_scalars;  // of all slots, and what it takes to start at a whole vector
+};
+
+// The longest vector.
+inline constexpr std::int64_t kMlpAlignment = 64;
+
+// `wide` and `narrow`: the lanes that the instruction set offers. Few tasks take the narrow ones, which waste less and
+// give every thread a group.
+constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
+                                            std::int64_t query, int scalar_bytes, int wide, int narrow, int threads) {
+    const std::int64_t most = larger(1, threads);
+    const int lanes = tasks > wide * (most - 1) ? wide : narrow;
+    const std::int64_t groups = ceil_div(tasks, lanes);
+    const bool within = groups < most;
+    const std::int64_t slots = within ? 1 : most;
+    const MlpCpuLayout layout = mlp_cpu_layout(shape, larger(support, query));
+    return {lanes, groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes};
+}
+
+}  // namespace signmaml
