@@ -305,4 +305,5 @@ def test_the_native_call_refuses_what_it_does_not_serve(changes: dict[str, Any],
     with pytest.raises(ValueError, match=message):
         C.plan_conv_meta_step_cpu(OFFICIAL | changes, 1, 5, 5, 4, 1)
     with pytest.raises(ValueError, match="addresses: expected one for 'theta', found none"):
-        C.conv_meta_step_cpu({}, OFFICIAL, tasks=1, support=1, query=1, steps=1, by_sign=True, is_double=False, threads=1)
+        sizes = {"tasks": 1, "support": 1, "query": 1, "steps": 1}
+        C.conv_meta_step_cpu({}, OFFICIAL, **sizes, by_sign=True, is_double=False, threads=1)
