@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import modes
+from . import functional, modes
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def computes(
             inputs = examples.to(x.device, dtype)
             try:
                 expected = forward(parameters, inputs)
-                found = torch.func.functional_call(model, parameters, (inputs,))
+                found = functional.call(model, parameters, inputs)
             except Exception:  # examples that do not fit, say: the reference will meet it again and raise
                 return False
             if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:

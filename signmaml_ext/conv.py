@@ -118,8 +118,10 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.ConvSpec, na
 
     if fused.on_cuda(problem, native):
         index = problem.device.index or 0
-        processors = native.multiprocessors(index)
-        plan = native.plan_conv_meta_step(shape, *sizes.values(), steps, problem.precision, processors)
+        plan = native.plan_conv_meta_step(
+            shape, **sizes, steps=steps, precision=problem.precision, multiprocessors=native.multiprocessors(index),
+            wants_grads="grads" in tensors, wants_adapted="adapted" in tensors,
+        )  # fmt: skip
         native.conv_meta_step_cuda(
             with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
             precision=problem.precision, device=index, stream=fused.stream_of(problem.device),

@@ -126,7 +126,7 @@ TORCH = Family(
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "cuda", _no_cuda_here, (MLP, _flat("cuda"))),
+        Backend("cuda", "cuda", _no_cuda_here, (CONV, MLP, _flat("cuda"))),
         Backend("cpu", "cpu", lambda: None, (CONV, MLP, _flat("cpu"))),
         Backend("torch", None, lambda: None, (TORCH,)),
     )

@@ -20,10 +20,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
-from . import modes, spec
+from . import functional, modes, spec
 from .checks import Loss, Problem, check_labels, check_loss, check_prediction
 
 Result = TypeVar("Result")
@@ -241,7 +240,7 @@ class Run:
         y: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with modes.autocast(self.problem):
-            prediction = functional_call(self.problem.model, {**own, **shared, **buffers}, (x,))
+            prediction = functional.call(self.problem.model, {**own, **shared, **buffers}, x)
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)

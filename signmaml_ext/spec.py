@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import chain, modes
+from . import chain, functional, modes
 from .chain import Layer
 from .checks import Problem
 
@@ -68,7 +68,7 @@ def _find_dead_biases(problem: Problem, biased: Sequence[nn.Module]) -> frozense
             randomness.at(0, 0),
         ):
             buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-            output = torch.func.functional_call(problem.model, buffers, (problem.support_x[0],))
+            output = functional.call(problem.model, buffers, problem.support_x[0])
     finally:
         for handle in handles:
             handle.remove()

@@ -339,6 +339,31 @@ def test_unused_parameters_get_no_step_and_no_gradient(method):
     assert model.used.weight.grad is not None
 
 
+class TwoNames(nn.Module):
+    """One block under two names, as learn2learn's OmniglotCNN has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        self.features = nn.Sequential(self.base, nn.GELU())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def test_a_module_under_two_names_stays_itself(backend):
+    """torch.func.functional_call leaves such a module with the tensors of its last call."""
+    model, data = TwoNames().double(), nets.vector_tasks()
+    plain = nn.Sequential(model.base[0], model.base[1], nn.GELU(), model.head)
+    owned = dict(model.named_parameters())
+    meta_step(model, *data, inner_lr=0.05, inner_steps=2, backend=backend)
+    assert all(model.get_parameter(name) is value for name, value in owned.items())
+    found = list(nets.grads(model).values())
+    meta_step(plain, *data, inner_lr=0.05, inner_steps=2, backend=backend)
+    torch.testing.assert_close(found, list(nets.grads(plain).values()))
+
+
 def test_tied_parameters_take_one_step_on_the_summed_gradient(backend):
     model, data = nets.Tied().double(), nets.vector_tasks()
     adapted = adapt(model, *data[:2], inner_lr=0.05, inner_steps=1, backend=backend)

@@ -48,8 +48,9 @@ def test_recognised(name, training):
     for attribute, value in expected.items():
         assert getattr(found, attribute) == value
     assert sorted(found.names) == sorted(name for name, _ in model.named_parameters())
-    before = copy.deepcopy(model.state_dict())
+    before, owned = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
     assert spec.check_conv(found, model, x)
+    assert all(model.get_parameter(key) is value for key, value in owned.items())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 

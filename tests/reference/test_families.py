@@ -1,0 +1,261 @@
+"""Which family serves a call, why the others do not, and that the caller sees no difference but the time."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import libraries, nets
+from signmaml.models import MLP, Conv4
+from signmaml_ext import adapt, evaluate, explain, meta_step
+
+NETS = {
+    "Conv4": (lambda: Conv4(3, 1, 8, 16), 1, 16),
+    "Conv4, strided": (lambda: Conv4(3, 3, 8, 9, pooling="stride", layers=3), 3, 9),
+    "MiniImagenetCNN": (libraries.MiniImagenetCNN, 3, 17),
+    "OmniglotCNN": (libraries.OmniglotCNN, 1, 16),
+    "torchmeta": (libraries.torchmeta, 3, 16),
+    "one sequence": (libraries.one_sequence, 1, 18),
+    "functional": (libraries.Functional, 2, 16),
+    "pools first": (libraries.PoolsFirst, 1, 10),
+}
+OPTIONS = {"inner_lr": 0.01, "inner_steps": 3}
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("name", NETS)
+def test_other_libraries_networks_as_the_reference(name, method):
+    """Values, gradients under the module's own names, and the adapted parameters, in float64."""
+    make, channels, size = NETS[name]
+    model, data = make().double(), nets.image_tasks(channels=channels, size=size)
+    options = {**OPTIONS, "method": method}
+    before = copy.deepcopy(model.state_dict())
+    found = explain(model, *data, **options)
+    assert (found.backend, found.family) == ("cpu", "conv"), found
+    ours = meta_step(model, *data, **options)
+    gradients = nets.grads(model)
+    theirs = meta_step(model, *data, **options, backend="torch")
+    assert (ours.backend, theirs.backend) == ("cpu", "torch")
+    for attribute in ("query_loss", "query_accuracy", "support_loss", "nonfinite", "live_tasks"):
+        torch.testing.assert_close(getattr(ours, attribute), getattr(theirs, attribute), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, nets.grads(model), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        adapt(model, *data[:2], **options), adapt(model, *data[:2], **options, backend="torch"), rtol=1e-10, atol=1e-11
+    )
+    a, b = (evaluate(model, *data, **options, backend=backend) for backend in ("auto", "torch"))
+    assert a.backend == "cpu"
+    torch.testing.assert_close(a.logits, b.logits, rtol=1e-9, atol=1e-10)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_steps": 0},
+        {"adapt": ["classifier.*"]},
+        {"adapt": ["features.*"]},
+        {"inner_lr": torch.tensor([0.01, 0.0, 0.02])},
+        {"nonfinite": "skip"},
+    ],
+    ids=["no steps", "head only", "body only", "rate a step", "skip"],
+)
+def test_conv_options(options):
+    model, data = Conv4(3, 1, 8, 16, layers=3).double(), nets.image_tasks()
+    if "nonfinite" in options:
+        data[0][1, 0, 0, 3, 3] = torch.nan
+    chosen = {**OPTIONS, **options}
+    ours = meta_step(model, *data, **chosen)
+    gradients = nets.grads(model)
+    theirs = meta_step(model, *data, **chosen, backend="torch")
+    assert ours.backend == "cpu"
+    assert torch.equal(ours.nonfinite, theirs.nonfinite) and torch.equal(ours.live_tasks, theirs.live_tasks)
+    torch.testing.assert_close(gradients, nets.grads(model), rtol=1e-9, atol=1e-11)
+
+
+def test_a_rate_for_every_tensor_and_step_and_frozen_tensors():
+    model, data = Conv4(3, 1, 8, 16, layers=2).double(), nets.image_tasks()
+    model.features[0].conv.weight.requires_grad_(False)
+    model.features[1].normalize.bias.requires_grad_(False)
+    rates = {name: 0.02 * torch.rand(3, *[1] * p.ndim) for name, p in model.named_parameters() if p.requires_grad}
+    options = {"inner_lr": rates, "inner_steps": 3}
+    assert meta_step(model, *data, **options).backend == "cpu"
+    gradients = nets.grads(model)
+    assert gradients["features.0.conv.weight"] is None
+    meta_step(model, *data, **options, backend="torch")
+    torch.testing.assert_close(gradients, nets.grads(model), rtol=1e-9, atol=1e-11)
+
+
+def refusal(model: nn.Module, data, **options) -> str:
+    found = explain(model, *data, **{**OPTIONS, **options})
+    assert found.family != "conv"
+    return found.families["cpu"]["conv"]
+
+
+class Extra(nn.Module):
+    """A network with a parameter that its layers do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = libraries.one_sequence()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+CALLS = {
+    "maml": (lambda: Conv4(3, 1, 8, 16), {"method": "maml"}, "maml is second order"),
+    "a callable loss": (
+        lambda: Conv4(3, 1, 8, 16), {"loss": nn.functional.cross_entropy}, "this is a callable"
+    ),
+    "bf16": (lambda: Conv4(3, 1, 8, 16).float(), {"precision": "bf16"}, "computes in fp32 there"),
+    "running statistics": (libraries.MiniImagenetCNN, {"batch_norm": "running"}, "batch_norm is 'running'"),
+    "noise in dead biases": (lambda: Conv4(3, 1, 8, 16), {"zero_dead_bias": False}, "zero_dead_bias=False"),
+    "learnable rate": (
+        lambda: Conv4(3, 1, 8, 16),
+        {"inner_lr": torch.tensor(0.01, requires_grad=True)},
+        "inner_lr requires grad",
+    ),
+    "a rate for every element": (
+        lambda: Conv4(3, 1, 8, 16, layers=2),
+        {"adapt": ["classifier.bias"], "inner_lr": {"classifier.bias": torch.rand(3)}},
+        "inner_lr varies within parameter 'classifier.bias'",
+    ),
+    "filters": (lambda: Conv4(3, 1, 12, 16), {}, "a multiple of 8 up to 128 filters, and these are 4 with 12"),
+    "many filters": (lambda: Conv4(3, 1, 136, 4, layers=1), {"size": 4}, "these are 1 with 136"),
+    "many blocks": (lambda: Conv4(3, 1, 8, 16, "stride", 7), {"size": 16}, "these are 7 with 8"),
+    "channels": (lambda: Conv4(3, 4, 8, 16), {"channels": 4}, "up to 3 channels"),
+    "other channels": (lambda: Conv4(3, 3, 8, 16), {}, r"the images are not \[T, S, 3, H, W\]"),
+    "another size": (lambda: Conv4(3, 1, 8, 16), {"size": 33}, "takes 8 features, and these images give 32"),
+    "nothing left": (lambda: Conv4(3, 1, 8, 16), {"size": 7}, "images of 7 x 7 shrink to nothing in 4 blocks"),
+    "an unused parameter": (Extra, {}, "trainable parameters that its layers do not use"),
+    "no gradient": (lambda: NoGradient(), {}, "it does not compute what its structure says"),
+}  # fmt: skip
+
+
+class NoGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = libraries.one_sequence()
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.body[0](x)
+        for layer in list(self.body)[1:]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_conv_does_not_serve_it_says(name):
+    make, options, reason = CALLS[name]
+    options = dict(options)
+    size, channels = options.pop("size", 16), options.pop("channels", 1)
+    model = make()
+    model = model if options.get("precision") else model.double()
+    dtype = next(model.parameters()).dtype
+    if name == "running statistics":
+        channels = 3
+    data = nets.image_tasks(channels=channels, size=size, dtype=dtype)
+    assert re.search(reason, refusal(model, data, **options))
+
+
+def test_one_value_a_channel_is_the_references_error():
+    model = Conv4(3, 1, 8, 16, pooling="stride").double()
+    data = nets.image_tasks(ways=1, shots=1)
+    assert refusal(model, data) == "BatchNorm would see one value a channel"
+    with pytest.raises(ValueError, match="xpected more than 1 value per channel"):
+        meta_step(model, *data, **OPTIONS)
+
+
+@pytest.mark.parametrize(("which", "where"), [(1, "support_y"), (3, "query_y")])
+def test_labels_out_of_range_are_refused_before_any_work(which, where):
+    model, data = Conv4(3, 1, 8, 16).double(), nets.image_tasks()
+    data[which][2, 1] = 3
+    with pytest.raises(ValueError, match=rf"{where}: expected labels in 0\.\.2 .* found 3 in task 2, example 1"):
+        meta_step(model, *data, **OPTIONS)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_autocast_around_the_call_is_not_ours():
+    model, data = Conv4(3, 1, 8, 16), nets.image_tasks(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert refusal(model, data) == "torch.autocast is on around the call"
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        (Conv4(5, 3, 32, 84), "conv"),
+        (Conv4(5, 1, 64, 28, pooling="stride"), "conv"),
+        (libraries.OmniglotCNN(), "conv"),
+        (MLP(784, 5, (64, 64)), "mlp"),
+        (nn.Linear(3, 2), "flat"),
+    ],
+)
+def test_explain_without_data_speaks_of_the_real_structure(model, family):
+    found = explain(model)
+    assert (found.backend, found.family) == ("cpu", family), found
+    assert str(found).startswith(f"backend: cpu, {family} (")
+    if family == "mlp":
+        assert explain(model, loss="mse").family == "mlp"
+
+
+def test_explain_names_every_family_that_does_not_serve():
+    text = str(explain(nets.Attention()))
+    assert re.search(r"not cpu, conv: (torch.fx cannot trace it|it uses|its layers)", text), text
+    assert "not cpu, mlp: it has convolutions" in text
+    assert "not cuda: " in text
+    with pytest.raises(ValueError, match=r"found 'cpu': conv: .*; mlp: .*; flat: "):
+        explain(nets.conv4(), batch_norm="running", backend="cpu")
+
+
+def test_each_family_is_asked_once_a_call(monkeypatch):
+    from signmaml_ext import dispatch
+
+    asked: list[str] = []
+    families = tuple(
+        dispatch.Family(
+            family.name, family.summary, lambda problem, f=family: asked.append(f.name) or f.why_not(problem),
+            family.meta_gradients, family.adapt, family.fused,
+        )
+        for family in dispatch.BACKENDS["cpu"].families
+    )  # fmt: skip
+    backend = dispatch.Backend("cpu", "cpu", lambda: None, families)
+    monkeypatch.setitem(dispatch.BACKENDS, "cpu", backend)
+    meta_step(nets.mlp().double(), *nets.vector_tasks(), **OPTIONS)
+    assert asked == ["conv", "mlp"]
+
+
+def test_a_structure_that_changes_between_calls():
+    """Never a silent wrong result: the second call is the reference's, the third native again."""
+    model, data = libraries.one_sequence().double(), nets.image_tasks()
+    assert explain(model, *data, **OPTIONS).family == "conv"
+    meta_step(model, *data, **OPTIONS)
+    first = nets.grads(model)
+    model[2] = nn.LeakyReLU(0.1)
+    result = meta_step(model, *data, **OPTIONS)
+    assert result.backend == "torch"
+    second = nets.grads(model)
+    assert any(not torch.allclose(first[name], second[name]) for name in first)
+    model[2] = nn.ReLU()
+    assert meta_step(model, *data, **OPTIONS).backend == "cpu"
+    torch.testing.assert_close(nets.grads(model), first, rtol=0, atol=0)
+
+
+def test_eval_mode_and_other_examples_count():
+    model, data = libraries.one_sequence().double(), nets.image_tasks()
+    model[18] = nn.Dropout(0.5)
+    assert meta_step(model.train(), *data, **OPTIONS, seed=0).backend == "torch"
+    assert meta_step(model.eval(), *data, **OPTIONS).backend == "cpu"
+
+
+def test_the_callers_generator_is_left_alone():
+    model, data = Conv4(3, 1, 8, 16), nets.image_tasks(dtype=torch.float32)
+    before = torch.get_rng_state()
+    meta_step(model, *data, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), before)
