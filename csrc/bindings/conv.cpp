@@ -101,6 +101,18 @@ struct ConvSizes {
     }
 };
 
+// Sizes that int64 could not count: no machine has the memory, and a plan must not wrap around.
+void check_memory(const ConvShape& shape, std::int64_t examples, std::int64_t tasks) {
+    const double pixels = static_cast<double>(shape.height + 2) * static_cast<double>(shape.width + 2);
+    const double activations = static_cast<double>(examples) * (pixels * kConvFilters * 16 + shape.ways) * 64;
+    const double results = static_cast<double>(tasks) * static_cast<double>(conv_parameters(shape) + examples) * 64;
+    if (activations > 1e18 || results > 1e18) {
+        refuse("shape, tasks, support, query", "sizes whose memory can be counted",
+               std::to_string(examples) + " images of " + std::to_string(shape.height) + " x " +
+                   std::to_string(shape.width) + " in " + std::to_string(tasks) + " tasks");
+    }
+}
+
 template <typename Scalar>
 ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes) {
     const auto at = [&addresses](const char* name) {
@@ -161,6 +173,7 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     ConvSizes{tasks, support, query, 0, true}.check();
+    check_memory(shape, larger(support, query), tasks);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     const ConvUnit unit = conv_unit(scalar_bytes);
     const ConvCpuPlan plan = plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, unit, threads);
@@ -190,6 +203,7 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
     const ConvShape shape = conv_shape_of(entries);
     const ConvSizes sizes{tasks, support, query, steps, by_sign};
     sizes.check();
+    check_memory(shape, larger(support, query), tasks);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     if (is_double) {
         run_cpu<double>(addresses, shape, sizes, threads);

@@ -82,3 +82,68 @@ def test_plans_count_beyond_32_bits():
     assert C.plan_sign_step_cpu(2**20, 2**40, 8)["items"] == 2**20 * 2**40 // 2**14
     assert C.plan_sign_step(1, 2**50, 4, 512, 512, 132)["tiles_per_row"] == 2**50 // 4096
     assert C.plan_meta_accumulate(4, 2**50, 4, 512, 512, 132)["bodies"] == 2**48
+
+
+conv_shapes = st.builds(
+    lambda blocks, channels, filters, height, width, ways, halving, readout, bias: {
+        "blocks": blocks,
+        "channels": channels,
+        "filters": 8 * filters,
+        "height": max(height, 2**blocks),
+        "width": max(width, 2**blocks),
+        "ways": ways,
+        "halving": halving,
+        "readout": readout,
+        "conv_bias": bias,
+        "eps": [1e-5] * blocks,
+    },
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.integers(1, 16),
+    st.integers(2, 300),
+    st.integers(2, 300),
+    st.integers(2, 1000),
+    st.sampled_from(["max", "stride"]),
+    st.sampled_from(["flatten", "mean"]),
+    st.booleans(),
+)
+
+
+@given(conv_shapes, tasks, st.integers(0, 3000), st.integers(1, 3000), scalar_bytes, st.integers(1, 256))
+def test_plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, threads):
+    plan = C.plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, threads)
+    assert plan["channels"] >= shape["filters"] and plan["channels"] % plan["lanes"] == 0
+    assert plan["channels"] - shape["filters"] < plan["lanes"]
+    assert plan["side_by_side"] % threads == 0 and 0 <= tasks - plan["side_by_side"] < threads
+    # Every team has a task's memory of its own, whatever the number of tasks.
+    assert plan["workspace_bytes"] >= plan["teams"] * plan["task_scalars"] * scalar_bytes
+    images = max(support, query) * shape["height"] * shape["width"] * shape["channels"]
+    assert plan["task_scalars"] > images
+    height, width = shape["height"], shape["width"]
+    for block in plan["blocks"]:
+        out = (height, width) if shape["halving"] == "max" else ((height + 1) // 2, (width + 1) // 2)
+        assert (block["out_h"], block["out_w"]) == out
+        # Items cover the rows once, and pooling finds both rows of a pair in one of them.
+        assert (block["items"] - 1) * block["rows"] < out[0] <= block["items"] * block["rows"]
+        assert block["rows"] % 2 == 0 or block["items"] == 1
+        for vectors in (block["vectors"], block["vectors_back"]):
+            assert plan["channels"] // plan["lanes"] % vectors == 0
+        height, width = block["half_h"], block["half_w"]
+
+
+def test_plan_conv_meta_step_cpu_counts_beyond_32_bits_and_refuses_what_it_cannot_count():
+    shape = {
+        "blocks": 1,
+        "channels": 3,
+        "filters": 128,
+        "height": 4096,
+        "width": 4096,
+        "ways": 5,
+        "halving": "max",
+        "readout": "mean",
+        "conv_bias": True,
+        "eps": [1e-5],
+    }
+    assert C.plan_conv_meta_step_cpu(shape, 8, 1000, 1000, 4, 2)["workspace_bytes"] > 2**43
+    with pytest.raises(ValueError, match="sizes whose memory can be counted"):
+        C.plan_conv_meta_step_cpu(shape, 8, 2**31 - 1, 1, 4, 2)
