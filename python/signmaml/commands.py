@@ -103,15 +103,17 @@ def check_same_configuration(config: TrainConfig, group: distributed.Group) -> N
 
 
 def settle_threads(config: TrainConfig) -> None:
-    """One CPU thread for small examples, unless OMP_NUM_THREADS says otherwise.
+    """One CPU thread for small examples in plain PyTorch, unless OMP_NUM_THREADS says otherwise.
 
-    A few images of 28 pixels are too little work to share. On two cores a second thread gained a quarter of the time
-    while they were idle, and made a run six times as long when other programs used them.
+    A few images of 28 pixels are too little work for torch to share: on two cores a second thread gained a quarter of
+    the time while they were idle, and made a run six times as long when other programs used them. The native kernels
+    give every thread whole tasks and wait for none that comes late, so they keep all threads.
     """
     known = data.DATASETS.get(config.data)
     side = config.image_size or (known.image_size if known else None)
     small = config.data == "sinusoid" or (side is not None and side <= 32)
-    if small and "OMP_NUM_THREADS" not in os.environ:
+    native = config.backend != "torch" and config.method != "maml" and config.learn_inner_lr == "none"
+    if small and not native and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

@@ -70,14 +70,18 @@ def test_own_models_and_data_are_not_mistaken_for_the_configured_ones(tmp_path: 
 @pytest.mark.parametrize(
     ("environment", "changes", "threads"),
     [
-        ({}, {}, 1),
-        ({}, {"data": "sinusoid", "model": "mlp"}, 1),
-        ({}, {"image_size": 84}, 3),
-        ({}, {"data": "mini_imagenet"}, 3),
-        ({"OMP_NUM_THREADS": "3"}, {}, 3),
+        ({}, {}, 3),
+        ({}, {"data": "sinusoid", "model": "mlp"}, 3),
+        ({}, {"backend": "torch"}, 1),
+        ({}, {"data": "sinusoid", "model": "mlp", "backend": "torch"}, 1),
+        ({}, {"method": "maml"}, 1),
+        ({}, {"learn_inner_lr": "scalar"}, 1),
+        ({}, {"backend": "torch", "image_size": 84}, 3),
+        ({}, {"data": "mini_imagenet", "backend": "torch"}, 3),
+        ({"OMP_NUM_THREADS": "3"}, {"backend": "torch"}, 3),
     ],
 )
-def test_small_images_are_not_spread_over_threads(
+def test_small_images_are_not_spread_over_threads_in_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], changes: dict[str, str], threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
