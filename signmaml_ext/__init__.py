@@ -7,11 +7,13 @@ the query gradient at the adapted weights is the exact meta-gradient.
 from ._loader import VERSION as __version__  # first: a broken installation gets its explanation here
 from .api import EvaluateResult, MetaStepResult, adapt, evaluate, explain, meta_step
 from .dispatch import Explanation
+from .graphs import GraphRefused
 from .ops import meta_accumulate_, sign_step_
 
 __all__ = [
     "EvaluateResult",
     "Explanation",
+    "GraphRefused",
     "MetaStepResult",
     "__version__",
     "adapt",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, spec
+from . import dispatch, graphs, spec
 from .checks import Loss, Problem, Rate, check_problem
 from .dispatch import Explanation
 from .reference import Adaptation, MetaGradients
@@ -75,6 +75,7 @@ def meta_step(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     first_task: int = 0,
+    graph: bool | None = None,
 ) -> MetaStepResult:
     """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
 
@@ -125,18 +126,24 @@ def meta_step(
         first_task: For a meta-batch in pieces (over processes, or because memory is short): the number of this piece's
             first task in it, so that dropout masks are those of the whole. Weigh the pieces' gradients by
             `live_tasks`.
+        graph: True: the whole call is recorded as one CUDA graph when it comes the first time, and replayed after that
+            with one launch and a copy of its inputs; `signmaml_ext.graphs` has the rules on when it is recorded anew.
+            False: never. None: where the Conv-N kernels serve a call on a CUDA device. Inside a CUDA graph capture of
+            the caller's own the call always becomes part of that graph; make it once before, outside.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
 
     Raises:
         ValueError, TypeError: For an argument that does not fit, before any work; labels out of range are found on
-            the CPU only (elsewhere they turn the task's loss NaN). `.grad` is as before.
+            the CPU only (elsewhere they turn the task's loss NaN). With ``graph=True`` also for what a graph cannot
+            hold: a device other than CUDA, a model that draws random numbers, a model or loss that makes the host
+            wait, ``nonfinite="raise"``, an `inner_lr` that requires grad. `.grad` is as before.
         FloatingPointError: With ``nonfinite="raise"``; `.grad` is as before.
 
     Determinism: the same call gives the same result wherever torch's kernels do; CPU runs are bitwise repeatable for a
     fixed number of threads. Memory: one forward and backward pass; it grows with K for "maml" and for an `inner_lr`
-    that requires grad, else not.
+    that requires grad, else not. A recorded graph keeps its memory; `signmaml_ext.graphs.clear()` gives it back.
 
     Example:
         >>> import torch, signmaml_ext
@@ -148,7 +155,7 @@ def meta_step(
         (torch.Size([4]), torch.Size([5, 4]), torch.Size([2, 3]))
     """
     problem = check_problem(**locals())  # exactly the arguments: nothing else is bound yet
-    used, meta = dispatch.run(problem, lambda chosen, checked: chosen.meta_gradients(checked))
+    used, meta = graphs.run(problem)
     _raise_if_asked(problem, meta.nonfinite)
     _accumulate(problem, meta)
     return MetaStepResult(

@@ -117,6 +117,8 @@ class Problem:
         seed: Key of the dropout masks; None takes one from torch's generator if the model needs it.
         zero_dead_bias: Whether a bias directly before a BatchNorm has gradient exactly 0.
         first_task: Number of the first task in a meta-batch that is computed in pieces; keys the dropout masks.
+        graph: Whether the call replays a CUDA graph: True, False, or None where its kernels are made for it.
+        keyed: Whether forward passes that run task by task draw from streams of their own; False inside a graph.
     """
 
     model: nn.Module
@@ -136,6 +138,8 @@ class Problem:
     seed: int | None
     zero_dead_bias: bool
     first_task: int = 0
+    graph: bool | None = None
+    keyed: bool = True
 
     @property
     def tasks(self) -> int:
@@ -181,6 +185,7 @@ def check_problem(
     seed: int | None,
     zero_dead_bias: bool,
     first_task: int = 0,
+    graph: bool | None = None,
     with_query: bool = True,
 ) -> Problem:
     """Checks all arguments of `meta_step`, `evaluate` or (without query) `adapt` and returns the problem."""
@@ -198,6 +203,8 @@ def check_problem(
         )
     if not isinstance(zero_dead_bias, bool):
         refuse("zero_dead_bias", "True or False", describe(zero_dead_bias), TypeError)
+    if graph is not None and not isinstance(graph, bool):
+        refuse("graph", "True, False or None", describe(graph), TypeError)
 
     params = _check_parameters(model)
     device, dtype = _device_and_dtype(params)
@@ -238,6 +245,7 @@ def check_problem(
         seed=seed,
         zero_dead_bias=zero_dead_bias,
         first_task=first_task,
+        graph=graph,
     )
 
 

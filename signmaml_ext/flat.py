@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import modes, ops
 from .checks import Problem
 from .reference import (
     Adaptation,
@@ -51,10 +52,21 @@ def adapt(problem: Problem) -> Adaptation:
     return run_batched(problem, _adapt)
 
 
+# Constants that a CUDA graph reads, by id. A graph knows them by address only, so they stay for good.
+_captured: dict[int, Tensor] = {}
+
+
 @lru_cache(maxsize=1024)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor that is written to the device once: copying it in every step would make the host wait."""
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor that is written to the device once: copying it in every step would make the host wait."""
+    tensor = _constant(values, dtype, device)
+    if modes.is_capturing(device):
+        _captured[id(tensor)] = tensor
+    return tensor
 
 
 class FlatParams:

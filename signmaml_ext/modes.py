@@ -91,6 +91,49 @@ def autocast(problem: Problem) -> AbstractContextManager[object]:
     return torch.autocast(problem.device.type, dtype=torch.bfloat16)
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph instead of being run."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """torch's own generators that a forward pass on a device may draw from."""
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        found.append(torch.cuda.default_generators[device.index or 0])
+    return found
+
+
+class PlainRandomness:
+    """Forward passes draw from torch's generators as they are: what a captured call must do.
+
+    A graph cannot read or set a generator; whatever is captured draws from torch's CUDA generator at every replay.
+    """
+
+    def __enter__(self) -> PlainRandomness:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to put back."""
+
+    def at(self, task: int, step: int) -> AbstractContextManager[object]:
+        """No stream of its own for any forward pass."""
+        return nullcontext()
+
+
+def randomness(problem: Problem) -> KeyedRandomness | PlainRandomness:
+    """Where the forward passes of a call that runs task by task draw from."""
+    if not problem.keyed or is_capturing(problem.device):
+        return PlainRandomness()
+    return KeyedRandomness(problem.seed, problem.device)
+
+
 class KeyedRandomness:
     """Gives every (task, step) forward pass a random stream of its own, whatever ran before it.
 
@@ -100,11 +143,13 @@ class KeyedRandomness:
     """
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
+        if is_capturing(device):
+            raise RuntimeError(
+                "signmaml_ext: expected a call of this model before the CUDA graph is captured (the first call looks "
+                "at the model, which a graph cannot hold), found the first one inside the capture"
+            )
         self._advance = seed is None
-        self._generators = [torch.default_generator]
-        if device.type == "cuda":
-            torch.cuda.init()
-            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        self._generators = generators(device)
         if seed is None:
             twin = torch.Generator()
             twin.set_state(torch.default_generator.get_state())

@@ -159,7 +159,7 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
 
 def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     """`compute` on one task after the other: works for every module."""
-    with _call(problem) as dead, modes.KeyedRandomness(problem.seed, problem.device) as randomness:
+    with _call(problem) as dead, modes.randomness(problem) as randomness:
         return compute(Run(problem, dead, batched=False, randomness=randomness))
 
 
@@ -192,7 +192,7 @@ class Run:
     problem: Problem
     dead: frozenset[str]  # parameters whose gradient is exactly 0
     batched: bool
-    randomness: modes.KeyedRandomness | None = None
+    randomness: modes.KeyedRandomness | modes.PlainRandomness | None = None
     labels_checked: bool = False
 
     def __post_init__(self) -> None:

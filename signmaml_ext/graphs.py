@@ -1,0 +1,558 @@
+"""CUDA graphs: a whole meta-step recorded once, then replayed with one launch and a copy of its inputs.
+
+A graph repeats what was launched while it was recorded. Python does not run again, so a graph is right only for calls
+that would launch the same. What decides that is the *key* of a recorded call:
+
+- the model (a weak reference), the type, training mode, hooks and plain attributes (numbers, words, tuples of them) of
+  each of its modules, and the address, shape, strides and dtype of every parameter and buffer;
+- shape, strides, dtype and device of the data and of `inner_lr` tensors, and the value of an `inner_lr` float;
+- every other argument but `seed`, and torch's settings of autocast, determinism and cuDNN.
+
+Hence these rules. **Not rebuilt:** for other data, for weights or buffers changed in place (an optimizer step,
+`load_state_dict`), for another value in a rate tensor, for another `seed`, on another stream. **Built again:** when
+anything in the key is new: another shape, another float rate (a rate that changes often belongs in a tensor), a
+parameter that was replaced, moved or frozen, `train()` against `eval()`, another function object as `loss`. The last
+`LIMIT` graphs are kept, so models and shapes alternate without rebuilding; graphs of a model that is gone are dropped.
+**Not seen:** what a forward or a loss reads from elsewhere, such as tensors that are no buffers, globals, a rewritten
+`forward`. After changing such a thing call `clear()`. **Refused,** with a ValueError: a model that draws random
+numbers, a model or loss that makes the host wait, ``nonfinite="raise"`` (which makes it wait in every call), an
+`inner_lr` that requires grad, a loss that cannot be hashed, and devices other than CUDA.
+
+A graph serves a call with ``graph=True`` and, unless it says ``graph=False``, a call that the Conv-N kernels serve on
+a CUDA device. Inside a capture of the caller's own, `meta_step` launches plainly and becomes part of that graph.
+
+Memory: a graph keeps its inputs, its results and everything in between in a pool of its own, as long as it is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, modes, spec
+from .checks import Problem, check_problem
+from .reference import MetaGradients
+
+LIMIT = 8  # graphs kept: a few models or shapes in turn, each with the memory of a whole meta-step
+
+Function = Callable[[], tuple[Tensor, ...]]
+
+
+class GraphRefused(ValueError):
+    """A graph cannot hold this call; the message says why."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# The device that records
+
+
+class Recording(Protocol):
+    """A recorded function.
+
+    Attributes:
+        outputs: What the function returned; rewritten by every replay.
+    """
+
+    outputs: tuple[Tensor, ...]
+
+    def in_turn(self) -> AbstractContextManager[object]:
+        """A context in which inputs are written, the replay launched and outputs read, after any other such."""
+
+    def replay(self) -> None:
+        """Runs what was recorded, on the current stream."""
+
+
+class Recorder(Protocol):
+    """Records functions without arguments on one device; its `why_not` is None where that is possible."""
+
+    def warm_up(self, function: Function) -> None:
+        """Runs the function, more than once: what happens on a first call only must not be recorded."""
+
+    def record(self, function: Function) -> Recording:
+        """Records the function without running it."""
+
+
+# Graphs whose recording failed. torch's allocator goes on asking them whether a stream is theirs.
+_failed: list[Any] = []
+
+
+class CudaRecorder:
+    """Records into a `torch.cuda.CUDAGraph` with a memory pool of its own, on a stream of its own.
+
+    Args:
+        device: The CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Warm-up and recording share it: libraries keep a workspace for each stream that they have seen.
+        self._stream = torch.cuda.Stream(device)
+
+    def warm_up(self, function: Function) -> None:
+        """Runs the function twice on the side stream.
+
+        The first run may wait for the device: kernels are loaded, the model is verified, constants are written.
+
+        Raises:
+            GraphRefused: The second run waits for the device too.
+        """
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    function()
+                    with _refusing_to_wait():
+                        function()
+            finally:
+                current.wait_stream(self._stream)
+
+    def record(self, function: Function) -> Recording:
+        """Records the function.
+
+        Raises:
+            GraphRefused: Something in it cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may go on using the device meanwhile.
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                outputs = function()
+        except RuntimeError as error:
+            _failed.append(graph)
+            raise GraphRefused(f"graph: expected a call that can be recorded, found: {error}") from error
+        return _CudaRecording(graph, outputs, self._device)
+
+
+class _CudaRecording:
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...], device: torch.device) -> None:
+        self.outputs = outputs
+        self._graph, self._device = graph, device
+        self._finished = torch.cuda.Event()
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Streams take turns: one may not write the inputs while another's replay still reads them."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._finished)
+            try:
+                yield
+            finally:
+                self._finished.record(stream)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Turns a call that makes the host wait into a refusal.
+
+    Found out before the recording: a recording that fails leaves torch's allocator in a state that it does not get out
+    of. The setting is the process's, so another thread that waits just now meets the error too.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        raise GraphRefused(
+            "graph: expected a model and a loss that never make the host wait for the device, found one that does "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+# By type of device: what makes a recorder for a device.
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a graph cannot hold
+
+
+def why_not(problem: Problem) -> str | None:
+    """None if the arguments of a call allow a graph, else the reason; the model itself is not run."""
+    if problem.device.type not in RECORDERS:
+        return f"graphs are for CUDA devices, and the model is on {problem.device}"
+    if problem.nonfinite == "raise":
+        return "nonfinite='raise' makes the host wait for the device"
+    if problem.rates.learnable():
+        return "inner_lr requires grad"
+    if callable(problem.loss):
+        try:
+            hash(problem.loss)
+        except TypeError:
+            return f"the loss, of type {type(problem.loss).__name__}, cannot be hashed, so it is not known again"
+    return None
+
+
+# Of `meta_step`'s arguments.
+_DEFAULTS: dict[str, Any] = {
+    "method": "sign-maml",
+    "loss": "cross_entropy",
+    "adapt": None,
+    "backend": "auto",
+    "precision": "fp32",
+    "nonfinite": "propagate",
+    "batch_norm": "batch",
+    "seed": None,
+    "zero_dead_bias": True,
+}
+
+
+def why_not_graph(
+    model: nn.Module, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, **arguments: Any
+) -> str | None:
+    """Whether a graph could hold a call of `meta_step`, found out by one meta-step that is thrown away.
+
+    Args:
+        model, support_x, support_y, query_x, query_y: As for `meta_step`.
+        **arguments: The others of `meta_step`.
+
+    Returns:
+        None if it could, else the reason. `.grad` and torch's generators are as before.
+
+    Raises:
+        ValueError, TypeError: As `meta_step`.
+    """
+    problem = check_problem(model, support_x, support_y, query_x, query_y, **(_DEFAULTS | arguments))
+    reason = why_not(problem)
+    if reason is not None:
+        return reason
+    try:
+        with _refusing_random_draws(problem.device):
+            _plainly(problem.replace(keyed=False))
+    except GraphRefused as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _refusing_random_draws(device: torch.device) -> Iterator[None]:
+    """Refuses, at its end, if a random number was drawn; torch's generators are put back."""
+    generators = modes.generators(device)
+    before = [generator.get_state() for generator in generators]
+    try:
+        yield
+        drawn = any(
+            not torch.equal(generator.get_state(), state) for generator, state in zip(generators, before, strict=True)
+        )
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+    if drawn:
+        raise GraphRefused("graph: expected a model that draws no random numbers, found that its forward pass does")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Keys
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None)))
+
+
+def _module_key(module: nn.Module) -> tuple[object, ...]:
+    """Type, hooks and plain attributes (training mode, eps, sizes, ...) of one module."""
+    plain = []
+    for value in vars(module).values():
+        kind = type(value)
+        if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
+            plain.append(value)
+    return (type(module), tuple(module._forward_pre_hooks), tuple(module._forward_hooks), *plain)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def key_of(problem: Problem) -> tuple[object, ...]:
+    """Everything that the launches of a call depend on; see the module."""
+    model, device = problem.model, problem.device
+    tensors = chain(
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    )
+    rates = problem.rates.values
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+    return (
+        id(model),
+        tuple(_module_key(module) for module in model.modules()),
+        tuple((name, *_place(tensor)) for name, tensor in tensors),
+        device,
+        tuple(_kind(value) for value in _data_of(problem).values()),
+        tuple((name, _kind(rate) if isinstance(rate, Tensor) else rate) for name, rate in rates.items()),
+        problem.steps,
+        problem.adapted,
+        problem.method,
+        problem.loss,
+        problem.backend,
+        problem.precision,
+        problem.nonfinite,
+        problem.batch_norm,
+        problem.zero_dead_bias,
+        autocast,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.enabled,
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.deterministic,
+    )
+
+
+def _data_of(problem: Problem) -> dict[str, Tensor]:
+    assert problem.query_x is not None and problem.query_y is not None
+    return {
+        "support_x": problem.support_x,
+        "support_y": problem.support_y,
+        "query_x": problem.query_x,
+        "query_y": problem.query_y,
+    }
+
+
+def _inputs_of(problem: Problem) -> list[Tensor]:
+    """The tensors that are copied in for every replay: data, then rates."""
+    rates = [rate.detach() for rate in problem.rates.values.values() if isinstance(rate, Tensor)]
+    return [*_data_of(problem).values(), *rates]
+
+
+# ----------------------------------------------------------------------------------------------------
+# A recorded meta-step
+
+
+class _Layout:
+    """Where tensors of a result lie in flat buffers, one for each dtype: few copies bring all of them out."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._groups: dict[torch.dtype, dict[str, torch.Size]] = {}
+        for name, tensor in tensors.items():
+            self._groups.setdefault(tensor.dtype, {})[name] = tensor.shape
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat([tensors[name].reshape(-1) for name in shapes]) for shapes in self._groups.values())
+
+    def unpack(self, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for buffer, shapes in zip(buffers, self._groups.values(), strict=True):
+            parts = buffer.split([shape.numel() for shape in shapes.values()])
+            found |= {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return found
+
+
+class _MetaStep:
+    """A meta-step on inputs of its own, as a function without arguments."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.inputs = [torch.empty_like(value).copy_(value) for value in _inputs_of(problem)]
+        data, rates = self.inputs[:4], iter(self.inputs[4:])
+        values = {name: next(rates) if isinstance(v, Tensor) else v for name, v in problem.rates.values.items()}
+        self._problem = problem.replace(
+            **dict(zip(_data_of(problem), data, strict=True)),
+            rates=type(problem.rates)(values, problem.steps),
+            keyed=False,
+        )
+        self.backend = ""
+        # Gradients apart: a result that somebody keeps should not keep them.
+        self.gradients = self.numbers = _Layout({})
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        self.backend, meta = _plainly(self._problem)
+        gradients = {name: gradient for name, gradient in meta.params.items() if gradient is not None}
+        numbers = {name: getattr(meta, name) for name in _NUMBERS if getattr(meta, name) is not None}
+        self.gradients, self.numbers = _Layout(gradients), _Layout(numbers)
+        with torch.no_grad():
+            return (*self.gradients.pack(gradients), *self.numbers.pack(numbers))
+
+
+_NUMBERS = ("query_loss", "query_accuracy", "support_loss", "nonfinite", "live_tasks")
+
+
+class _Recorded:
+    """A recorded meta-step, with what is needed to replay it. Holds no reference to the model."""
+
+    def __init__(self, problem: Problem) -> None:
+        call = _MetaStep(problem)
+        recorder = RECORDERS[problem.device.type](problem.device)
+        with _refusing_random_draws(problem.device):
+            recorder.warm_up(call)
+        self.recording = recorder.record(call)
+        self.backend = call.backend
+        self._names = tuple(problem.params)
+        self._gradients, self._numbers = call.gradients, call.numbers
+        # Side by side by dtype: one copy kernel moves all of a kind.
+        self._inputs = call.inputs
+        self._kinds: dict[torch.dtype, list[int]] = {}
+        for place, value in enumerate(call.inputs):
+            self._kinds.setdefault(value.dtype, []).append(place)
+
+    def replay(self, inputs: Sequence[Tensor]) -> MetaGradients:
+        with self.recording.in_turn():
+            for places in self._kinds.values():
+                torch._foreach_copy_([self._inputs[place] for place in places], [inputs[place] for place in places])
+            self.recording.replay()
+            # Copies: the next replay writes its own results in the same place.
+            buffers = [output.clone() for output in self.recording.outputs]
+        gradients = self._gradients.unpack(buffers[: len(self._gradients)])
+        numbers = self._numbers.unpack(buffers[len(self._gradients) :])
+        return MetaGradients(
+            params={name: gradients.get(name) for name in self._names},
+            rates={},
+            query_loss=numbers["query_loss"],
+            query_accuracy=numbers.get("query_accuracy"),
+            support_loss=numbers["support_loss"],
+            nonfinite=numbers["nonfinite"],
+            live_tasks=numbers["live_tasks"],
+        )
+
+
+class GraphInfo(NamedTuple):
+    """What the graphs of this process did.
+
+    Attributes:
+        graphs: Graphs that are kept now.
+        limit: The most that are kept.
+        builds: Graphs recorded so far.
+        replays: Calls that a graph served.
+    """
+
+    graphs: int
+    limit: int
+    builds: int
+    replays: int
+
+
+class GraphCache:
+    """The last `limit` recorded meta-steps, by key; any thread may call.
+
+    Args:
+        limit: How many are kept.
+    """
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit = limit
+        # None: a call that was not asked to be a graph and turned out not to be one.
+        self._graphs: OrderedDict[tuple[object, ...], _Recorded | None] = OrderedDict()
+        self._models: dict[int, weakref.ref[nn.Module]] = {}
+        # Re-entrant: a model may be collected, and its graphs dropped, at any moment.
+        self._lock = threading.RLock()
+        self._builds = self._replays = 0
+
+    def meta_gradients(self, problem: Problem) -> tuple[str, MetaGradients]:
+        """Backend and result of a meta-step, replayed; recorded first if its key is new.
+
+        Raises:
+            GraphRefused: A graph cannot hold this call, and the call asked for one.
+            ValueError, TypeError: As the call without a graph.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            key = key_of(problem)
+            recorded = self._graphs[key] if key in self._graphs else self._record(key, problem)
+            self._graphs.move_to_end(key)
+            if recorded is not None:
+                self._replays += 1
+                return recorded.backend, recorded.replay(_inputs_of(problem))
+        return _plainly(problem)
+
+    def _record(self, key: tuple[object, ...], problem: Problem) -> _Recorded | None:
+        while len(self._graphs) >= self._limit:
+            self._graphs.popitem(last=False)  # first, so that its memory is free for the new one
+        recorded = None
+        if problem.graph or dispatch.choose(problem)[1] in BY_DEFAULT:
+            try:
+                recorded = _Recorded(problem)
+                self._builds += 1
+            except GraphRefused as error:
+                if problem.graph:
+                    raise
+                warnings.warn(f"signmaml_ext launches this call without a CUDA graph ({error})", stacklevel=5)
+        number = id(problem.model)
+        if number not in self._models:
+            self._models[number] = weakref.ref(problem.model, lambda _: self._forget(number))
+        self._graphs[key] = recorded
+        return recorded
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._models.pop(number, None)
+            for key in [key for key in self._graphs if key[0] == number]:
+                del self._graphs[key]
+
+    def clear(self, model: nn.Module | None = None) -> None:
+        """Drops the graphs of a model, or all."""
+        with self._lock:
+            for number in [id(model)] if model is not None else list(self._models):
+                self._forget(number)
+
+    def info(self) -> GraphInfo:
+        """What is kept, and what was done."""
+        with self._lock:
+            kept = sum(recorded is not None for recorded in self._graphs.values())
+            return GraphInfo(kept, self._limit, self._builds, self._replays)
+
+
+CACHE = GraphCache()
+
+
+# Families whose calls are graphs unless the caller says no: many short launches that nothing decides on the way.
+BY_DEFAULT = (dispatch.CONV,)
+
+
+def run(problem: Problem) -> tuple[str, MetaGradients]:
+    """Backend and result of a meta-step, by a graph if one is asked for or usual, else launched plainly.
+
+    Raises:
+        GraphRefused: A graph was asked for and cannot hold this call.
+        ValueError, TypeError: As `meta_step`.
+    """
+    if problem.graph is False or modes.is_capturing(problem.device):
+        return _plainly(problem)
+    if problem.graph is None and (
+        problem.device.type not in RECORDERS or isinstance(spec.conv_from_module(problem.model), str)
+    ):
+        return _plainly(problem)
+    reason = why_not(problem)
+    if reason is None:
+        return CACHE.meta_gradients(problem)
+    if problem.graph:
+        raise GraphRefused(f"graph: expected a call that a graph can hold, found that {reason}")
+    return _plainly(problem)
+
+
+def _plainly(problem: Problem) -> tuple[str, MetaGradients]:
+    return dispatch.run(problem, lambda chosen, checked: chosen.meta_gradients(checked))
+
+
+def clear(model: nn.Module | None = None) -> None:
+    """Drops recorded graphs and their memory, so that the next call records anew.
+
+    Args:
+        model: Whose graphs; None: all.
+    """
+    CACHE.clear(model)
+
+
+def info() -> GraphInfo:
+    """How many graphs are kept, were recorded, and how many calls they served."""
+    return CACHE.info()
