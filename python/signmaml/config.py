@@ -84,6 +84,9 @@ class TrainConfig:
     seed: int = _option(0, "seed of weights, tasks and dropout", least=0)
     device: str = _option("auto", "auto, cpu, cuda or cuda:INDEX", on_resume=True)
     backend: str = _option("auto", "what computes the meta-step (see 'signmaml info')")
+    graph: bool | None = _option(
+        None, "replay each training iteration as one CUDA graph; none: where that is possible", on_resume=True
+    )
     precision: str = _option("fp32", "arithmetic of the inner loop", choices=("fp32", "tf32", "bf16"))
     nonfinite: str = _option(
         "propagate", "tasks that turn NaN or Inf: pass on, stop, or leave out", choices=("propagate", "raise", "skip")

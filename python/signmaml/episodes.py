@@ -136,6 +136,7 @@ class EpisodeSampler:
         self._images = images.images.to(self.device)
         self._class_starts = images.class_starts.to(self.device)
         self._class_sizes = images.class_sizes.to(self.device)
+        self._task_places = torch.arange(self.tasks, device=self.device)
         self._class_numbers = torch.arange(self.classes, device=self.device)
         self._image_numbers = torch.arange(int(images.class_sizes.max()), device=self.device)
         self._ways_numbers = torch.arange(self.ways, device=self.device)
@@ -172,7 +173,29 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: An argument is not an integer in range.
         """
-        classes, rows = self.draw_indices(first_task, tasks)
+        return self._draw(_task_numbers(first_task, tasks, self.device))
+
+    def draw_at(self, iteration: torch.Tensor) -> Episodes:
+        """The meta-batch of an iteration whose number lies on the device: the same as `draw` gives for it.
+
+        Nothing here depends on the number's value but the values drawn, so a CUDA graph may hold this call.
+
+        Args:
+            iteration: ``[]`` int64 on the sampler's device, 0 or more; its value is not checked, for the host does not
+                see it.
+
+        Returns:
+            `Episodes` with ``T = tasks``.
+
+        Raises:
+            TypeError, ValueError: `iteration` is no such tensor.
+        """
+        return self._draw(_numbers_of_iteration(iteration, self._task_places))
+
+    def _draw(self, numbers: torch.Tensor) -> Episodes:
+        """The tasks of these numbers `[T]`."""
+        tasks = len(numbers)
+        classes, rows = self._indices(numbers)
         turns = classes.div(len(self._class_names), rounding_mode="floor") if self.rotations else None
         return Episodes(
             self._pick(rows[:, :, : self.shots], turns),
@@ -195,10 +218,9 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: An argument is not an integer in range.
         """
-        tasks = check_integer("tasks", tasks, 1)
-        first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
-        numbers = torch.arange(first_task, first_task + tasks, device=self.device)
+        return self._indices(_task_numbers(first_task, tasks, self.device))
 
+    def _indices(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         order = _children(_children(_stream(self.seed, _CLASSES), numbers)[:, None], self._class_numbers)
         classes = _first_in_order(order, self._class_numbers, self.ways)
 
@@ -304,6 +326,7 @@ class SinusoidSampler:
         self.phase = _checked_range("phase", phase)
         self.x_range = _checked_range("x_range", x_range)
         self.device = _checked_device(device)
+        self._task_places = torch.arange(self.tasks, device=self.device)
 
     def draw(self, iteration: int) -> Episodes:
         """The meta-batch of one iteration; see `EpisodeSampler.draw`. x and y: ``[T, points, 1]`` float32."""
@@ -312,9 +335,14 @@ class SinusoidSampler:
 
     def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
         """The tasks ``first_task`` to ``first_task + tasks - 1``; see `EpisodeSampler.draw_tasks`."""
-        tasks = check_integer("tasks", tasks, 1)
-        first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
-        numbers = torch.arange(first_task, first_task + tasks, device=self.device)
+        return self._draw(_task_numbers(first_task, tasks, self.device))
+
+    def draw_at(self, iteration: torch.Tensor) -> Episodes:
+        """The meta-batch of an iteration whose number lies on the device; see `EpisodeSampler.draw_at`."""
+        return self._draw(_numbers_of_iteration(iteration, self._task_places))
+
+    def _draw(self, numbers: torch.Tensor) -> Episodes:
+        """The tasks of these numbers `[T]`."""
         wave_keys = _children(_stream(self.seed, _SINE), numbers)[:, None]
         wave = _uniform(_children(wave_keys, torch.arange(2, device=self.device)))
         amplitude = _between(self.amplitude, wave[:, :1])
@@ -342,6 +370,28 @@ class SinusoidSampler:
             "phase": list(self.phase),
             "x_range": list(self.x_range),
         }
+
+
+# --- task numbers ----------------------------------------------------------------------------------------------------
+
+
+def _task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Tensor:
+    """``first_task`` to ``first_task + tasks - 1``, checked."""
+    tasks = check_integer("tasks", tasks, 1)
+    first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
+    return torch.arange(first_task, first_task + tasks, device=device)
+
+
+def _numbers_of_iteration(iteration: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The task numbers of an iteration whose number only the device knows; `places` are 0 to T - 1, on that device."""
+    expected = f"iteration: expected an int64 tensor [] on {places.device}"
+    if not isinstance(iteration, torch.Tensor):
+        raise TypeError(f"{expected}, found {type(iteration).__name__}")
+    if iteration.dtype != torch.int64:
+        raise TypeError(f"{expected}, found {iteration.dtype}")
+    if iteration.ndim != 0 or iteration.device != places.device:
+        raise ValueError(f"{expected}, found {list(iteration.shape)} on {iteration.device}")
+    return iteration * len(places) + places
 
 
 # --- counter-based randomness ---------------------------------------------------------------------------------------

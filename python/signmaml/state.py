@@ -20,7 +20,7 @@ def pack(
     rates: InnerRates,
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    window: list[Tensor],
+    window: Tensor,
 ) -> dict[str, Tensor]:
     """All tensors of a training state.
 
@@ -29,15 +29,15 @@ def pack(
         rates: Its inner rates.
         trained: Everything the optimizer trains, by name.
         optimizer: The optimizer.
-        window: Per iteration since the last record, what the record will be made of.
+        window: `[iterations since the last record, 3]`, what the record will be made of.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"rates.{name}": value for name, value in rates.state_dict().items()}
     for name, parameter in trained.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             tensors[f"adam.{name}.{entry}"] = value
-    if window:
-        tensors["window"] = torch.stack(window)
+    if len(window):
+        tensors["window"] = window
     return tensors
 
 
@@ -48,8 +48,8 @@ def unpack(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     where: str,
-) -> list[Tensor]:
-    """Puts a packed state back and returns the window.
+) -> Tensor:
+    """Puts a packed state back and returns the window, which may be empty, on the CPU.
 
     Args:
         tensors: What `pack` gave, on the CPU.
@@ -67,11 +67,10 @@ def unpack(
     )
     for name, entries in adam.items():
         parameter = trained[name]
-        # Adam keeps its step counter on the CPU.
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in entries.items()}
-    if "window" not in tensors:
-        return []
-    return list(tensors["window"].to(next(model.parameters()).device).unbind())
+        # Adam keeps its step counter on the CPU, unless it is the fused one.
+        stays = () if optimizer.defaults["fused"] else ("step",)
+        optimizer.state[parameter] = {k: v if k in stays else v.to(parameter.device) for k, v in entries.items()}
+    return tensors.get("window", torch.empty(0, 3, dtype=torch.float64))
 
 
 def _adam_states(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +21,14 @@ from . import building, checkpoint, state, version
 from .config import TrainConfig
 from .distributed import Group
 from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
+from .iteration import Iteration, outer_adam, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
-from .pieces import MetaStep, draw_share
+from .pieces import MetaStep
 from .rates import InnerRates
 from .results import Best, FitResult
 from .runs import RunFolder, choose_folder
-from .schedule import learning_rate, step_seed
+from .schedule import learning_rate
 from .signals import SignalGuard, TrainingInterrupted
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -116,16 +118,29 @@ class MetaTrainer:
         self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._trained |= {f"rates.{name}": p for name, p in self.rates.named_parameters()}
         self._classification, unreached = self._try_one_task(episodes)
-        self._meta_step = MetaStep(self.model, self._trained, self.group, self._classification, unreached)
         self.explanation = signmaml_ext.explain(
             self.model, *episodes, inner_lr=self.rates.values(), inner_steps=config.inner_steps, **self._arguments
         )
 
-        self.optimizer = torch.optim.Adam(self._trained.values(), lr=config.outer_lr)
+        self.optimizer = outer_adam(list(self._trained.values()), config.outer_lr, self.device)
+        reason = why_no_graph(config, self.model, self.rates, self._train_sampler, self._arguments, self.group)
+        if config.graph and reason is not None:
+            raise ValueError(f"graph: expected a run whose iterations a CUDA graph can hold, found that {reason}")
+        self._iteration = Iteration(
+            config,
+            self.model,
+            self.rates,
+            self._train_sampler,
+            self.optimizer,
+            list(self._trained.values()),
+            MetaStep(self.model, self._trained, self.group, self._classification, unreached),
+            self._arguments,
+            self.group,
+            reason,
+        )
         self.iteration = 0  # meta-iterations done
         self.best: Best | None = None
         self._seconds = 0.0
-        self._window: list[Tensor] = []  # [loss, accuracy, non-finite tasks] of each iteration since the last record
 
     def _try_one_task(self, episodes: Sequence[Tensor]) -> tuple[bool, set[str]]:
         """A meta-step that is thrown away: what does not fit comes to light before a folder is made.
@@ -143,6 +158,7 @@ class MetaTrainer:
             inner_lr=self.rates.values(),
             inner_steps=self.config.inner_steps,
             seed=0,
+            graph=False,
             **self._arguments,
         )
         unreached = {name for name, parameter in self._trained.items() if parameter.grad is None}
@@ -233,9 +249,14 @@ class MetaTrainer:
                 f"{config.schedule}",
                 *str(self.explanation).replace("backend: ", "backend  ").splitlines(),
                 f"device   {building.device_name(self.device)}",
+                f"graph    {self._graph_in_words()}",
                 f"folder   {self.run.path}",
             )
         )
+
+    def _graph_in_words(self) -> str:
+        reason = self._iteration.why_no_graph
+        return "each iteration is one CUDA graph" if reason is None else f"none ({reason})"
 
     # -----------------------------------------------------------------------------------------------------------
     # Training
@@ -280,26 +301,12 @@ class MetaTrainer:
         return self.group.any(guard.received is not None)
 
     def _train_step(self) -> None:
-        """One meta-iteration; nothing here waits for the device."""
-        config = self.config
-        episodes, first, tasks = draw_share(self._train_sampler, self.iteration, self.group)
-        self.optimizer.zero_grad(set_to_none=True)
-        result = self._meta_step(
-            episodes,
-            first,
-            tasks,
-            self.rates.values,
-            inner_steps=config.inner_steps,
-            seed=step_seed(config.seed, self.iteration),
-            **self._arguments,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._outer_lr(self.iteration)
-        self.optimizer.step()
+        """One meta-iteration; nothing here waits for the device, once its graph is recorded."""
+        before = self._iteration.why_no_graph
+        self._iteration.run(self.iteration)
         self.iteration += 1
-        accuracy = result.query_loss if result.query_accuracy is None else result.query_accuracy
-        numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
-        self._window.append(torch.stack(numbers))
+        if self._iteration.why_no_graph != before:
+            warnings.warn(f"training goes on without a CUDA graph: {self._iteration.why_no_graph}", stacklevel=2)
 
     def _outer_lr(self, iteration: int) -> float:
         config = self.config
@@ -307,10 +314,11 @@ class MetaTrainer:
 
     def _training_record(self) -> dict[str, Any]:
         """Means since the last record. Here the host waits for the device."""
-        window = torch.stack(self._window)
-        self._window.clear()
-        loss, accuracy, _ = window.mean(0).tolist()
-        nonfinite = int(window[:, 2].sum())
+        window = self._iteration.window
+        rows = window.present().cpu()
+        window.fill(rows[:0])
+        loss, accuracy, _ = rows.mean(0).tolist()
+        nonfinite = int(rows[:, 2].sum())
         record: dict[str, Any] = {"iteration": self.iteration, "split": "train", "loss": loss}
         if self._classification:
             record["accuracy"] = accuracy
@@ -355,7 +363,7 @@ class MetaTrainer:
                 f"is {self.run.last}. Try a smaller inner_lr or outer_lr, or nonfinite='skip'"
             )
         self.group.check_same(self._trained.values(), "weights")
-        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, self._window)
+        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, self._iteration.window.present())
         metadata = {
             "iteration": self.iteration,
             "best": None if self.best is None else dataclasses.asdict(self.best),
@@ -381,7 +389,9 @@ class MetaTrainer:
                 f"iterations: expected at least the {metadata['iteration']} that the run has done, "
                 f"found {self.config.iterations}"
             )
-        self._window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, str(self.run.last))
+        where = str(self.run.last)
+        window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, where)
+        self._iteration.window.fill(window)
         self.iteration, self._seconds = metadata["iteration"], metadata["seconds"]
         self.best = None if metadata["best"] is None else Best(**metadata["best"])
 

@@ -24,6 +24,7 @@ class ReplayingRecorder:
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
         self.warm_ups = 0
+        self.recording: ReplayingRecording | None = None
         self._like: tuple[Tensor, ...] = ()
         ReplayingRecorder.made.append(self)
 
@@ -36,7 +37,8 @@ class ReplayingRecorder:
         assert self.warm_ups, "a function is warmed up before it is recorded"
         # Poisoned: who reads before the first replay is found out.
         outputs = tuple(torch.full_like(t, torch.nan if t.is_floating_point() else 77) for t in self._like)
-        return ReplayingRecording(function, outputs)
+        self.recording = ReplayingRecording(function, outputs)
+        return self.recording
 
 
 class ReplayingRecording:

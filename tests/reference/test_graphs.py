@@ -40,7 +40,7 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
 def assert_equals_eager(model: nn.Module, data, **options) -> None:
     """Result and `.grad`, bit for bit."""
     model.zero_grad()
-    expected = meta_step(model, *data, **options)
+    expected = meta_step(model, *data, **options, graph=False)
     gradients = nets.grads(model)
     found = meta_step(model, *data, **options, graph=True)
     assert_same(results(found), results(expected))
@@ -79,7 +79,7 @@ def test_weights_and_buffers_changed_in_place_are_seen_without_rebuilding(cache)
     options = OPTIONS | {"batch_norm": "running"}
     assert_equals_eager(model, data, **options)
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    meta_step(model, *data, **options)
+    meta_step(model, *data, **options, graph=False)
     optimizer.step()
     model[0][0].normalize.running_mean += 0.5
     assert_equals_eager(model, data, **options)
@@ -393,7 +393,7 @@ def test_threads_take_turns(cache):
     tasks = [nets.vector_tasks() for _ in range(4)]
     expected = [meta_step(copy.deepcopy(model), *data, **OPTIONS).query_loss for data in tasks]
     # Checked here: torch's functional_call, which the stand-in runs, swaps the parameters of the module meanwhile.
-    problems = [graphs.check_problem(model, *data, **(graphs._DEFAULTS | OPTIONS)) for data in tasks]
+    problems = [graphs.check_problem(model, *data, **(graphs._DEFAULTS | OPTIONS), graph=True) for data in tasks]
     wrong: list[int] = []
 
     def work(place: int) -> None:
@@ -439,3 +439,53 @@ def test_constants_that_a_capture_read_stay(monkeypatch):
     flat._constant.cache_clear()
     assert any(tensor is kept for tensor in flat._captured.values())
     assert flat.constant((0.125, 0.5), torch.float64, device) is not kept
+
+
+def conv_on_this_device() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return nets.conv4(filters=8), nets.image_tasks(dtype=torch.float32)
+
+
+def test_the_conv_family_is_a_graph_unless_the_caller_says_no(cache):
+    model, data = conv_on_this_device()
+    plain = meta_step(model, *data, **OPTIONS, graph=False)
+    gradients = nets.grads(model)
+    assert cache.info().builds == 0
+    for replays in (1, 2):
+        replayed = meta_step(model, *data, **OPTIONS)
+        assert cache.info() == (1, graphs.LIMIT, 1, replays)
+        assert_same(results(replayed), results(plain))
+        assert_same(nets.grads(model), gradients)
+    # Asked for by name it is the same graph.
+    meta_step(model, *data, **OPTIONS, graph=True)
+    assert cache.info()[2:] == (1, 3)
+
+
+def test_nothing_else_is_a_graph_unless_the_caller_says_yes(cache):
+    attention, images = nets.Attention().double(), nets.image_tasks()
+    meta_step(nets.mlp().double(), *nets.vector_tasks(), **OPTIONS)
+    meta_step(attention, *images, **OPTIONS)
+    model, data = conv_on_this_device()
+    # Served by another family, and calls that no graph holds.
+    for change in ({"method": "maml"}, {"backend": "torch"}, {"nonfinite": "raise"}):
+        meta_step(model, *data, **(OPTIONS | change))
+        meta_step(model, *data, **(OPTIONS | change))
+    assert cache.info() == (0, graphs.LIMIT, 0, 0)
+    # That it was not recorded unasked is no reason to refuse when asked.
+    meta_step(model, *data, **(OPTIONS | {"method": "maml"}), graph=True)
+    assert cache.info().builds == 1
+
+
+def test_a_usual_graph_that_fails_is_launched_plainly_with_a_warning(cache, monkeypatch):
+    class Failing(ReplayingRecorder):
+        def record(self, function: graphs.Function) -> ReplayingRecording:
+            raise graphs.GraphRefused("graph: expected luck, found none")
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", Failing)
+    model, data = conv_on_this_device()
+    with pytest.warns(UserWarning, match=r"without a CUDA graph \(graph: expected luck"):
+        result = meta_step(model, *data, **OPTIONS)
+    assert torch.equal(result.query_loss, meta_step(model, *data, **OPTIONS, graph=False).query_loss)
+    meta_step(model, *data, **OPTIONS)  # tried once
+    assert len(ReplayingRecorder.made) == 1
+    with pytest.raises(graphs.GraphRefused, match="luck"):
+        meta_step(model, *data, **OPTIONS, graph=True)

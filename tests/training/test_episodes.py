@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chi2
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.images import random_set
+from helpers.operators import WAITING, Recorder
 from signmaml.episodes import Episodes, EpisodeSampler, SinusoidSampler
 
 WORD = 2**64
@@ -261,34 +261,18 @@ def test_description_says_what_decides_the_numbers() -> None:
 # --- no loop over tasks, no wait for the device -------------------------------------------------------------
 
 
-class Recorder(TorchDispatchMode):
-    """Writes down every operator called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket._qualified_op_name
-        by_mask = name == "aten::index" and any(index is not None and index.dtype == torch.bool for index in args[1])
-        self.called.append(name + (" by a mask" if by_mask else ""))
-        return func(*args, **(kwargs or {}))
-
-
-# Their result's shape, or the Python number they give, depends on data: on a GPU the host would wait for it.
-WAITING = {
-    *("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"),
-    *("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::index by a mask", "aten::repeat_interleave"),
-}
-
-
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_drawing_neither_waits_nor_loops(kind: str) -> None:
+def test_drawing_neither_waits_nor_loops(kind: str, on_device: bool) -> None:
     operators = []
+    number = torch.tensor(1)
     for tasks in (2, 64):
         sampler = MAKERS[kind](tasks)
         with Recorder() as recorder:
-            sampler.draw(1)
+            if on_device:
+                sampler.draw_at(number)
+            else:
+                sampler.draw(1)
         assert WAITING.isdisjoint(recorder.called), WAITING.intersection(recorder.called)
         operators.append(recorder.called)
     assert operators[0] == operators[1]
@@ -403,3 +387,44 @@ def test_cuda_draws_the_same_numbers_without_waiting(kind: str) -> None:
     for iteration, batch in enumerate(batches):
         for name, part, wanted in zip(Episodes._fields, batch, on_cpu.draw(iteration), strict=True):
             assert part.device.type == "cuda" and torch.equal(part.cpu(), wanted), name
+
+
+# --- iterations whose number lies on the device ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ways, shots, queries, tasks", [(5, 1, 1, 4), (2, 3, 4, 1), (9, 1, 2, 3)])
+@pytest.mark.parametrize(
+    "options", [{}, {"rotations": True, "normalize": "signed"}, {"normalize": (0.4, 0.2)}], ids=str
+)
+def test_draw_at_a_number_on_the_device_is_draw(
+    ways: int, shots: int, queries: int, tasks: int, options: dict[str, Any]
+) -> None:
+    images = random_set([7, 11, 8, 20, 7, 9, 10, 7, 13], size=6)
+    sampler = EpisodeSampler(images, ways=ways, shots=shots, queries=queries, tasks=tasks, seed=2**63 - 5, **options)
+    number = torch.zeros((), dtype=torch.int64)
+    for iteration in [*range(60), 2**40 + 3, (2**62 - 1) // tasks - 1]:
+        number.fill_(iteration)
+        for found, expected in zip(sampler.draw_at(number), sampler.draw(iteration), strict=True):
+            assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
+def test_sinusoids_at_a_number_on_the_device_are_draw() -> None:
+    sampler = SinusoidSampler(shots=3, queries=4, tasks=5, seed=8)
+    for iteration in (0, 1, 2, 77, 2**50):
+        found, expected = sampler.draw_at(torch.tensor(iteration)), sampler.draw(iteration)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("which", ["images", "sinusoids"])
+def test_draw_at_refuses_what_is_no_such_number(which: str) -> None:
+    sampler: Any = SinusoidSampler(shots=3, queries=4, tasks=5)
+    if which == "images":
+        sampler = EpisodeSampler(random_set([5, 5, 5]), ways=2, shots=1, queries=1, tasks=2)
+    with pytest.raises(TypeError, match=r"iteration: expected an int64 tensor \[\] on cpu, found int"):
+        sampler.draw_at(3)
+    with pytest.raises(TypeError, match=r"found torch\.float32"):
+        sampler.draw_at(torch.tensor(3.0))
+    with pytest.raises(ValueError, match=r"found \[1\] on cpu"):
+        sampler.draw_at(torch.tensor([3]))
+    with pytest.raises(ValueError, match=r"found \[\] on meta"):
+        sampler.draw_at(torch.tensor(3, device="meta"))

@@ -271,7 +271,7 @@ def test_the_loop_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("signmaml_ext.reference.check_labels", lambda *_: None)
     trainer._train_step()
     monkeypatch.undo()
-    assert trainer.iteration == 2 and len(trainer._window) == 2
+    assert trainer.iteration == 2 and len(trainer._iteration.window) == 2
 
 
 def test_bad_data_is_refused_before_any_work(tmp_path: Path) -> None:
