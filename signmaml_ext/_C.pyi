@@ -29,6 +29,22 @@ def sign_step_cpu(
     threads: int,
     /,
 ) -> None: ...
+def compact_sign_step_cpu(
+    counts: int,
+    params: int,
+    theta: int,
+    grads: int,
+    lr: int,
+    segment_offsets: int,
+    nonfinite: int,
+    tasks: int,
+    parameters: int,
+    lr_entries: int,
+    segments: int,
+    is_double: bool,
+    threads: int,
+    /,
+) -> None: ...
 def meta_accumulate_cpu(
     out: int,
     grads: int,
@@ -41,7 +57,7 @@ def meta_accumulate_cpu(
     /,
 ) -> None: ...
 
-# The next three, conv_meta_step_cuda, mlp_meta_step_cuda and multiprocessors are there only where built_with_cuda.
+# The next four, conv_meta_step_cuda, mlp_meta_step_cuda and multiprocessors are there only where built_with_cuda.
 def cuda_driver_version() -> int: ...
 def sign_step_cuda(
     params: int,
@@ -54,6 +70,23 @@ def sign_step_cuda(
     parameters: int,
     lr_entries: int,
     mask_entries: int,
+    segments: int,
+    is_double: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def compact_sign_step_cuda(
+    counts: int,
+    params: int,
+    theta: int,
+    grads: int,
+    lr: int,
+    segment_offsets: int,
+    nonfinite: int,
+    tasks: int,
+    parameters: int,
+    lr_entries: int,
     segments: int,
     is_double: bool,
     device: int,
@@ -76,6 +109,9 @@ def plan_sign_step_cpu(tasks: int, parameters: int, threads: int, /) -> dict[str
 def plan_meta_accumulate_cpu(tasks: int, parameters: int, threads: int, /) -> dict[str, int]: ...
 def plan_sign_step(
     tasks: int, parameters: int, scalar_bytes: int, params: int, grads: int, multiprocessors: int, /
+) -> dict[str, int]: ...
+def plan_compact_sign_step(
+    tasks: int, parameters: int, scalar_bytes: int, params: int, grads: int, counts: int, multiprocessors: int, /
 ) -> dict[str, int]: ...
 def plan_meta_accumulate(
     tasks: int, parameters: int, scalar_bytes: int, out: int, grads: int, multiprocessors: int, /

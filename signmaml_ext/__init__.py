@@ -8,15 +8,18 @@ from ._loader import VERSION as __version__  # first: a broken installation gets
 from .api import EvaluateResult, MetaStepResult, adapt, evaluate, explain, meta_step
 from .dispatch import Explanation
 from .graphs import GraphRefused
-from .ops import meta_accumulate_, sign_step_
+from .ops import compact_sign_step_, meta_accumulate_, sign_step_
+from .reference import CompactParams
 
 __all__ = [
+    "CompactParams",
     "EvaluateResult",
     "Explanation",
     "GraphRefused",
     "MetaStepResult",
     "__version__",
     "adapt",
+    "compact_sign_step_",
     "evaluate",
     "explain",
     "meta_accumulate_",

@@ -76,6 +76,7 @@ def meta_step(
     zero_dead_bias: bool = True,
     first_task: int = 0,
     graph: bool | None = None,
+    task_state: str = "full",
 ) -> MetaStepResult:
     """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
 
@@ -130,6 +131,12 @@ def meta_step(
             with one launch and a copy of its inputs; `signmaml_ext.graphs` has the rules on when it is recorded anew.
             False: never. None: where the Conv-N kernels serve a call on a CUDA device. Inside a CUDA graph capture of
             the caller's own the call always becomes part of that graph; make it once before, outside.
+        task_state: "full": a task's parameters in their own dtype. "int8": as counts n of sign steps, phi = theta -
+            alpha * n, with which a task takes a byte a parameter; parameters and gradients are in full precision for a
+            chunk of tasks at a time. For "sign-maml", at most 127 steps and rates that are the same in every step, on
+            the backends "cpu", "cuda" (flat buffers) and "torch". phi is rounded twice, whatever K, instead of once a
+            step, so that trajectories agree to rounding (float64: to 1e-12 as long as no gradient is that near 0). A
+            NaN gradient is count -128 and stays NaN, as in full precision.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
@@ -186,6 +193,7 @@ def evaluate(
     batch_norm: str = "batch",
     seed: int | None = None,
     zero_dead_bias: bool = True,
+    task_state: str = "full",
 ) -> EvaluateResult:
     """Adapts to T tasks and evaluates their query sets; no meta-gradient, nothing changed.
 
@@ -232,13 +240,15 @@ def adapt(
     batch_norm: str = "batch",
     seed: int | None = None,
     zero_dead_bias: bool = True,
-) -> dict[str, Tensor]:
+    task_state: str = "full",
+) -> Mapping[str, Tensor]:
     """The inner loop alone: every task's adapted parameters; the model itself is not changed.
 
     Arguments and errors are those of `meta_step`.
 
     Returns:
-        name -> `[T, *shape]` for each adapted parameter, detached. One task's model is
+        name -> `[T, *shape]` for each adapted parameter, detached; a dict, or with ``task_state="int8"`` a
+        `CompactParams`, which holds step counts and computes a parameter when it is asked for. One task's model is
         ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``.
 
     Example:
@@ -271,6 +281,7 @@ def explain(
     batch_norm: str = "batch",
     seed: int | None = None,
     zero_dead_bias: bool = True,
+    task_state: str = "full",
 ) -> Explanation:
     """Which backend would serve this call of `meta_step`, and why the others would not.
 

@@ -22,6 +22,8 @@ LOSSES = ("cross_entropy", "mse")
 PRECISIONS = ("fp32", "tf32", "bf16")
 NONFINITE = ("propagate", "raise", "skip")
 BATCH_NORM = ("batch", "running")
+TASK_STATES = ("full", "int8")
+MOST_COUNTED_STEPS = 127  # what an int8 counts
 BACKENDS = ("auto", "torch", "cpu", "cuda")
 
 Rate = float | Tensor
@@ -119,6 +121,7 @@ class Problem:
         first_task: Number of the first task in a meta-batch that is computed in pieces; keys the dropout masks.
         graph: Whether the call replays a CUDA graph: True, False, or None where its kernels are made for it.
         keyed: Whether forward passes that run task by task draw from streams of their own; False inside a graph.
+        task_state: One of `TASK_STATES`.
     """
 
     model: nn.Module
@@ -140,6 +143,7 @@ class Problem:
     first_task: int = 0
     graph: bool | None = None
     keyed: bool = True
+    task_state: str = "full"
 
     @property
     def tasks(self) -> int:
@@ -186,6 +190,7 @@ def check_problem(
     zero_dead_bias: bool,
     first_task: int = 0,
     graph: bool | None = None,
+    task_state: str = "full",
     with_query: bool = True,
 ) -> Problem:
     """Checks all arguments of `meta_step`, `evaluate` or (without query) `adapt` and returns the problem."""
@@ -216,6 +221,7 @@ def check_problem(
     first_task = check_count("first_task", first_task, at_least=0)
     adapted = _check_adapt(model, params, adapt)
     rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device)
+    _check_task_state(task_state, method, rates, params)
 
     _check_set("support", support_x, support_y, loss, device, dtype)
     if with_query:
@@ -246,6 +252,7 @@ def check_problem(
         zero_dead_bias=zero_dead_bias,
         first_task=first_task,
         graph=graph,
+        task_state=task_state,
     )
 
 
@@ -428,6 +435,21 @@ def _check_rate_shape(name: str, rate: Rate, parameter: Tensor, steps: int) -> N
     if not fits:
         expected = f"a shape that broadcasts to {list(target)}, or [{steps}, ...] with one axis more (a rate a step)"
         refuse(f"inner_lr[{name!r}]", expected, f"shape {list(rate.shape)}")
+
+
+def _check_task_state(task_state: str, method: str, rates: InnerRates, params: Mapping[str, Tensor]) -> None:
+    """Step counts say where a task is only if all its steps were of one size, and few enough to count."""
+    _check_choice("task_state", task_state, TASK_STATES)
+    if task_state == "full":
+        return
+    if method != "sign-maml":
+        refuse("task_state", f"'full' for method {method!r} (int8 counts sign steps)", repr(task_state))
+    if rates.steps > MOST_COUNTED_STEPS:
+        refuse("inner_steps", f"at most {MOST_COUNTED_STEPS} with task_state 'int8'", rates.steps)
+    for key in rates.values:
+        if rates.steps > 1 and rates.varies_by_step(key, params[key].ndim if key else 0):
+            where = f"inner_lr[{key!r}]" if key else "inner_lr"
+            refuse(where, "one rate for all steps with task_state 'int8'", "a rate a step")
 
 
 def _check_set(

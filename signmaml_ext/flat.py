@@ -7,6 +7,7 @@ Definition: reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, ops
+from . import compact, modes, ops
 from .checks import Problem
 from .reference import (
     Adaptation,
+    CompactParams,
     MetaGradients,
     Run,
     TaskParams,
@@ -44,11 +46,15 @@ def why_not(problem: Problem, device_type: str) -> str | None:
 
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
+    if problem.task_state == "int8":
+        return compact.meta_gradients(problem, lambda part: run_batched(part, _meta_gradients))
     return run_batched(problem, _meta_gradients)
 
 
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
+    if problem.task_state == "int8":
+        return compact.adapt(problem, lambda part: run_batched(part, _adapt))
     return run_batched(problem, _adapt)
 
 
@@ -75,6 +81,8 @@ class FlatParams:
     Attributes:
         buffer: `[T, P]`, contiguous.
         adapted_size: Number of leading columns that the inner loop moves.
+        theta: `[P]`, where all tasks start.
+        counts: `[T, adapted_size]` int8 with `task_state="int8"`, else None.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -84,7 +92,11 @@ class FlatParams:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.adapted_size = sum(self.sizes[: len(problem.adapted)])
         theta = torch.cat([problem.params[name].detach().reshape(-1) for name in self.names])
-        self.buffer = theta.expand(problem.tasks, -1).contiguous()
+        compact = problem.task_state == "int8"
+        shape = (problem.tasks, self.adapted_size)
+        self.counts = torch.zeros(shape, dtype=torch.int8, device=theta.device) if compact else None
+        self.theta = theta
+        self.buffer = theta.repeat(problem.tasks, 1)
 
     def views(self, buffer: Tensor) -> TaskParams:
         """The parameters by name, `[T, *shape]`, as leaves of a new graph."""
@@ -145,7 +157,11 @@ def _inner_loop(run: Run, layout: FlatParams, nonfinite: Tensor) -> Tensor:
         losses.append(loss.detach())
         gradients = gradients_of(loss, views)
         grads = layout.gather(gradients, list(problem.adapted), run.dead)
-        ops.sign_step_(moved, grads, lr, segment_offsets=offsets, nonfinite=nonfinite)
+        if layout.counts is None:
+            ops.sign_step_(moved, grads, lr, segment_offsets=offsets, nonfinite=nonfinite)
+        else:
+            theta = layout.theta[: layout.adapted_size]
+            ops.compact_sign_step_(layout.counts, moved, theta, grads, lr, segment_offsets=offsets, nonfinite=nonfinite)
     if moved.data_ptr() != layout.buffer.data_ptr():
         adapted_part.copy_(moved)
     support_loss = torch.stack(losses) if losses else layout.buffer.new_empty(0, problem.tasks)
@@ -203,5 +219,10 @@ def _adapt(run: Run) -> Adaptation:
             )
         nonfinite |= ~loss.isfinite()
         accuracy = accuracy_of(prediction, problem.query_y)
-    adapted = {name: params[name] for name in problem.adapted}
+    adapted: Mapping[str, Tensor] = {name: params[name] for name in problem.adapted}
+    if layout.counts is not None:
+        sizes = layout.sizes[: len(problem.adapted)]
+        parts = zip(problem.adapted, layout.shapes, layout.counts.split(sizes, dim=1), strict=False)
+        counts = {name: part.reshape(problem.tasks, *shape) for name, shape, part in parts}
+        adapted = CompactParams(counts, problem.params, problem.rates)
     return Adaptation(adapted, support_loss, loss, accuracy, prediction, nonfinite)

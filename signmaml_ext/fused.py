@@ -38,6 +38,8 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
     """
     if problem.method == "maml":
         return "maml is second order"
+    if problem.task_state != "full":
+        return f"task_state {problem.task_state!r} is served by the flat-buffer operators"
     if problem.precision not in precisions:
         return f"it computes in {' or '.join(precisions)} there, and precision is {problem.precision!r}"
     used = {id(problem.model.get_parameter(name)) for name in names}

@@ -151,9 +151,9 @@ class KeyedRandomness:
         self._advance = seed is None
         self._generators = generators(device)
         if seed is None:
-            twin = torch.Generator()
+            twin = torch.Generator("cpu")
             twin.set_state(torch.default_generator.get_state())
-            seed = int(torch.randint(2**62, (), generator=twin))
+            seed = int(torch.randint(2**62, (), generator=twin, device="cpu"))
         self._seed = seed
         self._drawn = False
 
@@ -167,7 +167,7 @@ class KeyedRandomness:
         for generator, state in zip(self._generators, self._before, strict=True):
             generator.set_state(state)
         if self._advance and self._drawn and kind is None:
-            torch.randint(2**62, (), generator=torch.default_generator)
+            torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
 
     @contextmanager
     def at(self, task: int, step: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The native operations as torch operators: `sign_step_` and `meta_accumulate_` on flat buffers.
+"""The native operations as torch operators: `sign_step_`, `compact_sign_step_`, `meta_accumulate_` on flat buffers.
 
 `torch.ops.signmaml_ext.*` have implementations for CPU, CUDA and fake tensors. They are registered with
 `Library.define` and `impl`: the `custom_op` decorator costs ten times as much per call. The functions of this module
@@ -65,6 +65,51 @@ def sign_step_(
     """
     check_tensors(params=params, grads=grads, lr=lr, nonfinite=nonfinite)
     torch.ops.signmaml_ext.sign_step_(params, grads, lr, segment_offsets, mask, nonfinite)
+
+
+def compact_sign_step_(
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    *,
+    segment_offsets: Tensor | None = None,
+    nonfinite: Tensor,
+) -> None:
+    """One signSGD step of tasks whose state is int8: `counts += sign(grads)`, then `params = theta - lr * counts`.
+
+    With a learning rate that is the same in every step, K steps from `theta` end at `theta - lr * n` with whole
+    numbers |n| <= K: a byte a parameter holds what `sign_step_` keeps in four. `params` is written for the next forward
+    pass and need not live longer. It is rounded twice (the product, the difference) whatever K, where `sign_step_`
+    rounds once a step. A gradient that is NaN makes its count -128 for good, which stands for NaN in `params`; so does
+    the step that would leave -127..127.
+
+    Args:
+        counts: `[T, P]` int8, contiguous, zeros at `theta`; updated in place.
+        params: `[T, P]` float32 or float64, contiguous; overwritten.
+        theta: `[P]`, dtype and device of `params`: where the tasks started.
+        grads: `[T, P]`, dtype and device of `params`, contiguous.
+        lr: As for `sign_step_`; the same in every call on these counts.
+        segment_offsets: As for `sign_step_`.
+        nonfinite: `[T]` bool; set where a task's gradients hold a NaN or an infinity, or a count is NaN.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `sign_step_` does.
+
+    Deterministic as `sign_step_` is, and one launch on CUDA.
+
+    Example:
+        >>> counts, theta = torch.zeros(1, 3, dtype=torch.int8), torch.tensor([1.0, 2.0, 3.0])
+        >>> params, nonfinite = torch.empty(1, 3), torch.zeros(1, dtype=torch.bool)
+        >>> for grads in ([[2.0, -0.5, 0.0]], [[1.0, 0.5, -7.0]]):
+        ...     grads, lr = torch.tensor(grads), torch.tensor([0.25])
+        ...     compact_sign_step_(counts, params, theta, grads, lr, nonfinite=nonfinite)
+        >>> counts, params
+        (tensor([[ 2,  0, -1]], dtype=torch.int8), tensor([[0.5000, 2.0000, 3.2500]]))
+    """
+    check_tensors(counts=counts, params=params, theta=theta, grads=grads, lr=lr, nonfinite=nonfinite)
+    torch.ops.signmaml_ext.compact_sign_step_(counts, params, theta, grads, lr, segment_offsets, nonfinite)
 
 
 def meta_accumulate_(out: Tensor, grads: Tensor, *, nonfinite: Tensor, skip_nonfinite: bool = False) -> None:
@@ -155,6 +200,37 @@ def check_sign_step(
 ) -> None:
     """Raises for arguments that `sign_step_` does not take; see there."""
     check_no_autograd("sign_step_", params=params, grads=grads, lr=lr)
+    lengths = check_step_buffers(params, grads, lr, segment_offsets, nonfinite)
+    if mask is not None:
+        check_tensor("mask", mask, "[P] or [G]", torch.bool, params)
+        check_table("mask", mask, lengths)
+    check_table("lr", lr, {"[1]": 1, **lengths})
+
+
+def check_compact_sign_step(
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    """Raises for arguments that `compact_sign_step_` does not take; see there."""
+    check_no_autograd("compact_sign_step_", params=params, theta=theta, grads=grads, lr=lr)
+    lengths = check_step_buffers(params, grads, lr, segment_offsets, nonfinite)
+    tasks, parameters = params.shape
+    check_tensor("counts", counts, "[T, P]", torch.int8, params)
+    check_shape("counts", counts, f"[T, P] = {[tasks, parameters]}, as params", counts.shape == params.shape)
+    check_tensor("theta", theta, "[P]", params.dtype, params)
+    check_shape("theta", theta, f"[P] = [{parameters}]", theta.dim() == 1 and theta.shape[0] == parameters)
+    check_table("lr", lr, {"[1]": 1, **lengths})
+
+
+def check_step_buffers(
+    params: Tensor, grads: Tensor, lr: Tensor, segment_offsets: Tensor | None, nonfinite: Tensor
+) -> dict[str, int]:
+    """Checks what both forms of a sign step take; the lengths that a table over its columns may have."""
     check_matrix("params", params)
     tasks, parameters = params.shape
     dtype = params.dtype
@@ -170,10 +246,7 @@ def check_sign_step(
         one_or_more = segment_offsets.dim() == 1 and segment_offsets.shape[0] >= 2
         check_shape("segment_offsets", segment_offsets, "[G + 1] with G of at least 1", one_or_more)
         lengths["[G]"] = segment_offsets.shape[0] - 1
-    if mask is not None:
-        check_tensor("mask", mask, "[P] or [G]", torch.bool, params)
-        check_table("mask", mask, lengths)
-    check_table("lr", lr, {"[1]": 1, **lengths})
+    return lengths
 
 
 def check_meta_accumulate(out: Tensor, grads: Tensor, nonfinite: Tensor) -> None:
@@ -254,6 +327,68 @@ def sign_step_cuda(
     torch.autograd.graph.increment_version((params, nonfinite))
 
 
+def compact_sign_step_arguments(
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    nonfinite: Tensor,
+) -> tuple[int, int, int, int, int, int, int, int, int, int, int, bool]:
+    """What both native implementations take first."""
+    tasks, parameters = params.shape
+    return (
+        counts.data_ptr(),
+        params.data_ptr(),
+        theta.data_ptr(),
+        grads.data_ptr(),
+        lr.data_ptr(),
+        address(segment_offsets),
+        nonfinite.data_ptr(),
+        tasks,
+        parameters,
+        lr.shape[0],
+        0 if segment_offsets is None else segment_offsets.shape[0] - 1,
+        params.dtype == torch.float64,
+    )
+
+
+def compact_sign_step_cpu(
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    check_compact_sign_step(counts, params, theta, grads, lr, segment_offsets, nonfinite)
+    if params.numel() == 0:
+        return
+    arguments = compact_sign_step_arguments(counts, params, theta, grads, lr, segment_offsets, nonfinite)
+    C.compact_sign_step_cpu(*arguments, torch.get_num_threads())
+    torch.autograd.graph.increment_version((counts, params, nonfinite))
+
+
+def compact_sign_step_cuda(
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    check_compact_sign_step(counts, params, theta, grads, lr, segment_offsets, nonfinite)
+    check_built_with_cuda("compact_sign_step_")
+    if params.numel() == 0:
+        return
+    arguments = compact_sign_step_arguments(counts, params, theta, grads, lr, segment_offsets, nonfinite)
+    C.compact_sign_step_cuda(*arguments, *device_and_stream(params))
+    torch.autograd.graph.increment_version((counts, params, nonfinite))
+
+
 def meta_accumulate_cpu(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
     check_meta_accumulate(out, grads, nonfinite)
     if grads.numel() == 0:
@@ -302,6 +437,18 @@ def sign_step_fake(
     check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
 
 
+def compact_sign_step_fake(
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    segment_offsets: Tensor | None,
+    nonfinite: Tensor,
+) -> None:
+    check_compact_sign_step(counts, params, theta, grads, lr, segment_offsets, nonfinite)
+
+
 def meta_accumulate_fake(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
     check_meta_accumulate(out, grads, nonfinite)
 
@@ -327,14 +474,22 @@ def register() -> None:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     LIBRARY.define(
+        "compact_sign_step_(Tensor(a!) counts, Tensor(b!) params, Tensor theta, Tensor grads, Tensor lr, "
+        "Tensor? segment_offsets, Tensor(c!) nonfinite) -> ()",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    LIBRARY.define(
         "meta_accumulate_(Tensor(a!) out, Tensor grads, Tensor(b!) nonfinite, bool skip_nonfinite) -> ()",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     LIBRARY.impl("sign_step_", sign_step_cpu, "CPU")
     LIBRARY.impl("sign_step_", sign_step_cuda, "CUDA")
+    LIBRARY.impl("compact_sign_step_", compact_sign_step_cpu, "CPU")
+    LIBRARY.impl("compact_sign_step_", compact_sign_step_cuda, "CUDA")
     LIBRARY.impl("meta_accumulate_", meta_accumulate_cpu, "CPU")
     LIBRARY.impl("meta_accumulate_", meta_accumulate_cuda, "CUDA")
     torch.library.register_fake("signmaml_ext::sign_step_", sign_step_fake, lib=LIBRARY)
+    torch.library.register_fake("signmaml_ext::compact_sign_step_", compact_sign_step_fake, lib=LIBRARY)
     torch.library.register_fake("signmaml_ext::meta_accumulate_", meta_accumulate_fake, lib=LIBRARY)
 
 

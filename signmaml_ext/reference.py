@@ -23,10 +23,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional, modes, spec
-from .checks import Loss, Problem, check_labels, check_loss, check_prediction
+from .checks import InnerRates, Loss, Problem, check_labels, check_loss, check_prediction
 
 Result = TypeVar("Result")
 TaskParams = dict[str, Tensor]  # name -> [t, *shape]: a parameter of t tasks
+
+# The step count of a parameter that is not a number (kNanCount of csrc/params/compact_sign_step.h).
+NAN_COUNT = -128
+
+
+class CompactParams(Mapping[str, Tensor]):
+    """Adapted parameters of T tasks as int8 step counts: theta - inner_lr * counts, a byte a parameter and task.
+
+    A mapping from name to `[T, *shape]`; a parameter is computed when it is asked for, rounded twice (the product, the
+    difference), and not kept.
+
+    Attributes:
+        counts: Name -> `[T, *shape]` int8; -128 stands for NaN.
+    """
+
+    def __init__(self, counts: TaskParams, theta: Mapping[str, Tensor], rates: InnerRates) -> None:
+        """Theta is copied: training goes on from it."""
+        self.counts = counts
+        self._theta = {name: theta[name].detach().clone() for name in counts}
+        self._rates = rates
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of(name, self.counts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def task(self, number: int) -> TaskParams:
+        """The parameters of one task, name -> `[*shape]`."""
+        return {name: self._of(name, counts[number][None])[0] for name, counts in self.counts.items()}
+
+    def _of(self, name: str, counts: Tensor) -> Tensor:
+        theta = self._theta[name][None]
+        rate = self._rates.at(0, name, theta, {})
+        return from_counts(counts, theta, rate.detach() if isinstance(rate, Tensor) else rate)
 
 
 @dataclass(frozen=True)
@@ -57,7 +95,7 @@ class Adaptation:
     """Tasks after the inner loop, and how the query set fares with them (None without a query set).
 
     Attributes:
-        params: Adapted parameters, name -> `[T, *shape]`.
+        params: Adapted parameters, name -> `[T, *shape]`; a `CompactParams` for `task_state="int8"`.
         support_loss: `[K, T]`.
         query_loss: `[T]`.
         query_accuracy: `[T]`, None unless the task is a classification.
@@ -65,7 +103,7 @@ class Adaptation:
         nonfinite: `[T]` bool.
     """
 
-    params: TaskParams
+    params: Mapping[str, Tensor]
     support_loss: Tensor
     query_loss: Tensor | None
     query_accuracy: Tensor | None
@@ -105,6 +143,20 @@ def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
 def sign_step(params: Tensor, grads: Tensor, lr: Tensor | float) -> Tensor:
     """`params - lr * sign(grads)`, the readable twin of sign_step_kernel."""
     return params - lr * sign(grads)
+
+
+def compact_sign_step(counts: Tensor, theta: Tensor, grads: Tensor, lr: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The next step counts and `theta - lr * counts`, the readable twin of compact_sign_step_kernel."""
+    following = counts.to(torch.int16) + grads.sign().nan_to_num().to(torch.int16)
+    lost = (counts == NAN_COUNT) | grads.isnan() | (following.abs() > 127)
+    counts = torch.where(lost, NAN_COUNT, following).to(torch.int8)
+    return counts, from_counts(counts, theta, lr)
+
+
+def from_counts(counts: Tensor, theta: Tensor, lr: Tensor | float) -> Tensor:
+    """Parameters of tasks that have taken so many sign steps of `lr` from `theta`."""
+    steps = torch.where(counts == NAN_COUNT, torch.nan, counts.to(theta.dtype))
+    return theta - lr * steps
 
 
 def meta_accumulate(out: Tensor, grads: Tensor, live: Tensor) -> Tensor:
@@ -265,7 +317,7 @@ def task_loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
 
 def inner_loop(
     run: Run, tasks: slice, theta: TaskParams, rates: Mapping[str, Tensor], nonfinite: Tensor
-) -> tuple[TaskParams, Tensor]:
+) -> tuple[TaskParams, Tensor, TaskParams]:
     """K inner steps of t tasks.
 
     Args:
@@ -276,14 +328,17 @@ def inner_loop(
         nonfinite: `[t]` bool, set where a task meets a NaN or an Inf.
 
     Returns:
-        The parameters after the last step, and the support loss `[K, t]` before each step.
+        The parameters after the last step, the support loss `[K, t]` before each step, and, for `task_state="int8"`,
+        the step counts of the adapted parameters.
     """
     problem = run.problem
     second_order = problem.method == "maml"
     x, y = problem.support_x[tasks], problem.support_y[tasks]
     # Parameters that the inner loop leaves alone stay one for all tasks: cheaper than a copy each.
     shared = {name: p.detach() for name, p in problem.params.items() if name not in problem.adapted}
+    compact = problem.task_state == "int8"
     phi, losses = dict(theta), []
+    counts = {name: torch.zeros_like(theta[name], dtype=torch.int8) for name in problem.adapted} if compact else {}
     for step in range(problem.steps):
         moving = {name: phi[name] for name in problem.adapted}
         loss, _ = run.loss_and_prediction(moving, shared, x, y, first_task=tasks.start, step=step)
@@ -293,12 +348,16 @@ def inner_loop(
             if gradient is None or name in run.dead:
                 continue
             nonfinite |= ~all_finite(gradient.detach())
+            if compact:
+                rate = problem.rates.at(step, name, phi[name], rates)
+                counts[name], phi[name] = compact_sign_step(counts[name], theta[name], gradient.detach(), rate)
+                continue
             direction = sign(gradient) if problem.method == "sign-maml" else gradient
             if not second_order:
                 direction = direction.detach()
             phi[name] = phi[name] - problem.rates.at(step, name, phi[name], rates) * direction
     count = x.shape[0]
-    return phi, torch.stack(losses) if losses else x.new_empty(0, count, dtype=problem.dtype)
+    return phi, torch.stack(losses) if losses else x.new_empty(0, count, dtype=problem.dtype), counts
 
 
 def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False) -> dict[str, Tensor | None]:
@@ -328,7 +387,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
         x, y = problem.query_x[tasks], problem.query_y[tasks]
         nonfinite = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         theta, rates = _start(run, x.shape[0])
-        phi, support_loss = inner_loop(run, tasks, theta, rates, nonfinite)
+        phi, support_loss, _ = inner_loop(run, tasks, theta, rates, nonfinite)
         loss, prediction = run.loss_and_prediction(phi, {}, x, y, first_task=tasks.start, step=problem.steps)
         nonfinite |= ~loss.detach().isfinite()
         gradients = gradients_of(loss, theta | {_rate_key(key): rate for key, rate in rates.items()})
@@ -382,7 +441,7 @@ def _adapt(run: Run) -> Adaptation:
         count = problem.support_x[tasks].shape[0]
         nonfinite = torch.zeros(count, dtype=torch.bool, device=problem.device)
         theta, _ = _start(run, count)
-        phi, support_loss = inner_loop(run, tasks, theta, {}, nonfinite)
+        phi, support_loss, counts = inner_loop(run, tasks, theta, {}, nonfinite)
         phi = {name: p.detach() for name, p in phi.items()}
         loss = prediction = accuracy = None
         if problem.query_x is not None and problem.query_y is not None:
@@ -391,10 +450,11 @@ def _adapt(run: Run) -> Adaptation:
                 loss, prediction = run.loss_and_prediction(phi, {}, x, y, first_task=tasks.start, step=problem.steps)
             nonfinite |= ~loss.isfinite()
             accuracy = accuracy_of(prediction, y)
-        adapted = {name: phi[name] for name in problem.adapted}
+        adapted = counts or {name: phi[name] for name in problem.adapted}
         chunks.append(Adaptation(adapted, support_loss, loss, accuracy, prediction, nonfinite))
+    params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted}
     return Adaptation(
-        params={name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted},
+        params=CompactParams(params, problem.params, problem.rates) if problem.task_state == "int8" else params,
         support_loss=torch.cat([chunk.support_loss for chunk in chunks], dim=1),
         query_loss=_cat([chunk.query_loss for chunk in chunks]),
         query_accuracy=_cat([chunk.query_accuracy for chunk in chunks]),

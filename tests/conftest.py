@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-import signmaml_ext
+from helpers import backends
 
 
 @pytest.fixture(autouse=True)
@@ -13,10 +15,8 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that runs on this machine and serves batched modules; the same tests hold for all."""
-    reason = signmaml_ext.dispatch.backend_status()[request.param]
-    if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
+@pytest.fixture(params=backends.params(*backends.NAMES))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that serves batched modules; the same tests hold for all. See helpers/backends.py."""
+    with backends.selected(request.param):
+        yield request.param

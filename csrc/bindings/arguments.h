@@ -17,6 +17,7 @@ struct Region {
     std::uintptr_t address;
     std::int64_t bytes;
     std::int64_t element_bytes;
+    bool output = false;  // written whole before anything reads it
 
     bool overlaps(const Region& other) const {
         return bytes > 0 && other.bytes > 0 && address < other.address + static_cast<std::uintptr_t>(other.bytes) &&
@@ -29,7 +30,7 @@ struct Region {
 inline void declare_memory(std::initializer_list<Region> written, std::initializer_list<Region> read) {
     auto& buffers = emulation::settings().buffers;
     buffers.clear();
-    for (const Region& r : written) buffers.push_back({r.name, r.address, r.bytes, r.element_bytes, true});
+    for (const Region& r : written) buffers.push_back({r.name, r.address, r.bytes, r.element_bytes, true, r.output});
     for (const Region& r : read) buffers.push_back({r.name, r.address, r.bytes, r.element_bytes, false});
 }
 #endif

@@ -140,9 +140,10 @@ void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars)
     auto& buffers = emulation::settings().buffers;
     buffers.clear();
     const auto add = [&buffers](const char* name, const void* address, std::int64_t count, std::int64_t bytes,
-                                bool writable) {
+                                bool writable, bool output = false) {
         if (address != nullptr) {
-            buffers.push_back({name, reinterpret_cast<std::uintptr_t>(address), count * bytes, bytes, writable});
+            const auto at = reinterpret_cast<std::uintptr_t>(address);
+            buffers.push_back({name, at, count * bytes, bytes, writable, output});
         }
     };
     const auto scalar = static_cast<std::int64_t>(sizeof(Scalar));
@@ -157,14 +158,14 @@ void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars)
     add("query_labels", p.query.labels, query, 8, false);
     add("lr", p.lr, std::int64_t{p.steps} * 2 * p.shape.layers, scalar, false);
     add("adapt", p.adapt, 2 * p.shape.layers, 1, false);
-    add("support_loss", p.support_loss, p.steps * p.tasks, scalar, true);
-    add("query_loss", p.query_loss, p.tasks, scalar, true);
-    add("query_accuracy", p.query_accuracy, p.tasks, scalar, true);
-    add("predictions", p.predictions, query * out, scalar, true);
-    add("adapted", p.adapted, p.tasks * p.parameters, scalar, true);
-    add("grads", p.grads, p.tasks * p.parameters, scalar, true);
+    add("support_loss", p.support_loss, p.steps * p.tasks, scalar, true, true);
+    add("query_loss", p.query_loss, p.tasks, scalar, true, true);
+    add("query_accuracy", p.query_accuracy, p.tasks, scalar, true, true);
+    add("predictions", p.predictions, query * out, scalar, true, true);
+    add("adapted", p.adapted, p.tasks * p.parameters, scalar, true, true);
+    add("grads", p.grads, p.tasks * p.parameters, scalar, true, true);
     add("nonfinite", p.nonfinite, p.tasks, 1, true);
-    add("workspace", p.workspace, workspace_scalars, scalar, true);
+    add("workspace", p.workspace, workspace_scalars, scalar, true, true);
 }
 #endif
 

@@ -20,6 +20,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
 #include "launch/launch.h"
+#include "plan/compact_sign_step.h"
 #include "plan/meta_accumulate.h"
 #include "plan/sign_step.h"
 
@@ -58,6 +59,39 @@ struct SignStepArguments {
                      {"lr", lr, lr_entries * scalar_bytes, scalar_bytes},
                      {"segment_offsets", segment_offsets, offset_bytes, sizeof(std::int64_t)},
                      {"mask", mask, mask_entries, 1}});
+    }
+};
+
+// As SignStepArguments, with counts and theta and without a mask.
+struct CompactSignStepArguments {
+    Address counts, params, theta, grads, lr, segment_offsets, nonfinite;
+    std::int64_t tasks, parameters, lr_entries, segments;
+
+    template <typename Scalar>
+    CompactSignStepParams<Scalar> as_params() const {
+        return {reinterpret_cast<std::int8_t*>(counts),
+                reinterpret_cast<Scalar*>(params),
+                reinterpret_cast<const Scalar*>(theta),
+                reinterpret_cast<const Scalar*>(grads),
+                reinterpret_cast<const Scalar*>(lr),
+                reinterpret_cast<const std::int64_t*>(segment_offsets),
+                reinterpret_cast<std::uint8_t*>(nonfinite),
+                tasks,
+                parameters,
+                segments,
+                spread_of(lr_entries, parameters, segments)};
+    }
+
+    void check(std::int64_t scalar_bytes) const {
+        const std::int64_t bytes = tasks * parameters * scalar_bytes;
+        const std::int64_t offset_bytes = segments > 0 ? (segments + 1) * std::int64_t{sizeof(std::int64_t)} : 0;
+        check_apart({{"counts", counts, tasks * parameters, 1},
+                     {"params", params, bytes, scalar_bytes, true},
+                     {"nonfinite", nonfinite, tasks, 1}},
+                    {{"theta", theta, parameters * scalar_bytes, scalar_bytes},
+                     {"grads", grads, bytes, scalar_bytes},
+                     {"lr", lr, lr_entries * scalar_bytes, scalar_bytes},
+                     {"segment_offsets", segment_offsets, offset_bytes, sizeof(std::int64_t)}});
     }
 };
 
@@ -105,6 +139,17 @@ void sign_step_cpu(Address params, Address grads, Address lr, Address segment_of
     });
 }
 
+void compact_sign_step_cpu(Address counts, Address params, Address theta, Address grads, Address lr,
+                           Address segment_offsets, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
+                           std::int64_t lr_entries, std::int64_t segments, bool is_double, int threads) {
+    const CompactSignStepArguments arguments{counts,    params, theta,      grads,      lr,      segment_offsets,
+                                             nonfinite, tasks,  parameters, lr_entries, segments};
+    with_params(arguments, is_double, [threads](const auto& p) {
+        if (p.segments > 0) check_segment_offsets(p.segment_offsets, p.segments, p.parameters);
+        cpu::compact_sign_step(p, threads);
+    });
+}
+
 void meta_accumulate_cpu(Address out, Address grads, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
                          bool skip_nonfinite, bool is_double, int threads) {
     const MetaAccumulateArguments arguments{out, grads, nonfinite, tasks, parameters, skip_nonfinite};
@@ -119,6 +164,17 @@ void sign_step_cuda(Address params, Address grads, Address lr, Address segment_o
                                       tasks,  parameters, lr_entries, mask_entries,    segments};
     with_params(arguments, is_double,
                 [device, stream](const auto& p) { launch_sign_step(p, device, reinterpret_cast<void*>(stream)); });
+}
+
+void compact_sign_step_cuda(Address counts, Address params, Address theta, Address grads, Address lr,
+                            Address segment_offsets, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
+                            std::int64_t lr_entries, std::int64_t segments, bool is_double, int device,
+                            Address stream) {
+    const CompactSignStepArguments arguments{counts,    params, theta,      grads,      lr,      segment_offsets,
+                                             nonfinite, tasks,  parameters, lr_entries, segments};
+    with_params(arguments, is_double, [device, stream](const auto& p) {
+        launch_compact_sign_step(p, device, reinterpret_cast<void*>(stream));
+    });
 }
 
 void meta_accumulate_cuda(Address out, Address grads, Address nonfinite, std::int64_t tasks, std::int64_t parameters,
@@ -180,6 +236,12 @@ void define_plans(py::module_& m) {
                                int multiprocessors) {
         return as_dict(plan_sign_step(tasks, parameters, bytes, params, grads, multiprocessors));
     });
+    m.def("plan_compact_sign_step",
+          [](std::int64_t tasks, std::int64_t parameters, int bytes, Address params, Address grads, Address counts,
+             int multiprocessors) {
+              return as_dict(
+                  plan_compact_sign_step(tasks, parameters, bytes, params, grads, counts, multiprocessors));
+          });
     m.def("plan_meta_accumulate",
           [](std::int64_t tasks, std::int64_t parameters, int bytes, Address out, Address grads, int multiprocessors) {
               return as_dict(plan_meta_accumulate(tasks, parameters, bytes, out, grads, multiprocessors));
@@ -199,6 +261,7 @@ PYBIND11_MODULE(SIGNMAML_MODULE, m, py::mod_gil_not_used()) {
     m.def("cpu_isa", [] { return std::string(cpu::kernels().name); });
     m.def("select_cpu_isa", &cpu::select_isa);
     m.def("sign_step_cpu", &sign_step_cpu);
+    m.def("compact_sign_step_cpu", &compact_sign_step_cpu);
     m.def("meta_accumulate_cpu", &meta_accumulate_cpu);
 #ifdef SIGNMAML_WITH_CUDA
 #ifdef SIGNMAML_EMULATION
@@ -207,6 +270,7 @@ PYBIND11_MODULE(SIGNMAML_MODULE, m, py::mod_gil_not_used()) {
     m.def("cuda_driver_version", &cuda_driver_version);
 #endif
     m.def("sign_step_cuda", &sign_step_cuda);
+    m.def("compact_sign_step_cuda", &compact_sign_step_cuda);
     m.def("meta_accumulate_cuda", &meta_accumulate_cuda);
 #endif
 }

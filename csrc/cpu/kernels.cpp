@@ -67,6 +67,39 @@ bool sign_step(Scalar* params, const Scalar* grads, const Scalar* lr, bool lr_pe
                           : sign_step_span<Scalar, false, false>(params, grads, lr, mask, n);
 }
 
+// Compare next_count and from_count in kernels/compact_sign_step.cuh. The counts are widened to the scalars' width, so
+// that one vector holds both.
+template <typename Scalar, bool kLrPerElement>
+bool compact_sign_step_span(std::int8_t* __restrict counts, Scalar* __restrict params, const Scalar* __restrict theta,
+                            const Scalar* __restrict grads, const Scalar* __restrict lr, std::int64_t n) {
+    using Int = typename SameWidth<Scalar>::Int;
+    constexpr Int kNanCount = -128;
+    constexpr Scalar kNan = __builtin_nanf("");
+    Int nonfinite = 0;
+    const Scalar first_lr = lr[0];
+    for (std::int64_t j = 0; j < n; ++j) {
+        const Scalar grad = grads[j];
+        const Int count = counts[j];
+        const Int next = count + (grad > Scalar(0) ? Int(1) : Int(0)) - (grad < Scalar(0) ? Int(1) : Int(0));
+        const bool is_number = (count != kNanCount) & (grad == grad) & (next <= 127) & (next != kNanCount);
+        const Int stored = is_number ? next : kNanCount;
+        counts[j] = static_cast<std::int8_t>(stored);
+        const Scalar rate = kLrPerElement ? lr[j] : first_lr;
+        const Scalar stepped = theta[j] - rate * static_cast<Scalar>(stored);
+        params[j] = is_number ? stepped : kNan;
+        nonfinite |= static_cast<Int>(is_nonfinite(grad) | !is_number);
+    }
+    return nonfinite != 0;
+}
+
+template <typename Scalar>
+bool compact_sign_step(std::int8_t* counts, Scalar* params, const Scalar* theta, const Scalar* grads, const Scalar* lr,
+                       bool lr_per_element, std::int64_t n) {
+    if (n <= 0) return false;
+    return lr_per_element ? compact_sign_step_span<Scalar, true>(counts, params, theta, grads, lr, n)
+                          : compact_sign_step_span<Scalar, false>(counts, params, theta, grads, lr, n);
+}
+
 template <typename Scalar>
 unsigned accumulate_one(Scalar* __restrict sums, const Scalar* __restrict grads, std::int64_t n) {
     using Int = typename SameWidth<Scalar>::Int;
@@ -115,7 +148,7 @@ bool holds_nonfinite(const Scalar* __restrict grads, std::int64_t n) {
 
 template <typename Scalar>
 constexpr SpanKernels<Scalar> table() {
-    return {sign_step<Scalar>, accumulate<Scalar>, add_mean<Scalar>, holds_nonfinite<Scalar>};
+    return {sign_step<Scalar>, compact_sign_step<Scalar>, accumulate<Scalar>, add_mean<Scalar>, holds_nonfinite<Scalar>};
 }
 
 }  // namespace

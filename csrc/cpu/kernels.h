@@ -17,6 +17,10 @@ struct SpanKernels {
     // Returns whether a gradient that was looked at is NaN or infinite.
     bool (*sign_step)(Scalar* params, const Scalar* grads, const Scalar* lr, bool lr_per_element,
                       const std::uint8_t* mask, std::int64_t n);
+    // counts += sign(grads) with the rules of next_count, params = theta - lr * counts. lr as above. Returns whether a
+    // gradient is NaN or infinite or a count is NaN.
+    bool (*compact_sign_step)(std::int8_t* counts, Scalar* params, const Scalar* theta, const Scalar* grads,
+                              const Scalar* lr, bool lr_per_element, std::int64_t n);
     // sums += rows[0], then rows[1] and so on, count of them, at most kRowsAtOnce. Returns which rows hold a NaN or an
     // infinity: bit r for rows[r].
     unsigned (*accumulate)(Scalar* sums, const Scalar* const* rows, int count, std::int64_t n);

@@ -1,6 +1,7 @@
 // The operations of the CPU backend. Bitwise the same result for every number of threads and every instruction set.
 #pragma once
 
+#include "params/compact_sign_step.h"
 #include "params/conv_meta_step.h"
 #include "params/meta_accumulate.h"
 #include "params/mlp_meta_step.h"
@@ -10,6 +11,9 @@ namespace signmaml::cpu {
 
 template <typename Scalar>
 void sign_step(const SignStepParams<Scalar>& params, int threads);
+
+template <typename Scalar>
+void compact_sign_step(const CompactSignStepParams<Scalar>& params, int threads);
 
 template <typename Scalar>
 void meta_accumulate(const MetaAccumulateParams<Scalar>& params, int threads);

@@ -221,10 +221,13 @@ void launch(const std::string& name, Extent3 grid, Extent3 block, std::int64_t s
                                  std::to_string(block.count()) + " threads");
     }
     Launch launch{grid, block, {}, {}};
-    for (const Buffer& buffer : settings().buffers) {
-        launch.global.emplace_back(buffer.name, reinterpret_cast<void*>(buffer.address),
-                                   static_cast<std::size_t>(buffer.bytes),
-                                   static_cast<std::size_t>(buffer.element_bytes), buffer.writable, true);
+    for (Buffer& buffer : settings().buffers) {
+        auto* memory = reinterpret_cast<void*>(buffer.address);
+        const auto bytes = static_cast<std::size_t>(buffer.bytes);
+        if (buffer.unwritten) std::memset(memory, 0xff, bytes);
+        launch.global.emplace_back(buffer.name, memory, bytes, static_cast<std::size_t>(buffer.element_bytes),
+                                   buffer.writable, !buffer.unwritten);
+        buffer.unwritten = false;  // the launches that follow read what this one wrote
     }
     running = &launch;
     try {

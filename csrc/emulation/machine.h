@@ -28,6 +28,7 @@ struct Buffer {
     std::int64_t bytes;
     std::int64_t element_bytes;
     bool writable;
+    bool unwritten = false;  // an output: holds NaN, and reading it is an error, until a launch has written it
 };
 
 struct Settings {

@@ -10,6 +10,10 @@ void launch_selftest_block_sum(const BlockSumParams& params, int rows, int block
                       [&] { block_sum_kernel(params); });
 }
 
+void launch_selftest_fault(const FaultParams& params) {
+    emulation::launch("faulty_kernel", 2, 64, 64 * 4, [&] { faulty_kernel(params); });
+}
+
 void launch_selftest_matmul_tf32(const MatmulTf32Params& params, int m) {
     const emulation::Extent3 grid(static_cast<unsigned>(params.n / kTf32Columns), static_cast<unsigned>(m / kTf32Rows));
     emulation::launch("matmul_tf32_kernel", grid, 64, kTf32SharedBytes, [&] { matmul_tf32_kernel(params); });

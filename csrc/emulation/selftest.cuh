@@ -1,5 +1,6 @@
 // Small kernels that use what the flat-buffer kernels do not: shared memory, barriers, shuffles, tensor cores,
 // asynchronous copies. They prove the emulator (and, on a GPU, that platform.cuh and its twin agree).
+//   faulty_kernel        a copy with one fault of those that the emulator reports
 //   block_sum_kernel     out[b] = sum of row b; a block owns a row, a thread every blockDim-th element
 //   matmul_tf32_kernel   c = a b, TF32; a block of two warps owns 16 x 16 of c, a warp 16 x 8; two stages of cp.async
 //   matmul_bf16_kernel   c = a b^T, bf16; a warp owns 16 x 8 of c; ldmatrix
@@ -21,6 +22,30 @@ __global__ void block_sum_kernel(const BlockSumParams p) {
     // A second time over the same scratch: a missing barrier between the uses is a race.
     sum = block_sum(threadIdx.x == 0 ? sum : 0.0f, scratch);
     if (threadIdx.x == 0) store(p.out + blockIdx.x, sum);
+}
+
+// out[t] = in[t], by way of shared memory, with one fault. What is wrong is done in block 1, by thread 37 where a
+// thread does it alone.
+__global__ void faulty_kernel(const FaultParams p) {
+    const Shared<float> shared(0, 64);
+    const int t = static_cast<int>(threadIdx.x);
+    const int at = static_cast<int>(blockIdx.x) * 64 + t;
+    const auto is = [&p](Fault fault) { return p.fault == fault && blockIdx.x == 1; };
+    const bool one = t == 37;
+    if (is(Fault::kUninitialised) && one) shared.get(37);
+    if (is(Fault::kUnwrittenOutput) && one) load(p.out + at);
+    shared.set(t, load(p.in + (is(Fault::kGlobalOutOfBounds) && one ? at + 64 : at)));
+    if (is(Fault::kSharedOutOfBounds) && one) shared.set(64, 0.0f);
+    if (is(Fault::kDivergedLanes) && !one) shuffle_xor(1.0f, 1);
+    if (is(Fault::kReadOnly) && one) store(const_cast<float*>(p.in), 0.0f);
+    if (is(Fault::kMisaligned) && one) load<float, 4>(p.in + 37);
+    if (!is(Fault::kMissingBarrier) && !(is(Fault::kDivergedBarrier) && one)) block_barrier();
+    const float value = shared.get(t) + 0.0f * shared.get(63 - t);
+    if (is(Fault::kWriteRaceInBlock) && t < 38) {
+        store(p.out + 64, value);
+    } else {
+        store(p.out + (p.fault == Fault::kWriteRaceOfBlocks ? t : at), value);
+    }
 }
 
 inline constexpr int kTf32Rows = 16, kTf32Columns = 16, kTf32Depth = 8;

@@ -25,6 +25,31 @@ struct MatmulBf16Params {
     int n, k;                // k a multiple of 16
 };
 
+// What faulty_kernel does wrong, in the words of the reports.
+enum class Fault : int {
+    kNone,
+    kMissingBarrier,
+    kGlobalOutOfBounds,
+    kSharedOutOfBounds,
+    kWriteRaceInBlock,
+    kWriteRaceOfBlocks,
+    kDivergedLanes,
+    kDivergedBarrier,
+    kUninitialised,
+    kReadOnly,
+    kMisaligned,
+    kUnwrittenOutput,
+};
+
+struct FaultParams {
+    Fault fault;
+    const float* in;  // [2 * 64] float
+    float* out;       // [2 * 64] float
+};
+
+// Two blocks of 64 threads.
+void launch_selftest_fault(const FaultParams& params);
+
 void launch_selftest_block_sum(const BlockSumParams& params, int rows, int block);
 void launch_selftest_matmul_tf32(const MatmulTf32Params& params, int m);
 void launch_selftest_matmul_bf16(const MatmulBf16Params& params, int m);

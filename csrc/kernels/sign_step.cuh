@@ -25,36 +25,47 @@ __device__ inline std::int64_t segment_of(const std::int64_t* offsets, std::int6
     return low;
 }
 
+// The segment of consecutive columns.
+struct SegmentCursor {
+    std::int64_t low, high;  // segments that may come up
+
+    // Narrows the segments to those of columns [first, last], once for all threads that work there.
+    __device__ void restrict_to(const std::int64_t* offsets, std::int64_t segments, std::int64_t first,
+                                std::int64_t last) {
+        low = segment_of(offsets, 0, segments - 1, first);
+        high = segment_of(offsets, low, segments - 1, last);
+    }
+
+    // Moves on to a column, which must be one of those that restrict_to was told.
+    __device__ void seek(const std::int64_t* offsets, std::int64_t column) {
+        if (low < high) low = segment_of(offsets, low, high, column);
+    }
+};
+
 // Learning rate and mask of consecutive columns, for any spread of the two.
 template <typename Scalar>
 struct TableCursor {
     const SignStepParams<Scalar>& p;
-    std::int64_t low, high;  // segments that may come up
+    SegmentCursor segments;
 
     __device__ bool by_segment() const {
         return p.lr_spread == Spread::kPerSegment || p.mask_spread == Spread::kPerSegment;
     }
 
-    // Narrows the segments to those of columns [first, last], once for all threads that work there.
     __device__ void restrict_to(std::int64_t first, std::int64_t last) {
-        if (!by_segment()) return;
-        low = segment_of(p.segment_offsets, 0, p.segments - 1, first);
-        high = segment_of(p.segment_offsets, low, p.segments - 1, last);
+        if (by_segment()) segments.restrict_to(p.segment_offsets, p.segments, first, last);
     }
 
-    // Moves on to a column, which must be one of those that restrict_to was told.
-    __device__ void seek(std::int64_t column) {
-        if (low < high) low = segment_of(p.segment_offsets, low, high, column);
-    }
+    __device__ void seek(std::int64_t column) { segments.seek(p.segment_offsets, column); }
 
     __device__ Scalar lr(std::int64_t column) const {
         if (p.lr_spread == Spread::kPerElement) return load(p.lr + column);
-        return load(p.lr + (p.lr_spread == Spread::kPerSegment ? low : 0));
+        return load(p.lr + (p.lr_spread == Spread::kPerSegment ? segments.low : 0));
     }
 
     __device__ bool looks_at(std::int64_t column) const {
         if (p.mask_spread == Spread::kNone) return true;
-        return load(p.mask + (p.mask_spread == Spread::kPerSegment ? low : column)) != 0;
+        return load(p.mask + (p.mask_spread == Spread::kPerSegment ? segments.low : column)) != 0;
     }
 };
 
@@ -82,7 +93,7 @@ __device__ inline bool step_vector(Vector<Scalar, kVector>& params, const Vector
 template <typename Scalar, bool kPlain>
 __device__ inline bool step_element(const SignStepParams<Scalar>& p, std::int64_t row, Scalar plain_lr,
                                     std::int64_t column) {
-    TableCursor<Scalar> tables{p, 0, 0};
+    TableCursor<Scalar> tables{p, {0, 0}};
     if (!kPlain) {
         tables.restrict_to(column, column);
         if (!tables.looks_at(column)) return false;
@@ -120,7 +131,7 @@ __global__ void __launch_bounds__(kBlock) sign_step_kernel(const SignStepParams<
                     params[u] = load<Scalar, kVector>(p.params + at);
                 }
             }
-            TableCursor<Scalar> tables{p, 0, 0};
+            TableCursor<Scalar> tables{p, {0, 0}};
             if (!kPlain) {
                 const std::int64_t end = first + kTile < span.bodies ? first + kTile : span.bodies;
                 tables.restrict_to(span.head + first * kVector, span.head + end * kVector - 1);

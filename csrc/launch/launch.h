@@ -2,6 +2,7 @@
 // return: no allocation, no synchronisation, nothing that a stream capture forbids. Errors throw std::runtime_error.
 #pragma once
 
+#include "params/compact_sign_step.h"
 #include "params/conv_kernels.h"
 #include "params/meta_accumulate.h"
 #include "params/mlp_meta_step.h"
@@ -11,6 +12,9 @@ namespace signmaml {
 
 template <typename Scalar>
 void launch_sign_step(const SignStepParams<Scalar>& params, int device, void* stream);
+
+template <typename Scalar>
+void launch_compact_sign_step(const CompactSignStepParams<Scalar>& params, int device, void* stream);
 
 template <typename Scalar>
 void launch_meta_accumulate(const MetaAccumulateParams<Scalar>& params, int device, void* stream);

@@ -36,15 +36,19 @@ struct SignStepGrid {
 // Rows start at base + t * P: params and grads reach a 16-byte boundary together exactly if their bases do.
 constexpr bool congruent(std::uint64_t a, std::uint64_t b) { return (a - b) % 16 == 0; }
 
-constexpr SignStepGrid plan_sign_step(std::int64_t tasks, std::int64_t parameters, int scalar_bytes,
-                                      std::uint64_t params_address, std::uint64_t grads_address, int multiprocessors) {
-    const int vector = congruent(params_address, grads_address) ? 16 / scalar_bytes : 1;
+constexpr SignStepGrid sign_step_grid(std::int64_t tasks, std::int64_t parameters, int vector, int multiprocessors) {
     const std::int64_t tile = std::int64_t{kSignStepBlock} * kSignStepUnroll * vector;
     const std::int64_t tiles_per_row = ceil_div(parameters, tile);
     const std::int64_t budget = std::int64_t{multiprocessors} * kSignStepBlocksPerMultiprocessor;
     const std::int64_t blocks_x = larger(1, smaller(tiles_per_row, budget));
     const std::int64_t blocks_y = larger(1, smaller(smaller(tasks, kLargestGridY), ceil_div(budget, blocks_x)));
     return {vector, kSignStepBlock, kSignStepUnroll, tiles_per_row, blocks_x, blocks_y};
+}
+
+constexpr SignStepGrid plan_sign_step(std::int64_t tasks, std::int64_t parameters, int scalar_bytes,
+                                      std::uint64_t params_address, std::uint64_t grads_address, int multiprocessors) {
+    const int vector = congruent(params_address, grads_address) ? 16 / scalar_bytes : 1;
+    return sign_step_grid(tasks, parameters, vector, multiprocessors);
 }
 
 struct CpuPlan {

@@ -51,9 +51,11 @@ def test_float_kernels_have_no_double_arithmetic(measured):
             assert values["fp64_instructions"] > 0, "the count must see double arithmetic where there is some"
 
 
-def test_enough_warps_to_hide_memory(measured):
+def test_occupancy_at_the_launch_configuration(measured):
+    """Kernels that stream memory need 16 warps to hide it; a task that lives in shared memory, one a scheduler."""
     for name, architecture, values in rows(measured):
-        assert values["warps_resident"] >= 16, (name, architecture, values)
+        least = 4 if values["dynamic_shared_bytes"] > 4096 else 16
+        assert values["warps_resident"] >= least, (name, architecture, values)
 
 
 def test_table_is_up_to_date(measured, recorded):

@@ -35,6 +35,16 @@ def test_sign_step_kernel(native, form, dtype, seed):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["all", "element", "segments"])
+def test_compact_sign_step_kernel(native, form, dtype, seed):
+    torch.manual_seed(seed)
+    native.configure(seed=seed, blocks_alive=1 + seed, multiprocessors=1 + seed)
+    for tasks, parameters, shift in ((1, 1, 0), (2, 3, 1), (7, 15, 2), (3, 16, 3), (2, 17, 0), (3, 1023, 0)):
+        emulated_cases.compact_sign_step(native, tasks, parameters, dtype, form, shift % (16 // dtype.itemsize))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("skip", [False, True])
 def test_meta_accumulate_kernel(native, skip, dtype, seed):
     torch.manual_seed(seed)
@@ -61,6 +71,38 @@ def test_platform_functions(native, seed):
         emulated_cases.matmul_tf32(native, m, n, k)
     for m, n, k in ((16, 8, 16), (32, 24, 64)):
         emulated_cases.matmul_bf16(native, m, n, k)
+
+
+FAULTS = [
+    None,
+    r"(race|uninitialised): block 1, thread \d+ (reads|writes) element \d+ of 'shared memory', .*",
+    r"out of bounds: an address that belongs to no argument, touched by block 1, thread 37",
+    r"out of bounds: element 64 of a shared array of 64, touched by block 1, thread 37",
+    r"race: block 1, thread \d+ writes element 64 of 'out', written by block 1, thread \d+ with no barrier in between",
+    r"race: block \d, thread \d+ writes element \d+ of 'out', written by block \d, thread \d+ with no barrier .*",
+    r"divergence: block 1, thread \d+ waits at (shuffle_xor|a block barrier), but block 1, thread \d+ waits at .*",
+    r"divergence: block 1, thread \d+ (waits at a block barrier|has ended), but block 1, thread \d+ .*",
+    r"uninitialised: block 1, thread 37 reads element \d+ of 'shared memory', which nobody wrote",
+    r"read only: block 1, thread 37 writes to 'in'",
+    r"misaligned access of 16 bytes by block 1, thread 37",
+    r"uninitialised: block 1, thread 37 reads element 101 of 'out', which nobody wrote",
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("blocks_alive", [1, 2])
+@pytest.mark.parametrize("kind", range(len(FAULTS)))
+def test_every_fault_is_reported_with_block_and_thread(native, kind, blocks_alive, seed):
+    """A kernel that is right but for one fault, whatever the order of its threads."""
+    native.configure(seed=seed, blocks_alive=blocks_alive)
+    values, out = torch.randn(128), torch.zeros(128)
+    if FAULTS[kind] is None:
+        native.selftest_fault(kind, values.data_ptr(), out.data_ptr())
+        assert torch.equal(out, values)
+        return
+    with pytest.raises(RuntimeError, match=rf"^faulty_kernel: {FAULTS[kind]}$"):
+        native.selftest_fault(kind, values.data_ptr(), out.data_ptr())
+    assert (out == values).logical_or(out.isnan()).all(), "outputs are poisoned until they are written"
 
 
 def test_tf32_rounds_as_documented(native):

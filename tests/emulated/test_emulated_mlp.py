@@ -82,6 +82,44 @@ def test_more_tasks_than_teams_and_chunks(native, monkeypatch):
     assert_same(mlp.meta_gradients(problem, native), expected, 1e-11)
 
 
+@pytest.mark.parametrize("tasks", [1, 2, 31, 32, 33, 100])
+def test_any_number_of_tasks(native, tasks):
+    """Fewer and more than the teams of the device, which is told to have one multiprocessor: 32 warps."""
+    native.configure(seed=tasks, multiprocessors=1)
+    widths = (2, 3, 2)
+    model, data = network(widths, nn.Tanh).double(), tasks_for(widths, "mse", tasks, 2, 1, torch.float64)
+    problem = problem_of(model, data, inner_steps=2)
+    assert_same(mlp.meta_gradients(problem, native), reference.meta_gradients(problem), 1e-11)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_tasks(native):
+    """The largest number that is promised, in one launch; the smallest network, since every task counts here."""
+    native.configure(multiprocessors=1)
+    widths, tasks = (1, 1, 1), 100_000
+    model, data = network(widths, nn.Tanh).double(), tasks_for(widths, "mse", tasks, 1, 1, torch.float64)
+    assert tasks * 4 * 8 < fused.CHUNK_BYTES, "one launch"
+    problem = problem_of(model, data, inner_steps=1)
+    assert_same(mlp.meta_gradients(problem, native), reference.meta_gradients(problem), 1e-10)
+
+
+@pytest.mark.parametrize("tasks", [1, 10, 1000, 100_000])
+@pytest.mark.parametrize(("widths", "count"), [((1, 40, 40, 1), 10), ((784, 256, 256, 256, 256, 100), 500)])
+def test_plans_up_to_a_hundred_thousand_tasks(native, widths, count, tasks):
+    """Teams stay within what is resident, so does the workspace; and its offsets, like those of the results, may pass
+    what 32 bits count."""
+    plan = native.plan_mlp_meta_step(widths, tasks, count, count, 4, 132)
+    assert 1 <= plan["teams"] <= min(tasks, 132 * 32 * 32 // plan["threads"])
+    assert plan["shared_bytes"] <= 48 * 1024
+    row = sum((i + 1) * o for i, o in itertools.pairwise(widths))
+    assert plan["parameters"] == row
+    if not plan["in_shared"]:
+        assert plan["workspace_scalars"] % plan["teams"] == 0
+        assert plan["workspace_scalars"] // plan["teams"] >= row
+        if tasks == 100_000:
+            assert plan["workspace_scalars"] > 2**28 and tasks * row > 2**31
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -139,15 +177,20 @@ def test_label_out_of_range_flags_its_task(native):
     assert found.nonfinite.tolist() == [False, False, True]
 
 
-def test_float32_gradients_before_the_sign(native):
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("widths", "tasks", "query"),
+    [((3, 40, 40, 5), 4, 25), ((1, 40, 40, 2), 1, 10), ((5, 256, 3), 3, 9), ((2, 8, 8, 8, 8, 4), 33, 3)],
+)
+def test_float32_gradients_before_the_sign(native, widths, tasks, query, loss, activation):
     """At most twice torch's own error against float64, per tensor: no inner step, so no sign can flip."""
-    native.configure()
-    widths = (3, 40, 40, 5)
-    model, data = network(widths, nn.ReLU), tasks_for(widths, "cross_entropy", 4, 5, 25, torch.float32)
-    exact = network(widths, nn.ReLU).double()
+    native.configure(multiprocessors=1)
+    model, data = network(widths, activation), tasks_for(widths, loss, tasks, 5, query, torch.float32)
+    exact = network(widths, activation).double()
     exact.load_state_dict(model.state_dict())
     wide = tuple(value.double() if value.is_floating_point() else value for value in data)
-    options = {"loss": "cross_entropy", "inner_steps": 0}
+    options = {"loss": loss, "inner_steps": 0}
     truth = reference.meta_gradients(problem_of(exact, wide, **options)).params
     ours = mlp.meta_gradients(problem_of(model, data, **options), native).params
     theirs = reference.meta_gradients(problem_of(model, data, **options)).params

@@ -30,6 +30,7 @@ SIGN, META, PLATFORM, SELF = (
     "kernels/platform.cuh",
     "emulation/selftest.cuh",
 )
+COMPACT = "kernels/compact_sign_step.cuh"
 VECTORS, MLP = "kernels/vectors.cuh", "kernels/mlp_meta_step.cuh"
 BARRIER = "block_barrier();"
 
@@ -90,6 +91,25 @@ MUTATIONS = [
     Mutation("last column dropped", META, "const std::int64_t singles = p.parameters - bodies * kVector;", "const std::int64_t singles = p.parameters - bodies * kVector - 1;"),
     Mutation("head counted twice", META, "single < head ? single : single + bodies * kVector", "single"),
     Mutation("flags of the last columns lost", META, "if (tail < p.parameters) nonfinite |=", "if (false) nonfinite |="),
+    # Counts of sign steps.
+    Mutation("head of a row of counts dropped", COMPACT, "if (threadIdx.x < span.head) {", "if (false && threadIdx.x < span.head) {"),
+    Mutation("tail of a row of counts dropped", COMPACT, "if (tail < p.parameters)", "if (false && tail < p.parameters)"),
+    Mutation("tail of counts one too far", COMPACT, "if (tail < p.parameters)", "if (tail <= p.parameters)"),
+    Mutation("last body of counts dropped", COMPACT, "if (body < span.bodies) {\n                    nonfinite", "if (body + 1 < span.bodies) {\n                    nonfinite"),
+    Mutation("only the first tile of counts", COMPACT, "first += gridDim.x * kTile", "first += span.bodies"),
+    Mutation("counts of one task a block", COMPACT, "task += gridDim.y", "task += p.tasks"),
+    Mutation("theta of the row", COMPACT, "load(p.theta + column + i)", "load(p.theta + column)"),
+    Mutation("rate of a count's wrong column", COMPACT, "column + i : segments.low", "column : segments.low"),
+    Mutation("segment of a count not sought", COMPACT, "segments.seek(p.segment_offsets, column + i);", ""),
+    Mutation("count goes the wrong way", COMPACT, "(grad > Scalar(0) ? 1 : 0) - (grad < Scalar(0) ? 1 : 0)", "(grad < Scalar(0) ? 1 : 0) - (grad > Scalar(0) ? 1 : 0)"),
+    Mutation("count of zero moves", COMPACT, "(grad > Scalar(0) ? 1 : 0)", "(grad >= Scalar(0) ? 1 : 0)"),
+    Mutation("NaN gradient not counted", COMPACT, "&& grad == grad", ""),
+    Mutation("NaN count forgotten", COMPACT, "count != kNanCount && grad == grad", "grad == grad"),
+    Mutation("count runs over", COMPACT, "&& next <= 127", ""),
+    Mutation("NaN count taken for a number", COMPACT, "return count == kNanCount ? kNan<Scalar> : theta", "return theta"),
+    Mutation("counts alone not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "is_nonfinite(grads.at[i])"),
+    Mutation("infinite gradient of a count not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "counts.at[i] == kNanCount"),
+    Mutation("counts not kept", COMPACT, "    store<std::int8_t, kVector>(p.counts + row + column, counts);\n", ""),
     # The multilayer perceptron.
     Mutation("barrier after the weights", MLP, "team.barrier();  // the weights are there", "// the weights are there", "race: |uninitialised: "),
     Mutation("barrier after a layer", MLP, "team.barrier();  // the layer is complete", "// the layer is complete", "race: |uninitialised: "),

@@ -132,6 +132,36 @@ def sign_step_(
     )
 
 
+def compact_sign_step_(
+    native: ModuleType,
+    counts: Tensor,
+    params: Tensor,
+    theta: Tensor,
+    grads: Tensor,
+    lr: Tensor,
+    *,
+    segment_offsets: Tensor | None = None,
+    nonfinite: Tensor,
+) -> None:
+    """`signmaml_ext.compact_sign_step_` likewise."""
+    offsets = torch.empty(0) if segment_offsets is None else segment_offsets
+    native.compact_sign_step_cuda(
+        counts.data_ptr(),
+        params.data_ptr(),
+        theta.data_ptr(),
+        grads.data_ptr(),
+        lr.data_ptr(),
+        offsets.data_ptr(),
+        nonfinite.data_ptr(),
+        *params.shape,
+        lr.numel(),
+        max(0, offsets.numel() - 1),
+        params.dtype == torch.float64,
+        0,
+        0,
+    )
+
+
 def meta_accumulate_(
     native: ModuleType, out: Tensor, grads: Tensor, *, nonfinite: Tensor, skip_nonfinite: bool = False
 ) -> None:

@@ -93,6 +93,38 @@ def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtyp
     assert torch.equal(flags, bad), (flags, bad)
 
 
+def compact_sign_step(
+    native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0
+) -> None:
+    from helpers import emulated
+
+    theta, segments = torch.randn(parameters, dtype=dtype), min(3, parameters)
+    inner = torch.randint(0, parameters + 1, (segments - 1,)).sort().values
+    offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([parameters])]) if form == "segments" else None
+    lr = torch.rand({"all": 1, "element": parameters, "segments": segments}[form], dtype=dtype) + 0.5
+    rates = lr.expand(parameters) if form == "all" else lr
+    rates = rates if offsets is None else lr.repeat_interleave(offsets.diff())
+    before = torch.randint(-127, 128, (tasks, parameters))
+    before.view(-1)[torch.randperm(before.numel())[: before.numel() // 8]] = -128
+    before.view(-1)[-1] = 127  # one step further is no number, in one direction
+    grads = gradients(tasks, parameters, dtype)
+    grads[-1, -1] = 1.0
+    if tasks > 1:
+        grads[1, parameters // 2] = torch.nan
+        grads[0, 0] = torch.inf
+    after = before + grads.sign().nan_to_num().long()
+    after[(before == -128) | grads.isnan() | (after.abs() > 127)] = -128
+    bad = ((after == -128) | ~grads.isfinite()).any(1)
+    number = torch.where(after == -128, torch.nan, after.to(dtype))
+    counts = misaligned(before.to(torch.int8), shift)  # in step with the scalars
+    params, grads = misaligned(poisoned(tasks, parameters, dtype=dtype), shift), misaligned(grads, shift)
+    flags = torch.zeros(tasks, dtype=torch.bool)
+    emulated.compact_sign_step_(native, counts, params, theta, grads, lr, segment_offsets=offsets, nonfinite=flags)
+    assert torch.equal(counts.long(), after)
+    torch.testing.assert_close(params, theta - rates * number, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(flags, bad), (flags, bad)
+
+
 def meta_accumulate(
     native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, skip: bool, shift: int
 ) -> None:
@@ -153,6 +185,7 @@ def run_all(native: ModuleType, seeds: int = 2) -> None:
     """All cases, in several random orders of threads."""
     native.configure(multiprocessors=1)
     sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles a block
+    compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
     for seed in range(seeds):
         torch.manual_seed(seed)
         native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
@@ -172,6 +205,11 @@ def run_all(native: ModuleType, seeds: int = 2) -> None:
                     sign_step(native, tasks, parameters, dtype, form, shift)
             sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
             sign_step(native, 35, 3, dtype, "all", 0)  # several tasks a block
+            for form in ("all", "element", "segments"):
+                for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
+                    compact_sign_step(native, tasks, parameters, dtype, form, shift)
+            compact_sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
+            compact_sign_step(native, 35, 3, dtype, "all", 0)  # several tasks a block
             for skip in (False, True):
                 for tasks, parameters, shift in ((1, 1027, 0), (3, 5, 1), (11, 33, 0), (9, 2048, 0)):
                     meta_accumulate(native, tasks, parameters, dtype, skip, shift)

@@ -14,21 +14,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from signmaml_ext._loader import C
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests" / "compile" / "resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
-LAUNCHES = ("meta_accumulate", "mlp_meta_step", "sign_step")
+LAUNCHES = ("compact_sign_step", "meta_accumulate", "mlp_meta_step", "sign_step")
 
 # Threads of a block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp).
 BLOCKS = {
+    "compact_sign_step_kernel": 256,
     "sign_step_kernel": 256,
     "flag_nonfinite_kernel": 256,
     "meta_accumulate_kernel": 128,
     "mlp_meta_step_kernel": 256,
 }
-# Of one multiprocessor: 32-bit registers and resident warps.
+# Of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB, of which each block's share
+# is a KiB more than it asks for.
 REGISTERS = 65536
 WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+MOST_BLOCKS = {80: 32, 90: 32, 100: 32, 120: 24}
+SHARED_KIB = {80: 164, 90: 228, 100: 228, 120: 100}
+# The launch that a warp a task is looked at for: the sinusoid workload of the budgets (widths, tasks, support, query).
+SINUSOID = ((1, 40, 40, 1), 1000, 10, 10)
 
 # An instruction of PTX on doubles; a kernel on float32 has no business with it.
 FP64 = re.compile(r"^\s+(?:@\S+\s+)?[a-z]\S*\.f64\b", re.MULTILINE)
@@ -47,11 +55,31 @@ def release() -> str:
     return match[1]
 
 
-def warps_resident(registers: int, block: int, architecture: int) -> int:
-    """Warps of a multiprocessor that registers allow at a block size; they are given out in eights a thread."""
+def warps_resident(registers: int, block: int, shared_bytes: int, architecture: int) -> int:
+    """Warps of a multiprocessor at a launch: what registers (given out in eights a thread), blocks and shared memory
+    allow."""
     of_block = -(-registers // 8) * 8 * block
-    blocks = min(REGISTERS // of_block, WARPS[architecture] * 32 // block)
+    blocks = min(
+        REGISTERS // of_block,
+        WARPS[architecture] * 32 // block,
+        MOST_BLOCKS[architecture],
+        SHARED_KIB[architecture] * 1024 // (shared_bytes + 1024),
+    )
     return blocks * block // 32
+
+
+def dynamic_shared_bytes(kernel: str) -> int:
+    """Dynamic shared memory of a block at the launch that occupancy is given for."""
+    name, arguments = kernel.split("<")
+    if name != "mlp_meta_step_kernel":
+        return 0
+    scalar, warp, in_shared = arguments.rstrip(">").split(", ")
+    scalar_bytes = 4 if scalar == "float" else 8
+    if in_shared == "false":
+        return 8 * scalar_bytes  # kMlpScratch
+    if warp == "false":
+        return 48 * 1024  # kMlpSharedBytes: whatever fits is taken
+    return int(C.plan_mlp_meta_step(*SINUSOID, scalar_bytes, 132)["shared_bytes"])
 
 
 def block_of(kernel: str) -> int:
@@ -93,7 +121,9 @@ def measure(launch: str, architecture: int, folder: Path) -> dict[str, dict[str,
         values = {key: int(match[1]) if (match := re.search(p, part)) else 0 for key, p in numbers.items()}
         name = demangled(symbol)
         values["fp64_instructions"] = len(FP64.findall(code_of[symbol]))
-        values["warps_resident"] = warps_resident(values["registers"], block_of(name), architecture)
+        values["dynamic_shared_bytes"] = dynamic_shared_bytes(name)
+        shared = values["shared_bytes"] + values["dynamic_shared_bytes"]
+        values["warps_resident"] = warps_resident(values["registers"], block_of(name), shared, architecture)
         found[name] = values
     return found
 

@@ -1,4 +1,4 @@
-"""Where the operators run: on the CPU, and on a GPU where there is one."""
+"""Where the operators run: on the CPU, on the emulated GPU, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from helpers import backends
 from helpers.flat_buffers import device_or_skip
 from signmaml_ext._loader import C
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return device_or_skip(request.param)
+@pytest.fixture(params=backends.params("cpu", "emulated", "cuda"))
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The tensors' device. What they are compared with is the reference: plain torch expressions."""
+    if request.param != "emulated":
+        yield device_or_skip(request.param)
+        return
+    backends.emulated_module().configure(seed=1, blocks_alive=2, multiprocessors=1)
+    with backends.operators_emulated():
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""Tasks whose state is int8 step counts: chunks of tasks, one after the other.
+
+What is kept of a task is a byte a parameter; its parameters and gradients exist in full precision only while its chunk
+is at work. Definition: `inner_loop` in reference.py. Kernel: csrc/kernels/compact_sign_step.cuh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import Problem
+from .reference import Adaptation, CompactParams, MetaGradients
+
+# Parameters of so many bytes are in full precision at once; their gradients take as much again, twice while they are
+# gathered.
+CHUNK_BYTES = 32 * 2**20
+
+
+def chunks(problem: Problem) -> list[Problem]:
+    """The problem cut along the tasks."""
+    of_task = sum(parameter.numel() for parameter in problem.params.values()) * problem.dtype.itemsize
+    size = max(1, CHUNK_BYTES // of_task)
+    return [_tasks(problem, slice(first, first + size)) for first in range(0, problem.tasks, size)]
+
+
+def _tasks(problem: Problem, tasks: slice) -> Problem:
+    data = {name: getattr(problem, name) for name in ("support_x", "support_y", "query_x", "query_y")}
+    of_tasks = {name: None if value is None else value[tasks] for name, value in data.items()}
+    return problem.replace(**of_tasks, first_task=problem.first_task + tasks.start)
+
+
+def meta_gradients(problem: Problem, compute: Callable[[Problem], MetaGradients]) -> MetaGradients:
+    """The meta-step of all tasks from those of the chunks: means weighted by the tasks that count."""
+    sums: dict[str, Tensor | None] = dict.fromkeys(problem.params)
+    parts = []
+    for chunk in chunks(problem):
+        part = compute(chunk)
+        parts.append(part)
+        for name, gradient in part.params.items():
+            if gradient is not None:
+                weighted = gradient * part.live_tasks
+                previous = sums[name]
+                sums[name] = weighted if previous is None else previous.add_(weighted)
+    if len(parts) == 1:
+        return parts[0]  # unrounded by a product and a quotient
+    live_tasks = torch.stack([part.live_tasks for part in parts]).sum()
+    return MetaGradients(
+        params={name: None if total is None else total / live_tasks.clamp(min=1) for name, total in sums.items()},
+        rates={},
+        query_loss=torch.cat([part.query_loss for part in parts]),
+        query_accuracy=_cat([part.query_accuracy for part in parts]),
+        support_loss=torch.cat([part.support_loss for part in parts], dim=1),
+        nonfinite=torch.cat([part.nonfinite for part in parts]),
+        live_tasks=live_tasks,
+    )
+
+
+def adapt(problem: Problem, compute: Callable[[Problem], Adaptation]) -> Adaptation:
+    """The inner loop of all tasks from those of the chunks; only counts are kept of the parameters."""
+    parts = [compute(chunk) for chunk in chunks(problem)]
+    counts: dict[str, list[Tensor]] = {name: [] for name in problem.adapted}
+    for part in parts:
+        assert isinstance(part.params, CompactParams)
+        for name, of_chunk in part.params.counts.items():
+            counts[name].append(of_chunk)
+    joined = {name: torch.cat(of_chunks) for name, of_chunks in counts.items()}
+    return Adaptation(
+        params=CompactParams(joined, problem.params, problem.rates),
+        support_loss=torch.cat([part.support_loss for part in parts], dim=1),
+        query_loss=_cat([part.query_loss for part in parts]),
+        query_accuracy=_cat([part.query_accuracy for part in parts]),
+        logits=_cat([part.logits for part in parts]),
+        nonfinite=torch.cat([part.nonfinite for part in parts]),
+    )
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None

@@ -1,0 +1,95 @@
+"""The backends of the shared tests: the reference, the CPU's, the CUDA kernels emulated, and CUDA where there is one.
+
+A test that takes the fixture `backend` passes its value as `backend=` and makes its tensors without naming a device. It
+then holds for all of them: "emulated" takes tensors on the CPU to the CUDA family's own Python code and launches, on
+the emulated GPU; under "cuda" new tensors are on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import emulated
+from signmaml_ext import checks, dispatch, ops
+from signmaml_ext.checks import Problem
+
+NAMES = ("torch", "cpu", "emulated", "cuda")
+
+
+def params(*names: str) -> list[Any]:
+    """Values for a fixture; that of the GPU carries its marker."""
+    return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
+
+
+@contextmanager
+def selected(name: str) -> Iterator[None]:
+    """Makes a backend usable for a test, or skips the test with the reason."""
+    if name == "emulated":
+        with pytest.MonkeyPatch.context() as patch:
+            native = emulated_module()
+            native.configure(multiprocessors=1)
+            patch.setitem(dispatch.BACKENDS, "emulated", emulated_backend(native))
+            patch.setattr(checks, "BACKENDS", (*checks.BACKENDS, "emulated"))
+            yield
+        return
+    reason = dispatch.backend_status()[name]
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    if name == "cuda":
+        with torch.device("cuda"):
+            yield
+    else:
+        yield
+
+
+@lru_cache(maxsize=1)
+def emulated_module() -> ModuleType:
+    """Built and loaded once."""
+    return emulated.load(emulated.build_once())
+
+
+class OnEmulatedGpu:
+    """Stands in for `signmaml_ext._C` in ops.py: the CPU's operators are the CUDA kernels on the emulated GPU."""
+
+    def __init__(self, native: ModuleType) -> None:
+        self.native = native
+
+    def __getattr__(self, name: str) -> Any:
+        on_cpu, on_gpu = (getattr(self.native, n, None) for n in (name, name.removesuffix("_cpu") + "_cuda"))
+        if not name.endswith("_cpu") or on_gpu is None:
+            return on_cpu
+        # The last argument of the one is a number of threads, the last two of the other are device and stream.
+        return lambda *arguments: on_gpu(*arguments[:-1], 0, 0)
+
+
+@contextmanager
+def operators_emulated() -> Iterator[None]:
+    """The torch operators on CPU tensors run their CUDA kernels on the emulated GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "C", OnEmulatedGpu(emulated_module()))
+        yield
+
+
+def emulated_backend(native: ModuleType) -> dispatch.Backend:
+    """What "cuda" is in dispatch.py, for CPU tensors on the emulated GPU. Never taken by "auto": it comes last."""
+
+    def emulated_family(family: dispatch.Family, *arguments: Any) -> dispatch.Family:
+        def run(compute: Callable[..., Any]) -> Callable[[Problem], Any]:
+            def on_emulated_gpu(problem: Problem) -> Any:
+                with operators_emulated():
+                    return compute(problem, *arguments)
+
+            return on_emulated_gpu
+
+        return replace(family, meta_gradients=run(family.meta_gradients), adapt=run(family.adapt))
+
+    families = (emulated_family(dispatch.MLP, native), emulated_family(dispatch._flat("cpu")))
+    return dispatch.Backend("emulated", "cpu", lambda: None, families)
