@@ -75,6 +75,28 @@ def kernels(result: dict[str, Any]) -> str:
     return table(["T x P, GB/s", *names], rows)
 
 
+def sinusoid(result: dict[str, Any]) -> str:
+    """Errors of both methods for every kind of inner rates, and with the kind that each chose by validation."""
+    kinds = ("constant", "tensor", "parameter", "best")
+    rows = []
+    for shots, of_kind in result["results"].items():
+        for method in ("sign-maml", "fo-maml"):
+            found = [of_kind[kind][method] for kind in kinds if kind in of_kind]
+            rows.append([shots, method, *(f"{each['test_mse']:.3f} ± {each['test_ci95']:.3f}" for each in found)])
+    header = ["constant rate", "learned, a tensor and step", "learned, a parameter and step", "chosen by validation"]
+    return table(["sine waves", "test MSE (95% t-interval)", *header], rows)
+
+
+def memory(result: dict[str, Any]) -> str:
+    """MiB of the adapted models and at the peak."""
+
+    def mib(value: int | None) -> str:
+        return "-" if value is None else f"{value / 2**20:.0f}"
+
+    rows = [[case, mib(found["held_bytes"]), mib(found["peak_bytes"])] for case, found in result["cases"].items()]
+    return table(["MiB", "adapted models of all tasks", "peak of the call"], rows)
+
+
 def section() -> str:
     """The README's section."""
     parts = []
@@ -93,6 +115,20 @@ def section() -> str:
             "Operators on flat buffers (`python benchmarks/bench_kernels.py`); bytes that must move, counted once, so "
             "what fits the caches is faster than memory:",
             kernels(result),
+            f"({machine(result)})",
+        ]
+    for result in read("sinusoid"):
+        parts += [
+            f"Regression of sine waves, {result['iterations']} meta-iterations of {result['tasks']} tasks and "
+            f"{result['inner_steps']} inner steps for either method (`{result['command']}`):",
+            sinusoid(result),
+            "![fits before and after adaptation](docs/sinusoid_fits.png)",
+        ]
+    for result in read("memory"):
+        parts += [
+            f"Memory of {result['tasks']} tasks of {result['parameters']} parameters in full precision and as int8 "
+            f"step counts (`{result['command']}`):",
+            memory(result),
             f"({machine(result)})",
         ]
     parts.append(

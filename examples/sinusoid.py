@@ -24,7 +24,7 @@ from signmaml_ext import evaluate, meta_step
 INNER_STEPS = 5
 # A sign step moves every parameter by the rate, a gradient step by the rate times the gradient: the right rate of the
 # one says nothing about the other's, so the grid is wide enough to hold the best of both.
-GRID = {"parameter": (0.002, 0.005, 0.01), "tensor": (0.002, 0.005, 0.01), "constant": (0.005, 0.01, 0.02)}
+GRID = {"parameter": (0.003, 0.008), "tensor": (0.003, 0.008), "constant": (0.003, 0.006, 0.01, 0.02)}
 
 
 def errors(model, rates, method, shots, *, tasks, seed):
@@ -107,6 +107,7 @@ def main():
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "result.json"
     result = json.loads(file.read_text()) if file.exists() else {"results": {}}
+    result |= {"benchmark": "sinusoid", "command": "python examples/sinusoid.py", "torch": torch.__version__}
     result |= {"iterations": arguments.iterations, "inner_steps": INNER_STEPS, "tasks": 25}
     for shots in arguments.shots:
         of_shots = result["results"].setdefault(f"{shots}-shot", {})

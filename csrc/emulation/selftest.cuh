@@ -39,7 +39,8 @@ __global__ void faulty_kernel(const FaultParams p) {
     if (is(Fault::kDivergedLanes) && !one) shuffle_xor(1.0f, 1);
     if (is(Fault::kReadOnly) && one) store(const_cast<float*>(p.in), 0.0f);
     if (is(Fault::kMisaligned) && one) load<float, 4>(p.in + 37);
-    if (!is(Fault::kMissingBarrier) && !(is(Fault::kDivergedBarrier) && one)) block_barrier();
+    if (is(Fault::kDivergedBarrier) && one) return;
+    if (!is(Fault::kMissingBarrier)) block_barrier();
     const float value = shared.get(t) + 0.0f * shared.get(63 - t);
     if (is(Fault::kWriteRaceInBlock) && t < 38) {
         store(p.out + 64, value);

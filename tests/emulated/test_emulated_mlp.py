@@ -184,7 +184,7 @@ def test_label_out_of_range_flags_its_task(native):
     [((3, 40, 40, 5), 4, 25), ((1, 40, 40, 2), 1, 10), ((5, 256, 3), 3, 9), ((2, 8, 8, 8, 8, 4), 33, 3)],
 )
 def test_float32_gradients_before_the_sign(native, widths, tasks, query, loss, activation):
-    """At most twice torch's own error against float64, per tensor: no inner step, so no sign can flip."""
+    """At most twice torch's own error against float64: no inner step, so no sign can flip."""
     native.configure(multiprocessors=1)
     model, data = network(widths, activation), tasks_for(widths, loss, tasks, 5, query, torch.float32)
     exact = network(widths, activation).double()
@@ -194,9 +194,13 @@ def test_float32_gradients_before_the_sign(native, widths, tasks, query, loss, a
     truth = reference.meta_gradients(problem_of(exact, wide, **options)).params
     ours = mlp.meta_gradients(problem_of(model, data, **options), native).params
     theirs = reference.meta_gradients(problem_of(model, data, **options)).params
-    for name, gradient in truth.items():
-        error, peer = ((found[name].double() - gradient).norm() for found in (ours, theirs))
-        assert error <= 2 * peer + 1e-9 * gradient.norm(), (name, float(error), float(peer))
+    errors = {n: [(found[n].double() - g).flatten() for found in (ours, theirs)] for n, g in truth.items()}
+    error, peer = (torch.cat(of_all).norm() for of_all in zip(*errors.values(), strict=True))
+    assert error <= 2 * peer, (float(error), float(peer))
+    for name, (error, peer) in errors.items():
+        # A tensor of a few numbers may be lucky in one of the two: a rounding of the result is allowed for.
+        rounding = torch.finfo(torch.float32).eps * truth[name].norm()
+        assert error.norm() <= 2 * peer.norm() + rounding, (name, float(error.norm()), float(peer.norm()))
 
 
 def test_bitwise_whatever_shares_the_batch(native):

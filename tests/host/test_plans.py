@@ -40,6 +40,23 @@ def test_plan_sign_step_takes_single_elements_only_where_rows_do_not_meet():
 
 
 @given(tasks, parameters, scalar_bytes, addresses, shifts, shifts, multiprocessors)
+def test_plan_compact_sign_step(tasks, parameters, scalar_bytes, address, params_shift, counts_shift, multiprocessors):
+    """The cut of a sign step; vectors only where a vector of scalars and its counts start on boundaries together."""
+    params, counts = address + params_shift * scalar_bytes, 5 * address + counts_shift
+    plan = C.plan_compact_sign_step(tasks, parameters, scalar_bytes, params, params + 16, counts, multiprocessors)
+    width = 16 // scalar_bytes
+    together = (params_shift - counts_shift) % width == 0
+    assert plan["vector"] == (width if together else 1)
+    if plan["vector"] > 1:
+        first = -params % 16 // scalar_bytes  # the first element on a 16-byte boundary
+        assert (counts + first) % width == 0
+    grads = params + scalar_bytes
+    assert C.plan_compact_sign_step(tasks, parameters, scalar_bytes, params, grads, counts, 8)["vector"] == 1
+    alike = C.plan_sign_step(tasks, parameters, scalar_bytes, params, params + (0 if together else scalar_bytes), 8)
+    assert C.plan_compact_sign_step(tasks, parameters, scalar_bytes, params, params + 16, counts, 8) == alike
+
+
+@given(tasks, parameters, scalar_bytes, addresses, shifts, shifts, multiprocessors)
 def test_plan_meta_accumulate(tasks, parameters, scalar_bytes, address, out_shift, grads_shift, multiprocessors):
     out, grads = address + out_shift * scalar_bytes, 3 * address + grads_shift * scalar_bytes
     plan = C.plan_meta_accumulate(tasks, parameters, scalar_bytes, out, grads, multiprocessors)

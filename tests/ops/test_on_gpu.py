@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.flat_buffers import assert_same_bits, device_or_skip, expected_step, flags, gradients
-from signmaml_ext import meta_accumulate_, sign_step_
+from signmaml_ext import compact_sign_step_, meta_accumulate_, sign_step_
 
 pytestmark = pytest.mark.gpu
 
@@ -43,14 +43,18 @@ def test_work_goes_to_the_current_stream(cuda):
 def capture_and_replay(cuda: torch.device) -> None:
     params, grads = torch.zeros(3, 1027, device=cuda), torch.randn(3, 1027, device=cuda)
     out, nonfinite, lr = torch.zeros(1027, device=cuda), flags(3, cuda), torch.full((1,), 0.5, device=cuda)
+    counts, counted = torch.zeros(3, 1027, dtype=torch.int8, device=cuda), torch.zeros(3, 1027, device=cuda)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         sign_step_(params, grads, lr, nonfinite=nonfinite)
+        compact_sign_step_(counts, counted, torch.zeros_like(out), grads, lr, nonfinite=nonfinite)
         meta_accumulate_(out, params, nonfinite=nonfinite, skip_nonfinite=True)
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(params, -1.5 * grads.sign())
+    assert torch.equal(counts, (3 * grads.sign()).to(torch.int8))
+    assert torch.equal(counted, params)
     # 0.5, then 1.0, then 1.5 of the mean sign
     torch.testing.assert_close(out, -3.0 * grads.sign().mean(0))
     grads[1, 5] = float("nan")
@@ -98,8 +102,12 @@ def test_same_bits_as_the_cpu_and_every_time(cuda, dtype, skip):
     for where in ("cpu", cuda, cuda):
         moved, total, nonfinite = params.to(where, copy=True), out.to(where, copy=True), flags(13, where)
         sign_step_(moved, grads.to(where), lr.to(where), nonfinite=nonfinite)
+        counts, counted = torch.zeros(grads.shape, dtype=torch.int8, device=where), torch.empty_like(moved)
+        for _ in range(2):
+            gradient, theta = grads.to(where), params[0].to(where)
+            compact_sign_step_(counts, counted, theta, gradient, lr.to(where), nonfinite=nonfinite)
         meta_accumulate_(total, grads.to(where), nonfinite=nonfinite, skip_nonfinite=skip)
-        results.append([tensor.cpu() for tensor in (moved, total, nonfinite)])
+        results.append([tensor.cpu() for tensor in (moved, counts, counted, total, nonfinite)])
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):
             assert_same_bits(a, b)

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,19 @@ def test_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (tmp_path / "run" / "episode.png").is_file()
 
 
+def sinusoid(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    run_example("sinusoid.py", monkeypatch, "--out", str(folder), *arguments)
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())["results"]
+    return result
+
+
+@pytest.mark.slow
 def test_sinusoid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_example("sinusoid.py", monkeypatch, "2", str(tmp_path))
-    for method in ("sign-maml", "fo-maml", "maml"):
-        result = json.loads((tmp_path / f"sinusoid-{method}" / "result.json").read_text())
-        assert result["test"]["method"] == method and result["test"]["metric"] == "mse"
+    for rates in ("constant", "tensor"):
+        result = sinusoid(tmp_path, monkeypatch, "--iterations", "1", "--shots", "5", "--rates", rates)
+    assert set(result["5-shot"]) == {"constant", "tensor", "best"}, "results of the first call are kept"
+    for method in ("sign-maml", "fo-maml"):
+        tensor = result["5-shot"]["tensor"][method]
+        assert tensor["test_tasks"] == 4000 and tensor["test_mse"] > 1
+        assert str(tensor["start"]) == min(tensor["validation_mse"], key=tensor["validation_mse"].get)
+        assert (tmp_path / f"fits-5-tensor-{method}.png").stat().st_size > 10_000
