@@ -91,5 +91,8 @@ def emulated_backend(native: ModuleType) -> dispatch.Backend:
 
         return replace(family, meta_gradients=run(family.meta_gradients), adapt=run(family.adapt))
 
-    families = (emulated_family(dispatch.MLP, native), emulated_family(dispatch._flat("cpu")))
-    return dispatch.Backend("emulated", "cpu", lambda: None, families)
+    families = [
+        emulated_family(family, native) if family.fused else emulated_family(dispatch._flat("cpu"))
+        for family in dispatch.BACKENDS["cuda"].families
+    ]
+    return dispatch.Backend("emulated", "cpu", lambda: None, tuple(families))
