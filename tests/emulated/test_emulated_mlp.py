@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import pytest
@@ -198,7 +199,7 @@ def test_float32_gradients_before_the_sign(native, widths, tasks, query, loss, a
     error, peer = (torch.cat(of_all).norm() for of_all in zip(*errors.values(), strict=True))
     assert error <= 2 * peer, (float(error), float(peer))
     if tasks > 4:
-        return  # the mean adds many tasks in order, torch pairwise: of a tensor whose tasks cancel, that is what is left
+        return  # the mean adds tasks in order, torch pairwise: where many tasks cancel, that is what is left
     for name, (error, peer) in errors.items():
         # A tensor of a few numbers may be lucky in one of the two: a rounding of the result is allowed for.
         rounding = torch.finfo(torch.float32).eps * truth[name].norm()
