@@ -258,7 +258,7 @@ def test_recognised_by_structure():
         ),
         (nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)), "no bias"),
         (nets.conv4(), "it has convolutions"),
-        (nets.Recurrent(), "torch.fx cannot trace it|it uses|no plain chain"),
+        (nets.Recurrent(), "torch.fx cannot trace it|it uses|no plain chain|it flattens other axes"),
     ],
 )
 def test_refused_with_a_reason(model, reason):
