@@ -92,9 +92,9 @@ class FlatParams:
         self.sizes = [shape.numel() for shape in self.shapes]
         self.adapted_size = sum(self.sizes[: len(problem.adapted)])
         theta = torch.cat([problem.params[name].detach().reshape(-1) for name in self.names])
-        compact = problem.task_state == "int8"
-        shape = (problem.tasks, self.adapted_size)
-        self.counts = torch.zeros(shape, dtype=torch.int8, device=theta.device) if compact else None
+        self.counts: Tensor | None = None
+        if problem.task_state == "int8":
+            self.counts = theta.new_zeros((problem.tasks, self.adapted_size), dtype=torch.int8)
         self.theta = theta
         self.buffer = theta.repeat(problem.tasks, 1)
 

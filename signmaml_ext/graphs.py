@@ -311,6 +311,7 @@ def key_of(problem: Problem) -> tuple[object, ...]:
         problem.nonfinite,
         problem.batch_norm,
         problem.zero_dead_bias,
+        problem.task_state,
         autocast,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,
