@@ -290,3 +290,23 @@ def test_describe_says_what_will_happen(tmp_path: Path) -> None:
     text = toy_trainer(tmp_path / "run").describe()
     for words in ("toy: 3-way 1-shot", "DropoutNet, ", "sign-maml: 2 inner steps", "backend", "cpu (", str(tmp_path)):
         assert words in text, words
+
+
+@pytest.mark.parametrize(("model", "family"), [("conv4", "conv"), ("mlp", "mlp")])
+def test_networks_of_the_package_train_and_test_natively(tmp_path: Path, model: str, family: str) -> None:
+    """The whole way, by the backend that "auto" takes on a CPU; and the reference's numbers in the first iteration."""
+    sets = {split: toy_images(split) for split in ("train", "val", "test")}
+    losses = {}
+    for backend in ("auto", "torch"):
+        config = toy_config(
+            4, model=model, filters=8, hidden=(16,), learn_inner_lr="none", inner_steps=1, backend=backend
+        )
+        torch.manual_seed(0)
+        trainer = MetaTrainer(config, out=tmp_path / backend, progress=False, **sets)
+        trainer._draw_plots = lambda: None  # type: ignore[method-assign]
+        assert trainer.explanation.family == (family if backend == "auto" else "reference")
+        assert f"backend  {trainer.explanation.backend}, {trainer.explanation.family} (" in trainer.describe()
+        result = trainer.fit()
+        assert result.test.backend == ("cpu" if backend == "auto" else "torch")
+        losses[backend] = result.test.loss
+    assert abs(losses["auto"] - losses["torch"]) < 0.1 * losses["torch"]
