@@ -1,6 +1,6 @@
 """Regression of sine waves (Finn et al. 2017): sign steps against gradient steps, both first order, tuned alike.
 
-python examples/sinusoid.py [--iterations 2000] [--shots 5 10] [--rates parameter tensor constant] [--out FOLDER]
+python examples/sinusoid.py [--iterations 2000] [--shots 5 10] [--rates parameter constant] [--out FOLDER]
 
 Amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5], network 1-40-40-1, 5 inner steps. Sign-MAML and FO-MAML start
 from the same weights and see the same tasks, as many times. Each takes, from the same candidates, the inner rates with
@@ -99,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 10])
-    parser.add_argument("--rates", nargs="+", choices=GRID, default=list(GRID))
+    parser.add_argument("--rates", nargs="+", choices=GRID, default=["parameter", "constant"])
     parser.add_argument("--out", type=Path, default=Path("runs/sinusoid"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # small tensors: more threads only wait for each other

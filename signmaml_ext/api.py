@@ -132,11 +132,12 @@ def meta_step(
             False: never. None: where the Conv-N kernels serve a call on a CUDA device. Inside a CUDA graph capture of
             the caller's own the call always becomes part of that graph; make it once before, outside.
         task_state: "full": a task's parameters in their own dtype. "int8": as counts n of sign steps, phi = theta -
-            alpha * n, with which a task takes a byte a parameter; parameters and gradients are in full precision for a
-            chunk of tasks at a time. For "sign-maml", at most 127 steps and rates that are the same in every step, on
-            the backends "cpu", "cuda" (flat buffers) and "torch". phi is rounded twice, whatever K, instead of once a
-            step, so that trajectories agree to rounding (float64: to 1e-12 as long as no gradient is that near 0). A
-            NaN gradient is count -128 and stays NaN, as in full precision.
+            alpha * n, with which a task takes a byte a parameter (worth it for `adapt`, whose result holds all tasks);
+            parameters and gradients are in full precision for a chunk of tasks at a time. For "sign-maml", at most
+            127 steps and rates that are the same in every step, on the backends "cpu", "cuda" (flat buffers) and
+            "torch". phi is rounded twice, whatever K, instead of once a step, so that trajectories agree to rounding
+            (float64: to 1e-12 as long as no gradient is that near 0). A NaN gradient is count -128 and stays NaN, as
+            in full precision.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
