@@ -77,14 +77,13 @@ def kernels(result: dict[str, Any]) -> str:
 
 def sinusoid(result: dict[str, Any]) -> str:
     """Errors of both methods for every kind of inner rates, and with the kind that each chose by validation."""
-    kinds = ("constant", "tensor", "parameter", "best")
+    kinds = {"constant": "constant rate", "parameter": "learned, a parameter and step", "best": "chosen by validation"}
     rows = []
     for shots, of_kind in result["results"].items():
         for method in ("sign-maml", "fo-maml"):
-            found = [of_kind[kind][method] for kind in kinds if kind in of_kind]
+            found = [of_kind[kind][method] for kind in kinds]
             rows.append([shots, method, *(f"{each['test_mse']:.3f} ± {each['test_ci95']:.3f}" for each in found)])
-    header = ["constant rate", "learned, a tensor and step", "learned, a parameter and step", "chosen by validation"]
-    return table(["sine waves", "test MSE (95% t-interval)", *header], rows)
+    return table(["test MSE (95% t-interval)", "inner rates:", *kinds.values()], rows)
 
 
 def memory(result: dict[str, Any]) -> str:

@@ -66,3 +66,16 @@ def test_sign_steps_beat_gradient_steps_on_sine_waves(tmp_path: Path, monkeypatc
     sign, gradient = (result["10-shot"]["best"][method] for method in ("sign-maml", "fo-maml"))
     assert sign["test_mse"] <= gradient["test_mse"]
     assert sign["test_mse"] < 3.0, "about 3.7 is what predicting without adaptation reaches"
+
+def test_recorded_comparison_on_sine_waves() -> None:
+    """What the README shows: with rates chosen alike, sign steps are at least as good at 5 and at 10 points."""
+    recorded = json.loads((EXAMPLES.parent / "benchmarks" / "results" / "sinusoid_cpu.json").read_text())
+    assert set(recorded["results"]) == {"5-shot", "10-shot"}
+    for of_kind in recorded["results"].values():
+        assert set(of_kind) == {"parameter", "constant", "best"}
+        assert of_kind["best"]["sign-maml"]["test_mse"] <= of_kind["best"]["fo-maml"]["test_mse"]
+        for method, chosen in of_kind["best"].items():
+            validated = {
+                kind: min(of_kind[kind][method]["validation_mse"].values()) for kind in of_kind if kind != "best"
+            }
+            assert chosen["rates"] == min(validated, key=validated.get), "by validation, not by test"
