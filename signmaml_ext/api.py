@@ -283,12 +283,18 @@ def explain(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    plan: bool = False,
 ) -> Explanation:
     """Which backend would serve this call of `meta_step`, and why the others would not.
 
     Arguments and errors are those of `meta_step`; without data the answer is for data that fits. A module whose
     structure is known runs on a few random examples to verify it, once. Others do not run: that a module's forward
     cannot be batched is known after the first real call.
+
+    Args:
+        plan: Also say what the call would launch on a GPU, launch by launch with modelled work, bytes and time, and how
+            much workspace it would take: for Conv-N networks, with or without a GPU at hand. Give the data whose sizes
+            count.
 
     Returns:
         An `Explanation`; print it, or read `.backend` and `.reasons`.
@@ -301,10 +307,11 @@ def explain(
           not cpu, flat: its steps are sign steps, and the method is 'maml'
     """
     arguments = locals().copy()
+    del arguments["plan"]
     data = ("support_x", "support_y", "query_x", "query_y")
     if all(arguments[name] is None for name in data):
         arguments |= dict(zip(data, _any_data(model, loss), strict=True))
-    return dispatch.explain(check_problem(**arguments))
+    return dispatch.explain(check_problem(**arguments), with_plan=plan)
 
 
 def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from . import _loader, conv, flat, mlp, reference
 from .checks import Problem
+from .plan import table
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Explanation:
         reasons: By backend name: None if it could serve the call, else why not.
         families: By backend name: why each family that was asked before one served does not serve the call.
         how: How the tasks would run: together or one by one, and why.
+        plan: What a call would launch on a GPU, as a table: a model, not a measurement. None unless asked for.
     """
 
     backend: str
@@ -85,6 +87,7 @@ class Explanation:
     reasons: dict[str, str | None]
     families: dict[str, dict[str, str]]
     how: str
+    plan: str | None = None
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}, {self.family} ({self.summary}); {self.how}"]
@@ -93,7 +96,7 @@ class Explanation:
                 lines.append(f"  not {name}, {family}: {of_family}")
             if name != self.backend and not (reason and self.families[name]):
                 lines.append(f"  not {name}: {reason or f'it could, but {self.backend} was preferred or asked for'}")
-        return "\n".join(lines)
+        return "\n".join(lines if self.plan is None else [*lines, self.plan])
 
 
 def _no_cuda_here() -> str | None:
@@ -176,7 +179,7 @@ def run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]
         return "torch", compute(TORCH, problem)
 
 
-def explain(problem: Problem) -> Explanation:
+def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:
     """Which backend would serve the problem, and why the others would not."""
     reasons: dict[str, str | None] = {}
     families: dict[str, dict[str, str]] = {}
@@ -191,4 +194,6 @@ def explain(problem: Problem) -> Explanation:
         how = "all tasks in one native call"
     else:
         how = "all tasks together" if one_by_one is None else f"task by task ({one_by_one})"
-    return Explanation(chosen.name, family.name, family.summary, reasons, families, how)
+    return Explanation(
+        chosen.name, family.name, family.summary, reasons, families, how, table(problem) if with_plan else None
+    )

@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const
 
 // A thread owns 4 filters of one position. Shared memory: BatchNorm's constants [5, filters].
 template <typename Stored>
-__global__ void __launch_bounds__(kConvThreads) conv_raw_gradient_kernel(const ConvRawGradientParams<Stored> p) {
+__global__ void __launch_bounds__(kConvThreads, 8) conv_raw_gradient_kernel(const ConvRawGradientParams<Stored> p) {
     const ConvBlock& block = p.layer.block;
     const std::int64_t task = blockIdx.y;
     const Shared<float> norm(0, 5 * block.filters);

@@ -223,8 +223,7 @@ __global__ void __launch_bounds__(kConvHeadThreads) conv_head_kernel(const ConvH
     head.make_features();
     block_barrier();  // all features are there
     head.make_logits();
-    block_barrier();  // all logits are there
-    const float loss = head.make_loss();
+    const float loss = head.make_loss();  // begins with a sum over the block, and so with all logits there
     bool nonfinite = is_nonfinite(loss);
     if (threadIdx.x == 0) store(p.loss + head.task, loss);
     if (p.pass != ConvPass::kForward) {

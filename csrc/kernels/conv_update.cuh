@@ -1,5 +1,4 @@
-// The weights of all tasks, packed [9 * channels, filters] a block: made from theta, moved at the end of an inner step,
-// and given back.
+// The weights of all tasks, packed [9 * channels, filters] a block of the network.
 //   conv_pack             theta to every task's weights; the patches' mean and covariance from their slices
 //   conv_sign_update      adds up the slices' partial gradients in order, takes the sign, moves the weight
 //   conv_meta_accumulate  the same sums for the query pass: a task's row of meta-gradients, in theta's order
@@ -91,7 +90,6 @@ __device__ inline void first_norm(const ConvMoments* moments, const float* weigh
         const double positive = variance < 0.0 ? 0.0 : variance;  // rounding; a NaN stays
         store(&norm->inverse[filter], static_cast<float>(1.0 / sqrt(positive + static_cast<double>(eps))));
     }
-    block_barrier();  // the products are read before they are made again
 }
 
 // Where an element of a task's packed weights lies in theta.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from types import ModuleType
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import conv_cases, emulated, images
+from helpers import conv_cases, emulated, images, nets
 from helpers.conv_cases import Net
+from signmaml_ext import conv, reference
+from signmaml_ext.checks import check_problem
 
 # Twice what float32 can tell apart: an error below it is as good as none, and PyTorch's may be that by luck.
 SPACING = 2 * torch.finfo(torch.float32).eps
@@ -68,6 +71,21 @@ def test_gradients_before_the_sign(native, name, by_covariance):
     torch.testing.assert_close(found.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.query_accuracy, exact.query_accuracy)
     assert not found.nonfinite.any()
+
+
+@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
+def test_more_tiles_than_slices(native, by_covariance):
+    """A block of threads works on one tile after the other and joins their statistics.
+
+    The bound is a plain one: torch sums BatchNorm's many values in double on a CPU, in float32 on a GPU.
+    """
+    by_seed(native, 15)
+    net = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
+    assert max(one["grid"][0] for one in native.plan_conv_meta_step(net.shape, 1, 2, 66, 0, "fp32", 1)["launches"]) > 30
+    data = conv_cases.draw(net, seed=3)
+    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, data, steps=0)
+    assert max(conv_cases.errors(net, found.grads, exact.grads)) < 2e-6
 
 
 @pytest.mark.slow
@@ -311,6 +329,34 @@ def test_lower_precisions_do_whole_meta_steps(native, precision):
     assert torch.equal(runs[0].grads, runs[1].grads) and not runs[0].nonfinite.any()
     exact = conv_cases.definition(net, data, steps=2)
     torch.testing.assert_close(runs[0].support_loss[0].double(), exact.support_loss[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+def test_through_the_python_call(native, method):
+    """A learn2learn-style module, its parameters in another order than theta's, against the reference in float64."""
+    by_seed(native, 14)
+    torch.manual_seed(0)
+    model = nets.conv4(ways=3, channels=2, filters=8, size=9, layers=2)
+    data = nets.image_tasks(3, 3, 1, 2, 2, 9, dtype=torch.float32)
+    options = {
+        "inner_lr": 0.01, "inner_steps": 2, "method": method, "loss": "cross_entropy",
+        "adapt": None, "backend": "torch", "precision": "fp32", "nonfinite": "propagate", "batch_norm": "batch",
+        "seed": 0, "zero_dead_bias": True,
+    }  # fmt: skip
+    problem = check_problem(model, *data, **options)
+    assert conv.why_not(problem) is None
+    found = conv.meta_gradients(problem, native)
+    wide = tuple(value.double() if value.is_floating_point() else value for value in data)
+    exact = reference.meta_gradients(check_problem(copy.deepcopy(model).double(), *wide, **options))
+    torch.testing.assert_close(found.support_loss.double(), exact.support_loss, rtol=1e-4, atol=1e-4)
+    if method == "fo-maml":  # no sign that could flip
+        for name, gradient in exact.params.items():
+            error = (found.params[name].double() - gradient).norm()
+            assert error <= 1e-5 * gradient.norm(), (name, float(error))
+        torch.testing.assert_close(found.query_loss.double(), exact.query_loss, rtol=1e-5, atol=1e-5)
+    adapted = conv.adapt(problem, native)
+    assert torch.equal(adapted.query_loss, found.query_loss)
+    assert adapted.params["0.0.conv.bias"].equal(model[0][0].conv.bias.detach().expand(3, -1))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,11 @@ SIGN, META, PLATFORM, SELF = (
 )
 COMPACT = "kernels/compact_sign_step.cuh"
 VECTORS, MLP = "kernels/vectors.cuh", "kernels/mlp_meta_step.cuh"
+COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
+    f"kernels/conv_{name}.cuh"
+    for name in ("common", "forward", "data_gradient", "weight_gradient", "first", "head", "update")
+)
+CONV_PLAN = "plan/conv_meta_step.h"
 BARRIER = "block_barrier();"
 
 MUTATIONS = [
@@ -128,6 +133,83 @@ MUTATIONS = [
     Mutation("deltas swapped", MLP, "layout.delta[layer % 2]", "layout.delta[0]"),
     Mutation("share of the label", MLP, "o == label ? share - Scalar(1) : share", "share"),
     Mutation("padding of rows ignored", MLP, "store(weight(layer) + i / inputs * layout.row[layer] + i % inputs, load(from + i));", "store(weight(layer) + i, load(from + i));"),
+    # The convolutional networks: every barrier there is.
+    *(
+        Mutation(f"{Path(file).stem}: barrier where {comment[:40].strip()}", file, f"{BARRIER}  // {comment}", f"// {comment}", "race: |uninitialised: ")
+        for file, comment in (
+            (FORWARD, "BatchNorm's constants are there; all"),
+            (FORWARD, "the tile and this tap's slab"),
+            (FORWARD, "all warps' sums are there"),
+            (FORWARD, "all warps' squares are there"),
+            (BACK, "BatchNorm's constants are there; all"),
+            (BACK, "the tile and this tap's slab"),
+            (BACK, "all warps' sums are there"),
+            (WEIGHT, "all have read the tile before"),
+            (WEIGHT, "the tile is there"),
+            (WEIGHT, "all have read the last tile"),
+            (WEIGHT, "the second half of the depth"),
+            (FIRST, "the tile is there\n    const int warp"),
+            (FIRST, "the shift is there; all"),
+            (FIRST, "the tile is there\n        count +="),
+            (FIRST, "weights and constants are there"),
+            (FIRST, "the tile is there\n        const int all"),
+            (FIRST, "all have read the tile before\n        stage"),
+            (FIRST, "the tile is there\n        if (filter"),
+            (FIRST, "the other warps' sums are there"),
+            (FIRST, "the constants are there"),
+            (HEAD, "all groups' sums are there"),
+            (HEAD, "BatchNorm's constants are there"),
+            (HEAD, "all features are there"),
+            (UPDATE, "the means are there"),
+            (UPDATE, "the covariance is there"),
+            (UPDATE, "w_i (G w)_i are there"),
+            (UPDATE, "sum dy and sum dy"),
+            (UPDATE, "dgamma is there"),
+            (UPDATE, "all gradients are there"),
+            (UPDATE, "the weights have moved"),
+        )
+    ),
+    Mutation("conv: no wait for the weights", FORWARD, "cp_async_wait<0>();\n", "\n"),
+    Mutation("conv: slab of the tap before", BACK, "const int slab = tap % 2 * kColumns * kConvRow;\n                for", "const int slab = (tap + 1) % 2 * kColumns * kConvRow;\n                for"),
+    # Fragments.
+    Mutation("conv: a1 and a2 swapped", COMMON, "halves_of(a(i, e % 2, member + e / 2 * 4))", "halves_of(a(i, e / 2, member + e % 2 * 4))"),
+    Mutation("conv: b0 and b1 swapped", COMMON, "first = halves_of(b(j, member)), second = halves_of(b(j, member + 4))", "first = halves_of(b(j, member + 4)), second = halves_of(b(j, member))"),
+    Mutation("conv: low halves dropped", COMMON, "mma_m16n8k8_tf32(sums[i][j], low[i], columns);\n", "\n"),
+    Mutation("conv: rows summed by half", COMMON, "distance = 4; distance < 32;", "distance = 4; distance < 16;"),
+    Mutation("conv: d1 and d2 swapped", WEIGHT, "sums[tap][j][half * 2 + e] +", "sums[tap][j][half + e * 2] +"),
+    # Indices and tails.
+    Mutation("conv: last slice short", COMMON, "(slice + 1) * tiles.tiles_per_slice);", "(slice + 1) * tiles.tiles_per_slice - slice % 2);"),
+    Mutation("conv: last row of a tile", COMMON, "y < place.height && x < place.width", "y + 1 < place.height && x < place.width"),
+    Mutation("conv: last column too many", COMMON, "y < place.height && x < place.width", "y < place.height && x <= place.width"),
+    Mutation("conv: window one to the right", COMMON, "place / 2 * block.width + place % 2", "place % 2 * block.width + place / 2"),
+    Mutation("conv: last one wins a tie", COMMON, "return value > best || value != value;", "return value >= best || value != value;"),
+    Mutation("conv: variance without the means' spread", COMMON, "squares += load(partials + slice * 3 * filters) * distance * distance;", "squares += 0.0f * distance;"),
+    Mutation("conv: dropped row gets a gradient", COMMON, "window_y < block.act_height && window_x", "window_y <= block.act_height && window_x"),
+    Mutation("conv: dense part forgotten", COMMON, "- xhat * norm.get(4 * filters + c)", ""),
+    Mutation("conv: halo one too far", FORWARD, "const int y = place.y * block.stride - 1 + row, x", "const int y = place.y * block.stride + row, x"),
+    Mutation("conv: tail of channels", FORWARD, "first += kConvChunk", "first += channels"),
+    Mutation("conv: activation not kept", FORWARD, "row <= tiles.tile_height * block.stride", "row < tiles.tile_height * block.stride"),
+    Mutation("conv: tiles joined without weights", FORWARD, "mean += distance * of_tile / both;", "mean += distance / 2;"),
+    Mutation("conv: tap flipped", BACK, "positions[h].y + 1 - tap / 3", "positions[h].y - 1 + tap / 3"),
+    Mutation("conv: odd outputs of a stride", BACK, "(y % 2 == 0 && x % 2 == 0)", "(y % 2 == 0)"),
+    Mutation("conv: part of dz not stored", BACK, "row < own_height", "row < own_height - 1"),
+    Mutation("conv: half of the depth", WEIGHT, "int k0 = warp / 2 * kDepth", "int k0 = kDepth"),
+    Mutation("conv: last positions dropped", WEIGHT, "k0 < used;", "k0 + kDepth <= used;"),
+    Mutation("conv: second chunk of channels", WEIGHT, "blockIdx.z) / 3 % chunks * kConvChunk", "blockIdx.z) / 3 % chunks * 0"),
+    Mutation("conv: shift not taken off", FIRST, "value - shift(channel)", "value"),
+    Mutation("conv: last pair of values", FIRST, "number < pairs + values", "number + 1 < pairs + values"),
+    Mutation("conv: loser's patch", FIRST, "y = at.y * 2 + code / 2 % 2", "y = at.y * 2"),
+    Mutation("conv: sums of a warp lost", FIRST, "for (int w = 0; w + 1 < kWarps; ++w)", "for (int w = 1; w + 1 < kWarps; ++w)"),
+    Mutation("conv: features in torch's order", HEAD, "i % filters * pixels() + i / filters : i", "i : i"),
+    Mutation("conv: a wrong label unseen", HEAD, "label < 0 || label >= p.ways", "label < 0 || label > p.ways"),
+    Mutation("conv: loss of the sum", HEAD, "block_sum(loss, scratch) / count", "block_sum(loss, scratch)"),
+    Mutation("conv: rate of the bias", HEAD, "load(p.lr + tensor)", "load(p.lr)"),
+    Mutation("conv: centre not the mean", UPDATE, "sums.get(filter) * static_cast<float>(load(&moments->mean[i]));\n        const float inner", "0.0f;\n        const float inner"),
+    Mutation("conv: constants of the weights before", UPDATE, "if (kStep && p.next_moments.base != nullptr)", "if (false && p.next_moments.base != nullptr)"),
+    Mutation("conv: mask not looked at", UPDATE, "if (load(p.adapt + tensor) == 0) return false;", ""),
+    Mutation("conv: beta takes gamma's rate", UPDATE, "places.theta_beta + filter, tensor + 1, dbeta", "places.theta_beta + filter, tensor, dbeta"),
+    Mutation("conv: a slice left out", COMMON, "for (int slice = 0; slice < slices; ++slice) sum +=", "for (int slice = 0; slice + (slices > 1) < slices; ++slice) sum +="),
+    Mutation("conv: workspace of one task", CONV_PLAN, "at += tasks * array.stride;", "at += array.stride;"),
 ]  # fmt: skip
 
 
@@ -136,14 +218,14 @@ def copy(tmp_path_factory) -> Path:
     """A copy of the sources with a build of them: a mutation rebuilds only what it touches."""
     folder = tmp_path_factory.mktemp("mutations")
     emulated.copy_sources(folder / "source")
-    emulated.configure(folder / "source", folder / "build")
+    emulated.configure(folder / "source", folder / "build", flags="-O0")  # most of the time goes into compiling
     emulated.compile_module(folder / "build")
     return folder
 
 
-def run_cases(module: Path) -> subprocess.CompletedProcess[str]:
+def run_cases(module: Path, *groups: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, emulated_cases.__file__, str(module)], capture_output=True, text=True, timeout=120
+        [sys.executable, emulated_cases.__file__, str(module), *groups], capture_output=True, text=True, timeout=300
     )
 
 
@@ -165,7 +247,8 @@ def test_mutant_is_caught(copy, mutation):
     )
     path.write_text(original.replace(mutation.old, mutation.new))
     try:
-        done = run_cases(emulated.compile_module(copy / "build"))
+        group = "conv" if "conv_" in mutation.file else "flat"
+        done = run_cases(emulated.compile_module(copy / "build"), group)
     finally:
         path.write_text(original)
     assert done.returncode != 0, "the mutant passed every case"

@@ -70,6 +70,10 @@ class Data:
     query_x: Tensor
     query_y: Tensor
 
+    def to(self, device: str) -> Data:
+        moved = {name: getattr(self, name).to(device) for name in ("support_x", "support_y", "query_x", "query_y")}
+        return replace(self, params=[p.to(device) for p in self.params], **moved)
+
     def tasks(self, chosen: slice) -> Data:
         names = ("support_x", "support_y", "query_x", "query_y")
         return replace(self, **{name: getattr(self, name)[chosen].clone() for name in names})
@@ -209,7 +213,38 @@ def definition(
     )  # fmt: skip
 
 
-def run(
+@dataclass
+class Call:
+    """A native call with all its memory: can be made again, also within a graph."""
+
+    native: ModuleType
+    arguments: dict[str, Tensor]
+    results: dict[str, Tensor]
+    shape: dict[str, Any]
+    options: dict[str, Any]
+
+    def launch(self) -> None:
+        device = self.arguments["theta"].device
+        self.native.conv_meta_step_cuda(
+            {name: tensor.data_ptr() for name, tensor in self.arguments.items() if tensor.numel()},
+            self.shape,
+            **self.options,
+            device=device.index or 0,
+            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+        )
+
+    def result(self) -> Result:
+        return Result(**{name: self.results.get(name) for name in Result.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+def run(native: ModuleType, net: Net, data: Data, **options: Any) -> Result:
+    """The same by the CUDA kernels, on whatever device the data is; options are those of `prepare`."""
+    call = prepare(native, net, data, **options)
+    call.launch()
+    return call.result()
+
+
+def prepare(
     native: ModuleType,
     net: Net,
     data: Data,
@@ -223,8 +258,8 @@ def run(
     with_query: bool = True,
     by_covariance: bool = True,
     workspace_limit: int = 0,
-) -> Result:
-    """The same by the CUDA kernels, on whatever device the data is; memory that they must fill holds NaN before."""
+) -> Call:
+    """Everything that a call needs; memory that it must fill holds NaN before."""
     tasks, device = data.support_x.shape[0], data.support_x.device
     query = net.query if with_query else 0
     theta = torch.cat([p.reshape(-1) for p in data.params]).to(device)
@@ -262,21 +297,17 @@ def run(
         "query_labels": data.query_y.contiguous(),
         **results,
     }
-    native.conv_meta_step_cuda(
-        {name: tensor.data_ptr() for name, tensor in arguments.items() if tensor.numel()},
-        net.shape,
-        tasks=tasks,
-        support=net.support,
-        query=query,
-        steps=steps,
-        by_sign=by_sign,
-        precision=precision,
-        device=device.index or 0,
-        stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
-        by_covariance=by_covariance,
-        workspace_limit=workspace_limit,
-    )
-    return Result(**{name: results.get(name) for name in Result.__dataclass_fields__})  # type: ignore[arg-type]
+    options = {
+        "tasks": tasks,
+        "support": net.support,
+        "query": query,
+        "steps": steps,
+        "by_sign": by_sign,
+        "precision": precision,
+        "by_covariance": by_covariance,
+        "workspace_limit": workspace_limit,
+    }
+    return Call(native, arguments, results, net.shape, options)
 
 
 def split(net: Net, rows: Tensor) -> list[Tensor]:

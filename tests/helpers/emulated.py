@@ -39,7 +39,7 @@ def tools() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def configure(source: Path, build: Path, sanitize: str = "") -> None:
+def configure(source: Path, build: Path, sanitize: str = "", flags: str = "-O1;-g") -> None:
     """Runs cmake; skips the test where there is none."""
     if shutil.which("cmake", path=tools()["PATH"]) is None or shutil.which("ninja", path=tools()["PATH"]) is None:
         pytest.skip("cmake and ninja are needed to build the emulated module")
@@ -47,7 +47,7 @@ def configure(source: Path, build: Path, sanitize: str = "") -> None:
 
     command = ["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", "-DSIGNMAML_EMULATED=ON"]
     command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    command += [f"-DSIGNMAML_SANITIZE={sanitize}"]
+    command += [f"-DSIGNMAML_SANITIZE={sanitize}", f"-DSIGNMAML_EMULATED_FLAGS={flags}"]
     run(command)
 
 

@@ -1,17 +1,25 @@
 """Cases that every kernel must pass on the emulated GPU; each raises if a kernel is wrong or unsound.
 
-Also run as a program, `emulated_cases.py MODULE`, so that a broken kernel cannot take the test process with it.
+Also run as a program, `emulated_cases.py MODULE [GROUP ...]`, so that a broken kernel cannot take the test process with
+it.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import conv_cases
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,8 +189,57 @@ def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, suppo
             assert torch.equal(found.query_accuracy, right)
 
 
-def run_all(native: ModuleType, seeds: int = 2) -> None:
-    """All cases, in several random orders of threads."""
+def conv_meta_step(native: ModuleType, net: conv_cases.Net, *, by_covariance: bool = True, **options: Any) -> None:
+    """A meta-step with plain gradient steps, which hide nothing, against float64."""
+    data = conv_cases.draw(net)
+    found = conv_cases.run(native, net, data, by_sign=False, by_covariance=by_covariance, **options)
+    exact = conv_cases.definition(net, data, by_sign=False, **options)
+    for name in ("grads", "adapted"):
+        errors = conv_cases.errors(net, getattr(found, name), getattr(exact, name))
+        assert max(errors) < 5e-6, (name, errors)
+    for name in ("query_loss", "support_loss", "logits"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(exact, name), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.query_accuracy, exact.query_accuracy)
+    assert found.nonfinite.tolist() == exact.nonfinite.tolist()
+
+
+def conv_faults(native: ModuleType, device: str = "cpu") -> None:
+    """A sick task is flagged, and only it; its neighbours' results keep every bit."""
+    net = conv_cases.Net(tasks=3, height=5, width=6, support=2, query=2)
+    data = conv_cases.draw(net).to(device)
+    healthy = conv_cases.run(native, net, data)
+    data.support_y[0, 1] = net.ways
+    data.query_x[2, 0, 0, 1, 1] = torch.nan
+    found = conv_cases.run(native, net, data)
+    assert found.nonfinite.tolist() == [True, False, True], found.nonfinite
+    assert torch.equal(found.grads[1], healthy.grads[1]) and torch.equal(found.adapted[1:], healthy.adapted[1:])
+    assert found.grads[2].isnan().any() and found.support_loss[0].isnan().tolist() == [True, False, False]
+
+
+def run_conv(native: ModuleType, seeds: int = 1) -> None:
+    """The cases of the convolution kernels."""
+    Net = conv_cases.Net
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        native.configure(seed=seed, blocks_alive=2 + seed, multiprocessors=1)
+        conv_faults(native)
+        rates = torch.rand(2, 10, generator=torch.Generator().manual_seed(1)) * 0.1
+        adapt = [i % 4 != 2 for i in range(10)]
+        conv_meta_step(native, Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt)
+        conv_meta_step(native, Net(channels=3, halving="stride", readout="mean", conv_bias=False), steps=1)
+        conv_meta_step(native, Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False)
+        conv_meta_step(native, Net(blocks=1, channels=3, height=4, width=37, conv_bias=False), by_covariance=False)
+        # Several chunks of channels, and of columns of the weight gradient.
+        conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
+        # More tiles than slices: a block of threads works on one tile after the other.
+        many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
+        conv_meta_step(native, many, steps=0)
+        conv_meta_step(native, replace(many, blocks=1), steps=0, by_covariance=False)
+        conv_meta_step(native, Net(channels=2, tasks=1), steps=0, by_covariance=seed % 2 == 0)
+
+
+def run_flat(native: ModuleType, seeds: int = 2) -> None:
+    """The cases of the emulator itself, the flat-buffer kernels and the MLP, in several random orders of threads."""
     native.configure(multiprocessors=1)
     sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles a block
     compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
@@ -215,8 +272,18 @@ def run_all(native: ModuleType, seeds: int = 2) -> None:
                     meta_accumulate(native, tasks, parameters, dtype, skip, shift)
 
 
+GROUPS = {"flat": run_flat, "conv": run_conv}
+
+
+def run_all(native: ModuleType) -> None:
+    """All cases."""
+    for run in GROUPS.values():
+        run(native)
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from helpers.emulated import load
 
-    run_all(load(Path(sys.argv[1])))
+    chosen = sys.argv[2:] or GROUPS
+    for group in chosen:
+        GROUPS[group](load(Path(sys.argv[1])))

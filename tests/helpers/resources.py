@@ -19,16 +19,43 @@ from signmaml_ext._loader import C
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests" / "compile" / "resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
-LAUNCHES = ("compact_sign_step", "meta_accumulate", "mlp_meta_step", "sign_step")
+LAUNCHES = (
+    "compact_sign_step",
+    "conv_meta_step",
+    "conv_products_bf16",
+    "conv_products_fp32",
+    "conv_products_tf32",
+    "meta_accumulate",
+    "mlp_meta_step_double",
+    "mlp_meta_step_float",
+    "sign_step",
+)
 
-# Threads of a block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp).
+# Threads of a block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp;
+# kConvThreads, kConvHeadThreads, kConvUpdateThreads).
 BLOCKS = {
     "compact_sign_step_kernel": 256,
+    "conv_data_gradient_kernel": 128,
+    "conv_first_gradient_kernel": 128,
+    "conv_first_kernel": 128,
+    "conv_forward_kernel": 128,
+    "conv_head_kernel": 256,
+    "conv_meta_accumulate_kernel": 256,
+    "conv_pack_kernel": 256,
+    "conv_raw_gradient_kernel": 128,
+    "conv_sign_update_kernel": 256,
+    "conv_unpack_kernel": 256,
+    "conv_weight_gradient_kernel": 128,
+    "patch_moments_kernel": 128,
     "sign_step_kernel": 256,
     "flag_nonfinite_kernel": 256,
     "meta_accumulate_kernel": 128,
     "mlp_meta_step_kernel": 256,
 }
+# Kernels that sum the covariance of patches in double, once a meta-step or for block 1's few weights only.
+IN_DOUBLE = {"conv_meta_accumulate_kernel", "conv_pack_kernel", "conv_sign_update_kernel", "patch_moments_kernel"}
+# Kernels whose operands wait in shared memory and registers; two blocks of four warps keep the tensor cores busy.
+ON_TENSOR_CORES = {"conv_data_gradient_kernel", "conv_forward_kernel", "conv_weight_gradient_kernel"}
 # Of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB, of which each block's share
 # is a KiB more than it asks for.
 REGISTERS = 65536
@@ -70,7 +97,9 @@ def warps_resident(registers: int, block: int, shared_bytes: int, architecture: 
 
 def dynamic_shared_bytes(kernel: str) -> int:
     """Dynamic shared memory of a block at the launch that occupancy is given for."""
-    name, arguments = kernel.split("<")
+    name, _, arguments = kernel.partition("<")
+    if name in ON_TENSOR_CORES or name.startswith(("conv_", "patch_")):
+        return conv_shared_bytes(name, arguments.rstrip(">").split(", "))
     if name != "mlp_meta_step_kernel":
         return 0
     scalar, warp, in_shared = arguments.rstrip(">").split(", ")
@@ -82,9 +111,22 @@ def dynamic_shared_bytes(kernel: str) -> int:
     return int(C.plan_mlp_meta_step(*SINUSOID, scalar_bytes, 132)["shared_bytes"])
 
 
+def conv_shared_bytes(name: str, arguments: list[str]) -> int:
+    """The most that a Conv4 of the budgets asks for: 64 filters at 28 x 28, else 32 (or 8) at 84 x 84."""
+    filters = {"1": 8, "8": 64}.get(arguments[1], 32) if name in ON_TENSOR_CORES else 32
+    side = 28 if filters == 64 else 84
+    shape = {
+        "blocks": 4, "channels": 3, "filters": filters, "height": side, "width": side, "ways": 5, "halving": "max",
+        "readout": "flatten", "conv_bias": True, "eps": [1e-5] * 4,
+    }  # fmt: skip
+    precision = arguments[0] if name in ON_TENSOR_CORES else "fp32"
+    plan = C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, name != "conv_raw_gradient_kernel")
+    return max(int(one["shared_bytes"]) for one in plan["launches"] if f"{one['kernel']}_kernel" == name)
+
+
 def block_of(kernel: str) -> int:
     """Threads of a block of a kernel, by its name with template arguments."""
-    name, arguments = kernel.split("<")
+    name, _, arguments = kernel.partition("<")
     if name == "mlp_meta_step_kernel" and arguments.split(", ")[1] == "true":
         return 32
     return BLOCKS[name]
@@ -132,7 +174,10 @@ def demangled(symbol: str) -> str:
     """A kernel's name as one writes it, without its namespace and parameters."""
     text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     text = re.sub(r"\(int\)|\(bool\)|signmaml::|^void ", "", text)
-    return text[: text.index(">") + 1] if "<" in text else text.split("(")[0]
+    for number, precision in enumerate(("fp32", "tf32", "bf16")):
+        text = text.replace(f"(ConvPrecision){number}", precision)
+    name = text.split("(")[0]
+    return name[: name.index(">") + 1] if "<" in name else name
 
 
 def table() -> dict[str, Any]:

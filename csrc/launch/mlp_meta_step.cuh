@@ -1,18 +1,16 @@
-#include "kernels/mlp_meta_step.cuh"
+// The definition of launch_mlp_meta_step, for the file of a scalar type to instantiate: both would take a compiler long.
+#pragma once
 
+#include "kernels/mlp_meta_step.cuh"
 #include "launch/device.cuh"
 #include "launch/launch.h"
 #include "plan/mlp_meta_step.h"
 
 namespace signmaml {
-namespace {
-
 template <typename Scalar, bool kWarp>
-auto kernel_for(bool in_shared) {
+auto mlp_kernel_for(bool in_shared) {
     return in_shared ? mlp_meta_step_kernel<Scalar, kWarp, true> : mlp_meta_step_kernel<Scalar, kWarp, false>;
 }
-
-}  // namespace
 
 template <typename Scalar>
 void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream) {
@@ -22,12 +20,9 @@ void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, v
                                             sizeof(Scalar), multiprocessors(device));
     const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count));
     const auto kernel =
-        plan.threads == 32 ? kernel_for<Scalar, true>(plan.in_shared) : kernel_for<Scalar, false>(plan.in_shared);
+        plan.threads == 32 ? mlp_kernel_for<Scalar, true>(plan.in_shared) : mlp_kernel_for<Scalar, false>(plan.in_shared);
     launch("mlp_meta_step_kernel", kernel, dim3(static_cast<unsigned>(plan.teams)), plan.threads, plan.shared_bytes,
            static_cast<cudaStream_t>(stream), params, layout);
 }
-
-template void launch_mlp_meta_step<float>(const MlpMetaStepParams<float>&, int, void*);
-template void launch_mlp_meta_step<double>(const MlpMetaStepParams<double>&, int, void*);
 
 }  // namespace signmaml

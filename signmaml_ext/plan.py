@@ -1,0 +1,78 @@
+"""What a meta-step would launch on a GPU, as a table for people: the model of csrc/plan/, never a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import _loader, conv, fused, spec
+from .checks import Problem
+
+# The GPU of the model is an H200 by these figures: bytes a second of a copy, operations a second by precision of the
+# products (three TF32 products make one of fp32) and of all else, seconds between two launches of a graph.
+BANDWIDTH = 4.3e12
+PRODUCTS = {"fp32": 500e12 / 3, "tf32": 500e12, "bf16": 790e12}
+SCALAR = 67e12
+LAUNCH = 1.3e-6
+ON_TENSOR_CORES = ("conv_forward", "conv_data_gradient", "conv_weight_gradient")
+
+Launch = dict[str, Any]
+
+
+def table(problem: Problem) -> str:
+    """The launches of a call on CUDA, with their modelled work and time; or why there is no plan."""
+    reason = conv.why_not(problem)
+    if reason is not None:
+        return f"plan: there is one for Conv-N networks only, and {reason}"
+    found = spec.conv_from_module(problem.model)
+    assert not isinstance(found, str)
+    sizes = fused.sizes_of(problem)
+    plan = _loader.C.plan_conv_meta_step(
+        conv.shape_of(problem, found), *sizes.values(), problem.steps, problem.precision, 1
+    )
+    launches: list[Launch] = plan["launches"]
+    chunks = -(-problem.tasks // plan["chunk"])
+    lines = [
+        f"plan on CUDA, {problem.precision}: a model, nothing here is measured (H200: {BANDWIDTH / 1e12:g} TB/s, "
+        f"{PRODUCTS[problem.precision] / 1e12:.0f} TFLOP/s in products, {LAUNCH * 1e6:g} us a launch)",
+        f"  {len(launches) * chunks} launches, and one for the mean; {_total(launches, 'flops') * chunks / 1e9:.2f} "
+        f"GFLOP, {_total(launches, 'bytes') * chunks / 1e6:.1f} MB, modelled "
+        f"{sum(seconds(one, problem.precision) for one in launches) * chunks * 1e3:.3f} ms",
+        f"  workspace {plan['workspace_bytes'] / 2**20:.1f} MiB for {plan['chunk']} of {problem.tasks} tasks at once, "
+        "whatever the number of steps",
+        f"  {'kernel':<21}{'block':>6}{'grid':>14}{'threads':>8}{'KiB':>6}{'MFLOP':>9}{'MB':>8}{'modelled us':>12}",
+    ]
+    for title, part in _parts(launches, problem.steps):
+        lines.append(f"  {title}")
+        lines += [_row(one, problem.precision) for one in part]
+    return "\n".join(lines)
+
+
+def seconds(one: Launch, precision: str) -> float:
+    """The modelled time of a launch: the roofline of its work and bytes, and the gap to the next launch."""
+    rate = PRODUCTS[precision] if one["kernel"] in ON_TENSOR_CORES else SCALAR
+    return max(one["flops"] / rate, one["bytes"] / BANDWIDTH) + LAUNCH
+
+
+def _total(launches: Sequence[Launch], what: str) -> float:
+    return sum(one[what] for one in launches)
+
+
+def _parts(launches: Sequence[Launch], steps: int) -> list[tuple[str, list[Launch]]]:
+    """The launches in order; of the inner steps, which are alike, the first."""
+    groups = [
+        ("before", [one for one in launches if one["step"] < 0 and one["kernel"] != "conv_unpack"]),
+        (f"inner step (one of {steps}, all alike)", [one for one in launches if one["step"] == 0 < steps]),
+        ("query pass", [one for one in launches if one["step"] == steps]),
+        ("after", [one for one in launches if one["kernel"] == "conv_unpack"]),
+    ]
+    return [(title, part) for title, part in groups if part]
+
+
+def _row(one: Launch, precision: str) -> str:
+    block = "" if one["block_of_network"] < 0 else str(one["block_of_network"] + 1)
+    grid = " x ".join(str(extent) for extent in one["grid"])
+    return (
+        f"  {one['kernel']:<21}{block:>6}{grid:>14}{one['threads']:>8}{one['shared_bytes'] / 1024:>6.1f}"
+        f"{one['flops'] / 1e6:>9.1f}{one['bytes'] / 1e6:>8.2f}{seconds(one, precision) * 1e6:>12.2f}"
+    )

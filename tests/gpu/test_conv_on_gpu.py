@@ -1,0 +1,146 @@
+"""The Conv-N kernels on a CUDA device: the cases of the emulated GPU, and what only a device has.
+
+`tests/gpu/sanitize.sh` runs these under compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import signmaml_ext
+from helpers import conv_cases, emulated_cases, nets
+from helpers.conv_cases import Net
+from signmaml_ext._loader import C
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+SPACING = 2 * torch.finfo(torch.float32).eps
+OFFICIAL = Net(blocks=4, channels=3, filters=32, height=84, width=84, ways=5, tasks=8, support=5, query=5)
+OMNIGLOT = Net(blocks=4, filters=64, height=28, width=28, ways=5, tasks=32, support=5, query=75)
+NETS = {
+    "official": OFFICIAL,
+    "omniglot": OMNIGLOT,
+    "omniglot, stride": replace(OMNIGLOT, halving="stride", readout="mean"),
+    "128 filters, odd": Net(blocks=3, channels=2, filters=128, height=31, width=23, support=7, query=9),
+    "72 filters": Net(blocks=2, channels=3, filters=72, height=17, width=19),
+    "six blocks": Net(blocks=6, channels=3, filters=32, height=96, width=84, tasks=3, support=10, query=10),
+    "one block, many images": Net(blocks=1, filters=8, height=11, width=9, support=1000, query=1000),
+}
+
+
+@pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_before_the_sign(name, by_covariance):
+    """At most twice as far from float64 as PyTorch's own float32, tensor by tensor."""
+    net = NETS[name]
+    data = conv_cases.draw(net, seed=3)
+    found = conv_cases.run(C, net, data.to("cuda"), steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, data, steps=0)
+    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
+    ours = conv_cases.errors(net, found.grads, exact.grads)
+    theirs = conv_cases.errors(net, single.grads, exact.grads)
+    for shape, error, peer in zip(net.tensors, ours, theirs, strict=True):
+        assert error <= 2 * peer + SPACING, (shape, error, peer)
+    torch.testing.assert_close(found.query_loss.cpu().double(), exact.query_loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("tf32", 0.05), ("bf16", 0.3)])
+def test_lower_precisions(precision, bound):
+    data = conv_cases.draw(OFFICIAL, seed=3)
+    found = conv_cases.run(C, OFFICIAL, data.to("cuda"), steps=0, precision=precision)
+    exact = conv_cases.definition(OFFICIAL, data, steps=0)
+    assert max(conv_cases.errors(OFFICIAL, found.grads, exact.grads)) < bound
+
+
+@pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
+def test_small_cases_of_the_emulator(by_covariance):
+    """Whole trajectories of plain gradient steps, with rates a tensor and step and a mask."""
+    for net in (
+        Net(channels=2, height=9, width=11),
+        Net(channels=3, halving="stride", readout="mean", conv_bias=False),
+        Net(blocks=3, height=11, width=9, halving="stride"),
+        Net(filters=40, height=4, width=5, tasks=1, support=2, query=2),
+    ):
+        count = len(net.tensors)
+        options = {
+            "steps": 2,
+            "by_sign": False,
+            "lr": torch.rand(2, count, generator=torch.Generator().manual_seed(1)) * 0.1,
+            "adapt": [i % 4 != 2 for i in range(count)],
+        }
+        data = conv_cases.draw(net)
+        found = conv_cases.run(C, net, data.to("cuda"), by_covariance=by_covariance, **options)
+        exact = conv_cases.definition(net, data, **options)
+        assert max(conv_cases.errors(net, found.grads, exact.grads)) < 1e-5
+        assert max(conv_cases.errors(net, found.adapted, exact.adapted)) < 1e-5
+
+
+def test_the_emulated_gpu_and_this_one_agree_on_faults():
+    emulated_cases.conv_faults(C, "cuda")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("name", ["official", "omniglot"])
+def test_bitwise_repeatable_on_any_stream_and_in_any_company(name, precision):
+    net = NETS[name]
+    data = conv_cases.draw(net).to("cuda")
+    first = conv_cases.run(C, net, data, steps=3, precision=precision)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = conv_cases.run(C, net, data, steps=3, precision=precision)
+    stream.synchronize()
+    alone = conv_cases.run(C, net, data.tasks(slice(2, 3)), steps=3, precision=precision)
+    chunks = conv_cases.run(C, net, data, steps=3, precision=precision, workspace_limit=1)
+    for field in ("grads", "adapted", "logits", "query_loss"):
+        of_first = getattr(first, field)
+        assert torch.equal(of_first, getattr(again, field)), field
+        assert torch.equal(of_first, getattr(chunks, field)), field
+        assert torch.equal(of_first[2], getattr(alone, field)[0]), field
+
+
+def test_captured_by_the_caller():
+    """A meta-step in the caller's own graph: replayed on other tasks it gives what a plain call gives."""
+    net = replace(OMNIGLOT, tasks=4)
+    first, second = (conv_cases.draw(net, seed).to("cuda") for seed in (0, 1))
+    second.params = first.params
+    expected = conv_cases.run(C, net, second, steps=2)
+    call = conv_cases.prepare(C, net, first, steps=2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.launch()  # the first one: kernels are loaded within the capture
+    for name in ("support_x", "support_y", "query_x", "query_y"):
+        getattr(first, name).copy_(getattr(second, name))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(call.result().grads, expected.grads)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+def test_on_another_device_than_the_current_one():
+    net = Net()
+    data = conv_cases.draw(net)
+    expected = conv_cases.run(C, net, data.to("cuda"))
+    found = conv_cases.run(C, net, data.to("cuda:1"))
+    assert torch.equal(found.grads.cpu(), expected.grads.cpu()) and torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+def test_served_by_the_public_call(method):
+    """A learn2learn-style Conv4: the conv family serves it, and finds the reference's losses."""
+    torch.manual_seed(0)
+    model = nets.conv4(ways=5, channels=3, filters=32, size=32).cuda()
+    data = tuple(value.cuda() for value in nets.image_tasks(4, 5, 1, 3, 3, 32, dtype=torch.float32))
+    assert signmaml_ext.explain(model, *data, method=method).family == "conv"
+    options = {"inner_lr": 0.0035, "inner_steps": 1, "method": method}
+    result = signmaml_ext.meta_step(model, *data, **options)
+    nets.grads(model)
+    expected = signmaml_ext.meta_step(model, *data, **options, backend="torch")
+    torch.testing.assert_close(result.support_loss, expected.support_loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.query_loss, expected.query_loss, rtol=0.05, atol=0.05)
