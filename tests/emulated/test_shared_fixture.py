@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -25,8 +27,8 @@ def launched(monkeypatch) -> list[str]:
 
         return call
 
-    for name in ("sign_step_cuda", "compact_sign_step_cuda", "meta_accumulate_cuda", "mlp_meta_step_cuda"):
-        monkeypatch.setattr(native, name, watched(name))
+    for name in ("sign_step", "compact_sign_step", "meta_accumulate", "mlp_meta_step", "conv_meta_step"):
+        monkeypatch.setattr(native, f"{name}_cuda", watched(f"{name}_cuda"))
     return seen
 
 
@@ -47,6 +49,21 @@ def test_every_family_is_launched_on_the_emulated_gpu(launched, make, state, exp
         launched.clear()
         assert meta_step(model, *data, **options).backend != "emulated", "auto never takes it"
         assert launched == []
+
+
+def test_convolutional_networks_are_served_as_on_cuda(launched):
+    model, data = nets.conv4(filters=8, size=8, layers=2), nets.image_tasks(tasks=2, size=8, dtype=torch.float32)
+    options = {"inner_lr": 0.01, "inner_steps": 0}
+    with backends.selected("emulated"):
+        doubled = [value.double() if value.is_floating_point() else value for value in data]
+        reason = signmaml_ext.explain(copy.deepcopy(model).double(), *doubled).reasons["emulated"]
+        assert "conv: it computes in float32 on CUDA" in reason
+        found = meta_step(model, *data, **options, backend="emulated")
+        gradients = nets.grads(model)
+        assert launched == ["conv_meta_step_cuda", "meta_accumulate_cuda"]
+    expected = meta_step(model, *data, **options, backend="torch")
+    torch.testing.assert_close(found.query_loss, expected.query_loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, nets.grads(model), rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_is_left_behind():

@@ -89,7 +89,13 @@ def emulated_backend(native: ModuleType) -> dispatch.Backend:
 
             return on_emulated_gpu
 
-        return replace(family, meta_gradients=run(family.meta_gradients), adapt=run(family.adapt))
+        def why_not(problem: Problem) -> str | None:
+            if family is dispatch.CONV and problem.dtype == torch.float64:
+                return "it computes in float32 on CUDA, and the model is float64"  # as for a model that is on CUDA
+            return family.why_not(problem)
+
+        calls = {"meta_gradients": run(family.meta_gradients), "adapt": run(family.adapt)}
+        return replace(family, why_not=why_not, **calls)
 
     families = [
         emulated_family(family, native) if family.fused else emulated_family(dispatch._flat("cpu"))

@@ -67,6 +67,7 @@ def test_sign_steps_beat_gradient_steps_on_sine_waves(tmp_path: Path, monkeypatc
     assert sign["test_mse"] <= gradient["test_mse"]
     assert sign["test_mse"] < 3.0, "about 3.7 is what predicting without adaptation reaches"
 
+
 def test_recorded_comparison_on_sine_waves() -> None:
     """What the README shows: with rates chosen alike, sign steps are at least as good at 5 and at 10 points."""
     recorded = json.loads((EXAMPLES.parent / "benchmarks" / "results" / "sinusoid_cpu.json").read_text())
