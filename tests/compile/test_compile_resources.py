@@ -56,8 +56,8 @@ def test_float_kernels_have_no_double_arithmetic(measured):
 
 
 def test_occupancy_at_the_launch_configuration(measured):
-    """Kernels that stream memory need 16 warps to hide it, those on tensor cores 8 whose operands are at hand; a task that
-    lives in shared memory, about one a scheduler."""
+    """Kernels that stream memory need 16 warps to hide it, those on tensor cores 8 whose operands are at hand; a task
+    that lives in shared memory, about one a scheduler."""
     for name, architecture, values in rows(measured):
         least = 3 if values["dynamic_shared_bytes"] > 4096 else 16
         if base_of(name) in resources.ON_TENSOR_CORES:

@@ -55,7 +55,8 @@ def test_train_says_what_it_will_do_and_what_it_did(
     said = capsys.readouterr().out
     for words in (
         "data     folder: 3-way 1-shot", "model    MLP, 4,163 parameters", "sign-maml: 3 inner steps of 0.02",
-        "backend  cpu, mlp (", "all tasks in one native call", "device   cpu", f"folder   {tmp_path / 'run'}", "iteration 3/6", "test accuracy", "95% t-interval",
+        "backend  cpu, mlp (", "all tasks in one native call", "device   cpu", f"folder   {tmp_path / 'run'}",
+        "iteration 3/6", "test accuracy", "95% t-interval",
         "6 tasks", "trained 6 iterations in 0:0", "best validation accuracy", "best.safetensors", "curves.png",
     ):  # fmt: skip
         assert words in said, words
