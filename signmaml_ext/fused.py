@@ -74,19 +74,20 @@ def meta_gradients(problem: Problem, spec: Spec, native: ModuleType, call: Call)
     size = sum(sizes)
     chunk = max(1, CHUNK_BYTES // (size * problem.dtype.itemsize))
     skip = problem.nonfinite == "skip"
-    mean = parameters[0].new_zeros(size)
-    parts, lives = [], []
+    parts, means, lives = [], [], []
     for first in range(0, problem.tasks, chunk):
         part = _run(_tasks(problem, first, chunk), spec, call, wants_grads=True)
-        of_chunk = torch.zeros_like(mean)
+        of_chunk = parameters[0].new_zeros(size)
         ops.meta_accumulate_(of_chunk, part["grads"], nonfinite=part["nonfinite"], skip_nonfinite=skip)
-        live = (~part["nonfinite"] if skip else torch.ones_like(part["nonfinite"])).sum()
-        mean += of_chunk * live
+        del part["grads"]  # the next chunk's may lie in the same memory
         parts.append(part)
-        lives.append(live)
-    live_tasks = torch.stack(lives).sum()
-    # With one chunk its mean is the answer, unrounded by a product and a quotient.
-    mean = mean / live_tasks.clamp(min=1) if len(parts) > 1 else of_chunk
+        means.append(of_chunk)
+        lives.append((~part["nonfinite"] if skip else torch.ones_like(part["nonfinite"])).sum())
+    if len(parts) == 1:
+        mean, live_tasks = means[0], lives[0]
+    else:
+        live_tasks = torch.stack(lives).sum()
+        mean = torch.stack([m * live for m, live in zip(means, lives, strict=True)]).sum(0) / live_tasks.clamp(min=1)
     by_name = dict(zip(spec.names, mean.split(sizes), strict=True))
     return MetaGradients(
         params={name: by_name[name].view(parameter.shape) for name, parameter in problem.params.items()},
