@@ -110,7 +110,7 @@ MUTATIONS = [
     Mutation("count of zero moves", COMPACT, "(grad > Scalar(0) ? 1 : 0)", "(grad >= Scalar(0) ? 1 : 0)"),
     Mutation("NaN gradient not counted", COMPACT, "&& grad == grad", ""),
     Mutation("NaN count forgotten", COMPACT, "count != kNanCount && grad == grad", "grad == grad"),
-    Mutation("count runs over", COMPACT, "&& next <= 127", ""),
+    Mutation("count ends early", COMPACT, "next <= 127", "next <= 126"),
     Mutation("NaN count taken for a number", COMPACT, "return count == kNanCount ? kNan<Scalar> : theta", "return theta"),
     Mutation("counts alone not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "is_nonfinite(grads.at[i])"),
     Mutation("infinite gradient of a count not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "counts.at[i] == kNanCount"),
