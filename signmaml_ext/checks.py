@@ -6,8 +6,8 @@ Nothing here reads a tensor's values on an accelerator: that would make the host
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -29,6 +29,10 @@ BACKENDS = ("auto", "torch", "cpu", "cuda")
 Rate = float | Tensor
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 Loss = str | LossFunction
+
+
+class ForwardError(ValueError, RuntimeError):
+    """The model's forward raised a RuntimeError, as torch does for inputs of a shape or dtype that do not fit."""
 
 
 def refuse(argument: str, expected: str, found: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -418,8 +422,8 @@ def _check_rate(argument: str, rate: object, device: torch.device) -> None:
             refuse(argument, f"a tensor on {device} like the model", f"one on {rate.device}")
     elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
         refuse(argument, expected, describe(rate), TypeError)
-    elif not math.isfinite(rate) or rate < 0:
-        refuse(argument, expected, rate)
+    elif not 0 <= rate <= sys.float_info.max:  # an int may be beyond any float; nan compares as false
+        refuse(argument, expected, rate if isinstance(rate, float) else describe(rate)[:40])
 
 
 def _check_rate_shape(name: str, rate: Rate, parameter: Tensor, steps: int) -> None:

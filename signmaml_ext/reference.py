@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional, modes, spec
-from .checks import InnerRates, Loss, Problem, check_labels, check_loss, check_prediction
+from .checks import (
+    ForwardError,
+    InnerRates,
+    Loss,
+    Problem,
+    check_labels,
+    check_loss,
+    check_prediction,
+    describe,
+)
 
 Result = TypeVar("Result")
 TaskParams = dict[str, Tensor]  # name -> [t, *shape]: a parameter of t tasks
@@ -292,7 +301,13 @@ class Run:
         y: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with modes.autocast(self.problem):
-            prediction = functional.call(self.problem.model, {**own, **shared, **buffers}, x)
+            try:
+                prediction = functional.call(self.problem.model, {**own, **shared, **buffers}, x)
+            except RuntimeError as error:
+                # Out of memory and faults of a device are subclasses; what vmap refuses is tried again task by task.
+                if self.batched or type(error) is not RuntimeError:
+                    raise
+                raise ForwardError(f"model: expected a forward that takes {describe(x)}, found: {error}") from error
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)

@@ -86,7 +86,7 @@ def _metadata(text: str | None, path: Path, kind: str | None) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
         version, found_kind = metadata["version"], metadata["kind"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"checkpoint: expected signmaml's JSON header, found a damaged one in {path}") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"checkpoint: expected format version {FORMAT_VERSION}, found {version} in {path}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -35,6 +36,8 @@ USER_ERRORS = (
     BlockingIOError,
     ModuleNotFoundError,
 )
+# Likewise: a disk that is full, over its quota, or not to be written.
+USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # Heading of a group of options, and the first field of TrainConfig under it.
 _GROUPS = (
@@ -66,8 +69,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
-            near = difflib.get_close_matches(unknown.split()[0].split("=")[0], self.option_names(), n=1)
-            message = f"there is no {unknown.split()[0]}" + (f" (did you mean {near[0]}?)" if near else "")
+            word = unknown.split()[0] if unknown.split() else repr(unknown)
+            near = difflib.get_close_matches(word.split("=")[0], self.option_names(), n=1)
+            message = f"there is no {word}" + (f" (did you mean {near[0]}?)" if near else "")
         print(f"{self.prog}: {message}\n'{self.prog} --help' lists what there is.", file=sys.stderr)
         raise SystemExit(2)
 
@@ -112,7 +116,7 @@ def _report(error: Exception, debug: bool) -> int:
         traceback.print_exception(error)
     # Of several processes each has its own reason to end.
     name = "signmaml" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"signmaml, process {os.environ.get('RANK')}"
-    if isinstance(error, USER_ERRORS):
+    if isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     hint = "" if debug else "\n(run again with --debug to see where)"

@@ -217,7 +217,7 @@ def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.
         if not path.is_file():
             raise FileNotFoundError(f"run folder: expected {path.name} in {run.path}, found none (no checkpoint yet?)")
     tensors, metadata = checkpoint.load(path)
-    if "config" not in metadata:
+    if not isinstance(metadata.get("config"), dict) or "self_contained" not in metadata:
         raise ValueError(f"weights: expected a file that a run wrote, with its configuration, found {path}")
     if not metadata["self_contained"]:
         raise ValueError(

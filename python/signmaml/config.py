@@ -18,6 +18,7 @@ from typing import Any
 from .values import Kind, Rule, converted, kind_of
 
 METHODS = ("sign-maml", "fo-maml", "maml")
+MAX_FILE_BYTES, MAX_FILE_DEPTH = 2**20, 20  # of a configuration file
 LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step")
 
 
@@ -213,7 +214,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"configuration file: expected a .yaml or .toml file, found nothing at {path}")
-    text = path.read_text(encoding="utf-8")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, found {path.stat().st_size}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, found {error}") from error
     if path.suffix in (".yaml", ".yml"):
         values = _parse_yaml(text, path)
     elif path.suffix == ".toml":
@@ -231,6 +237,15 @@ def _parse_yaml(text: str, path: Path) -> Any:
     import yaml
 
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # Aliases have no use here, and a few lines of them stand for more values than fit in memory.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{path}: expected YAML without aliases, found one")
+            # Depth costs the parser the square of it.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_FILE_DEPTH:
+                raise ValueError(f"{path}: expected YAML, found lists or tables nested too deep")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
@@ -246,6 +261,8 @@ def _parse_toml(text: str, path: Path) -> Any:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: expected TOML, found {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: expected TOML, found lists or tables nested too deep") from None
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

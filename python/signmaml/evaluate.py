@@ -245,10 +245,12 @@ def evaluate_sampler(
     """
     group = group or Group()
     numbers = torch.zeros(3, tasks, dtype=torch.float64, device=next(model.parameters()).device)
-    loss = arguments.pop("loss")
+    loss, at_once = arguments.pop("loss"), chunk
     with dropout_off(model):
         for first, episodes in _chunks(sampler, tasks, chunk, group):
-            result = signmaml_ext.evaluate(model, *episodes, loss=loss or loss_for(episodes), **arguments)
+            result, at_once = _evaluate_in_memory(
+                model, episodes, at_once, loss=loss or loss_for(episodes), **arguments
+            )
             metric = result.query_loss if result.query_accuracy is None else result.query_accuracy
             rows = (metric.double(), result.query_loss.double(), result.nonfinite.double())
             numbers[:, first : first + len(metric)] = torch.stack(rows)
@@ -285,6 +287,58 @@ def evaluate_sampler(
     )
     group.bytes_of_first(json.dumps(dataclasses.asdict(evaluation)).encode())
     return evaluation
+
+
+def _evaluate_in_memory(
+    model: nn.Module, episodes: Sequence[Tensor], at_once: int, **arguments: Any
+) -> tuple[signmaml_ext.EvaluateResult, int]:
+    """`signmaml_ext.evaluate` on at most `at_once` tasks together, fewer if they do not fit in memory.
+
+    Returns:
+        The result, and how many tasks together did fit.
+
+    Raises:
+        torch.OutOfMemoryError: One task alone does not fit; the message says what would need less.
+    """
+    parts: list[signmaml_ext.EvaluateResult] = []
+    done = 0
+    while done < len(episodes[0]):
+        piece = [part[done : done + at_once] for part in episodes]
+        try:
+            parts.append(signmaml_ext.evaluate(model, *piece, **arguments))
+        except torch.OutOfMemoryError as error:
+            at_once = fewer_tasks(len(piece[0]), episodes, error)
+            continue
+        done += len(piece[0])
+    if len(parts) == 1:
+        return parts[0], at_once
+    accuracies = [part.query_accuracy for part in parts if part.query_accuracy is not None]
+    joined = dataclasses.replace(
+        parts[0],
+        query_loss=torch.cat([part.query_loss for part in parts]),
+        query_accuracy=torch.cat(accuracies) if accuracies else None,
+        logits=torch.cat([part.logits for part in parts]),
+        support_loss=torch.cat([part.support_loss for part in parts], dim=1),
+        nonfinite=torch.cat([part.nonfinite for part in parts]),
+    )
+    return joined, at_once
+
+
+def fewer_tasks(count: int, episodes: Sequence[Tensor], error: torch.OutOfMemoryError) -> int:
+    """How many tasks to compute together after `count` did not fit in memory: half as many.
+
+    Raises:
+        torch.OutOfMemoryError: It was one already; the message says what would need less.
+    """
+    if count > 1:
+        return -(-count // 2)
+    support, query = list(episodes[0].shape[1:]), list(episodes[2].shape[1:])
+    raise torch.OutOfMemoryError(
+        f"memory: expected room for at least one task (support {support}, query {query}) on "
+        f"{episodes[0].device}, found too little: {str(error).splitlines()[0] if str(error) else 'none left'}. "
+        f"Memory grows with support and query examples (now {support[0]} and {query[0]}), with image size and "
+        "filters, and for method 'maml' with inner_steps: halve one of them, or use precision 'bf16'"
+    ) from error
 
 
 def default_chunk(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from .distributed import Group
-from .evaluate import Sampler
+from .evaluate import Sampler, fewer_tasks
 
 
 def draw_share(sampler: Sampler, iteration: int, group: Group) -> tuple[Sequence[Tensor], int, int]:
@@ -99,7 +99,8 @@ class MetaStep:
                 result = signmaml_ext.meta_step(self._model, *episodes, inner_lr=rates(), **arguments)
                 return StepNumbers(result.query_loss, result.query_accuracy, result.nonfinite)
             except torch.OutOfMemoryError as error:
-                self._fewer(tasks, episodes, error)
+                self.at_once = fewer_tasks(tasks, episodes, error)
+                self._drop_gradients()
         raising = arguments["nonfinite"] == "raise"
         if raising:  # in all processes or in none
             arguments = {**arguments, "nonfinite": "propagate"}
@@ -146,7 +147,7 @@ class MetaStep:
                     self._model, *piece, inner_lr=rates(), first_task=first + done, **arguments
                 )
             except torch.OutOfMemoryError as error:
-                self._fewer(count, episodes, error)
+                self.at_once = fewer_tasks(count, episodes, error)
                 continue
             flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in self._trained]
             gradients += torch.cat(flat) * result.live_tasks
@@ -162,21 +163,3 @@ class MetaStep:
     def _drop_gradients(self) -> None:
         for parameter in self._trained:
             parameter.grad = None
-
-    def _fewer(self, count: int, episodes: Sequence[Tensor], error: torch.OutOfMemoryError) -> None:
-        """Halves the tasks at once.
-
-        Raises:
-            torch.OutOfMemoryError: It was one already; the message says what would need less.
-        """
-        self._drop_gradients()
-        if count > 1:
-            self.at_once = -(-count // 2)
-            return
-        support, query = list(episodes[0].shape[1:]), list(episodes[2].shape[1:])
-        raise torch.OutOfMemoryError(
-            f"memory: expected room for at least one task (support {support}, query {query}) on "
-            f"{episodes[0].device}, found too little: {str(error).splitlines()[0] if str(error) else 'none left'}. "
-            f"Memory grows with support and query examples (now {support[0]} and {query[0]}), with image size and "
-            "filters, and for method 'maml' with inner_steps: halve one of them, or use precision 'bf16'"
-        ) from error

@@ -79,13 +79,18 @@ class InnerRates(nn.Module):
             ValueError: They are of another kind, or for other parameters or steps; nothing has been changed.
         """
         own = (self.learn, self.steps, list(self.logs))
-        found = (stored["learn"], stored["steps"], list(stored["logs"]))
-        if own != found:
+        try:
+            found = (stored["learn"], stored["steps"], list(stored["logs"]))
+            start = float(stored["start"])
+            logs = {name: torch.tensor(log, dtype=torch.float64) for name, log in stored["logs"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"inner rates: expected kind, start, steps and logs, found others ({error!r})") from error
+        if own != found or any(logs[name].shape != log.shape for name, log in self.logs.items()):
             raise ValueError(f"inner rates: expected (kind, steps, names) {own}, found {found}")
         with torch.no_grad():
-            self.start = stored["start"]
+            self.start = start
             for name, log in self.logs.items():
-                log.copy_(torch.tensor(stored["logs"][name], dtype=torch.float64).reshape(log.shape))
+                log.copy_(logs[name])
 
 
 def _adapted(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, Tensor]:

@@ -7,12 +7,16 @@ Names: `model.*` (the state dict), `rates.*` (logarithms of learned inner rates)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import copy_into
 from .rates import InnerRates
+from .results import Best
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def pack(
@@ -59,7 +63,16 @@ def unpack(
     Raises:
         ValueError: The state belongs to another model; the message lists the differences.
     """
+    foreign = [name for name in tensors if not name.startswith(("model.", "rates.", "adam.")) and name != "window"]
+    if foreign:
+        raise ValueError(
+            f"checkpoint: expected a state of model, rates, adam and window, found {foreign[0]!r} in {where}"
+        )
     adam = _adam_states(_under(tensors, "adam."), trained, where)
+    window = tensors.get("window")
+    if window is not None and (window.ndim != 2 or window.shape[1] != 3 or window.dtype != torch.float64):
+        found = f"{window.dtype} {list(window.shape)}"
+        raise ValueError(f"checkpoint: expected a float64 window [iterations, 3], found {found} in {where}")
     copy_into(
         {**_prefixed("model.", model.state_dict()), **_prefixed("rates.", rates.state_dict())},
         {name: value for name, value in tensors.items() if name.startswith(("model.", "rates."))},
@@ -70,7 +83,34 @@ def unpack(
         # Adam keeps its step counter on the CPU, unless it is the fused one.
         stays = () if optimizer.defaults["fused"] else ("step",)
         optimizer.state[parameter] = {k: v if k in stays else v.to(parameter.device) for k, v in entries.items()}
-    return tensors.get("window", torch.empty(0, 3, dtype=torch.float64))
+    return torch.empty(0, 3, dtype=torch.float64) if window is None else window
+
+
+def checked_metadata(metadata: Mapping[str, Any], where: str) -> tuple[int, float, Best | None]:
+    """Iteration, seconds and best validation of a training state's header.
+
+    Raises:
+        ValueError: One of them is missing or is nothing of the kind.
+    """
+    expected = {"iteration": "an integer >= 0", "seconds": "a number", "best": "none or iteration, metric and value"}
+    for name, kind in expected.items():
+        if name not in metadata:
+            raise ValueError(f"checkpoint: expected {name} ({kind}) in the header of {where}, found none")
+    iteration, seconds, best = metadata["iteration"], metadata["seconds"], metadata["best"]
+    good = {
+        "iteration": type(iteration) is int and iteration >= 0,
+        "seconds": type(seconds) in (int, float),
+        "best": best is None or _is_best(best),
+    }
+    for name, fits in good.items():
+        if not fits:
+            raise ValueError(f"checkpoint: expected {name} to be {expected[name]}, found {metadata[name]!r} in {where}")
+    return iteration, seconds, None if best is None else Best(**best)
+
+
+def _is_best(value: Any) -> bool:
+    kinds = {"iteration": (int,), "metric": (str,), "value": (int, float)}
+    return isinstance(value, dict) and value.keys() == kinds.keys() and all(type(value[k]) in kinds[k] for k in kinds)
 
 
 def _adam_states(
@@ -79,11 +119,20 @@ def _adam_states(
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, entry = key.rpartition(".")
-        if name not in trained or (entry != "step" and value.shape != trained[name].shape):
+        if entry == "step":
+            fits = name in trained and value.shape == () and value.dtype == torch.float32
+        else:
+            like = trained.get(name)
+            fits = like is not None and entry in _MOMENTS and (value.shape, value.dtype) == (like.shape, like.dtype)
+        if not fits:
             raise ValueError(
                 f"checkpoint: expected optimizer state of this model's parameters, found {key!r} in {where}"
             )
         states.setdefault(name, {})[entry] = value
+    for name, entries in states.items():
+        absent = {"step", *_MOMENTS} - entries.keys()
+        if absent:
+            raise ValueError(f"checkpoint: expected adam.{name}.{min(absent)} beside the others, found none in {where}")
     return states
 
 

@@ -355,6 +355,7 @@ class MetaTrainer:
 
         Raises:
             FloatingPointError: The weights are not finite; the last good state stays.
+            OSError: It could not be written; likewise.
         """
         broken = [name for name, p in self._trained.items() if not bool(p.isfinite().all())]
         if broken:
@@ -373,7 +374,13 @@ class MetaTrainer:
             "self_contained": self._self_contained,
             "torch": torch.__version__,
         }
-        self.group.first_does(lambda: checkpoint.save(self.run.last, tensors, kind="training", metadata=metadata))
+        try:
+            self.group.first_does(lambda: checkpoint.save(self.run.last, tensors, kind="training", metadata=metadata))
+        except OSError as error:
+            safe = f"the last good state is {self.run.last}" if self.run.last.is_file() else "there is no earlier state"
+            raise OSError(
+                error.errno, f"{error.strerror or error}: iteration {self.iteration} is not saved; {safe}"
+            ) from error
 
     def _load_state(self, resume: bool) -> None:
         """The state of last.safetensors, if there is one to resume; rank 0's weights, state and place for everyone."""
@@ -384,16 +391,15 @@ class MetaTrainer:
             self._share_weights()
             return
         tensors, metadata = checkpoint.parse(content, last, kind="training")
-        if metadata["iteration"] > self.config.iterations:
+        iteration, seconds, best = state.checked_metadata(metadata, str(last))
+        if iteration > self.config.iterations:
             raise ValueError(
-                f"iterations: expected at least the {metadata['iteration']} that the run has done, "
-                f"found {self.config.iterations}"
+                f"iterations: expected at least the {iteration} that the run has done, found {self.config.iterations}"
             )
         where = str(self.run.last)
         window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, where)
         self._iteration.window.fill(window)
-        self.iteration, self._seconds = metadata["iteration"], metadata["seconds"]
-        self.best = None if metadata["best"] is None else Best(**metadata["best"])
+        self.iteration, self._seconds, self.best = iteration, seconds, best
 
     def _share_weights(self) -> None:
         self.group.copy_from_first([*self.model.state_dict().values(), *self.rates.parameters()])

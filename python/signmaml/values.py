@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 import types
 import typing
 from pathlib import Path
@@ -108,7 +108,7 @@ def _checked(name: str, value: Any, kind: Kind, rule: Rule) -> Any:
 
 
 def _in_range(value: float, rule: Rule) -> bool:
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be beyond any float; nan compares as false
         return False
     return (rule.least is None or value >= rule.least) and (rule.above is None or value > rule.above)
 
@@ -116,7 +116,7 @@ def _in_range(value: float, rule: Rule) -> bool:
 def _float(name: str, value: str | int) -> float:
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{name}: expected a number, found {value!r}") from None
 
 

@@ -39,6 +39,13 @@ class ImageSet:
     class_sizes: torch.Tensor
 
     def __post_init__(self) -> None:
+        for name, value in (("images", self.images), ("class_sizes", self.class_sizes)):
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name}: expected a tensor, found {type(value).__name__}")
+            if value.device.type != "cpu":
+                raise ValueError(f"{name}: expected a tensor on cpu, found one on {value.device}")
+        if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
+            raise TypeError(f"class_names: expected a tuple of str, found {self.class_names!r}")
         if self.images.dtype != torch.uint8:
             raise TypeError(f"images: expected dtype torch.uint8, found {self.images.dtype}")
         if self.images.dim() != 4:
