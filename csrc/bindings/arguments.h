@@ -12,6 +12,34 @@
 
 namespace signmaml::bindings {
 
+// Refuses a negative size, and sizes whose product leaves 64 bits no room: what is computed from them would wrap around.
+inline void check_product(const char* names, std::initializer_list<std::int64_t> factors) {
+    double product = 1;
+    for (const std::int64_t factor : factors) {
+        if (factor < 0) {
+            throw std::invalid_argument(std::string(names) + ": expected none below 0, found " +
+                                        std::to_string(factor));
+        }
+        product *= static_cast<double>(factor);
+    }
+    if (product > 0x1p60) {
+        throw std::invalid_argument(std::string(names) + ": expected a product of at most 2^60, found about " +
+                                    std::to_string(product));
+    }
+}
+
+inline void check_at_least_one(const char* name, std::int64_t value) {
+    if (value < 1) {
+        throw std::invalid_argument(std::string(name) + ": expected 1 or more, found " + std::to_string(value));
+    }
+}
+
+inline void check_scalar_bytes(std::int64_t bytes) {
+    if (bytes != 4 && bytes != 8) {
+        throw std::invalid_argument("scalar_bytes: expected 4 or 8, found " + std::to_string(bytes));
+    }
+}
+
 struct Region {
     const char* name;
     std::uintptr_t address;
@@ -37,6 +65,13 @@ inline void declare_memory(std::initializer_list<Region> written, std::initializ
 
 // What is written must share no memory with anything else that is read or written.
 inline void check_apart(std::initializer_list<Region> written, std::initializer_list<Region> read) {
+    for (const auto& regions : {written, read}) {
+        for (const Region& region : regions) {
+            if (region.bytes > 0 && region.address == 0) {
+                throw std::invalid_argument(std::string(region.name) + ": expected an address, found none");
+            }
+        }
+    }
     const auto check = [](const Region& a, const Region& b) {
         if (!a.overlaps(b)) return;
         throw std::invalid_argument(std::string(a.name) + ": expected memory of its own, found that it overlaps " +

@@ -37,7 +37,12 @@ void check_range(const char* argument, std::int64_t value, std::int64_t least, s
 template <typename Value>
 Value entry(const py::dict& shape, const char* name) {
     if (!shape.contains(name)) refuse("shape", std::string("an entry '") + name + "'", "none");
-    return shape[name].cast<Value>();
+    try {
+        return shape[name].cast<Value>();
+    } catch (const py::cast_error&) {
+        throw py::type_error(std::string("shape: expected another type for '") + name + "', found " +
+                             std::string(py::str(py::type::of(shape[name]).attr("__name__"))));
+    }
 }
 
 // "max" or "stride", "flatten" or "mean": the second of two words is true.

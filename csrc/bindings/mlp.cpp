@@ -23,6 +23,9 @@ namespace {
 
 using Addresses = std::map<std::string, std::uintptr_t>;
 
+// Of a layer; wider ones than any machine could hold would only overflow what is computed from them.
+constexpr int kMlpWidest = 1 << 20;
+
 MlpShape shape_of(const std::vector<int>& widths, const std::string& activation, const std::string& loss) {
     const int layers = static_cast<int>(widths.size()) - 1;
     if (layers < 2 || layers > kMlpLayers) {
@@ -38,8 +41,10 @@ MlpShape shape_of(const std::vector<int>& widths, const std::string& activation,
     MlpShape shape{};
     shape.layers = layers;
     for (int i = 0; i <= layers; ++i) {
-        if (widths[i] < 1)
-            throw std::invalid_argument("widths: expected positive ones, found " + std::to_string(widths[i]));
+        if (widths[i] < 1 || widths[i] > kMlpWidest) {
+            throw std::invalid_argument("widths: expected 1 to " + std::to_string(kMlpWidest) + ", found " +
+                                        std::to_string(widths[i]));
+        }
         shape.widths[i] = widths[i];
     }
     shape.activation = activation == "relu" ? Activation::kRelu : Activation::kTanh;
@@ -47,10 +52,22 @@ MlpShape shape_of(const std::vector<int>& widths, const std::string& activation,
     return shape;
 }
 
+// Sizes that a plan or a struct is made from.
+void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query) {
+    check_product("tasks, support, widths", {tasks, larger(support, 1), kMlpLayers * std::int64_t{kMlpWidest}});
+    check_product("tasks, query, widths", {tasks, larger(query, 1), kMlpLayers * std::int64_t{kMlpWidest}});
+    check_product("tasks, parameters", {tasks, mlp_parameters(shape), std::int64_t{sizeof(double)}});
+    check_product("support, query", {support});
+    check_product("support, query", {query});
+}
+
 py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
               int scalar_bytes, int multiprocessors) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
+    check_scalar_bytes(scalar_bytes);
+    check_at_least_one("multiprocessors", multiprocessors);
+    check_sizes(shape, tasks, support, query);
     const MlpPlan plan = plan_mlp_meta_step(shape, tasks, support, query, scalar_bytes, multiprocessors);
     return py::dict("threads"_a = plan.threads, "in_shared"_a = plan.in_shared, "teams"_a = plan.teams,
                     "shared_bytes"_a = plan.shared_bytes, "workspace_scalars"_a = plan.workspace_scalars,
@@ -107,8 +124,10 @@ MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t s
 py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
                   int scalar_bytes, int threads) {
     using py::literals::operator""_a;
-    const MlpCpuPlan plan =
-        plan_on_cpu(shape_of(widths, "relu", "mse"), tasks, support, query, scalar_bytes, threads);
+    const MlpShape shape = shape_of(widths, "relu", "mse");
+    check_sizes(shape, tasks, support, query);
+    check_at_least_one("threads", threads);
+    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, scalar_bytes, threads);
     return py::dict("lanes"_a = plan.lanes, "groups"_a = plan.groups, "slots"_a = plan.slots, "within"_a = plan.within,
                     "workspace_scalars"_a = plan.workspace_scalars);
 }

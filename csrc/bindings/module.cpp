@@ -52,6 +52,10 @@ struct SignStepArguments {
     }
 
     void check(std::int64_t scalar_bytes) const {
+        check_product("tasks, parameters", {tasks, parameters, scalar_bytes});
+        check_product("lr", {lr_entries, scalar_bytes});
+        check_product("mask", {mask_entries});
+        check_product("segments", {segments, std::int64_t{sizeof(std::int64_t)}});
         const std::int64_t bytes = tasks * parameters * scalar_bytes;
         const std::int64_t offset_bytes = segments > 0 ? (segments + 1) * std::int64_t{sizeof(std::int64_t)} : 0;
         check_apart({{"params", params, bytes, scalar_bytes}, {"nonfinite", nonfinite, tasks, 1}},
@@ -111,6 +115,7 @@ struct MetaAccumulateArguments {
     }
 
     void check(std::int64_t scalar_bytes) const {
+        check_product("tasks, parameters", {tasks, parameters, scalar_bytes});
         check_apart({{"out", out, parameters * scalar_bytes, scalar_bytes}, {"nonfinite", nonfinite, tasks, 1}},
                     {{"grads", grads, tasks * parameters * scalar_bytes, scalar_bytes}});
     }
@@ -227,13 +232,20 @@ void define_build_info(py::module_& m) {
 
 void define_plans(py::module_& m) {
     m.def("plan_sign_step_cpu", [](std::int64_t tasks, std::int64_t parameters, int threads) {
+        check_product("tasks, parameters", {tasks, parameters});
+        check_at_least_one("threads", threads);
         return as_dict(plan_sign_step_cpu(tasks, parameters, threads));
     });
     m.def("plan_meta_accumulate_cpu", [](std::int64_t tasks, std::int64_t parameters, int threads) {
+        check_product("tasks, parameters", {tasks, parameters});
+        check_at_least_one("threads", threads);
         return as_dict(plan_meta_accumulate_cpu(tasks, parameters, threads));
     });
     m.def("plan_sign_step", [](std::int64_t tasks, std::int64_t parameters, int bytes, Address params, Address grads,
                                int multiprocessors) {
+        check_scalar_bytes(bytes);
+        check_product("tasks, parameters", {tasks, parameters});
+        check_at_least_one("multiprocessors", multiprocessors);
         return as_dict(plan_sign_step(tasks, parameters, bytes, params, grads, multiprocessors));
     });
     m.def("plan_compact_sign_step",
@@ -244,6 +256,9 @@ void define_plans(py::module_& m) {
           });
     m.def("plan_meta_accumulate",
           [](std::int64_t tasks, std::int64_t parameters, int bytes, Address out, Address grads, int multiprocessors) {
+              check_scalar_bytes(bytes);
+              check_product("tasks, parameters", {tasks, parameters});
+              check_at_least_one("multiprocessors", multiprocessors);
               return as_dict(plan_meta_accumulate(tasks, parameters, bytes, out, grads, multiprocessors));
           });
 }

@@ -6,17 +6,17 @@ import pytest
 
 from helpers import bad_input
 
-# Examples of a quick run and of a long one: about two and about ten seconds.
+# Examples of a quick run and of a long one: about one and a few seconds.
 EXAMPLES = {
-    "meta_step, evaluate, adapt": (60, 500),
-    "image sets": (150, 1000),
-    "samplers": (100, 500),
-    "configurations": (150, 1000),
-    "configuration files": (150, 1000),
-    "command lines": (50, 300),
-    "checkpoints": (150, 1000),
-    "pictures": (40, 300),
-    "archives": (40, 300),
+    "meta_step, evaluate, adapt": (40, 300),
+    "image sets": (100, 600),
+    "samplers": (60, 400),
+    "configurations": (100, 600),
+    "configuration files": (100, 600),
+    "command lines": (30, 150),
+    "checkpoints": (100, 400),
+    "pictures": (30, 150),
+    "archives": (30, 150),
 }
 
 

@@ -1,0 +1,351 @@
+"""The native module driven by addresses alone, without torch and NumPy: python native_cases.py MODULE [EXAMPLES].
+
+Buffers come from malloc, one by one and of exactly the size needed, so that AddressSanitizer sees a step out of any of
+them; and nothing else in the process has threads, so that ThreadSanitizer speaks of this code only.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import importlib.util
+import math
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+LIBC = ctypes.CDLL(None)
+LIBC.malloc.restype = ctypes.c_void_p
+LIBC.malloc.argtypes = (ctypes.c_size_t,)
+LIBC.free.argtypes = (ctypes.c_void_p,)
+
+REAL, WHOLE, BYTE = ("f", "d"), "q", "B"
+
+
+class Buffer:
+    """So many numbers of a type of `array`, in memory of their own."""
+
+    def __init__(self, kind: str, values: Sequence[float]) -> None:
+        self.kind, self.count = kind, len(values)
+        data = array.array(kind, values)
+        self.bytes = data.itemsize * len(data)
+        self.address: int = LIBC.malloc(self.bytes) or 0
+        ctypes.memmove(self.address, data.tobytes(), self.bytes)
+
+    def __del__(self) -> None:
+        LIBC.free(self.address)
+
+    def values(self) -> list[float]:
+        return list(array.array(self.kind, self.content()))
+
+    def content(self) -> bytes:
+        return ctypes.string_at(self.address, self.bytes)
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_C", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sign(x: float) -> float:
+    return math.nan if math.isnan(x) else float((x > 0) - (x < 0))
+
+
+def numbers(generator: random.Random, count: int) -> list[float]:
+    odd = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, 1.0)
+    return [generator.choice(odd) if generator.random() < 0.1 else generator.uniform(-2, 2) for _ in range(count)]
+
+
+def exact(kind: str, value: float) -> float:
+    return array.array(kind, [value])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators on flat buffers, against Python
+
+
+def sign_step(native: ModuleType, generator: random.Random) -> None:
+    """One call with random sizes, rates, segments and mask."""
+    kind = generator.choice(REAL)
+    tasks, segments = generator.choice((1, 2, 5)), generator.choice((0, 0, 1, 3))
+    parameters = generator.choice((1, 3, 16, 63, 65, 1025))
+    lengths = sorted(generator.randint(0, parameters) for _ in range(max(0, segments - 1)))
+    offsets = [0, *lengths, parameters] if segments else []
+    rates = generator.choice((1, parameters, segments or 1))
+    masks = generator.choice((0, parameters, segments))
+    params, grads = (numbers(generator, tasks * parameters) for _ in range(2))
+    lr = [exact(kind, generator.uniform(0, 1)) for _ in range(rates)]
+    mask = [generator.randint(0, 1) for _ in range(masks)]
+    held = [Buffer(kind, params), Buffer(kind, grads), Buffer(kind, lr), Buffer(WHOLE, offsets), Buffer(BYTE, mask)]
+    flags = Buffer(BYTE, [0] * tasks)
+    addresses = [b.address if b.count else 0 for b in held]
+    native.sign_step_cpu(
+        *addresses, flags.address, tasks, parameters, rates, masks, segments, kind == "d", generator.choice((1, 2, 4))
+    )
+    found, start, gradient = held[0].values(), array.array(kind, params), array.array(kind, grads)
+    for i, value in enumerate(found):
+        column = i % parameters
+        segment = next((s for s in range(segments) if offsets[s] <= column < offsets[s + 1]), 0)
+        allowed = masks == 0 or mask[segment if masks == segments else column]
+        rate = lr[segment if rates == segments else column if rates == parameters else 0]
+        expected = exact(kind, start[i] - exact(kind, rate * sign(gradient[i]))) if allowed else start[i]
+        assert value == expected or (math.isnan(value) and math.isnan(expected)), (i, value, expected)
+
+
+def meta_accumulate(native: ModuleType, generator: random.Random) -> None:
+    """One call, against sums in task order."""
+    kind, skip = generator.choice(REAL), generator.random() < 0.5
+    tasks, parameters = generator.choice((1, 2, 5, 9)), generator.choice((1, 3, 16, 63, 65, 1025))
+    grads = [exact(kind, generator.uniform(-1, 1)) for _ in range(tasks * parameters)]
+    bad = generator.randrange(tasks) if generator.random() < 0.3 else None
+    if bad is not None:
+        grads[bad * parameters + generator.randrange(parameters)] = math.nan
+    out, data, flags = Buffer(kind, [1.0] * parameters), Buffer(kind, grads), Buffer(BYTE, [0] * tasks)
+    threads = generator.choice((1, 2, 4))
+    native.meta_accumulate_cpu(
+        out.address, data.address, flags.address, tasks, parameters, skip, kind == "d", threads
+    )
+    assert flags.values() == [int(task == bad) for task in range(tasks)]
+    live = [task for task in range(tasks) if not (skip and task == bad)]
+    for column, value in enumerate(out.values()):
+        total = 0.0
+        for task in live:
+            total = exact(kind, total + grads[task * parameters + column])
+        expected = exact(kind, 1.0 + exact(kind, total / max(1, len(live))))
+        assert value == expected or (math.isnan(value) and math.isnan(expected)), (column, value, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole meta-steps: the same bits for any number of threads, nothing left unwritten
+
+
+def poisoned(kind: str, count: int) -> Buffer:
+    return Buffer(kind, [math.nan] * count)
+
+
+def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
+    """A convolutional network of random shape, with 1 and with 3 threads."""
+    kind = generator.choice(REAL)
+    blocks, halving = generator.randint(1, 3), generator.choice(("max", "stride"))
+    height, width = (generator.randint(2**blocks, 2**blocks + 9) for _ in range(2))
+    shape = {
+        "blocks": blocks, "channels": generator.randint(1, 3), "filters": generator.choice((8, 16, 24)),
+        "height": height, "width": width, "ways": generator.randint(2, 5), "halving": halving,
+        "readout": generator.choice(("flatten", "mean")), "conv_bias": generator.random() < 0.5, "eps": [1e-5] * blocks,
+    }  # fmt: skip
+    tasks, support, query = generator.randint(1, 3), generator.randint(1, 7), generator.randint(0, 5)
+    steps = generator.randint(0, 2)
+    whole = {"tasks": tasks, "support": support, "query": query}
+    size = 8 if kind == "d" else 4
+    plan = native.plan_conv_meta_step_cpu(shape, **whole, scalar_bytes=size, threads=1)
+    parameters, tensors = plan["parameters"], blocks * (4 if shape["conv_bias"] else 3) + 2
+    image = shape["channels"] * height * width
+
+    def reals(count: int) -> Buffer:
+        return Buffer(kind, [generator.uniform(-1, 1) for _ in range(count)])
+
+    def labels(count: int) -> Buffer:
+        beyond = generator.random() < 0.1  # makes a loss NaN, and must not be read as an index
+        return Buffer(WHOLE, [2**40 if beyond else generator.randrange(shape["ways"]) for _ in range(count)])
+
+    given = {
+        "theta": reals(parameters), "support_x": reals(tasks * support * image), "support_labels": labels(tasks * support),
+        "query_x": reals(tasks * query * image), "query_labels": labels(tasks * query),
+        "lr": Buffer(kind, [0.01] * (steps * tensors)),
+        "adapt": Buffer(BYTE, [generator.randint(0, 1) for _ in range(tensors)]),
+    }  # fmt: skip
+    by_sign, bits = generator.random() < 0.7, []
+    for threads in (1, 3):
+        wanted = {
+            "support_loss": steps * tasks, "query_loss": tasks, "query_accuracy": tasks,
+            "logits": tasks * query * shape["ways"], "adapted": tasks * parameters, "grads": tasks * parameters,
+        }  # fmt: skip
+        if query == 0:
+            wanted = {name: wanted[name] for name in ("support_loss", "adapted")}
+        results = {name: poisoned(kind, count) for name, count in wanted.items()}
+        results["nonfinite"] = Buffer(BYTE, [0] * tasks)
+        room = native.plan_conv_meta_step_cpu(shape, **whole, scalar_bytes=size, threads=threads)["workspace_bytes"]
+        workspace = Buffer(BYTE, [255] * room)
+        used = {name: buffer.address for name, buffer in (given | results | {"workspace": workspace}).items() if buffer.count}
+        native.conv_meta_step_cpu(
+            used, shape, **whole, steps=steps, by_sign=by_sign, is_double=kind == "d", threads=threads
+        )
+        if "adapted" in results and not any(results["nonfinite"].values()):
+            for name, buffer in results.items():
+                assert not any(math.isnan(v) for v in buffer.values()), f"{name} was left unwritten"
+        bits.append({name: buffer.content() for name, buffer in results.items()})
+    assert bits[0] == bits[1], "another number of threads gives other bits"
+
+
+def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
+    """A multilayer perceptron of random widths, with 1 and with 3 threads."""
+    kind = generator.choice(REAL)
+    loss = generator.choice(("mse", "cross_entropy"))
+    widths = [generator.randint(1, 9) for _ in range(generator.randint(3, 5))]
+    tasks, support, query = generator.randint(1, 5), generator.randint(1, 7), generator.randint(1, 5)
+    steps, out = generator.randint(0, 2), widths[-1]
+    parameters = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+
+    def reals(count: int) -> Buffer:
+        return Buffer(kind, [generator.uniform(-1, 1) for _ in range(count)])
+
+    given = {"theta": reals(parameters), "lr": Buffer(kind, [0.01] * (steps * 2 * (len(widths) - 1))),
+             "adapt": Buffer(BYTE, [1] * (2 * (len(widths) - 1)))}  # fmt: skip
+    for name, count in (("support", support), ("query", query)):
+        given[f"{name}_x"] = reals(tasks * count * widths[0])
+        if loss == "mse":
+            given[f"{name}_target"] = reals(tasks * count * out)
+        else:
+            given[f"{name}_labels"] = Buffer(WHOLE, [generator.randrange(out) for _ in range(tasks * count)])
+    bits, by_sign, activation = [], generator.random() < 0.7, generator.choice(("relu", "tanh"))
+    for threads in (1, 3):
+        results = {
+            name: poisoned(kind, count)
+            for name, count in {
+                "support_loss": steps * tasks, "query_loss": tasks, "query_accuracy": tasks, "predictions": tasks * query * out,
+                "adapted": tasks * parameters, "grads": tasks * parameters,
+            }.items()
+        } | {"nonfinite": Buffer(BYTE, [0] * tasks)}  # fmt: skip
+        room = mlp_workspace(native, widths, tasks, support, query, 8 if kind == "d" else 4, threads)
+        workspace = poisoned(kind, room)
+        used = {n: b.address for n, b in (given | results | {"workspace": workspace}).items() if b.count}
+        native.mlp_meta_step_cpu(
+            used, widths=widths, activation=activation, loss=loss, tasks=tasks, support=support, query=query, steps=steps,
+            by_sign=by_sign, is_double=kind == "d", threads=threads,
+        )  # fmt: skip
+        bits.append({name: buffer.content() for name, buffer in results.items() if name != "query_accuracy"})
+    assert bits[0] == bits[1], "another number of threads gives other bits"
+
+
+def mlp_workspace(native: ModuleType, widths: list[int], tasks: int, support: int, query: int, size: int, threads: int) -> int:
+    plan = native.plan_mlp_meta_step_cpu(widths, tasks, support, query, size, threads)
+    return -(-plan["workspace_bytes"] // size) if "workspace_bytes" in plan else plan["workspace_scalars"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Structs with any content
+
+INTEGERS = (0, 1, 2, 3, 5, 8, 127, 128, -1, -8, 2**14, 2**15, 2**20, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1)
+WORDS = ("max", "stride", "flatten", "mean", "", "relu", "tanh", "mse", "cross_entropy", "fp32", "tf32", "bf16", "\0")
+
+
+def any_entry(choose: Callable[[Sequence[Any]], Any]) -> Any:
+    return choose((choose(INTEGERS), choose(INTEGERS), choose(WORDS), None, 0.5, True, [], [1e-5], [math.nan] * 4, {}))
+
+
+def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> str:
+    """One call of a plan, or of an operator whose addresses are absent, with any sizes and words.
+
+    Returns:
+        "served" or "refused"; a refusal is a ValueError, TypeError, MemoryError or OverflowError with a message.
+    """
+    good = {"blocks": 4, "channels": 1, "filters": 32, "height": 28, "width": 28, "ways": 5, "halving": "max",
+            "readout": "flatten", "conv_bias": True, "eps": [1e-5] * 4}  # fmt: skip
+    shape = dict(good)
+    for _ in range(choose((0, 1, 2))):
+        name = choose(sorted(good))
+        shape[name] = any_entry(choose)
+        if choose((False, False, False, True)):
+            del shape[name]
+    widths = [choose(INTEGERS) for _ in range(choose((0, 1, 2, 3, 4, 12)))]
+    size, bytes_ = (lambda: choose(INTEGERS)), choose((4, 8, 0, -4, 3))
+    nothing: dict[str, int] = {}
+    calls: dict[str, Callable[[], Any]] = {
+        "plan_sign_step_cpu": lambda: native.plan_sign_step_cpu(size(), size(), size()),
+        "plan_meta_accumulate_cpu": lambda: native.plan_meta_accumulate_cpu(size(), size(), size()),
+        "plan_sign_step": lambda: native.plan_sign_step(size(), size(), bytes_, abs(size()), abs(size()), size()),
+        "plan_meta_accumulate": lambda: native.plan_meta_accumulate(size(), size(), bytes_, abs(size()), abs(size()), size()),
+        "plan_mlp_meta_step": lambda: native.plan_mlp_meta_step(widths, size(), size(), size(), bytes_, size()),
+        "plan_conv_meta_step_cpu": lambda: native.plan_conv_meta_step_cpu(shape, size(), size(), size(), bytes_, size()),
+        "plan_conv_meta_step": lambda: native.plan_conv_meta_step(
+            shape, size(), size(), size(), choose((0, 1, 3, -1, 50)), choose(WORDS), size(), workspace_limit=size()
+        ),
+        "conv_meta_step_cpu": lambda: native.conv_meta_step_cpu(
+            nothing, shape, tasks=size(), support=size(), query=size(), steps=size(), by_sign=True, is_double=False, threads=size()
+        ),
+        # Of no tasks or no parameters nothing may be touched, so no address is needed. Others are sizes without memory.
+        "sign_step_cpu": lambda: native.sign_step_cpu(0, 0, 0, 0, 0, 0, choose((0, -1, 2**62)), size(), 1, 0, 0, False, size()),
+        "meta_accumulate_cpu": lambda: native.meta_accumulate_cpu(0, 0, 0, choose((0, -1, 2**62)), size(), True, True, size()),
+    }
+    name = choose(sorted(calls))
+    try:
+        plan = calls[name]()
+    except (ValueError, TypeError, MemoryError, OverflowError) as error:
+        assert str(error), name
+        return "refused"
+    for key, value in (plan or {}).items():
+        assert not isinstance(value, int) or value >= 0, f"{name}: {key} is {value}: an overflow"
+    return "served"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cases(native: ModuleType) -> list[Callable[[ModuleType, random.Random], None]]:
+    """What the module has."""
+    known = [sign_step, meta_accumulate, conv_meta_step, mlp_meta_step]
+    return [case for case in known if hasattr(native, f"{case.__name__}_cpu")]
+
+
+def several_callers(native: ModuleType) -> None:
+    """Python threads that call at once: one of them gets the pool, the others work alone."""
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            generator = random.Random(seed)
+            for _ in range(10):
+                for case in cases(native):
+                    case(native, generator)
+        except BaseException as error:
+            failures.append(error)
+
+    callers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    if failures:
+        raise failures[0]
+
+
+def forked(native: ModuleType) -> None:
+    """A child of a process whose pool has threads."""
+    child = os.fork()
+    if child == 0:
+        try:
+            sign_step(native, random.Random(1))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def main(path: str, examples: int) -> None:
+    native = load(path)
+    generator = random.Random(0)
+    counts: dict[str, int] = {}
+    for isa in native.cpu_isas():
+        native.select_cpu_isa(isa)
+        for case in cases(native):
+            for _ in range(examples):
+                case(native, generator)
+            counts[case.__name__] = counts.get(case.__name__, 0) + examples
+    several_callers(native)
+    if "--no-fork" not in sys.argv:
+        forked(native)
+    for _ in range(20 * examples):
+        outcome = any_struct(native, generator.choice)
+        counts[f"struct {outcome}"] = counts.get(f"struct {outcome}", 0) + 1
+    print(counts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
