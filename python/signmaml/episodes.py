@@ -33,6 +33,7 @@ Normalization = str | tuple[float | Sequence[float], float | Sequence[float]]
 NORMALIZATIONS = ("zero-one", "signed", "raw")
 MAX_TASK = 2**62  # task numbers stay far from the int64 limit
 MAX_SEED = 2**63 - 1
+MAX_POINTS = 2**24  # of a sine wave: a number that was meant is smaller, and memory ends somewhere
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -283,8 +284,8 @@ class SinusoidSampler:
     Amplitude and phase are uniform over tasks, each x uniform over `x_range`.
 
     Args:
-        shots: Support points a task, at least 1.
-        queries: Query points a task, at least 1.
+        shots: Support points a task, 1 to 2**24.
+        queries: Query points a task, 1 to 2**24.
         tasks: Tasks a meta-batch, at least 1.
         seed: 0 to 2**63 - 1. Default 0.
         device: Where tasks are drawn. Default ``"cpu"``.
@@ -318,8 +319,8 @@ class SinusoidSampler:
         phase: tuple[float, float] = (0.0, math.pi),
         x_range: tuple[float, float] = (-5.0, 5.0),
     ) -> None:
-        self.shots = check_integer("shots", shots, 1)
-        self.queries = check_integer("queries", queries, 1)
+        self.shots = check_integer("shots", shots, 1, MAX_POINTS)
+        self.queries = check_integer("queries", queries, 1, MAX_POINTS)
         self.tasks = check_integer("tasks", tasks, 1)
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.amplitude = _checked_range("amplitude", amplitude)

@@ -254,6 +254,11 @@ def _restore_gradients(model: nn.Module, before: list[Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Image sets and samplers
 
+
+def mostly(usual: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 7).flatmap(lambda number: other if number == 0 else usual)
+
+
 small = st.one_of(st.integers(-1, 6), numbers)
 
 
@@ -267,10 +272,6 @@ def any_image_set(given_values: tuple[Any, Any, Any]) -> str:
         return "refused"
     assert int(made.class_sizes.sum()) == len(made.images) and made.classes == len(made.class_names)
     return "served"
-
-
-def mostly(usual: st.SearchStrategy[Any], other: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.integers(0, 7).flatmap(lambda number: other if number == 0 else usual)
 
 
 image_sets = st.tuples(
@@ -306,36 +307,35 @@ def any_sampler(given_values: tuple[dict[str, Any], Any, Any]) -> str:
 TOY = ImageSet(
     "toy", "train", torch.arange(48, dtype=torch.uint8).view(12, 1, 2, 2), ("a", "b", "c"), torch.tensor([4, 4, 4])
 )
-count_of_tasks = st.one_of(st.integers(-1, 8), st.sampled_from((1.5, None, "2", True, 2**63)))
+# Between these a number is good, and what is drawn fills the memory.
+bounded = small.filter(lambda value: not isinstance(value, int) or value <= 64 or value > 2**24)
+few = mostly(st.integers(1, 2), bounded)
 samplers = st.tuples(
     st.one_of(
         st.fixed_dictionaries(
-            {
-                "images": st.sampled_from((TOY, TOY, TOY, None)),
-                "ways": small,
-                "shots": small,
-                "queries": small,
-                "tasks": small,
-            },
+            {"images": mostly(st.just(TOY), anything), "ways": mostly(st.integers(2, 3), small)}
+            | dict.fromkeys(("shots", "queries", "tasks"), few),
             optional={
-                "seed": small,
-                "normalize": st.one_of(st.sampled_from(("raw", "signed")), anything, st.tuples(numbers, numbers)),
-                "rotations": anything,
-                "device": st.sampled_from(("cpu", "cup", None, 3.5)),
+                "seed": mostly(st.integers(0, 9), small),
+                "normalize": mostly(
+                    st.sampled_from(("raw", "signed")), st.one_of(anything, st.tuples(numbers, numbers))
+                ),
+                "rotations": mostly(st.booleans(), anything),
+                "device": mostly(st.just("cpu"), st.sampled_from(("cup", None, 3.5))),
             },
         ),
         st.fixed_dictionaries(
-            {"shots": st.integers(-1, 5), "queries": st.integers(-1, 5), "tasks": small},
+            dict.fromkeys(("shots", "queries", "tasks"), few),
             optional={
-                "seed": small,
-                "amplitude": st.tuples(numbers, numbers),
-                "phase": anything,
+                "seed": mostly(st.integers(0, 9), small),
+                "amplitude": mostly(st.just((0.5, 1.0)), st.tuples(numbers, numbers)),
+                "phase": mostly(st.just((0.0, 1.0)), anything),
                 "x_range": st.tuples(st.floats(-9, 9), st.floats(-9, 9)),
             },
         ),
     ),
-    small,
-    count_of_tasks,
+    mostly(st.integers(0, 9), bounded),
+    mostly(st.integers(1, 8), st.one_of(st.integers(-1, 8), st.sampled_from((1.5, None, "2", True, 2**63)))),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def main() -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     group.close()
-    return 0
+    distributed.leave(0)
 
 
 def dying_command(words: Sequence[str]) -> int:

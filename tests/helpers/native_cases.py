@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import ctypes
 import importlib.util
+import itertools
 import math
 import os
 import random
@@ -109,9 +110,7 @@ def meta_accumulate(native: ModuleType, generator: random.Random) -> None:
         grads[bad * parameters + generator.randrange(parameters)] = math.nan
     out, data, flags = Buffer(kind, [1.0] * parameters), Buffer(kind, grads), Buffer(BYTE, [0] * tasks)
     threads = generator.choice((1, 2, 4))
-    native.meta_accumulate_cpu(
-        out.address, data.address, flags.address, tasks, parameters, skip, kind == "d", threads
-    )
+    native.meta_accumulate_cpu(out.address, data.address, flags.address, tasks, parameters, skip, kind == "d", threads)
     assert flags.values() == [int(task == bad) for task in range(tasks)]
     live = [task for task in range(tasks) if not (skip and task == bad)]
     for column, value in enumerate(out.values()):
@@ -136,10 +135,17 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
     blocks, halving = generator.randint(1, 3), generator.choice(("max", "stride"))
     height, width = (generator.randint(2**blocks, 2**blocks + 9) for _ in range(2))
     shape = {
-        "blocks": blocks, "channels": generator.randint(1, 3), "filters": generator.choice((8, 16, 24)),
-        "height": height, "width": width, "ways": generator.randint(2, 5), "halving": halving,
-        "readout": generator.choice(("flatten", "mean")), "conv_bias": generator.random() < 0.5, "eps": [1e-5] * blocks,
-    }  # fmt: skip
+        "blocks": blocks,
+        "channels": generator.randint(1, 3),
+        "filters": generator.choice((8, 16, 24)),
+        "height": height,
+        "width": width,
+        "ways": generator.randint(2, 5),
+        "halving": halving,
+        "readout": generator.choice(("flatten", "mean")),
+        "conv_bias": generator.random() < 0.5,
+        "eps": [1e-5] * blocks,
+    }
     tasks, support, query = generator.randint(1, 3), generator.randint(1, 7), generator.randint(0, 5)
     steps = generator.randint(0, 2)
     whole = {"tasks": tasks, "support": support, "query": query}
@@ -156,24 +162,35 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
         return Buffer(WHOLE, [2**40 if beyond else generator.randrange(shape["ways"]) for _ in range(count)])
 
     given = {
-        "theta": reals(parameters), "support_x": reals(tasks * support * image), "support_labels": labels(tasks * support),
-        "query_x": reals(tasks * query * image), "query_labels": labels(tasks * query),
+        "theta": reals(parameters),
+        "support_x": reals(tasks * support * image),
+        "support_labels": labels(tasks * support),
+        "query_x": reals(tasks * query * image),
+        "query_labels": labels(tasks * query),
         "lr": Buffer(kind, [0.01] * (steps * tensors)),
         "adapt": Buffer(BYTE, [generator.randint(0, 1) for _ in range(tensors)]),
-    }  # fmt: skip
+    }
     by_sign, bits = generator.random() < 0.7, []
     for threads in (1, 3):
         wanted = {
-            "support_loss": steps * tasks, "query_loss": tasks, "query_accuracy": tasks,
-            "logits": tasks * query * shape["ways"], "adapted": tasks * parameters, "grads": tasks * parameters,
-        }  # fmt: skip
+            "support_loss": steps * tasks,
+            "query_loss": tasks,
+            "query_accuracy": tasks,
+            "logits": tasks * query * shape["ways"],
+            "adapted": tasks * parameters,
+            "grads": tasks * parameters,
+        }
         if query == 0:
             wanted = {name: wanted[name] for name in ("support_loss", "adapted")}
         results = {name: poisoned(kind, count) for name, count in wanted.items()}
         results["nonfinite"] = Buffer(BYTE, [0] * tasks)
         room = native.plan_conv_meta_step_cpu(shape, **whole, scalar_bytes=size, threads=threads)["workspace_bytes"]
         workspace = Buffer(BYTE, [255] * room)
-        used = {name: buffer.address for name, buffer in (given | results | {"workspace": workspace}).items() if buffer.count}
+        used = {
+            name: buffer.address
+            for name, buffer in (given | results | {"workspace": workspace}).items()
+            if buffer.count
+        }
         native.conv_meta_step_cpu(
             used, shape, **whole, steps=steps, by_sign=by_sign, is_double=kind == "d", threads=threads
         )
@@ -191,13 +208,16 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
     widths = [generator.randint(1, 9) for _ in range(generator.randint(3, 5))]
     tasks, support, query = generator.randint(1, 5), generator.randint(1, 7), generator.randint(1, 5)
     steps, out = generator.randint(0, 2), widths[-1]
-    parameters = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    parameters = sum((a + 1) * b for a, b in itertools.pairwise(widths))
 
     def reals(count: int) -> Buffer:
         return Buffer(kind, [generator.uniform(-1, 1) for _ in range(count)])
 
-    given = {"theta": reals(parameters), "lr": Buffer(kind, [0.01] * (steps * 2 * (len(widths) - 1))),
-             "adapt": Buffer(BYTE, [1] * (2 * (len(widths) - 1)))}  # fmt: skip
+    given = {
+        "theta": reals(parameters),
+        "lr": Buffer(kind, [0.01] * (steps * 2 * (len(widths) - 1))),
+        "adapt": Buffer(BYTE, [1] * (2 * (len(widths) - 1))),
+    }
     for name, count in (("support", support), ("query", query)):
         given[f"{name}_x"] = reals(tasks * count * widths[0])
         if loss == "mse":
@@ -209,22 +229,37 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
         results = {
             name: poisoned(kind, count)
             for name, count in {
-                "support_loss": steps * tasks, "query_loss": tasks, "query_accuracy": tasks, "predictions": tasks * query * out,
-                "adapted": tasks * parameters, "grads": tasks * parameters,
+                "support_loss": steps * tasks,
+                "query_loss": tasks,
+                "query_accuracy": tasks,
+                "predictions": tasks * query * out,
+                "adapted": tasks * parameters,
+                "grads": tasks * parameters,
             }.items()
-        } | {"nonfinite": Buffer(BYTE, [0] * tasks)}  # fmt: skip
+        } | {"nonfinite": Buffer(BYTE, [0] * tasks)}
         room = mlp_workspace(native, widths, tasks, support, query, 8 if kind == "d" else 4, threads)
         workspace = poisoned(kind, room)
         used = {n: b.address for n, b in (given | results | {"workspace": workspace}).items() if b.count}
         native.mlp_meta_step_cpu(
-            used, widths=widths, activation=activation, loss=loss, tasks=tasks, support=support, query=query, steps=steps,
-            by_sign=by_sign, is_double=kind == "d", threads=threads,
-        )  # fmt: skip
+            used,
+            widths=widths,
+            activation=activation,
+            loss=loss,
+            tasks=tasks,
+            support=support,
+            query=query,
+            steps=steps,
+            by_sign=by_sign,
+            is_double=kind == "d",
+            threads=threads,
+        )
         bits.append({name: buffer.content() for name, buffer in results.items() if name != "query_accuracy"})
     assert bits[0] == bits[1], "another number of threads gives other bits"
 
 
-def mlp_workspace(native: ModuleType, widths: list[int], tasks: int, support: int, query: int, size: int, threads: int) -> int:
+def mlp_workspace(
+    native: ModuleType, widths: list[int], tasks: int, support: int, query: int, size: int, threads: int
+) -> int:
     plan = native.plan_mlp_meta_step_cpu(widths, tasks, support, query, size, threads)
     return -(-plan["workspace_bytes"] // size) if "workspace_bytes" in plan else plan["workspace_scalars"]
 
@@ -232,7 +267,27 @@ def mlp_workspace(native: ModuleType, widths: list[int], tasks: int, support: in
 # ---------------------------------------------------------------------------------------------------------------------
 # Structs with any content
 
-INTEGERS = (0, 1, 2, 3, 5, 8, 127, 128, -1, -8, 2**14, 2**15, 2**20, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63 - 1)
+INTEGERS = (
+    0,
+    1,
+    2,
+    3,
+    5,
+    8,
+    127,
+    128,
+    -1,
+    -8,
+    2**14,
+    2**15,
+    2**20,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**40,
+    2**62,
+    2**63 - 1,
+)
 WORDS = ("max", "stride", "flatten", "mean", "", "relu", "tanh", "mse", "cross_entropy", "fp32", "tf32", "bf16", "\0")
 
 
@@ -246,8 +301,18 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
     Returns:
         "served" or "refused"; a refusal is a ValueError, TypeError, MemoryError or OverflowError with a message.
     """
-    good = {"blocks": 4, "channels": 1, "filters": 32, "height": 28, "width": 28, "ways": 5, "halving": "max",
-            "readout": "flatten", "conv_bias": True, "eps": [1e-5] * 4}  # fmt: skip
+    good = {
+        "blocks": 4,
+        "channels": 1,
+        "filters": 32,
+        "height": 28,
+        "width": 28,
+        "ways": 5,
+        "halving": "max",
+        "readout": "flatten",
+        "conv_bias": True,
+        "eps": [1e-5] * 4,
+    }
     shape = dict(good)
     for _ in range(choose((0, 1, 2))):
         name = choose(sorted(good))
@@ -261,18 +326,34 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
         "plan_sign_step_cpu": lambda: native.plan_sign_step_cpu(size(), size(), size()),
         "plan_meta_accumulate_cpu": lambda: native.plan_meta_accumulate_cpu(size(), size(), size()),
         "plan_sign_step": lambda: native.plan_sign_step(size(), size(), bytes_, abs(size()), abs(size()), size()),
-        "plan_meta_accumulate": lambda: native.plan_meta_accumulate(size(), size(), bytes_, abs(size()), abs(size()), size()),
+        "plan_meta_accumulate": lambda: native.plan_meta_accumulate(
+            size(), size(), bytes_, abs(size()), abs(size()), size()
+        ),
         "plan_mlp_meta_step": lambda: native.plan_mlp_meta_step(widths, size(), size(), size(), bytes_, size()),
-        "plan_conv_meta_step_cpu": lambda: native.plan_conv_meta_step_cpu(shape, size(), size(), size(), bytes_, size()),
+        "plan_conv_meta_step_cpu": lambda: native.plan_conv_meta_step_cpu(
+            shape, size(), size(), size(), bytes_, size()
+        ),
         "plan_conv_meta_step": lambda: native.plan_conv_meta_step(
             shape, size(), size(), size(), choose((0, 1, 3, -1, 50)), choose(WORDS), size(), workspace_limit=size()
         ),
         "conv_meta_step_cpu": lambda: native.conv_meta_step_cpu(
-            nothing, shape, tasks=size(), support=size(), query=size(), steps=size(), by_sign=True, is_double=False, threads=size()
+            nothing,
+            shape,
+            tasks=size(),
+            support=size(),
+            query=size(),
+            steps=size(),
+            by_sign=True,
+            is_double=False,
+            threads=size(),
         ),
         # Of no tasks or no parameters nothing may be touched, so no address is needed. Others are sizes without memory.
-        "sign_step_cpu": lambda: native.sign_step_cpu(0, 0, 0, 0, 0, 0, choose((0, -1, 2**62)), size(), 1, 0, 0, False, size()),
-        "meta_accumulate_cpu": lambda: native.meta_accumulate_cpu(0, 0, 0, choose((0, -1, 2**62)), size(), True, True, size()),
+        "sign_step_cpu": lambda: native.sign_step_cpu(
+            0, 0, 0, 0, 0, 0, choose((0, -1, 2**62)), size(), 1, 0, 0, False, size()
+        ),
+        "meta_accumulate_cpu": lambda: native.meta_accumulate_cpu(
+            0, 0, 0, choose((0, -1, 2**62)), size(), True, True, size()
+        ),
     }
     name = choose(sorted(calls))
     try:
