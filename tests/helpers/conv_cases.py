@@ -129,6 +129,14 @@ class TF32Convolution(torch.autograd.Function):
         )
 
 
+def with_ties(data: Data) -> Data:
+    """Blocky images and coarse weights are exact in every precision: equal values in a window are equal for all."""
+    blocky = (data.query_x[..., ::4, ::4] > 0).float().repeat_interleave(4, -1).repeat_interleave(4, -2)
+    height, width = data.query_x.shape[-2:]
+    coarse = (data.params[0] * 4).round() / 4
+    return replace(data, query_x=blocky[..., :height, :width], params=[coarse, *data.params[1:]])
+
+
 def forward(net: Net, params: list[Tensor], x: Tensor, precision: str = "fp32") -> Tensor:
     """The network's definition: logits of one task's images."""
     tensors = iter(params)

@@ -203,6 +203,16 @@ def conv_meta_step(native: ModuleType, net: conv_cases.Net, *, by_covariance: bo
     assert found.nonfinite.tolist() == exact.nonfinite.tolist()
 
 
+def conv_ties(native: ModuleType) -> None:
+    """Of equal values in a window of the pooling, the first has the gradient."""
+    net = conv_cases.Net(tasks=1, height=8, width=9, support=2, query=2)
+    data = conv_cases.with_ties(conv_cases.draw(net))
+    exact = conv_cases.definition(net, data, steps=0)
+    for by_covariance in (True, False):
+        found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+        assert max(conv_cases.errors(net, found.grads, exact.grads)) < 5e-6
+
+
 def conv_faults(native: ModuleType, device: str = "cpu") -> None:
     """A sick task is flagged, and only it; its neighbours' results keep every bit."""
     net = conv_cases.Net(tasks=3, height=5, width=6, support=2, query=2)
@@ -223,6 +233,7 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
         torch.manual_seed(seed)
         native.configure(seed=seed, blocks_alive=2 + seed, multiprocessors=1)
         conv_faults(native)
+        conv_ties(native)
         rates = torch.rand(2, 10, generator=torch.Generator().manual_seed(1)) * 0.1
         adapt = [i % 4 != 2 for i in range(10)]
         conv_meta_step(native, Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt)
