@@ -239,7 +239,7 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
         conv_meta_step(native, Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt)
         conv_meta_step(native, Net(channels=3, halving="stride", readout="mean", conv_bias=False), steps=1)
         conv_meta_step(native, Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False)
-        conv_meta_step(native, Net(blocks=1, channels=3, height=4, width=37, conv_bias=False), by_covariance=False)
+        conv_meta_step(native, Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False)
         # Several chunks of channels, and of columns of the weight gradient.
         conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
         # More tiles than slices: a block of threads works on one tile after the other.
