@@ -1,131 +1,365 @@
-"""Whole meta-steps against the sequential loop: python benchmarks/bench_meta_step.py --workload A B C D
+"""Whole meta-steps against every peer: python benchmarks/bench_meta_step.py --workload A B C D
 
-Workloads (5-way, sign-maml, first order):
-  A  84 x 84 RGB, Conv4-32, 1 shot, 1 query a class, T = 8, K = 5 (the official set-up)
-  B  28 x 28, Conv4-64 strided, 1 shot, 15 queries a class, T = 32, K = 5
-  C  32 x 32 RGB, Conv4-64, 5 shots, 15 queries a class, T = 8, K = 5
-  D  sinusoid regression, MLP 1-40-40-1, 10 shots, T = 1000, K = 5
-Data is random; before anything is timed, every implementation must give the same meta-gradient in float64.
+Workloads A to D are described in workloads.py, the implementations in peers/. Before anything is timed, each of them
+must give the right meta-gradient:
+  1. in float64, at the K that is timed, on some of the tasks: equal to the sequential loop to 1e-9 of its norm;
+  2. in float32 with K = 0: equal to the float64 result to 0.02 (no sign can flip, but a ReLU whose input rounds to the
+     other side of 0 moves the norm by up to 0.006 on B; usual is 1e-6);
+  3. in float32 with the K and T that are timed and a hundredth of the rate: within a quarter of what the steps change
+     of the float64 result. (At the full rate a rounding near g = 0 flips a whole step and the flips cascade: on A
+     everybody, the sequential loop included, is 0.1 to 0.6 from float64; a hundredth of the rate leaves about 0.03 of
+     the change.)
+  4. the very call that is timed: its distance from float64 is printed as "drift" and must be below 1, that of unrelated
+     gradients.
+Then all run in turns in one process. The speed-up is the median of the ratios within a round. The rate counts the
+operations of a direct convolution (counts.py); its share is of a large matrix product timed in the same rounds.
+Memory is that of one meta-step in a process of its own: the peak of its resident set (CPU) or of torch's allocator
+(CUDA) during the second step, less what there was before the first.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
-from collections.abc import Callable
+import gc
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import counts
 import harness
 import torch
-from peers import sequential
-from torch import Tensor, nn
-from torch.nn import functional as F
+from harness import Summary
+from peers import Step, ours
+from torch import Tensor
+from workloads import WORKLOADS, Problem
 
 import signmaml_ext
-from signmaml.models import MLP, Conv4
 
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def images(tasks: int, shots: int, queries: int, channels: int, size: int) -> Data:
-    """Random 5-way tasks."""
-
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        labels = torch.arange(5).repeat_interleave(count).expand(tasks, -1).contiguous()
-        return torch.rand(tasks, 5 * count, channels, size, size), labels
-
-    return (*draw(shots), *draw(queries))
-
-
-def sinusoids(tasks: int, shots: int) -> Data:
-    """Regression tasks of random amplitude and phase."""
-    amplitude, phase = torch.rand(tasks, 1, 1) * 4.9 + 0.1, torch.rand(tasks, 1, 1) * torch.pi
-
-    def draw() -> tuple[Tensor, Tensor]:
-        x = torch.rand(tasks, shots, 1) * 10 - 5
-        return x, amplitude * torch.sin(x + phase)
-
-    return (*draw(), *draw())
+PEERS = (
+    "sequential",
+    "learn2learn_",
+    "higher_",
+    "torchopt_",
+    "vmap",
+    "vmap_graph",
+    "compiled",
+    "jax_",
+    "tuned_torch",
+)
+BASE, BEST_TORCH = "sequential loop", "hand-tuned PyTorch"
+CHECKED_TASKS = 2
+FLOAT64_TOLERANCE, FLOAT32_TOLERANCE, STEPS_TOLERANCE = 1e-9, 0.02, 0.25
 
 
-WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Data], str, float]] = {
-    "A": (lambda: Conv4(5, 3, 32, 84), lambda: images(8, 1, 1, 3, 84), "cross_entropy", 0.0035),
-    "B": (lambda: Conv4(5, 1, 64, 28, pooling="stride"), lambda: images(32, 1, 15, 1, 28), "cross_entropy", 0.01),
-    "C": (lambda: Conv4(5, 3, 64, 32), lambda: images(8, 5, 15, 3, 32), "cross_entropy", 0.01),
-    "D": (lambda: MLP(1, 1, hidden=(40, 40)), lambda: sinusoids(1000, 10), "mse", 0.01),
-}
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a meta-step; see peers/__init__.py."""
+
+    name: str
+    why_not: Callable[[Problem], str | None]
+    prepare: Callable[[Problem], Step]
+    slow_to_prepare: bool = False
 
 
-def implementations(loss: str, inner_lr: float, inner_steps: int) -> dict[str, Callable[..., object]]:
-    """By name: what adds the meta-gradient to `.grad` when called with a model and the data."""
-    options: dict[str, Any] = {"inner_lr": inner_lr, "inner_steps": inner_steps}
-    ours = {
-        f"signmaml_ext, backend {name}": functools.partial(
-            signmaml_ext.meta_step, **options, loss=loss, backend=name, zero_dead_bias=False
+def implementations() -> list[Implementation]:
+    """Peers first, then every backend of this package."""
+    found = []
+    for name in PEERS:
+        peer = importlib.import_module(f"peers.{name}")
+        slow = getattr(peer, "SLOW_TO_PREPARE", False)
+        found.append(Implementation(peer.NAME, peer.why_not, peer.prepare, slow))
+    for backend in reversed(signmaml_ext.dispatch.BACKENDS):
+        found.append(
+            Implementation(
+                f"signmaml_ext, {backend}",
+                functools.partial(ours.why_not, backend=backend),
+                functools.partial(ours.prepare, backend=backend),
+            )
         )
-        for name, reason in signmaml_ext.dispatch.backend_status().items()
-        if reason is None
+    return found
+
+
+# ---- correctness ----------------------------------------------------------------------------------------------------
+
+
+class WrongGradient(Exception):
+    """An implementation does not compute the meta-gradient of the others."""
+
+
+def flat(gradients: Mapping[str, Tensor], problem: Problem) -> Tensor:
+    """All gradients as one vector in float64, in the model's order."""
+    names = [name for name, _ in problem.model.named_parameters()]
+    harness.require(set(gradients) == set(names), f"gradients for {sorted(gradients)}, parameters {sorted(names)}")
+    return torch.cat([gradients[name].detach().double().cpu().flatten() for name in names])
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference in units of the norm of what was expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
+class Checker:
+    """Holds the meta-gradients that everybody has to give for one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        few = problem.first(min(problem.tasks, CHECKED_TASKS if problem.convolutional else 50))
+        self.few, self.few_float64 = few, few.to(torch.float64)
+        base = importlib.import_module("peers.sequential")
+        self.expected = flat(base.meta_step(self.few_float64), problem)
+        self.expected_joint = flat(base.meta_step(self.few_float64.with_steps(0)), problem)
+        self.whole = flat(base.meta_step(problem.to(torch.float64)), problem)
+        self.slow = replace(problem, inner_lr=problem.inner_lr / 100)
+        self.expected_slow = flat(base.meta_step(self.slow.to(torch.float64)), problem)
+        joint = flat(base.meta_step(problem.with_steps(0).to(torch.float64)), problem)
+        self.steps_change = distance(joint, self.expected_slow)
+
+    def check(self, implementation: Implementation) -> None:
+        """Checks 1 to 3.
+
+        Raises:
+            WrongGradient: If one fails.
+        """
+        cases = (
+            ("float64", self.few_float64, self.expected, FLOAT64_TOLERANCE),
+            ("float32, K = 0", self.few.with_steps(0), self.expected_joint, FLOAT32_TOLERANCE),
+            ("float32, small steps", self.slow, self.expected_slow, STEPS_TOLERANCE * self.steps_change),
+        )
+        for what, problem, expected, tolerance in cases:
+            if problem is self.few_float64 and implementation.why_not(problem) is not None:
+                continue  # a backend that has no float64 shows in float32 that it is right
+            step = implementation.prepare(problem)
+            found = distance(flat(step.gradients(step.run()), self.problem), expected)
+            if not found <= tolerance:  # also for NaN
+                raise WrongGradient(f"another meta-gradient ({what}: {found:.1e} away, allowed {tolerance:.1e})")
+
+    def drift(self, step: Step) -> float:
+        """Check 4, of the call that will be timed.
+
+        Raises:
+            WrongGradient: If it fails.
+        """
+        found = distance(flat(step.gradients(step.run()), self.problem), self.whole)
+        if not found < 1:
+            raise WrongGradient(f"{found:.2f} from the float64 meta-gradient")
+        return found
+
+
+# ---- measurement ----------------------------------------------------------------------------------------------------
+
+
+def measure(
+    workload: str,
+    *,
+    tasks: int,
+    steps: int,
+    device: torch.device,
+    seconds: float,
+    least: int,
+    wanted: Sequence[Implementation],
+    with_checks: bool = True,
+    with_memory: bool = True,
+) -> dict[str, Any]:
+    """Times some implementations on one workload at one T and K; prints the table."""
+    problem = WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device)
+    checker = Checker(problem) if with_checks else None
+    prepared: dict[str, Step] = {}
+    skipped: dict[str, str] = {}
+    drifts: dict[str, float] = {}
+    for implementation in wanted:
+        name = implementation.name
+        reason = implementation.why_not(problem)
+        if reason is None:
+            try:
+                if checker is not None:
+                    checker.check(implementation)
+                prepared[name] = implementation.prepare(problem)
+                if checker is not None:
+                    drifts[name] = checker.drift(prepared[name])
+            except Exception as error:  # a peer on versions that it was not written for fails in its own way
+                if name.startswith("signmaml_ext") or name == BASE:
+                    raise
+                prepared.pop(name, None)
+                reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:120]}"
+        if reason is not None:
+            skipped[name] = reason
+            print(f"{workload}  {name}: skipped: {reason}", flush=True)
+    gc.collect()
+
+    product, n = harness.matrix_product(device)
+    runs = {"matrix product": product} | {name: step.run for name, step in prepared.items()}
+    comparison = harness.compare(runs, seconds=seconds, device=device, least=least)
+    flops = WORKLOADS[workload].flops(tasks, steps)
+    matrix_flops = counts.matrix_flops(n)
+    rows: dict[str, Any] = {}
+    for name, step in prepared.items():
+        share = [
+            (flops / ours_ms) / (matrix_flops / matrix_ms)
+            for ours_ms, matrix_ms in zip(comparison.samples[name], comparison.samples["matrix product"], strict=True)
+        ]
+        row: dict[str, Any] = {
+            "time_ms": comparison.timing(name),
+            "gflops": comparison.rate(name, flops),
+            "share_of_matrix": Summary.of(share),
+        }
+        for key, base in (("speedup", BASE), ("speedup_over_best_torch", BEST_TORCH)):
+            if base in prepared:
+                row[key] = comparison.ratio(name, base)
+        if name in drifts:
+            row["drift"] = float(f"{drifts[name]:.2g}")
+        if step.note:
+            row["note"] = step.note
+        rows[name] = row
+    prepared.clear()
+    if with_memory:
+        for name, row in rows.items():
+            row["memory_mib"] = memory(workload, name, tasks, steps, device)
+    point = {
+        "tasks": tasks,
+        "steps": steps,
+        "gflop": float(f"{flops / 1e9:.4g}"),
+        "matrix_gflops": comparison.rate("matrix product", matrix_flops),
+        "implementations": rows,
+        "skipped": skipped,
     }
-    return {"sequential loop": functools.partial(sequential.meta_step, **options, loss=LOSSES[loss])} | ours
+    print(as_table(workload, point), flush=True)
+    return point
 
 
-def check_equal(model: nn.Module, data: Data, candidates: dict[str, Callable[..., object]]) -> dict[str, str]:
-    """Meta-gradients of a few tasks in float64 must agree to 1e-9; gives the candidates that do not serve the model."""
-    model = copy.deepcopy(model).double()
-    few = tuple(value[:2].double() if value.is_floating_point() else value[:2] for value in data)
-    skipped, expected = {}, None
-    for name, run in candidates.items():
-        model.zero_grad()
-        try:
-            run(model, *few)
-        except ValueError as error:
-            skipped[name] = str(error)
-            continue
-        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        expected = found if expected is None else expected
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=f"{name}: another meta-gradient")
-    return skipped
+def as_table(workload: str, point: Mapping[str, Any]) -> str:
+    """One point for people."""
+    matrix = point["matrix_gflops"].median
+    lines = [
+        f"\n{workload}: {WORKLOADS[workload].summary}",
+        f"T = {point['tasks']}, K = {point['steps']}, {point['gflop']:g} GFLOP; a large matrix product runs at "
+        f"{matrix:.0f} GFLOP/s\n",
+    ]
+    rows = []
+    for name, row in point["implementations"].items():
+        time, memory_mib = row["time_ms"], row.get("memory_mib")
+        rows.append(
+            [
+                name,
+                f"{time.median:.1f}",
+                f"{time.low:.1f} .. {time.high:.1f}",
+                f"{row['speedup'].median:.2f}" if "speedup" in row else "-",
+                f"{row['gflops'].median:.1f}",
+                f"{row['share_of_matrix'].median:.1%}",
+                "-" if memory_mib is None else f"{memory_mib:.0f}",
+                f"{row['drift']:.2g}" if "drift" in row else "-",
+                row.get("note", ""),
+            ]
+        )
+    header = ["implementation", "ms", "quartiles", "x the loop", "GFLOP/s", "of matrix rate", "MiB", "drift", "note"]
+    return "\n".join([*lines, harness.table(header, rows)])
 
 
-def measure(workload: str, device: torch.device, seconds: float, inner_steps: int) -> dict[str, Any]:
-    """Times all implementations on one workload."""
-    torch.manual_seed(0)
-    make_model, make_data, loss, inner_lr = WORKLOADS[workload]
-    model, data = make_model().to(device), tuple(value.to(device) for value in make_data())
-    candidates = implementations(loss, inner_lr, inner_steps)
-    skipped = check_equal(model, data, candidates)
-    runs = {n: functools.partial(_step, model, run, data) for n, run in candidates.items() if n not in skipped}
-    timings = harness.compare(runs, seconds=seconds, device=device)
-    base = timings["sequential loop"].median_ms
-    for name, timing in timings.items():
-        print(f"{workload}  {name:32} {timing.median_ms:10.1f} ms   {base / timing.median_ms:6.2f} x", flush=True)
-    for name, reason in skipped.items():
-        print(f"{workload}  {name:32}    skipped: {reason}", flush=True)
-    return {"timings": timings, "skipped": skipped, "inner_steps": inner_steps}
+def memory(workload: str, name: str, tasks: int, steps: int, device: torch.device) -> float | None:
+    """MiB of one implementation, measured by `probe` in a process of its own."""
+    command = [sys.executable, __file__, "--probe", name, "--workload", workload, "--device", str(device)]
+    done = subprocess.run(
+        [*command, "--tasks", str(tasks), "--steps", str(steps)], capture_output=True, text=True, timeout=600
+    )
+    if done.returncode != 0:
+        print(f"{name}: no memory figure: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None
+    return round(float(done.stdout.split()[-1]), 1)
 
 
-def _step(model: nn.Module, run: Callable[..., object], data: Data) -> None:
-    model.zero_grad()
-    run(model, *data)
+def probe(workload: str, name: str, tasks: int, steps: int, device: torch.device) -> None:
+    """Prints the MiB that one meta-step takes; see the module."""
+    problem = WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device)
+    (implementation,) = [each for each in implementations() if each.name == name]
+    harness.require(implementation.why_not(problem) is None, f"{name} cannot run this")  # and imports its library
+    if name.startswith("JAX") and device.type == "cuda":
+        harness.require(False, "XLA takes most of the device's memory at its start, whatever it needs")
+    before = harness.PeakMemory(device)
+    step = implementation.prepare(problem)
+    step.run()
+    second = harness.PeakMemory(device)
+    step.run()
+    print(second.mib() + (second.before - before.before) / 2**20)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+GROWTH = {"A": (1, 2, 8, 16), "B": (1, 8, 32, 64), "C": (1, 2, 8, 16), "D": (1, 100, 1000, 4000)}
+GROWTH_STEPS = (1, 5, 10)
+
+
+def growth(workload: str, device: torch.device, seconds: float, wanted: Sequence[Implementation]) -> list[Any]:
+    """Points over T at K = 5, and over K at the workload's T."""
+    usual = WORKLOADS[workload].tasks
+    points = [(tasks, 5) for tasks in GROWTH[workload]]
+    points += [(usual, steps) for steps in GROWTH_STEPS if steps != 5]
+    return [
+        measure(
+            workload,
+            tasks=tasks,
+            steps=steps,
+            device=device,
+            seconds=seconds,
+            least=3,
+            wanted=wanted,
+            with_checks=False,
+        )
+        for tasks, steps in points
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=30, help="time for the repetitions of a workload")
-    parser.add_argument("--quick", action="store_true", help="3 repetitions")
-    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    parser.add_argument("--tasks", nargs="+", type=int, help="T, one or several; default: the workload's")
+    parser.add_argument("--steps", nargs="+", type=int, default=[5], help="K, one or several")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="implementations whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=30, help="time for the rounds of one T and K")
+    parser.add_argument("--quick", action="store_true", help="3 rounds; without torch.compile and memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--growth", action="store_true", help="over T and over K, with a few implementations")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result files (JSON)")
+    parser.add_argument("--probe", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    result: dict[str, Any] = {"benchmark": "meta_step", **harness.stamp(device), "workloads": {}}
+    if arguments.probe:
+        probe(arguments.workload[0], arguments.probe, arguments.tasks[0], arguments.steps[0], device)
+        return
+    wanted = implementations()
+    if arguments.growth:
+        few = (BASE, BEST_TORCH, "torch.func vmap", "signmaml_ext")
+        wanted = [each for each in wanted if each.name.startswith(few)]
+    if arguments.only:
+        wanted = [each for each in wanted if any(part in each.name for part in arguments.only)]
+    if arguments.quick:
+        wanted = [each for each in wanted if not each.slow_to_prepare]
     for workload in arguments.workload:
-        result["workloads"][workload] = measure(workload, device, 0 if arguments.quick else arguments.seconds, 5)
-    if arguments.out:
-        harness.write(arguments.out, result)
+        result: dict[str, Any] = {**harness.stamp(device), "workload": workload}
+        if arguments.growth:
+            result |= {"benchmark": "growth", "points": growth(workload, device, arguments.seconds, wanted)}
+        else:
+            points = [
+                measure(
+                    workload,
+                    tasks=tasks,
+                    steps=steps,
+                    device=device,
+                    seconds=0 if arguments.quick else arguments.seconds,
+                    least=3,
+                    wanted=wanted,
+                    with_memory=not (arguments.quick or arguments.no_memory),
+                )
+                for tasks in arguments.tasks or [WORKLOADS[workload].tasks]
+                for steps in arguments.steps
+            ]
+            result |= {"benchmark": "meta_step", "points": points}
+        if arguments.out:
+            harness.write(arguments.out / f"{result['benchmark']}_{workload}_{device.type}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,160 @@
-"""A training run as a result file: python benchmarks/bench_training.py --out FILE -- [arguments of signmaml train]
+"""Whole training: time an iteration and time to accuracy, by method: python benchmarks/bench_training.py
 
-Runs `signmaml train` in a process of its own and keeps its result with where it was measured.
+An iteration is everything: drawing the tasks, the meta-step, Adam. Training time leaves validation out; accuracies are
+those of the validation of `signmaml train`, on tasks that are the same for all methods. Examples:
+
+  python benchmarks/bench_training.py --preset omniglot --data-root DIR --methods sign-maml fo-maml maml --seconds 60
+      the trade-off on two CPU cores: each method gets 60 seconds of training, in which its learning rate falls to 0
+  python benchmarks/bench_training.py --iterations 60000 --data-root DIR
+      the official run of Sign-MAML (mini-ImageNet, T = 8, K = 5), for a GPU
+
+The inner rates of fo-maml and maml are those of the preset times 0.1 / 0.0035 and 0.14 / 0.0035, the ratios of the
+official code. `--set NAME=VALUE` changes any other field of the configuration, such as data=fc100.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
 
+from signmaml.config import TrainConfig, kinds
+from signmaml.evaluate import Evaluation
+from signmaml.presets import PRESETS
+from signmaml.trainer import MetaTrainer
+from signmaml.values import parse_word
+
+RATES = {"sign-maml": 1.0, "fo-maml": 0.1 / 0.0035, "maml": 0.14 / 0.0035}
+TARGETS = (0.7, 0.8, 0.9)
+
+
+class Timed(MetaTrainer):
+    """A trainer that knows how long it has trained, validation left out."""
+
+    def __init__(self, config: TrainConfig, **arguments: Any) -> None:
+        self.curve: list[dict[str, float]] = []
+        self._validating = 0.0
+        self._began = 0.0
+        super().__init__(config, callbacks=(self._record,), **arguments)
+
+    def fit(self, **arguments: Any) -> Any:
+        self._began = time.perf_counter()
+        return super().fit(**arguments)
+
+    def validate(self) -> Evaluation:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # training that is still queued is not validation
+        began = time.perf_counter()
+        found = super().validate()
+        self._validating += time.perf_counter() - began
+        return found
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        if record["split"] != "val":
+            return
+        point = {"iteration": record["iteration"], "seconds": time.perf_counter() - self._began - self._validating}
+        # Regression has a loss only.
+        point |= {key: record[key] for key in ("loss", "accuracy", "ci95") if key in record}
+        self.curve.append({key: round(value, 5) for key, value in point.items()})
+        print(f"    {point['seconds']:7.1f} s  {point}", flush=True)
+
+
+def train(config: TrainConfig) -> tuple[Timed, Any]:
+    """A run in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Timed(config, out=Path(folder) / "run", progress=False)
+        return trainer, trainer.fit()
+
+
+def iterations_in(config: TrainConfig, seconds: float) -> int:
+    """How many iterations a budget of time has, from a few of them."""
+    few = config.replace(iterations=15, validate_every=0, test_tasks=0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MetaTrainer(few, out=Path(folder) / "run", progress=False)
+        ended = trainer.fit()
+    return max(20, round(seconds / ended.train_seconds * few.iterations))
+
+
+def measure(config: TrainConfig, seconds: float | None, validations: int, targets: tuple[float, ...]) -> dict[str, Any]:
+    """Trains one method."""
+    if seconds is not None:
+        iterations = iterations_in(config, seconds)
+        config = config.replace(iterations=iterations)
+    if validations:
+        config = config.replace(validate_every=max(1, config.iterations // validations))
+    print(f"{config.method}: {config.iterations} iterations", flush=True)
+    trainer, ended = train(config)
+    reached = {
+        str(target): next((p["seconds"] for p in trainer.curve if p.get("accuracy", 0) >= target), None)
+        for target in targets
+    }
+    trained = trainer.curve[-1]["seconds"] if trainer.curve else ended.train_seconds
+    kept = trainer.config.to_dict()
+    for private in ("data_root", "out"):
+        kept.pop(private, None)
+    result = {
+        "backend": trainer.explanation.backend,
+        "iterations": trainer.iteration,
+        "train_seconds": round(trained, 2),
+        "ms_per_iteration": round(1e3 * trained / trainer.iteration, 4),
+        "seconds_to": reached,
+        "curve": trainer.curve,
+        "test": ended.to_dict()["test"],
+        "config": kept,
+    }
+    print(f"{config.method}: {result['ms_per_iteration']:.2f} ms an iteration, test {result['test']}", flush=True)
+    return result
+
+
+def settings(words: list[str]) -> dict[str, Any]:
+    """Fields of the configuration from NAME=VALUE."""
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in kinds():
+            raise SystemExit(f"--set: expected a field of TrainConfig before '=', found {word!r}")
+        found[name] = parse_word(name, value, kinds()[name])
+    return found
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
-    parser.add_argument("--curves", type=Path, help="where the plot of the curves goes")
-    parser.add_argument("--shown", help="the command as a reader would type it, if paths here are of no use to them")
-    parser.add_argument("train", nargs="*", help="arguments of signmaml train, after --")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="official")
+    parser.add_argument("--data-root", help="where the data set lies; default: the cache folder")
+    parser.add_argument("--methods", nargs="+", choices=list(RATES), default=["sign-maml"])
+    parser.add_argument("--iterations", type=int, help="of each method; default: the preset's")
+    parser.add_argument("--seconds", type=float, help="training time of each method, instead of --iterations")
+    parser.add_argument("--validations", type=int, default=12, help="points of a curve; 0: as the preset says")
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="validation accuracies")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the configuration")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result file (JSON)")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stamp = harness.stamp(device)
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        command = [str(Path(sys.executable).parent / "signmaml"), "train", *arguments.train]
-        subprocess.run([*command, "--out", str(run)], check=True)
-        result = json.loads((run / "result.json").read_text())
-        if arguments.curves:
-            arguments.curves.parent.mkdir(parents=True, exist_ok=True)
-            arguments.curves.write_bytes((run / "curves.png").read_bytes())
-    shown = arguments.shown or f"signmaml train {' '.join(arguments.train)}"
-    kept = {key: result[key] for key in ("test", "iterations", "train_seconds", "parameters", "config")}
-    for private in ("data_root", "out"):
-        kept["config"].pop(private, None)
-    harness.write(arguments.out, {"benchmark": "training", **stamp, "command": shown, **kept})
+    fields: dict[str, Any] = {**PRESETS[arguments.preset], **settings(arguments.set)}
+    if arguments.data_root is not None:
+        fields["data_root"] = arguments.data_root
+    if arguments.iterations is not None:
+        fields["iterations"] = arguments.iterations
+    base = TrainConfig(**{"method": "sign-maml", **fields})
+    device = torch.device("cuda" if torch.cuda.is_available() and base.device != "cpu" else "cpu")
+    result: dict[str, Any] = {"benchmark": "methods", **harness.stamp(device), "preset": arguments.preset}
+    if arguments.data_root is not None:
+        result["command"] = result["command"].replace(arguments.data_root, "DIR")
+    result["summary"] = (
+        f"{base.data.replace('_', '-')}, {base.ways}-way {base.shots}-shot, {base.queries} queries a class, "
+        f"Conv4-{base.filters}, T = {base.tasks}, K = {base.inner_steps}"
+    )
+    result["runs"] = {}
+    for method in arguments.methods:
+        config = base.replace(method=method, inner_lr=base.inner_lr * RATES[method])
+        result["runs"][method] = measure(config, arguments.seconds, arguments.validations, tuple(arguments.targets))
+    if arguments.out:
+        harness.write(arguments.out / f"methods_{arguments.preset}_{device.type}.json", result)
 
 
 if __name__ == "__main__":

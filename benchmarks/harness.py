@@ -1,112 +1,253 @@
-"""Timing that a sceptic can rerun: interleaved repetitions, medians and quartiles, and where it all was measured."""
+"""Timing that a sceptic can rerun: interleaved repetitions, paired ratios, medians and quartiles, and where it was.
+
+Candidates run in turns, one sample each a round, the order turned round every other time: a slow minute of the machine
+hits all of them, and the ratio of two of them within a round cancels it. On a CUDA device the time is that between two
+events on the stream, on the CPU that of a monotonic clock.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import signmaml_ext
+from signmaml_ext.info import info
 
 ROOT = Path(__file__).resolve().parents[1]
+FLUSH_BYTES = 256 << 20  # larger than any last-level cache of a CPU or L2 of a GPU that we know
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one candidate: median, quartiles, number of repetitions."""
+class Summary:
+    """Median and quartiles of some numbers."""
 
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    repetitions: int
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Summary:
+        """Of at least one number."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0], 1)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high, len(values))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samples of each candidate in milliseconds a call; sample i of all of them belongs to round i."""
+
+    samples: Mapping[str, Sequence[float]]
+
+    def timing(self, name: str) -> Summary:
+        """Milliseconds a call."""
+        return Summary.of(self.samples[name])
+
+    def ratio(self, of: str, to: str) -> Summary:
+        """How many times faster `of` is than `to`: time of `to` over time of `of`, within each round."""
+        return Summary.of([b / a for a, b in zip(self.samples[of], self.samples[to], strict=True)])
+
+    def rate(self, name: str, amount: float) -> Summary:
+        """Amount a call per nanosecond: GB/s of bytes, GFLOP/s of operations."""
+        return Summary.of([amount / ms / 1e6 for ms in self.samples[name]])
+
+
+class Flush:
+    """Fills the caches with something else, so that a kernel finds its operands in memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.zeros(FLUSH_BYTES // 4, device=device)
+
+    def __call__(self) -> None:
+        self.buffer.add_(1.0)
 
 
 def compare(
-    candidates: Mapping[str, Callable[[], object]], *, seconds: float, device: torch.device, least: int = 3
-) -> dict[str, Timing]:
-    """Times candidates in turns, so that a slow minute of the machine hits all of them.
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    device: torch.device,
+    least: int = 3,
+    most: int = 1000,
+    sample_ms: float = 20,
+    flush: Callable[[], object] | None = None,
+) -> Comparison:
+    """Times candidates in turns.
 
     Args:
-        candidates: What to run, by name; each is run twice before anything is timed.
-        seconds: Time for all repetitions of all candidates together.
+        candidates: What to run, by name; each is run before anything is timed.
+        seconds: Time for all rounds together.
         device: Where they run; a CUDA device is waited for.
-        least: Repetitions at least, however long they take.
+        least: Rounds at least, however long they take.
+        most: Rounds at most.
+        sample_ms: A sample repeats a call until it lasts about this long, against the clock's own noise.
+        flush: Called before each sample, outside the clock; a sample is then a single call.
     """
-    for run in candidates.values():
-        for _ in range(2):
-            run()
+    calls = {}
+    for name, run in candidates.items():
+        once = _sample(run, 1, device)
+        if once < 10 * sample_ms:  # the first call pays for caches and pages; of a slow one that is a small part
+            once = min(once, _sample(run, 1, device))
+        calls[name] = 1 if flush else max(1, min(1000, round(sample_ms / max(once, 1e-4))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
+    order = list(candidates)
     rounds = 0
-    while rounds < least or time.perf_counter() < end:
-        for name, run in candidates.items():
-            samples[name].append(_once(run, device))
+    while rounds < least or (rounds < most and time.perf_counter() < end):
+        for name in order:
+            if flush:
+                flush()
+            samples[name].append(_sample(candidates[name], calls[name], device))
+        order.reverse()
         rounds += 1
-    return {name: _summary(values) for name, values in samples.items()}
+    return Comparison(samples)
 
 
-def _once(run: Callable[[], object], device: torch.device) -> float:
+def _sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Milliseconds a call."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        for _ in range(calls):
+            run()
         stop.record()
         stop.synchronize()
-        return float(start.elapsed_time(stop))
-    begin = time.perf_counter()
-    run()
-    return (time.perf_counter() - begin) * 1e3
+        return float(start.elapsed_time(stop)) / calls
+    begin = time.perf_counter_ns()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter_ns() - begin) / 1e6 / calls
 
 
-def _summary(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4)
-    return Timing(median, low, high, len(values))
+def matrix_product(
+    device: torch.device, n: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], Any], int]:
+    """A large square matrix product, the practical peak of the machine, and its side n."""
+    n = n or (8192 if device.type == "cuda" else 1536)
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out), n
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
-    """Where and with what a result was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+    """Where, when, with what and by which command a result was measured."""
+    found = info()
+    versions = {key: found["versions"][key] for key in ("signmaml_ext", "python", "torch", "torch_cuda", "driver")}
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "command": command_line(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "processor": processor(),
+        "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "signmaml_ext": signmaml_ext.__version__,
-        "built_with_cuda": signmaml_ext.dispatch.backend_status()["cuda"] is None,
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
-        "date": time.strftime("%Y-%m-%d"),
+        "instruction_set": found["cpu"]["instruction_set"],
+        "built_with_cuda": found["native"]["built_with_cuda"],
+        "build_type": found["native"]["build_type"],
+        **versions,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "load_before": round(os.getloadavg()[0], 2),
     }
 
 
-def _processor() -> str:
+def command_line() -> str:
+    """The command as it was typed, with paths as seen from the project's folder."""
+    words = []
+    for word in (sys.argv[0], *sys.argv[1:]):
+        path = Path(word)
+        words.append(str(path.relative_to(ROOT)) if path.is_absolute() and path.is_relative_to(ROOT) else word)
+    return "python " + shlex.join(words)
+
+
+def commit() -> str:
+    """The commit measured, with a mark if tracked files differ from it; in a copy without git, that there is none."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    if head is None:
+        return "not a clone"
+    # What was measured is the code, not the results of other runs.
+    changed = git("status", "--porcelain", "-uno", "--", ":!benchmarks/results", ":!docs", ":!README.md")
+    return head + ("+changes" if changed else "")
+
+
+def processor() -> str:
     """The processor's name and how many cores this process may use."""
     name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
+def plain(value: object) -> object:
+    """For `json.dumps`: summaries as plain rounded numbers."""
+    if isinstance(value, Summary):
+        return {key: float(f"{getattr(value, key):.5g}") for key in ("median", "low", "high")} | {"n": value.samples}
+    raise TypeError(f"{type(value)} in a result")
+
+
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """A result file: JSON with the timings as plain numbers."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, Timing):
-            return {key: round(number, 4) for key, number in asdict(value).items()}
-        raise TypeError(f"{type(value)} in a result")
-
+    """A result file, JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, default=plain) + "\n")
     print(f"wrote {path}")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class PeakMemory:
+    """The most memory in use, of this process (CPU) or of torch on the device, since it was made, less that before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+            self.before = _resident("VmRSS")
+
+    def mib(self) -> float:
+        """MiB on top of what there was."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return (torch.cuda.max_memory_allocated(self.device) - self.before) / 2**20
+        return (_resident("VmHWM") - self.before) / 2**20
+
+
+def _resident(key: str) -> int:
+    """Bytes, from the kernel."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def require(condition: bool, message: str) -> None:
+    """Ends the program with a message unless a condition of a sound measurement holds."""
+    if not condition:
+        print(message, file=sys.stderr)
+        raise SystemExit(1)

@@ -175,3 +175,9 @@ def mlp_meta_step_cpu(
     is_double: bool,
     threads: int,
 ) -> None: ...
+
+class ConvStageRunner:
+    """The stages of the CPU's convolutional family one by one, on a task of random numbers; for benchmarks."""
+
+    def __init__(self, shape: dict[str, Any], examples: int) -> None: ...
+    def run(self, stage: str, block: int, times: int = 1) -> None: ...

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _loader, fused, spec
 from .checks import Problem
+from .nvtx import Range
 from .reference import Adaptation, MetaGradients
 
 MOST_BLOCKS = 6  # kConvBlocks
@@ -122,10 +123,11 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.ConvSpec, na
             shape, **sizes, steps=steps, precision=problem.precision, multiprocessors=native.multiprocessors(index),
             wants_grads="grads" in tensors, wants_adapted="adapted" in tensors,
         )  # fmt: skip
-        native.conv_meta_step_cuda(
-            with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
-            precision=problem.precision, device=index, stream=fused.stream_of(problem.device),
-        )  # fmt: skip
+        with Range("conv_meta_step", problem.device):
+            native.conv_meta_step_cuda(
+                with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
+                precision=problem.precision, device=index, stream=fused.stream_of(problem.device),
+            )  # fmt: skip
     else:
         threads = torch.get_num_threads()
         plan = native.plan_conv_meta_step_cpu(shape, *sizes.values(), problem.dtype.itemsize, threads)

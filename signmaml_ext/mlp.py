@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _loader, fused, spec
 from .checks import Problem
+from .nvtx import Range
 from .reference import Adaptation, MetaGradients
 
 WIDEST = 256  # kMlpWidth
@@ -81,9 +82,10 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.MlpSpec, nat
         index = problem.device.index or 0
         plan = native.plan_mlp_meta_step(found.widths, *sizes.values(), itemsize, native.multiprocessors(index))
         tensors["workspace"] = tensors["theta"].new_empty(plan["workspace_scalars"])
-        native.mlp_meta_step_cuda(
-            fused.addresses(tensors), *network, **options, device=index, stream=fused.stream_of(problem.device)
-        )
+        with Range("mlp_meta_step", problem.device):
+            native.mlp_meta_step_cuda(
+                fused.addresses(tensors), *network, **options, device=index, stream=fused.stream_of(problem.device)
+            )
     else:
         threads = torch.get_num_threads()
         plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads)

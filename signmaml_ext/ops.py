@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._loader import C
+from .nvtx import Range
 
 LIBRARY = torch.library.Library("signmaml_ext", "DEF")
 SCALARS = (torch.float32, torch.float64)
@@ -323,7 +324,8 @@ def sign_step_cuda(
     if params.numel() == 0:
         return
     arguments = sign_step_arguments(params, grads, lr, segment_offsets, mask, nonfinite)
-    C.sign_step_cuda(*arguments, *device_and_stream(params))
+    with Range("sign_step", params.device):
+        C.sign_step_cuda(*arguments, *device_and_stream(params))
     torch.autograd.graph.increment_version((params, nonfinite))
 
 
@@ -413,16 +415,17 @@ def meta_accumulate_cuda(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_non
     if grads.numel() == 0:
         return
     tasks, parameters = grads.shape
-    C.meta_accumulate_cuda(
-        out.data_ptr(),
-        grads.data_ptr(),
-        nonfinite.data_ptr(),
-        tasks,
-        parameters,
-        skip_nonfinite,
-        grads.dtype == torch.float64,
-        *device_and_stream(grads),
-    )
+    with Range("meta_accumulate", grads.device):
+        C.meta_accumulate_cuda(
+            out.data_ptr(),
+            grads.data_ptr(),
+            nonfinite.data_ptr(),
+            tasks,
+            parameters,
+            skip_nonfinite,
+            grads.dtype == torch.float64,
+            *device_and_stream(grads),
+        )
     torch.autograd.graph.increment_version((out, nonfinite))
 
 

@@ -6,36 +6,41 @@ forward and a backward pass a step, first order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
+from workloads import LOSSES, Problem
+
+from peers import Step
+
+NAME = "sequential loop"
+SUMMARY = "plain PyTorch, autograd, one task after the other"
 
 
-def meta_step(
-    model: nn.Module,
-    support_x: Tensor,
-    support_y: Tensor,
-    query_x: Tensor,
-    query_y: Tensor,
-    *,
-    inner_lr: float,
-    inner_steps: int,
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Adds the mean meta-gradient of sign-maml to `.grad`."""
-    theta: Mapping[str, Tensor] = dict(model.named_parameters())
-    tasks = support_x.shape[0]
-    for task in range(tasks):
+def why_not(problem: Problem) -> str | None:
+    return None
+
+
+def prepare(problem: Problem) -> Step:
+    return Step(lambda: meta_step(problem))
+
+
+def meta_step(problem: Problem) -> dict[str, Tensor]:
+    """The mean meta-gradient by parameter name."""
+    loss = LOSSES[problem.loss]
+    support_x, support_y, query_x, query_y = problem.data
+    theta = dict(problem.model.named_parameters())
+    mean: dict[str, Tensor] = {}
+    for task in range(problem.tasks):
         phi = {name: p.detach().clone().requires_grad_() for name, p in theta.items()}
-        for _ in range(inner_steps):
-            error = loss(functional_call(model, phi, (support_x[task],)), support_y[task])
+        for _ in range(problem.steps):
+            error = loss(functional_call(problem.model, phi, (support_x[task],)), support_y[task])
             grads = torch.autograd.grad(error, list(phi.values()))
             with torch.no_grad():
                 for value, gradient in zip(phi.values(), grads, strict=True):
-                    value -= inner_lr * gradient.sign()
-        error = loss(functional_call(model, phi, (query_x[task],)), query_y[task])
-        grads = torch.autograd.grad(error / tasks, list(phi.values()))
-        for parameter, gradient in zip(theta.values(), grads, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    value -= problem.inner_lr * gradient.sign()
+        error = loss(functional_call(problem.model, phi, (query_x[task],)), query_y[task])
+        grads = torch.autograd.grad(error / problem.tasks, list(phi.values()))
+        for name, gradient in zip(phi, grads, strict=True):
+            mean[name] = mean[name] + gradient if name in mean else gradient
+    return mean

@@ -54,6 +54,8 @@ bool second_of(const py::dict& shape, const char* name, const char* first, const
     return word == second;
 }
 
+}  // namespace
+
 ConvShape conv_shape_of(const py::dict& entries) {
     ConvShape shape{};
     shape.blocks = entry<std::int32_t>(entries, "blocks");
@@ -90,6 +92,8 @@ ConvShape conv_shape_of(const py::dict& entries) {
     for (int i = 0; i < shape.blocks; ++i) shape.eps[i] = eps[static_cast<std::size_t>(i)];
     return shape;
 }
+
+namespace {
 
 struct ConvSizes {
     std::int64_t tasks;

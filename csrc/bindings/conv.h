@@ -3,8 +3,14 @@
 
 #include <pybind11/pybind11.h>
 
+#include "params/conv_meta_step.h"
+
 namespace signmaml::bindings {
 
+// From the entries that Python knows a shape by; throws where one is missing or out of range.
+ConvShape conv_shape_of(const pybind11::dict& entries);
+
 void define_conv(pybind11::module_& m);
+void define_conv_stages(pybind11::module_& m);
 
 }  // namespace signmaml::bindings

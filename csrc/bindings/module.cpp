@@ -271,6 +271,7 @@ PYBIND11_MODULE(SIGNMAML_MODULE, m, py::mod_gil_not_used()) {
     define_build_info(m);
     define_plans(m);
     define_conv(m);
+    define_conv_stages(m);
     define_mlp(m);
     m.def("cpu_isas", &cpu::usable_isas);
     m.def("cpu_isa", [] { return std::string(cpu::kernels().name); });

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# reproduce.sh [RESULTS] [OMNIGLOT]: measures everything that the README's tables show, on this machine, and prints the
+# tables. RESULTS is a new folder (default: build/results). OMNIGLOT, the folder of its images, adds the training figures.
+# The README of this clone is written from benchmarks/results: python benchmarks/report.py --write
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-build/results} omniglot=${2:-}
+python=${PYTHON:-python3}
+"$python" benchmarks/bench_kernels.py --out "$results"
+for workload in A B C D; do
+  "$python" benchmarks/bench_meta_step.py --workload "$workload" --out "$results"
+  "$python" benchmarks/bench_meta_step.py --workload "$workload" --growth --seconds 5 --out "$results"
+done
+if [ -n "$omniglot" ]; then
+  "$python" benchmarks/record_run.py --out "$results/omniglot_5w1s.json" \
+    --shown "signmaml train --preset omniglot --data-root DIR" -- --preset omniglot --data-root "$omniglot"
+  "$python" benchmarks/bench_training.py --preset omniglot --data-root "$omniglot" \
+    --methods sign-maml fo-maml maml --seconds 60 --out "$results"
+fi
+"$python" benchmarks/report.py --results "$results" --plots "$results"
+"$python" benchmarks/report.py --results "$results"

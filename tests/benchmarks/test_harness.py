@@ -1,0 +1,82 @@
+"""The clock and the statistics of the benchmarks; no assertion on how long anything takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+
+def test_rounds_are_interleaved_and_ratios_paired():
+    import harness
+
+    calls: list[str] = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    found = harness.compare(candidates, seconds=0, device=torch.device("cpu"), least=4, flush=lambda: calls.append("-"))
+    assert "".join(calls)[-24:] == "-a-b-c-c-b-a-a-b-c-c-b-a"
+    assert {len(samples) for samples in found.samples.values()} == {4}
+    paired = harness.Comparison({"ours": [1.0, 2.0, 4.0], "theirs": [3.0, 6.0, 4.0]})
+    assert paired.ratio("ours", "theirs").median == 3
+    assert paired.rate("ours", 8e6).median == 4  # GB/s of 8 MB in 2 ms
+
+
+def test_short_calls_are_repeated_within_a_sample():
+    import harness
+
+    calls: list[int] = []
+    harness.compare({"a": lambda: calls.append(1)}, seconds=0, device=torch.device("cpu"), least=2, sample_ms=5)
+    assert len(calls) > 20
+
+
+def test_summary_has_median_and_quartiles():
+    import harness
+
+    summary = harness.Summary.of([5, 1, 2, 4, 3])
+    assert (summary.low, summary.median, summary.high, summary.samples) == (2, 3, 4, 5)
+    assert harness.Summary.of([7]) == harness.Summary(7, 7, 7, 1)
+
+
+def test_stamp_says_where_and_how(tmp_path):
+    import harness
+
+    path = tmp_path / "result.json"
+    harness.write(path, {**harness.stamp(torch.device("cpu")), "time": harness.Summary.of([1.23456789])})
+    written = json.loads(path.read_text())
+    for key in ("command", "device", "threads", "torch", "driver", "commit", "date", "load_before", "instruction_set"):
+        assert key in written
+    assert written["time"] == {"median": 1.2346, "low": 1.2346, "high": 1.2346, "n": 1}
+
+
+def test_peak_memory_sees_what_was_used_and_freed():
+    import harness
+
+    watched = harness.PeakMemory(torch.device("cpu"))
+    torch.ones(40 << 20, dtype=torch.uint8)  # freed at once
+    assert 35 < watched.mib() < 60
+
+
+def test_peers_give_the_meta_gradient_of_the_definition():
+    """The checks of bench_meta_step hold for every implementation that is here, and catch one that is wrong."""
+    import bench_meta_step
+    from peers import Step
+    from workloads import WORKLOADS
+
+    problem = WORKLOADS["D"].problem(tasks=4, steps=2, device=torch.device("cpu"))
+    checker = bench_meta_step.Checker(problem)
+    checked = []
+    for each in bench_meta_step.implementations():
+        if each.slow_to_prepare or each.why_not(problem) is not None:
+            continue
+        checker.check(each)
+        assert checker.drift(each.prepare(problem)) < 1
+        checked.append(each.name)
+    assert {"sequential loop", "hand-tuned PyTorch", "torch.func vmap", "signmaml_ext, cpu"} <= set(checked)
+
+    def one_step_less(problem):
+        base = bench_meta_step.importlib.import_module("peers.sequential")
+        return Step(lambda: base.meta_step(problem.with_steps(max(problem.steps - 1, 0))))
+
+    wrong = bench_meta_step.Implementation("wrong", lambda problem: None, one_step_less)
+    with pytest.raises(bench_meta_step.WrongGradient, match="float64"):
+        checker.check(wrong)
