@@ -11,7 +11,6 @@ import ast
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "reliability.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 Row = tuple[str, str, str]  # part, tried, outcome
@@ -151,25 +151,34 @@ def main() -> None:
         began = time.monotonic()
         rows += PARTS[name](options)
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    text = report(rows)
+    text = report(rows, kept_rows() if options.write else [])
     print(text)
     if options.write:
-        (ROOT / "docs" / "reliability.md").write_text(text, encoding="utf-8")
+        PAGE.write_text(text, encoding="utf-8")
 
 
-def report(rows: list[Row]) -> str:
+def kept_rows() -> list[str]:
+    """The lines of the page's table, of earlier reports."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
+    return [line for line in lines if line.startswith("| ") and not line.startswith("| part |")]
+
+
+def report(rows: list[Row], kept: list[str]) -> str:
+    """The page: rows of this report, and of earlier ones those of parts that did not run now."""
     import torch
 
     when = datetime.datetime.now(datetime.timezone.utc).date()
+    on = f"{when}, torch {torch.__version__}, {os.cpu_count()} cores"
+    own = [f"| {part} | {tried} | {outcome} | {on} |" for part, tried, outcome in rows]
+    names = {line.split(" | ")[0] for line in own}
     lines = [
         "# Reliability, in figures",
         "",
-        f"Written by `python -m tests.reliability_report --write` on {when}: torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {os.cpu_count()} cores. All of it ran; nothing is modelled.",
+        "Written by `python -m tests.reliability_report --write`. All of it ran; nothing is modelled.",
         "",
-        "| part | tried | outcome |",
-        "|---|---|---|",
-        *(f"| {part} | {tried} | {outcome} |" for part, tried, outcome in rows),
+        "| part | tried | outcome | on |",
+        "|---|---|---|---|",
+        *sorted([*own, *(line for line in kept if line.split(" | ")[0] not in names)]),
     ]
     return "\n".join(lines) + "\n"
 
