@@ -32,6 +32,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -286,6 +287,19 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.shape, tensor.stride(), tensor.dtype)
 
 
+# Of a problem's attributes, those that the key holds as they are. The rest have a form of their own there, or none: the
+# streams of random numbers, of which a graph draws none, and how the call asks for a graph.
+_BY_VALUE = tuple(
+    field.name
+    for field in fields(Problem)
+    if field.name
+    not in (
+        *("model", "params", "support_x", "support_y", "query_x", "query_y", "rates"),
+        *("seed", "first_task", "graph", "keyed"),
+    )
+)
+
+
 def key_of(problem: Problem) -> tuple[object, ...]:
     """Everything that the launches of a call depend on; see the module."""
     model, device = problem.model, problem.device
@@ -303,15 +317,7 @@ def key_of(problem: Problem) -> tuple[object, ...]:
         tuple(_kind(value) for value in _data_of(problem).values()),
         tuple((name, _kind(rate) if isinstance(rate, Tensor) else rate) for name, rate in rates.items()),
         problem.steps,
-        problem.adapted,
-        problem.method,
-        problem.loss,
-        problem.backend,
-        problem.precision,
-        problem.nonfinite,
-        problem.batch_norm,
-        problem.zero_dead_bias,
-        problem.task_state,
+        *(getattr(problem, name) for name in _BY_VALUE),
         autocast,
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.enabled,

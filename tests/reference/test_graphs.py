@@ -60,6 +60,7 @@ CASES = {
     "maml": (nets.mlp, nets.vector_tasks, {"method": "maml"}),
     "only the head": (nets.mlp, nets.vector_tasks, {"adapt": ["4.*"]}),
     "no steps": (nets.mlp, nets.vector_tasks, {"inner_steps": 0}),
+    "tasks as int8": (nets.mlp, nets.vector_tasks, {"task_state": "int8"}),
     "pure PyTorch": (nets.mlp, nets.vector_tasks, {"backend": "torch"}),
 }
 
@@ -135,6 +136,7 @@ CHANGES_OF_THE_CALL = {
     "the head alone": lambda model: {"adapt": ["4.*"]},
     "another policy": lambda model: {"nonfinite": "skip"},
     "another backend": lambda model: {"backend": "torch"},
+    "tasks as int8": lambda model: {"task_state": "int8"},
     "noise of dead biases": lambda model: {"zero_dead_bias": False},
 }
 DATA = nets.vector_tasks()

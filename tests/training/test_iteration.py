@@ -18,8 +18,10 @@ from helpers.operators import FROM_HOST, WAITING, Recorder
 from helpers.replaying import ReplayingRecorder, ReplayingRecording, stand_in
 from helpers.toy_images import toy_images
 from helpers.toy_run import DropoutNet, toy_config
+from signmaml import config as configs
 from signmaml.config import TrainConfig
-from signmaml.iteration import Window, outer_adam
+from signmaml.distributed import Group
+from signmaml.iteration import Window, outer_adam, why_no_graph
 from signmaml.models import MLP, Conv4
 from signmaml.signals import TrainingInterrupted
 from signmaml.trainer import MetaTrainer
@@ -279,7 +281,8 @@ def test_the_window_counts_alike_on_host_and_device() -> None:
     assert int(window.filled) == len(window) == 0
 
 
-def test_the_field_is_documented_and_may_change_on_resume() -> None:
+def test_the_field_may_change_on_resume() -> None:
+    assert configs.differences(TrainConfig(graph=True), TrainConfig(graph=False)) == []
     assert TrainConfig().graph is None and TrainConfig.from_dict({"graph": True}).graph is True
     with pytest.raises(ValueError, match="graph"):
         TrainConfig(graph="sometimes")  # type: ignore[arg-type]
@@ -314,3 +317,10 @@ def test_nothing_in_an_iteration_waits_or_comes_from_the_host(
         iteration._whole()
     assert len(recorder.called) > 100
     assert not (WAITING | FROM_HOST).intersection(recorder.called)
+
+
+def test_several_processes_train_without_graphs(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, 2)
+    parts = (trainer.config, trainer.model, trainer.rates, trainer._train_sampler, trainer._arguments)
+    assert why_no_graph(*parts, Group()) is None
+    assert why_no_graph(*parts, Group(1, 2)) == "2 processes train together"
