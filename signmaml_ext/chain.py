@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +48,31 @@ class Known:
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 
 
+# The modules that were looked at within `one_look`; None outside.
+_seen: ContextVar[dict[nn.Module, Known] | None] = ContextVar("_seen", default=None)
+
+
+@contextmanager
+def one_look() -> Iterator[None]:
+    """Compares a module's structure once, however often it is asked for: for a call, which changes no structure."""
+    token = _seen.set({})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
 def of_module(model: nn.Module) -> Known:
     """The chain that a module's forward is, or why it is none; remembered until the module's structure changes."""
+    seen = _seen.get()
+    if seen is None:
+        return _of_module(model)
+    if model not in seen:
+        seen[model] = _of_module(model)
+    return seen[model]
+
+
+def _of_module(model: nn.Module) -> Known:
     structure = _structure(model)
     known = _known.get(model)
     if known is None or known.structure != structure:

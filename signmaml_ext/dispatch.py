@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _loader, conv, flat, mlp, reference
+from . import _loader, chain, conv, flat, mlp, reference
 from .checks import Problem
 from .plan import table
 
@@ -166,6 +166,11 @@ def choose(problem: Problem) -> tuple[Backend, Family]:
 
 def run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]) -> tuple[str, reference.Result]:
     """Computes with the chosen backend; "auto" goes on to pure PyTorch when a module turns out not to batch."""
+    with chain.one_look():
+        return _run(problem, compute)
+
+
+def _run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]) -> tuple[str, reference.Result]:
     backend, family = choose(problem)
     try:
         with torch.inference_mode(False):  # what is computed here outlives the caller's inference mode
