@@ -162,6 +162,7 @@ def measure(
     seconds: float,
     least: int,
     wanted: Sequence[Implementation],
+    left_out: Mapping[str, str] | None = None,
     with_checks: bool = True,
     with_memory: bool = True,
 ) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def measure(
     problem = WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device)
     checker = Checker(problem) if with_checks else None
     prepared: dict[str, Step] = {}
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str] = dict(left_out or {})
     drifts: dict[str, float] = {}
     for implementation in wanted:
         name = implementation.name
@@ -321,6 +322,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="implementations whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=30, help="time for the rounds of one T and K")
     parser.add_argument("--quick", action="store_true", help="3 rounds; without torch.compile and memory")
+    parser.add_argument("--no-compile", action="store_true", help="leave peers out that compile for minutes")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
     parser.add_argument("--growth", action="store_true", help="over T and over K, with a few implementations")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for result files (JSON)")
@@ -336,7 +338,9 @@ def main() -> None:
         wanted = [each for each in wanted if each.name.startswith(few)]
     if arguments.only:
         wanted = [each for each in wanted if any(part in each.name for part in arguments.only)]
-    if arguments.quick:
+    left_out = {}
+    if arguments.quick or arguments.no_compile:
+        left_out = {each.name: "left out, it compiles for minutes" for each in wanted if each.slow_to_prepare}
         wanted = [each for each in wanted if not each.slow_to_prepare]
     for workload in arguments.workload:
         result: dict[str, Any] = {**harness.stamp(device), "workload": workload}
@@ -352,6 +356,7 @@ def main() -> None:
                     seconds=0 if arguments.quick else arguments.seconds,
                     least=3,
                     wanted=wanted,
+                    left_out=left_out,
                     with_memory=not (arguments.quick or arguments.no_memory),
                 )
                 for tasks in arguments.tasks or [WORKLOADS[workload].tasks]
