@@ -50,10 +50,11 @@ def machine(results: Sequence[Result]) -> str:
     first = results[0]
     commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
     dates = ", ".join(sorted({result["date"][:10] for result in results}))
+    loads = ", ".join(f"{result['load_before']:.1f}" for result in results)
     isa = f", {first['instruction_set']}" if first["device_type"] == "cpu" else f" (driver {first['driver']})"
     return (
         f"{first['device']}{isa}, {first['threads']} threads, torch {first['torch']}, Python {first['python']}, "
-        f"commit {commits}, {dates}"
+        f"commit {commits}, {dates}, load average before: {loads}"
     )
 
 
@@ -370,6 +371,11 @@ def section(folder: Path = RESULTS) -> str:
         if (ROOT / PLOTS["meta_step"]).is_file():
             parts.append(f"![times faster than the sequential loop, by workload]({PLOTS['meta_step']})")
         parts += [f"({machine(found)})", commands(found)]
+    else:
+        parts.append(
+            "No timings of meta-steps are recorded for this version. `benchmarks/reproduce.sh` measures them on your "
+            "machine."
+        )
     if found := read("growth", folder):
         parts += ["Growth with T and K:", growth(found)]
         if (ROOT / PLOTS["growth"]).is_file():
