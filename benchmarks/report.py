@@ -51,9 +51,13 @@ def machine(results: Sequence[Result]) -> str:
     commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
     dates = ", ".join(sorted({result["date"][:10] for result in results}))
     loads = ", ".join(f"{result['load_before']:.1f}" for result in results)
-    isa = f", {first['instruction_set']}" if first["device_type"] == "cpu" else f" (driver {first['driver']})"
+    # Results from before the stamp had these keys still say where they are from.
+    if first.get("device_type") == "cuda":
+        kind = f" (driver {first['driver']})"
+    else:
+        kind = f", {first['instruction_set']}" if "instruction_set" in first else ""
     return (
-        f"{first['device']}{isa}, {first['threads']} threads, torch {first['torch']}, Python {first['python']}, "
+        f"{first['device']}{kind}, {first['threads']} threads, torch {first['torch']}, Python {first['python']}, "
         f"commit {commits}, {dates}, load average before: {loads}"
     )
 

@@ -52,7 +52,8 @@ def test_numbers_come_from_the_files(tmp_path):
         "implementations": {"sequential loop": row(80.0, 1.0), "signmaml_ext, cpu": row(16.0, 4.75)},
     }  # fmt: skip
     stamp = {"device": "this CPU", "processor": "this CPU", "threads": 2, "torch": "2.8", "python": "3.12",
-             "commit": "abc", "date": "2026-01-02 03:04", "device_type": "cpu", "instruction_set": "avx2", "load_before": 0.25,
+             "commit": "abc", "date": "2026-01-02 03:04", "device_type": "cpu", "instruction_set": "avx2",
+             "load_before": 0.25,
              "command": "python benchmarks/bench_meta_step.py"}  # fmt: skip
     result = {"benchmark": "meta_step", "workload": "A", "points": [point], **stamp}
     (tmp_path / "meta_step_A_cpu.json").write_text(json.dumps(result))
