@@ -137,7 +137,6 @@ class EpisodeSampler:
         self._images = images.images.to(self.device)
         self._class_starts = images.class_starts.to(self.device)
         self._class_sizes = images.class_sizes.to(self.device)
-        self._task_places = torch.arange(self.tasks, device=self.device)
         self._class_numbers = torch.arange(self.classes, device=self.device)
         self._image_numbers = torch.arange(int(images.class_sizes.max()), device=self.device)
         self._ways_numbers = torch.arange(self.ways, device=self.device)
@@ -191,7 +190,7 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: `iteration` is no such tensor.
         """
-        return self._draw(_numbers_of_iteration(iteration, self._task_places))
+        return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
         """The tasks of these numbers `[T]`."""
@@ -327,7 +326,6 @@ class SinusoidSampler:
         self.phase = _checked_range("phase", phase)
         self.x_range = _checked_range("x_range", x_range)
         self.device = _checked_device(device)
-        self._task_places = torch.arange(self.tasks, device=self.device)
 
     def draw(self, iteration: int) -> Episodes:
         """The meta-batch of one iteration; see `EpisodeSampler.draw`. x and y: ``[T, points, 1]`` float32."""
@@ -340,7 +338,7 @@ class SinusoidSampler:
 
     def draw_at(self, iteration: torch.Tensor) -> Episodes:
         """The meta-batch of an iteration whose number lies on the device; see `EpisodeSampler.draw_at`."""
-        return self._draw(_numbers_of_iteration(iteration, self._task_places))
+        return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
         """The tasks of these numbers `[T]`."""
@@ -383,16 +381,18 @@ def _task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Te
     return torch.arange(first_task, first_task + tasks, device=device)
 
 
-def _numbers_of_iteration(iteration: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The task numbers of an iteration whose number only the device knows; `places` are 0 to T - 1, on that device."""
-    expected = f"iteration: expected an int64 tensor [] on {places.device}"
+def _numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.device) -> torch.Tensor:
+    """The task numbers of an iteration whose number only the device knows."""
+    expected = f"iteration: expected an int64 tensor [] on {device}"
     if not isinstance(iteration, torch.Tensor):
         raise TypeError(f"{expected}, found {type(iteration).__name__}")
     if iteration.dtype != torch.int64:
         raise TypeError(f"{expected}, found {iteration.dtype}")
-    if iteration.ndim != 0 or iteration.device != places.device:
+    # "cuda" and "cuda:0" are one device, so an index that only one of them names says nothing.
+    same = iteration.device.type == device.type and None in (device.index, iteration.device.index)
+    if iteration.ndim != 0 or not (iteration.device == device or same):
         raise ValueError(f"{expected}, found {list(iteration.shape)} on {iteration.device}")
-    return iteration * len(places) + places
+    return iteration * tasks + torch.arange(tasks, device=iteration.device)
 
 
 # --- counter-based randomness ---------------------------------------------------------------------------------------

@@ -308,7 +308,7 @@ TOY = ImageSet(
     "toy", "train", torch.arange(48, dtype=torch.uint8).view(12, 1, 2, 2), ("a", "b", "c"), torch.tensor([4, 4, 4])
 )
 # Between these a number is good, and what is drawn fills the memory.
-bounded = small.filter(lambda value: not isinstance(value, int) or value <= 64 or value > 2**24)
+bounded = small.filter(lambda value: not isinstance(value, int) or value <= 64 or value >= HUGE)
 few = mostly(st.integers(1, 2), bounded)
 samplers = st.tuples(
     st.one_of(
