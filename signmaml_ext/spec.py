@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import chain, functional, modes
 from .chain import Layer
-from .checks import Problem
+from .checks import ForwardError, Problem, describe
 
 _ADDS_BIAS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -68,7 +68,14 @@ def _find_dead_biases(problem: Problem, biased: Sequence[nn.Module]) -> frozense
             randomness.at(0, 0),
         ):
             buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-            output = functional.call(problem.model, buffers, problem.support_x[0])
+            try:
+                output = functional.call(problem.model, buffers, problem.support_x[0])
+            except RuntimeError as error:
+                if type(error) is not RuntimeError:  # out of memory, faults of a device
+                    raise
+                raise ForwardError(
+                    f"model: expected a forward that takes {describe(problem.support_x[0])}, found: {error}"
+                ) from error
     finally:
         for handle in handles:
             handle.remove()
