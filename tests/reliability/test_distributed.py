@@ -162,8 +162,11 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     whole = torchrun("--nproc-per-node=2", "-m", "signmaml", *SINUSOID, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     # The same number of processes: the same bits.
-    for name in ("metrics.jsonl", "best.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for name in ("best.safetensors", "last.safetensors"):  # their headers name the run's folder
+        ours, theirs = (checkpoint.load(tmp_path / run / name)[0] for run in ("run", "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
 @pytest.mark.slow
