@@ -9,7 +9,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omniglot": {
         "data": "omniglot",
         "rotations": True,
-        "iterations": 800,
+        "tasks": 8,
+        "iterations": 5000,
     },
     # What the official code runs on mini-ImageNet: hours on a CPU.
     "official": {
