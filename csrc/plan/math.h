@@ -5,8 +5,9 @@
 
 namespace signmaml {
 
+// Of a numerator >= 0, up to the largest there is.
 constexpr std::int64_t ceil_div(std::int64_t numerator, std::int64_t denominator) {
-    return (numerator + denominator - 1) / denominator;
+    return numerator / denominator + (numerator % denominator != 0 ? 1 : 0);
 }
 
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
