@@ -294,7 +294,7 @@ class SinusoidSampler:
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A count is out of range, or a range is not two finite numbers in order.
+        ValueError: A count is out of range, or a range is not two numbers in order that are finite in float32.
 
     Determinism: as for `EpisodeSampler`. The sine is computed in float64 and rounded to float32 once, so that
     devices agree (up to a float64 rounding that lands on a float32 boundary, which a run will not meet).
@@ -535,13 +535,16 @@ def _turned_pixels(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _checked_range(name: str, value: Any) -> tuple[float, float]:
-    expected = f"{name}: expected two finite numbers (least, greatest) in order"
+    expected = f"{name}: expected two numbers (least, greatest) in order, finite in float32"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{expected}, found {value!r}")
     try:
         low, high = float(value[0]), float(value[1])
     except (TypeError, ValueError) as error:
         raise TypeError(f"{expected}, found {value!r}") from error
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+    except OverflowError as error:  # an int beyond float64; its digits would not fit into a message
+        raise ValueError(f"{expected}, found an integer beyond float64") from error
+    greatest = torch.finfo(torch.float32).max
+    if not -greatest <= low <= high <= greatest:  # false for NaN as well
         raise ValueError(f"{expected}, found {value!r}")
     return low, high

@@ -93,6 +93,7 @@ def start(processes: int, *words: object, **environment: str) -> list[subprocess
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=TESTS,  # not the checkout, whose sources without a native module would hide the installed package
             env={**os.environ, **variables, **environment},
         )
         started.append(process)

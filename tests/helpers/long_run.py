@@ -99,7 +99,8 @@ def train(folder: Path, iterations: int) -> None:
 
 def start(folder: Path, iterations: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "helpers.long_run", str(folder), str(iterations)], env=environment)
+    command = [sys.executable, "-m", "helpers.long_run", str(folder), str(iterations)]
+    return subprocess.Popen(command, env=environment, cwd=TESTS)
 
 
 def notes_of(folder: Path) -> list[list[float]]:

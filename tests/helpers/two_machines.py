@@ -9,6 +9,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,7 @@ class TwoMachines:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parent,  # not the checkout, whose sources would hide the installed package
             env={**os.environ, **environment},
         )
 

@@ -102,10 +102,11 @@ def test_dropout_of_a_task_does_not_depend_on_the_pieces() -> None:
         )
 
 
-def test_a_fresh_process_draws_the_same_episodes() -> None:
+def test_a_fresh_process_draws_the_same_episodes(tmp_path: Path) -> None:
     code = (
         "import torch; from signmaml.episodes import SinusoidSampler\n"
         "print(SinusoidSampler(shots=3, queries=3, tasks=2, seed=9).draw(4).query_y.flatten().tolist())"
     )
-    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]
+    command = [sys.executable, "-c", code]
+    said = [subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout for _ in range(2)]
     assert said[0] == said[1] != ""

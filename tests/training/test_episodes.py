@@ -363,9 +363,9 @@ def test_sinusoids_cover_their_ranges_evenly() -> None:
 
 
 @pytest.mark.parametrize("name", ["amplitude", "phase", "x_range"])
-@pytest.mark.parametrize("value", [(2, 1), (0, float("inf")), (1,), "ab", ("a", 1), 3])
+@pytest.mark.parametrize("value", [(2, 1), (0, float("inf")), (0, 1e39), (-(10**400), 0), (1,), "ab", ("a", 1), 3])
 def test_bad_ranges(name: str, value: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=f"{name}: expected two finite numbers"):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: expected two numbers"):
         SinusoidSampler(shots=1, queries=1, tasks=1, **{name: value})
 
 
