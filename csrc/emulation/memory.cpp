@@ -75,19 +75,19 @@ void TrackedMemory::visit(const void* address, std::size_t bytes, Access access,
     if (access != Access::kRead && !writable_) fail("read only: " + describe(who) + " writes to '" + name_ + "'");
     for (std::size_t i = offset / element_bytes_; i * element_bytes_ < offset + bytes; ++i) {
         Element& element = elements_[i];
-        const std::string where = "element " + std::to_string(i) + " of '" + name_ + "'";
+        const auto where = [&] { return "element " + std::to_string(i) + " of '" + name_ + "'"; };
         const bool equal_writes = access == Access::kFlag && element.by_flag;
         if (!ordered(element.writer, who) && !equal_writes) {
-            fail("race: " + describe(who) + (access == Access::kRead ? " reads " : " writes ") + where +
+            fail("race: " + describe(who) + (access == Access::kRead ? " reads " : " writes ") + where() +
                  ", written by " + describe(element.writer) + " with no barrier in between");
         }
         if (access == Access::kRead) {
-            if (!element.written) fail("uninitialised: " + describe(who) + " reads " + where + ", which nobody wrote");
+            if (!element.written) fail("uninitialised: " + describe(who) + " reads " + where() + ", which nobody wrote");
             element.readers.add(who);
             continue;
         }
         if (element.readers.race_with_writer(who)) {
-            fail("race: " + describe(who) + " writes " + where + ", read by " + describe(element.readers.last) +
+            fail("race: " + describe(who) + " writes " + where() + ", read by " + describe(element.readers.last) +
                  " or another thread with no barrier in between");
         }
         element.writer = who;

@@ -1,28 +1,23 @@
 """The proof of the emulator: kernels broken one way each, and every one of them caught.
 
-Each mutation is applied to a copy of the sources, which is built and put through all cases in a process of its own.
+All mutants are in one build of a copy of the sources, see helpers/mutants.py; each goes through the cases in a process of
+its own.
 """
 
 # ruff: noqa: E501 (a table reads better with a line a case)
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
 
 import pytest
 
-from helpers import emulated, emulated_cases
-
-
-class Mutation(NamedTuple):
-    name: str
-    file: str  # below csrc/
-    old: str
-    new: str
-    message: str = ""  # what must be reported; empty: whatever
-
+from helpers import emulated, mutants
+from helpers.mutants import Mutation, Outcome, Runner
 
 SIGN, META, PLATFORM, SELF = (
     "kernels/sign_step.cuh",
@@ -213,46 +208,106 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)}
+UNCHANGED = 0
+
+
+def group_of(mutation: Mutation) -> str:
+    return "conv" if "conv_" in mutation.file else "flat"
+
+
+class Outcomes:
+    """Those of the chosen mutants, found side by side in the background."""
+
+    def __init__(self, module: Path, chosen: list[tuple[int, str]]) -> None:
+        workers = min(len(os.sched_getaffinity(0)), len(chosen))
+        self._runners = [Runner(module) for _ in range(workers)]
+        self._idle: SimpleQueue[Runner] = SimpleQueue()
+        for runner in self._runners:
+            self._idle.put(runner)
+        self._pool = ThreadPoolExecutor(workers)
+        self._found: dict[tuple[int, str], Future[Outcome]] = {
+            each: self._pool.submit(self._run, *each) for each in chosen
+        }
+
+    def _run(self, number: int, group: str) -> Outcome:
+        runner = self._idle.get()
+        try:
+            return runner.run(number, group)
+        finally:
+            self._idle.put(runner)
+
+    def __getitem__(self, which: tuple[int, str]) -> Outcome:
+        return self._found[which].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for runner in self._runners:
+            runner.close()
+
+
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    """A copy of the sources with a build of them: a mutation rebuilds only what it touches."""
+def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
+    """Of this session's tests."""
     folder = tmp_path_factory.mktemp("mutations")
     emulated.copy_sources(folder / "source")
-    emulated.configure(folder / "source", folder / "build", flags="-O0")  # most of the time goes into compiling
-    emulated.compile_module(folder / "build")
-    return folder
+    mutants.write(folder / "source", MUTATIONS)
+    emulated.configure(folder / "source", folder / "build", flags="-O0")
+    found = Outcomes(emulated.compile_module(folder / "build"), chosen_of(request.session.items))
+    yield found
+    found.close()
 
 
-def run_cases(module: Path, *groups: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, emulated_cases.__file__, str(module), *groups], capture_output=True, text=True, timeout=300
-    )
+def chosen_of(items: list[pytest.Item]) -> list[tuple[int, str]]:
+    """What the collected tests of this file ask for, in their order."""
+    chosen = []
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path == Path(__file__) and "mutation" in values:
+            chosen.append((NUMBERS[values["mutation"].name], group_of(values["mutation"])))
+        elif item.path == Path(__file__) and "group" in values:
+            chosen.append((UNCHANGED, values["group"]))
+    return chosen
+
+
+def test_names_are_unique():
+    assert len(NUMBERS) == len(MUTATIONS)
+
+
+@pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
+def test_every_variant_is_the_mutant(file):
+    """Whichever is chosen of a file with all its mutants: it is the file with that one mutation."""
+    text = (emulated.ROOT / "csrc" / file).read_text()
+    of_file = {NUMBERS[mutation.name]: mutation for mutation in MUTATIONS if mutation.file == file}
+    for chosen in (UNCHANGED, *of_file):
+        found = mutants.combine(text, of_file, lambda text, variants, _, chosen=chosen: variants.get(chosen, text))
+        expected = text if chosen == UNCHANGED else mutants.mutate(text, of_file[chosen])
+        assert "".join(found.split()) == "".join(expected.split())
+
+
+def test_a_place_that_no_switch_fits_is_refused():
+    declaration = "int f() {\n    int one = 1;\n    return one;\n}\n"
+    whole = Mutation("a type", "", "int one", "long one")
+    switch = mutants.combine(declaration, {1: whole})
+    assert "{ if (mutant(1)) { long one = 1; } else { int one = 1; } }" in switch, "which the compiler refuses"
+    with pytest.raises(AssertionError, match="neither an expression nor statements"):
+        mutants.combine("int f() { return g(1); }\n", {1: Mutation("a bracket", "", "g(1);", "g(1); }")})
+    with pytest.raises(AssertionError, match="holds 2 of"):
+        mutants.combine("int a = 1; int b = 1;", {1: Mutation("twice", "", "= 1", "= 2")})
 
 
 @pytest.mark.slow
-def test_unchanged_sources_pass(copy):
-    done = run_cases(next((copy / "build").glob("_emulated*.so")))
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("group", ["flat", "conv"])
+def test_unchanged_sources_pass(outcomes, group):
+    outcome = outcomes[UNCHANGED, group]
+    assert outcome.code == 0, outcome.said[-2000:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_mutant_is_caught(copy, mutation):
-    import re
-
-    path = copy / "source" / "csrc" / mutation.file
-    original = path.read_text()
-    assert original.count(mutation.old) == 1, (
-        f"{mutation.file} holds {original.count(mutation.old)} of {mutation.old!r}"
-    )
-    path.write_text(original.replace(mutation.old, mutation.new))
-    try:
-        group = "conv" if "conv_" in mutation.file else "flat"
-        done = run_cases(emulated.compile_module(copy / "build"), group)
-    finally:
-        path.write_text(original)
-    assert done.returncode != 0, "the mutant passed every case"
-    report = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"signal {-done.returncode}"
-    assert re.search(mutation.message, report), report
+def test_mutant_is_caught(outcomes, mutation):
+    outcome = outcomes[NUMBERS[mutation.name], group_of(mutation)]
+    assert outcome.code != 0, "the mutant passed every case"
+    assert re.search(mutation.message, outcome.report), outcome.report
     if mutation.message:
-        assert re.search(r"block \d+, thread \d+", report), report
+        assert re.search(r"block \d+, thread \d+", outcome.report), outcome.report

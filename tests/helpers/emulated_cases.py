@@ -227,33 +227,33 @@ def conv_faults(native: ModuleType, device: str = "cpu") -> None:
 
 
 def run_conv(native: ModuleType, seeds: int = 1) -> None:
-    """The cases of the convolution kernels."""
+    """The cases of the convolution kernels; the quick ones first, which find most of what is wrong."""
     Net = conv_cases.Net
     for seed in range(seeds):
         torch.manual_seed(seed)
         native.configure(seed=seed, blocks_alive=2 + seed, multiprocessors=1)
-        conv_faults(native)
+        conv_meta_step(native, Net(channels=2, tasks=1), steps=0, by_covariance=seed % 2 == 0)
         conv_ties(native)
+        conv_meta_step(native, Net(channels=3, halving="stride", readout="mean", conv_bias=False), steps=1)
         rates = torch.rand(2, 10, generator=torch.Generator().manual_seed(1)) * 0.1
         adapt = [i % 4 != 2 for i in range(10)]
         conv_meta_step(native, Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt)
-        conv_meta_step(native, Net(channels=3, halving="stride", readout="mean", conv_bias=False), steps=1)
+        conv_faults(native)
         conv_meta_step(native, Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False)
-        conv_meta_step(native, Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False)
         # Several chunks of channels, and of columns of the weight gradient.
         conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
+        conv_meta_step(native, Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False)
         # More tiles than slices: a block of threads works on one tile after the other.
         many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
         conv_meta_step(native, many, steps=0)
         conv_meta_step(native, replace(many, blocks=1), steps=0, by_covariance=False)
-        conv_meta_step(native, Net(channels=2, tasks=1), steps=0, by_covariance=seed % 2 == 0)
 
 
 def run_flat(native: ModuleType, seeds: int = 2) -> None:
-    """The cases of the emulator itself, the flat-buffer kernels and the MLP, in several random orders of threads."""
-    native.configure(multiprocessors=1)
-    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles a block
-    compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
+    """The cases of the emulator itself, the flat-buffer kernels and the MLP, in several random orders of threads.
+
+    The quick ones come first, which find most of what is wrong.
+    """
     for seed in range(seeds):
         torch.manual_seed(seed)
         native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
@@ -263,10 +263,6 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
             matmul_tf32(native, m, n, k)
         for m, n, k in ((16, 8, 16), (32, 16, 48)):
             matmul_bf16(native, m, n, k)
-        for loss in ("mse", "cross_entropy"):
-            mlp_meta_step(native, (3, 6, 5, 2), 3, 4, 3, loss)  # a warp in shared memory
-            mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
-        mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks a team
         for dtype in (torch.float32, torch.float64):
             for form in ("all", "masked", "element", "segments", "segments masked"):
                 for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
@@ -281,6 +277,14 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
             for skip in (False, True):
                 for tasks, parameters, shift in ((1, 1027, 0), (3, 5, 1), (11, 33, 0), (9, 2048, 0)):
                     meta_accumulate(native, tasks, parameters, dtype, skip, shift)
+        for loss in ("mse", "cross_entropy"):
+            mlp_meta_step(native, (3, 6, 5, 2), 3, 4, 3, loss)  # a warp in shared memory
+        mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks a team
+        for loss in ("mse", "cross_entropy"):
+            mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
+    native.configure(multiprocessors=1)
+    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles a block
+    compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
 
 
 GROUPS = {"flat": run_flat, "conv": run_conv}

@@ -1,0 +1,358 @@
+"""Many mutants in one build: each place that a mutation changes holds all its variants, and a number chooses one.
+
+`combine` writes such sources. A place is widened until it is a whole expression or whole statements; it becomes
+
+    (mutant(3) ? (VARIANT 3) : (ORIGINAL))        if (mutant(3)) { VARIANT 3 } else { ORIGINAL }
+
+`Runner` puts a mutant through the cases in a process of its own, forked from one that has torch and the module loaded:
+`mutants.py MODULE`, which reads a line of JSON a mutant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import NamedTuple
+
+# What every changed file includes.
+HEADER = "mutants.h"
+SELECTOR = "signmaml_mutant"
+HEADER_TEXT = f"""// 0: the sources as they are; else the number of the mutant that runs.
+#pragma once
+extern "C" {{
+inline __attribute__((visibility("default"))) int {SELECTOR} = 0;
+}}
+inline bool mutant(int number) {{ return number == {SELECTOR}; }}
+"""
+
+
+class Mutation(NamedTuple):
+    """`old`, which a file below csrc/ holds once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    message: str = ""  # what must be reported, a regular expression; empty: whatever
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    """The file's text with one mutation."""
+    count = text.count(mutation.old)
+    assert count == 1, f"{mutation.name}: {mutation.file} holds {count} of {mutation.old!r}"
+    return text.replace(mutation.old, mutation.new)
+
+
+# ---- C++ as tokens ---------------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(
+    r"//[^\n]*|\#[^\n]*|\"(?:\\.|[^\"\\])*\"|\w+(?:\.\d\w*)?"
+    r"|<=|>=|==|!=|&&|\|\||\+\+|--|->|::|\+=|-=|\*=|/=|%=|\|=|&=|\S"
+)
+_OPENING, _CLOSING = "([{", ")]}"
+_ASSIGNING = {"=", "+=", "-=", "*=", "/=", "%=", "|=", "&="}
+_BEFORE_EXPRESSION = {";", ",", "return", "else"} | _ASSIGNING
+_HEADERS = {"if", "for", "while", "switch", "constexpr"}  # what stands before the brackets of a statement's head
+
+
+class _Tokens:
+    """Tokens of a text, with their places and the partners of brackets."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.spans = [match.span() for match in _TOKEN.finditer(text)]
+        self.words = [text[start:end] for start, end in self.spans]
+        self.partner: dict[int, int] = {}
+        opened: list[int] = []
+        for i, word in enumerate(self.words):
+            if word in _OPENING:
+                opened.append(i)
+            elif word in _CLOSING and opened:
+                self.partner[i] = opened.pop()
+                self.partner[self.partner[i]] = i
+
+    def source(self, start: int, end: int) -> str:
+        return self.text[self.spans[start][0] : self.spans[end - 1][1]] if start < end else ""
+
+    def is_comment(self, i: int) -> bool:
+        return self.words[i].startswith(("//", "#"))
+
+    def is_block(self, i: int) -> bool:
+        """Whether the brace opens statements, not an initialiser."""
+        return self.words[i] == "{" and not (re.fullmatch(r"\w+|\]", self.words[i - 1]) and self.words[i - 1] != "else")
+
+    def ends_statement(self, i: int) -> bool:
+        return self.words[i] == ";" or (self.words[i] == "}" and self.is_block(self.partner[i]))
+
+    def balanced(self, start: int, end: int) -> bool:
+        brackets = [i for i in range(start, end) if self.words[i] in _OPENING + _CLOSING]
+        return all(start <= self.partner.get(i, -1) < end for i in brackets)
+
+    def is_expression(self, start: int, end: int) -> bool:
+        top, i = [], start
+        if not self.balanced(start, end):
+            return False
+        while i < end:
+            top.append(self.words[i])
+            i = self.partner[i] + 1 if self.words[i] in _OPENING else i + 1
+        return bool(top) and not set(top) & (_ASSIGNING | _HEADERS | {";", ",", "return", "else", "continue"})
+
+    def is_statements(self, start: int, end: int) -> bool:
+        words = [i for i in range(start, end) if not self.is_comment(i)]
+        return not words or (self.balanced(start, end) and self.ends_statement(words[-1]))
+
+    def widened_to_expression(self, start: int, end: int) -> tuple[int, int]:
+        for partner in [self.partner.get(i, i) for i in range(start, end)]:
+            start, end = min(start, partner), max(end, partner + 1)
+        while start > 0 and (word := self.words[start - 1]) not in _BEFORE_EXPRESSION and word not in _OPENING:
+            if word in _CLOSING:
+                opening = self.partner[start - 1]
+                if self.words[opening - 1] in _HEADERS or self.is_block(opening):
+                    break
+                start = opening
+            elif self.is_comment(start - 1):
+                break
+            else:
+                start -= 1
+        while end < len(self.words) and (word := self.words[end]) not in _CLOSING and word not in (";", ","):
+            if word == "{" and self.is_block(end):
+                break
+            end = self.partner[end] + 1 if word in _OPENING else end + 1
+        return start, end
+
+    def widened_to_statements(self, start: int, end: int) -> tuple[int, int]:
+        while start > 0:
+            before = start - 1
+            word = self.words[before]
+            if word in (";", "else") or self.is_comment(before) or self.is_block(before):
+                if word != ";" or not self._in_head(before):
+                    break
+            elif word in _CLOSING:
+                opening = self.partner[before]
+                if self.words[opening - 1] in _HEADERS or self.is_block(opening):
+                    break
+                before = opening
+            start = before
+        i = start
+        while i < end or not (i > start and self.ends_statement(i - 1)):
+            if i == len(self.words) or self.words[i] in _CLOSING:
+                return start, end
+            i = self.partner[i] + 1 if self.words[i] in _OPENING else i + 1
+        return start, i
+
+    def _in_head(self, i: int) -> bool:
+        """Whether a semicolon is one of `for (...; ...; ...)`."""
+        while i > 0:
+            i -= 1
+            if self.words[i] in _CLOSING:
+                i = self.partner[i]
+            elif self.words[i] in _OPENING:
+                return self.words[i] == "("
+        return False
+
+
+# ---- mutants in one text ---------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    start: int
+    end: int
+    is_expression: bool
+
+
+class _Change:
+    """One mutation: the tokens it changes, and the way from tokens of the original to those of the mutant."""
+
+    def __init__(self, original: _Tokens, mutant: _Tokens) -> None:
+        self.original, self.mutant = original, mutant
+        old, new = original.words, mutant.words
+        first = next(i for i in range(len(old) + 1) if old[i : i + 1] != new[i : i + 1])
+        last = 0
+        while last < min(len(old), len(new)) - first and old[-1 - last] == new[-1 - last]:
+            last += 1
+        matcher = SequenceMatcher(None, old[first : len(old) - last], new[first : len(new) - last], autojunk=False)
+        self.hunks = [
+            (i1 + first, i2 + first, j1 + first, j2 + first)
+            for tag, i1, i2, j1, j2 in matcher.get_opcodes()
+            if tag != "equal"
+        ]
+
+    def in_mutant(self, start: int, end: int) -> tuple[int, int]:
+        """The mutant's tokens for those of the original; no hunk may be cut."""
+        grown_before = sum((j2 - j1) - (i2 - i1) for i1, i2, j1, j2 in self.hunks if i1 < start)
+        inside = [hunk for hunk in self.hunks if start <= hunk[0] and hunk[1] <= end]
+        grown = sum((j2 - j1) - (i2 - i1) for i1, i2, j1, j2 in inside)
+        return start + grown_before, end + grown_before + grown
+
+    def fits(self, place: _Place) -> bool:
+        if any(i1 < edge < i2 for i1, i2, _, _ in self.hunks for edge in (place.start, place.end)):
+            return False
+        pairs = ((self.original, (place.start, place.end)), (self.mutant, self.in_mutant(place.start, place.end)))
+        if place.is_expression:
+            return all(tokens.is_expression(*span) for tokens, span in pairs)
+        return all(tokens.is_statements(*span) for tokens, span in pairs)
+
+    def places(self) -> list[_Place]:
+        """Where the hunks are expressions of their own, those; else statements that hold all."""
+        found: list[_Place] = []
+        for first, last, _, _ in self.hunks:
+            place = _Place(*self.original.widened_to_expression(first, last), True)
+            if found and place.start < found[-1].end:
+                place = found.pop()
+            found.append(place)
+        if all(map(self.fits, found)):
+            return found
+        place = _Place(*self.original.widened_to_statements(self.hunks[0][0], self.hunks[-1][1]), False)
+        assert self.fits(place), f"neither an expression nor statements: {self.original.source(place.start, place.end)}"
+        return [place]
+
+
+def switched(text: str, variants: Mapping[int, str], is_expression: bool) -> str:
+    """A place of the original with its variants, of which one is chosen at run time."""
+
+    def closed(code: str) -> str:
+        return code + "\n" if "//" in code or "#" in code else code
+
+    if is_expression:
+        chosen = "".join(f"mutant({number}) ? ({closed(code)}) : " for number, code in variants.items())
+        return f"({chosen}({closed(text)}))"
+    chosen = "".join(f"if (mutant({number})) {{ {closed(code)} }} else " for number, code in variants.items())
+    return f"{{ {chosen}{{ {closed(text)} }} }}"
+
+
+def combine(
+    text: str, mutations: Mapping[int, Mutation], switch: Callable[[str, Mapping[int, str], bool], str] = switched
+) -> str:
+    """The text of a file with all its mutants, by number; 0 is the file as it is."""
+    original = _Tokens(text)
+    changes = {number: _Change(original, _Tokens(mutate(text, each))) for number, each in mutations.items()}
+    places = sorted((place, number) for number, change in changes.items() for place in change.places())
+    groups: list[tuple[_Place, list[int]]] = []
+    for place, number in places:
+        if groups and place.start < groups[-1][0].end:
+            groups[-1] = (_united(original, groups[-1][0], place), [*groups[-1][1], number])
+        else:
+            groups.append((place, [number]))
+    pieces, at = [], 0
+    for place, numbers in groups:
+        begin, finish = original.spans[place.start][0], original.spans[place.end - 1][1]
+        variants = {}
+        for number in dict.fromkeys(numbers):
+            assert changes[number].fits(place), f"{mutations[number].name}: cannot share its place"
+            variants[number] = changes[number].mutant.source(*changes[number].in_mutant(place.start, place.end))
+        pieces += [text[at:begin], switch(text[begin:finish], variants, place.is_expression)]
+        at = finish
+    return "".join([*pieces, text[at:]])
+
+
+def _united(tokens: _Tokens, one: _Place, other: _Place) -> _Place:
+    """A place that holds both."""
+    for outer, inner in ((one, other), (other, one)):
+        if outer.start <= inner.start and inner.end <= outer.end and (not outer.is_expression or inner.is_expression):
+            return outer
+    span = min(one.start, other.start), max(one.end, other.end)
+    return _Place(*tokens.widened_to_statements(*span), False)
+
+
+def write(source: Path, mutations: Sequence[Mutation]) -> None:
+    """Changes a copy of the sources into one with all mutants; the first has number 1."""
+    by_file: dict[str, dict[int, Mutation]] = {}
+    for number, mutation in enumerate(mutations, 1):
+        by_file.setdefault(mutation.file, {})[number] = mutation
+    (source / "csrc" / HEADER).write_text(HEADER_TEXT)
+    for file, of_file in by_file.items():
+        path = source / "csrc" / file
+        path.write_text(f'#include "{HEADER}"\n{combine(path.read_text(), of_file)}')
+
+
+# ---- mutants through the cases ---------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """How a mutant ended: the exit status of its process (minus the signal that killed it), and all that it said."""
+
+    code: int
+    said: str
+
+    @property
+    def report(self) -> str:
+        """The last line: the error's message."""
+        return self.said.strip().splitlines()[-1] if self.said.strip() else f"signal {-self.code}"
+
+
+class Runner:
+    """Puts one mutant after the other through the cases; as many runners as processors do so side by side."""
+
+    def __init__(self, module: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, number: int, group: str) -> Outcome:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps([number, group]), file=self._process.stdin, flush=True)
+        return Outcome(*json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+SECONDS = 300  # of one mutant; then it is killed, which counts as caught
+
+
+def _in_child(path: str, number: int, group: str) -> None:
+    """In the forked process: selects the mutant and runs the cases; an error ends it as it ends a program."""
+    from helpers import emulated, emulated_cases
+
+    signal.alarm(SECONDS)
+    ctypes.c_int.in_dll(ctypes.CDLL(path), SELECTOR).value = number
+    emulated_cases.GROUPS[group](emulated.load(Path(path)))
+
+
+def _serve(path: str) -> None:
+    import traceback
+
+    import torch
+
+    from helpers import emulated, emulated_cases  # noqa: F401 (before the forks, once for all)
+
+    torch.set_num_threads(1)  # a forked process has none of the others
+    emulated.load(Path(path))
+    gc.freeze()  # collections in the forked processes leave the common pages alone
+    for line in sys.stdin:
+        number, group = json.loads(line)
+        with tempfile.TemporaryFile() as said:
+            child = os.fork()
+            if child == 0:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+                code = 1
+                try:
+                    _in_child(path, number, group)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            said.seek(0)
+            print(json.dumps([code, said.read().decode(errors="replace")]), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    _serve(sys.argv[1])
