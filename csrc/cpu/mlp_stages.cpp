@@ -136,10 +136,28 @@ typename Simd::Vector tanh_of(typename Simd::Vector x) {
 template <typename Simd>
 inline typename Simd::Vector sign_of(typename Simd::Vector x) {
     using V = typename Simd::Vector;
+    using M = typename Simd::Mask;
     using Scalar = typename Simd::Scalar;
-    const V zero_or_nan = x == Scalar(0) ? V{} : x;
-    const V negative_or_rest = x < Scalar(0) ? Simd::all(-1) : zero_or_nan;
-    return x > Scalar(0) ? Simd::all(1) : negative_or_rest;
+    using Width = SameWidth<Scalar>;
+#if defined(__AVX512F__)
+    // One instruction has an answer for each kind of number. Four bits a kind, from NaN (as it is) over signalling NaN,
+    // 0 (8: +0), 1 (a: +1), -inf (9: -1) and +inf to negative and positive numbers. Comparisons would take the ports of
+    // the multiply-adds.
+    if constexpr (sizeof(V) == 64) {
+        typedef long long Table __attribute__((vector_size(64)));
+        constexpr int kAsIs = 4;  // rounding
+        if constexpr (sizeof(Scalar) == sizeof(float)) {
+            const M answers = static_cast<typename Simd::Int>(0xa9a9a811u) - M{};
+            return __builtin_ia32_fixupimmps512_mask(x, x, answers, 0, 0xffff, kAsIs);
+        } else {
+            return __builtin_ia32_fixupimmpd512_mask(x, x, 0xa9a9a811 - Table{}, 0, 0xff, kAsIs);
+        }
+    }
+#endif
+    const V one = Simd::all(1);
+    const M signed_one = (reinterpret_cast<M>(x) & ~Width::kMagnitude) | reinterpret_cast<M>(one);
+    const V of_number = x == Scalar(0) ? V{} : reinterpret_cast<V>(signed_one);
+    return x == x ? of_number : x;
 }
 
 // Keeps a value in a register: GCC would read it from memory again for each of its uses, and there are two reads a cycle.
@@ -154,14 +172,28 @@ inline void keep(Vector& value) {
 #endif
 }
 
-// ---- matrix products in register tiles ------------------------------------------------------------------------------
-// kRows times kColumns vectors of results stay in registers through the whole sum. Every loop over them is unrolled: an
-// accumulator that is indexed at run time would live in memory.
+// Keeps the order of what is done with several values: GCC would do the first operation of all, then the second, and
+// run out of registers.
+template <typename Vector>
+inline void pin(Vector& value) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(value));
+#elif defined(__x86_64__)
+    asm volatile("" : "+x"(value));
+#elif defined(__aarch64__)
+    asm volatile("" : "+w"(value));
+#endif
+}
 
-constexpr int kMostRows = kManyRegisters ? 12 : 6;
-constexpr int kMostColumns = 4;
+// ---- matrix products in register tiles ------------------------------------------------------------------------------
+// kRows times kColumns vectors of results stay in registers through the whole sum and through what is done with them.
+// Every loop over them is unrolled: an accumulator that is indexed at run time would live in memory. What a tile needs to
+// know it reads through references, to what was written long before: arguments on the stack would be read back wider
+// than they were written, which waits until every store of the tile before has left for the cache.
+
 // 24 of 32 or 12 of 16 registers accumulate; the rest hold what is multiplied.
-constexpr int columns_of(int rows) { return rows * kMostColumns <= 2 * kMostRows ? kMostColumns : 2; }
+constexpr int kTileRows = 6;
+constexpr int kTileColumns = kManyRegisters ? 4 : 2;
 
 // Element (i, j) of a matrix is at[i * row + j * column].
 template <typename Vector>
@@ -170,104 +202,159 @@ struct Matrix {
     std::int64_t row, column;
 };
 
-// sums[r, c] (+)= start[c] + sum over k of a[r, k] b[k, c], k upwards; start may be null.
-template <typename Vector, int kRows, int kColumns>
-void multiply_tile(Vector* sums, Matrix<Vector> a, Matrix<Vector> b, const Vector* start, std::int64_t depth,
-                   bool add) {
-    Vector sum[kRows][kColumns];
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) {
-        const Vector first = start != nullptr ? start[c] : Vector{};
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) sum[r][c] = first;
-    }
-    const Vector* left[(kRows + 2) / 3];  // every third row: x86 adds once and twice a stride for nothing
-#pragma GCC unroll 8
-    for (int i = 0; i < (kRows + 2) / 3; ++i) left[i] = a.at + 3 * i * a.row;
-    const Vector* right = b.at;
-    for (std::int64_t k = 0; k < depth; ++k, right += b.row) {
-        Vector column[kColumns];
-#pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c) column[c] = right[c * b.column];
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            Vector value = left[r / 3][r % 3 * a.row];
-            keep(value);
-#pragma GCC unroll 8
-            for (int c = 0; c < kColumns; ++c) sum[r][c] += value * column[c];
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < (kRows + 2) / 3; ++i) left[i] += a.column;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int c = 0; c < kColumns; ++c) {
-            Vector& to = sums[r * kColumns + c];
-            to = add ? to + sum[r][c] : sum[r][c];
-        }
-    }
-}
-
-template <typename Vector>
-using Tile = void (*)(Vector*, Matrix<Vector>, Matrix<Vector>, const Vector*, std::int64_t, bool);
-
-// The tile of so many rows, and of columns_of(rows) columns or of one.
-template <typename Vector, bool kOneColumn, int kRows = kMostRows>
-Tile<Vector> tile_of(std::int64_t rows) {
-    constexpr int kColumns = kOneColumn ? 1 : columns_of(kRows);
-    if constexpr (kRows == 1) {
-        return multiply_tile<Vector, 1, kColumns>;
-    } else {
-        return rows == kRows ? multiply_tile<Vector, kRows, kColumns>
-                             : tile_of<Vector, kOneColumn, kRows - 1>(rows);
-    }
-}
-
-// The rectangle of results that a tile computed.
-struct Place {
-    std::int64_t row, column;
-    int rows, columns;
-};
-
 // Terms that are summed one after the other. A sum of such sums has a smaller rounding error than one long sum.
 constexpr std::int64_t kRun = 128;
 
 // Columns of an item of a product that threads share: a few tiles, and whole cache lines for each thread.
 constexpr std::int64_t kItemColumns = 8;
 
+// How many bytes a tile's operands move from term to term; hidden, since GCC would compile every tile twice, once for
+// neighbours.
+struct Strides {
+    std::int64_t left, right;
+
+    template <typename Vector>
+    Strides(const Matrix<Vector>& a, const Matrix<Vector>& b)
+        : left(a.column * std::int64_t{sizeof(Vector)}), right(b.row * std::int64_t{sizeof(Vector)}) {
+        asm("" : "+r"(left), "+r"(right));
+    }
+};
+
+template <typename Vector>
+inline const Vector* moved(const Vector* at, std::int64_t bytes) {
+    return reinterpret_cast<const Vector*>(reinterpret_cast<const char*>(at) + bytes);
+}
+
+// What a tile is about: its first result, its first term, and the sums of the terms before, if there are any.
+template <typename Vector>
+struct Place {
+    std::int64_t row, column, first;
+    const Vector* earlier;  // [rows of the tile, columns of the tile]
+};
+
+// What is done with results is said by a `Finish`. Its begin(row, column) gives an object that a tile holds in registers:
+// it takes the results row by row, own(c, sum) and own.next_row(), and is handed back to end().
+
+// Keeps the results of a tile.
+template <typename Vector, int kColumns>
+struct Store {
+    Vector* sums;
+
+    struct Own {
+        Vector* to;
+
+        void operator()(int c, Vector sum) { to[c] = sum; }
+        void next_row() { to += kColumns; }
+    };
+
+    Own begin(std::int64_t, std::int64_t) const { return {sums}; }
+    void end(const Own&) {}
+};
+
+// result[r, c] = start[c] + sum over k of a[r, k] b[k, c], k upwards.
 template <typename Vector>
 struct Product {
     Matrix<Vector> a, b;
     const Vector* start;  // [columns] or null
     std::int64_t rows, columns, depth;
 
-    std::int64_t row_pieces() const { return pieces(rows, kMostRows); }
+    std::int64_t row_pieces() const { return pieces(rows, kTileRows); }
     std::int64_t items() const { return row_pieces() * pieces(columns, kItemColumns); }
+    std::int64_t work() const { return rows * columns * depth; }
 
-    // Hands every tile of an item to finish(sums, place).
+    // Hands every result of the items [begin, end) to `finish`.
     template <typename Finish>
-    void item(std::int64_t index, const Finish& finish) const {
-        const std::int64_t piece = index % row_pieces();
-        const std::int64_t row = piece * rows / row_pieces();
-        const int count = static_cast<int>((piece + 1) * rows / row_pieces() - row);
-        const std::int64_t first = index / row_pieces() * kItemColumns;
-        const std::int64_t end = least(columns, first + kItemColumns);
-        const int width = columns_of(count);
-        const Tile<Vector> whole = tile_of<Vector, false>(count), single = tile_of<Vector, true>(count);
-        Vector sums[2 * kMostRows];
-        for (std::int64_t column = first; column < end;) {
-            const int taken = column + width <= end ? width : 1;
-            const Tile<Vector> tile = taken == 1 ? single : whole;
-            const Vector* first_terms = start == nullptr ? nullptr : start + column;
-            for (std::int64_t k = 0; k < depth; k += kRun) {
-                const Matrix<Vector> left{a.at + row * a.row + k * a.column, a.row, a.column};
-                const Matrix<Vector> right{b.at + column * b.column + k * b.row, b.row, b.column};
-                tile(sums, left, right, k == 0 ? first_terms : nullptr, least(kRun, depth - k), k > 0);
+    void compute(std::int64_t begin, std::int64_t end, Finish& finish) const {
+        const std::int64_t count = row_pieces(), height = rows / count, taller = rows % count;
+        std::int64_t piece = begin % count, first = begin / count * kItemColumns;
+        Place<Vector> place{};
+        for (std::int64_t i = begin; i < end; ++i) {
+            const std::int64_t tall = height + (piece < taller ? 1 : 0);
+            const std::int64_t last = least(columns, first + kItemColumns);
+            place.row = piece * height + least(piece, taller);
+            place.column = first;
+            for (; place.column + kTileColumns <= last; place.column += kTileColumns) {
+                tile_of<kTileColumns, kTileRows>(tall, place, finish);
             }
-            finish(sums, Place{row, column, count, taken});
-            column += taken;
+            for (; place.column < last; ++place.column) tile_of<1, kTileRows>(tall, place, finish);
+            if (++piece == count) {
+                piece = 0;
+                first += kItemColumns;
+            }
         }
+    }
+
+  private:
+    template <int kColumns, int kRows, typename Finish>
+    void tile_of(std::int64_t count, Place<Vector>& place, Finish& finish) const {
+        if constexpr (kRows > 1) {
+            if (count < kRows) return tile_of<kColumns, kRows - 1>(count, place, finish);
+        }
+        place.first = 0;
+        place.earlier = nullptr;
+        if (depth <= kRun) return tile<kRows, kColumns>(place, finish);
+        Vector sums[kRows * kColumns];
+        Store<Vector, kColumns> store{sums};
+        for (; place.first + kRun < depth; place.first += kRun) {
+            tile<kRows, kColumns>(place, store);
+            place.earlier = sums;
+        }
+        tile<kRows, kColumns>(place, finish);
+    }
+
+    // One run, added to the earlier ones if there are any.
+    template <int kRows, int kColumns, typename Finish>
+    __attribute__((noinline)) void tile(const Place<Vector>& place, Finish& finish) const {
+        const Strides step{a, b};
+        const Vector* left[(kRows + 2) / 3];  // every third row: x86 adds once and twice a stride for nothing
+#pragma GCC unroll 8
+        for (int i = 0; i < (kRows + 2) / 3; ++i) {
+            left[i] = a.at + (place.row + 3 * i) * a.row + place.first * a.column;
+        }
+        const Vector* right = b.at + place.first * b.row + place.column * b.column;
+        Vector sum[kRows][kColumns];
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c) {
+            const Vector begin = start != nullptr && place.first == 0 ? start[place.column + c] : Vector{};
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) sum[r][c] = begin;
+        }
+        for (std::int64_t k = least(kRun, depth - place.first); k > 0; --k) {
+            Vector factor[kColumns];
+#pragma GCC unroll 8
+            for (int c = 0; c < kColumns; ++c) factor[c] = right[c * b.column];
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                Vector value = left[r / 3][r % 3 * a.row];
+                keep(value);
+#pragma GCC unroll 8
+                for (int c = 0; c < kColumns; ++c) sum[r][c] += value * factor[c];
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < (kRows + 2) / 3; ++i) left[i] = moved(left[i], step.left);
+            right = moved(right, step.right);
+        }
+        // What follows is read from memory anew: kept meanwhile, it would sit in vector registers, and moves from there
+        // wait in the queue of the multiply-adds.
+        asm volatile("" ::: "memory");
+        if (place.earlier != nullptr) {
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+                for (int c = 0; c < kColumns; ++c) sum[r][c] = place.earlier[r * kColumns + c] + sum[r][c];
+            }
+        }
+        auto own = finish.begin(place.row, place.column);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+            for (int c = 0; c < kColumns; ++c) {
+                pin(sum[r][c]);
+                own(c, sum[r][c]);
+            }
+            own.next_row();
+        }
+        finish.end(own);
     }
 };
 
@@ -305,9 +392,99 @@ inline void transpose(typename Simd::Vector* square) {
     }
 }
 
-// ---- a group of tasks -----------------------------------------------------------------------------------------------
+// ---- what is done with results --------------------------------------------------------------------------------------
+
+// Stores activations; what is below `floor` becomes it, and a NaN stays, as in torch.
+template <typename Vector>
+struct Activate {
+    Vector* out;  // [rows, columns]
+    std::int64_t columns;
+    Vector floor;
+
+    struct Own {
+        Vector* to;
+        std::int64_t columns;
+        Vector floor;
+
+        void operator()(int c, Vector sum) { to[c] = sum < floor ? floor : sum; }
+        void next_row() { to += columns; }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const { return {out + row * columns + column, columns, floor}; }
+    void end(const Own&) {}
+};
+
+// Stores gradients of what went into an activation, given those of its values.
+template <typename Vector, Activation kActivation>
+struct Deactivate {
+    const Vector* values;  // [rows, columns]
+    Vector* deltas;        // [rows, columns]
+    std::int64_t columns;
+
+    struct Own {
+        const Vector* at;
+        Vector* to;
+        std::int64_t columns;
+
+        void operator()(int c, Vector sum) {
+            const Vector value = at[c], zero{};
+            if constexpr (kActivation == Activation::kRelu) {
+                to[c] = value <= zero ? zero : sum;
+            } else {
+                to[c] = sum * (1 - value * value);
+            }
+        }
+        void next_row() {
+            at += columns;
+            to += columns;
+        }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const {
+        const std::int64_t first = row * columns + column;
+        return {values + first, deltas + first, columns};
+    }
+    void end(const Own&) {}
+};
 
 enum class Purpose { kSignStep, kPlainStep, kGradient };
+
+// Moves parameters by their gradients, or stores those in their place.
+template <typename Simd, Purpose kPurpose>
+struct Move {
+    using V = typename Simd::Vector;
+    using M = typename Simd::Mask;
+
+    V* parameters;  // [rows, columns]
+    std::int64_t columns;
+    V lr;
+    M top;  // the largest magnitude seen, as bits: infinities and NaNs are the largest
+
+    struct Own {
+        V* to;
+        std::int64_t columns;
+        V lr;
+        M top;
+
+        void operator()(int c, V gradient) {
+            const M magnitude = reinterpret_cast<M>(gradient) & SameWidth<typename Simd::Scalar>::kMagnitude;
+            top = magnitude > top ? magnitude : top;
+            if constexpr (kPurpose == Purpose::kSignStep) {
+                to[c] -= lr * sign_of<Simd>(gradient);
+            } else if constexpr (kPurpose == Purpose::kPlainStep) {
+                to[c] -= lr * gradient;
+            } else {
+                to[c] = gradient;
+            }
+        }
+        void next_row() { to += columns; }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const {
+        return {parameters + row * columns + column, columns, lr, top};
+    }
+    void end(const Own& own) { top = own.top; }
+};
 
 template <typename Simd>
 class Group {
@@ -373,10 +550,10 @@ class Group {
 
     template <typename Finish>
     void multiply(const Product<V>& product, const Finish& finish) const {
-        each(product.items(), product.rows * product.columns * product.depth,
-             [&](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t i = begin; i < end; ++i) product.item(i, finish);
-             });
+        each(product.items(), product.work(), [&](std::int64_t begin, std::int64_t end) {
+            Finish own = finish;
+            product.compute(begin, end, own);
+        });
     }
 
     // ---- between the caller's rows and the lanes ----
@@ -454,14 +631,8 @@ class Group {
                                  {at(layout_.weight[layer]), 1, inputs},
                                  at(layout_.bias[layer]),
                                  count, outputs, inputs};
-        multiply(product, [=](const V* sums, const Place& place) {
-            for (int r = 0; r < place.rows; ++r) {
-                V* to = out + (place.row + r) * outputs + place.column;
-                for (int c = 0; c < place.columns; ++c, ++sums) {
-                    to[c] = rectifies ? (*sums < Scalar(0) ? V{} : *sums) : *sums;  // a NaN stays, as in torch
-                }
-            }
-        });
+        const Scalar floor = rectifies ? Scalar(0) : -static_cast<Scalar>(__builtin_inf());
+        multiply(product, Activate<V>{out, outputs, Simd::all(floor)});
         if (is_relu() || layer + 1 == last()) return;
         // A tanh counts as some thirty multiply-adds.
         each(count * outputs, 30 * count * outputs, [=](std::int64_t begin, std::int64_t end) {
@@ -550,67 +721,39 @@ class Group {
                                  {at(layout_.weight[layer]), inputs, 1},
                                  nullptr,
                                  count, inputs, outputs};
-        const bool relu = is_relu();
-        multiply(product, [=](const V* sums, const Place& place) {
-            for (int r = 0; r < place.rows; ++r) {
-                const std::int64_t start = (place.row + r) * inputs + place.column;
-                for (int c = 0; c < place.columns; ++c, ++sums) {
-                    const V value = in[start + c];
-                    below[start + c] =
-                        relu ? (value <= Scalar(0) ? V{} : *sums) : *sums * (Scalar(1) - value * value);
-                }
-            }
-        });
+        if (is_relu()) {
+            multiply(product, Deactivate<V, Activation::kRelu>{in, below, inputs});
+        } else {
+            multiply(product, Deactivate<V, Activation::kTanh>{in, below, inputs});
+        }
     }
 
     template <Purpose kPurpose>
     void weight_gradient(std::int64_t count, int layer, Scalar lr) {
         const std::int64_t inputs = width(layer), outputs = width(layer + 1);
-        V* weight = at(layout_.weight[layer]);
-        const Product<V> product{{at(layout_.delta[(layer + 1) % 2]), 1, outputs},
-                                 {at(layout_.activation[layer]), inputs, 1},
-                                 nullptr,
-                                 outputs, inputs, count};
-        each(product.items(), product.rows * product.columns * product.depth,
-             [&](std::int64_t begin, std::int64_t end) {
-                 M top{};
-                 for (std::int64_t i = begin; i < end; ++i) {
-                     product.item(i, [&](const V* sums, const Place& place) {
-                         for (int r = 0; r < place.rows; ++r) {
-                             V* to = weight + (place.row + r) * inputs + place.column;
-                             for (int c = 0; c < place.columns; ++c) move<kPurpose>(to + c, *sums++, lr, top);
-                         }
-                     });
-                 }
-                 flag(top);
-             });
+        move<kPurpose>({{at(layout_.delta[(layer + 1) % 2]), 1, outputs},
+                        {at(layout_.activation[layer]), inputs, 1},
+                        nullptr,
+                        outputs, inputs, count},
+                       layout_.weight[layer], lr);
     }
 
     template <Purpose kPurpose>
     void bias_gradient(std::int64_t count, int layer, Scalar lr) {
         const std::int64_t outputs = width(layer + 1);
-        const V* above = at(layout_.delta[(layer + 1) % 2]);
-        M top{};
-        for (std::int64_t o = 0; o < outputs; ++o) {
-            V sum{};
-            for (std::int64_t example = 0; example < count; ++example) sum += above[example * outputs + o];
-            move<kPurpose>(at(layout_.bias[layer]) + o, sum, lr, top);
-        }
-        flag(top);
+        const V one = Simd::all(1);
+        move<kPurpose>({{at(layout_.delta[(layer + 1) % 2]), 1, outputs}, {&one, 0, 0}, nullptr, outputs, 1, count},
+                       layout_.bias[layer], lr);
     }
 
-    // `top` keeps the largest magnitude seen, as bits: infinities and NaNs are the largest.
+    // Parameters at `place` by their gradients, the results of `product`.
     template <Purpose kPurpose>
-    static void move(V* place, V gradient, Scalar lr, M& top) {
-        const M magnitude = reinterpret_cast<M>(gradient) & SameWidth<Scalar>::kMagnitude;
-        top = magnitude > top ? magnitude : top;
-        if constexpr (kPurpose == Purpose::kSignStep) {
-            *place -= lr * sign_of<Simd>(gradient);
-        } else if constexpr (kPurpose == Purpose::kPlainStep) {
-            *place -= lr * gradient;
-        } else {
-            *place = gradient;
-        }
+    void move(const Product<V>& product, std::int64_t place, Scalar lr) {
+        each(product.items(), product.work(), [&](std::int64_t begin, std::int64_t end) {
+            Move<Simd, kPurpose> own{at(place), product.columns, Simd::all(lr), M{}};
+            product.compute(begin, end, own);
+            flag(own.top);
+        });
     }
 
     void flag(M top) {

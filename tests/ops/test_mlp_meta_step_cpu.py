@@ -124,6 +124,26 @@ def test_cross_entropy_of_large_and_tiny_scores():
         assert (found.params[name].double() - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@pytest.mark.parametrize("repeats", [1, 9])  # the tasks of a narrow group, and of wide ones
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sign_of_every_kind_of_gradient(threads, dtype, repeats):
+    """Three-valued, with zeros of both signs, subnormals, infinities and NaN: the gradient of the output bias is -2 y."""
+    tiny = torch.finfo(dtype).smallest_normal / 8
+    kinds = [0.0, -0.0, 1.0, -1.0, tiny, -tiny, 1e30, -1e30, torch.inf, -torch.inf, torch.nan]
+    gradients = torch.tensor(kinds, dtype=dtype).repeat(repeats)
+    model = network((1, 1, 1), nn.ReLU).to(dtype)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    x, y = torch.ones(len(gradients), 1, 1, dtype=dtype), (gradients / -2).reshape(-1, 1, 1)
+    name = list(model.state_dict())[-1]
+    torch.set_num_threads(4)
+    found = mlp.adapt(problem_of(model, (x, y, x, y), loss="mse", inner_lr=0.5, inner_steps=1))
+    expected = torch.where(gradients.isnan(), gradients, -0.5 * gradients.sign())
+    torch.testing.assert_close(found.params[name].flatten(), expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.nonfinite, ~gradients.square().isfinite())
+
+
 OPTIONS = {
     "no steps": {"inner_steps": 0},
     "head only": {"adapt": ["3.*"]},
