@@ -127,7 +127,7 @@ def test_cross_entropy_of_large_and_tiny_scores():
 @pytest.mark.parametrize("repeats", [1, 9])  # the tasks of a narrow group, and of wide ones
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sign_of_every_kind_of_gradient(threads, dtype, repeats):
-    """Three-valued, with zeros of both signs, subnormals, infinities and NaN: the gradient of the output bias is -2 y."""
+    """Three-valued, with zeros of both signs, subnormals, infinities, NaN: the gradient of the output bias is -2 y."""
     tiny = torch.finfo(dtype).smallest_normal / 8
     kinds = [0.0, -0.0, 1.0, -1.0, tiny, -tiny, 1e30, -1e30, torch.inf, -torch.inf, torch.nan]
     gradients = torch.tensor(kinds, dtype=dtype).repeat(repeats)
