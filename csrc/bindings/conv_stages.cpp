@@ -43,6 +43,7 @@ class ConvStageRunner {
         // Each stage finds what the ones before it leave.
         for (int i = 0; i < shape_.blocks; ++i) {
             run("statistics", i, 1);
+            run("transform_weights", i, 1);
             run("forward", i, 1);
             if (i == 0) continue;
             run("statistics", i, 1);
@@ -98,10 +99,11 @@ class ConvStageRunner {
             return each(items, [this, scratch](auto item) { stages_.first_weight_grad(task_, item, scratch); });
         }
         if (stage == "pack_back" && !first) return [this, block] { stages_.pack_back(task_, block); };
+        if (stage == "transform_weights") return [this, block] { stages_.transform_weights(task_, block, false); };
         if (stage == "data_grad" && !first) {
             const ConvBlockPlan& before = layout_.blocks[block - 1];
             return each(task_.examples * before.half_items,
-                        [this, block](auto item) { stages_.data_grad(task_, block, item); });
+                        [this, block, scratch](auto item) { stages_.data_grad(task_, block, item, scratch); });
         }
         throw std::invalid_argument("stage: expected one of block " + std::to_string(block) + ", found '" + stage +
                                     "'");

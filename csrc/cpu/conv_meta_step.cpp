@@ -274,6 +274,7 @@ class ConvTeam {
             for (int i = 0; i < p_.shape.blocks; ++i) {
                 const ConvBlockPlan& b = layout_.blocks[i];
                 if (i == 0) stages_.statistics(task_, 0);
+                stages_.transform_weights(task_, i, /*back=*/false);
                 each_with_scratch(set.count * b.items, [&](std::int64_t item, Scalar* scratch) {
                     stages_.forward(task_, i, item, scratch);
                 });
@@ -408,8 +409,11 @@ class ConvTeam {
             }
             if (i == lowest) continue;
             stages_.pack_back(task_, i);
+            stages_.transform_weights(task_, i, /*back=*/true);
             const ConvBlockPlan& before = layout_.blocks[i - 1];
-            each(task_.examples * before.half_items, [&](std::int64_t item) { stages_.data_grad(task_, i, item); });
+            each_with_scratch(task_.examples * before.half_items, [&](std::int64_t item, Scalar* scratch) {
+                stages_.data_grad(task_, i, item, scratch);
+            });
         }
     }
 

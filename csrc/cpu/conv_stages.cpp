@@ -64,6 +64,10 @@ inline void store(Scalar* to, Vector<Scalar> value) {
     *reinterpret_cast<Vector<Scalar>*>(to) = value;
 }
 template <typename Scalar>
+inline void store_loose(Scalar* to, Vector<Scalar> value) {
+    *reinterpret_cast<typename Simd<Scalar>::Loose*>(to) = value;
+}
+template <typename Scalar>
 inline Vector<Scalar> all(Scalar value) {
     return value - Vector<Scalar>{};
 }
@@ -99,10 +103,13 @@ struct Run {
 };
 
 struct Runs {
-    Run run[9];
+    Run run[16];
     int count;
     std::int64_t length;
 };
+
+// A sum of more terms than this adds its runs up one by one: in float32 one long sum would be less exact than torch's.
+constexpr std::int64_t kLongSum = 256;
 
 // out[i * out_step + channels] = sum over runs and k of x[i * x_step + run.input + k] * weight[run.weight + k rows]
 template <typename Scalar, int kVectors, int kRows>
@@ -110,6 +117,7 @@ void convolve_tile(Scalar* out, std::int64_t out_step, const Scalar* x, std::int
                    const Scalar* weight) {
     constexpr int kL = kLanes<Scalar>;
     Vector<Scalar> sum[kRows][kVectors] = {};
+    const bool apart = runs.count * runs.length > kLongSum;
     for (int r = 0; r < runs.count; ++r) {
         const Scalar* w = weight + runs.run[r].weight;
         const Scalar* in[(kRows + 2) / 3];
@@ -126,11 +134,17 @@ void convolve_tile(Scalar* out, std::int64_t out_step, const Scalar* x, std::int
                 for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
             }
         }
-    }
+        if (!apart && r + 1 < runs.count) continue;
+        const bool add = apart && r > 0;
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) store(out + i * out_step + v * kL, sum[i][v]);
+            for (int v = 0; v < kVectors; ++v) {
+                Scalar* to = out + i * out_step + v * kL;
+                store(to, add ? load(to) + sum[i][v] : sum[i][v]);
+                sum[i][v] = Vector<Scalar>{};
+            }
+        }
     }
 }
 
@@ -230,6 +244,174 @@ void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int6
     }
 }
 
+// ---- Winograd's F(2x2, 3x3) -----------------------------------------------------------------------------------------
+// Two by two outputs out of 16 products a channel instead of 36 (Lavin and Gray 2015). Tiles and pooling windows are the
+// same squares. Where the image is constant along an axis under a tile, the products that tell its outputs apart are
+// exactly 0: equal outputs stay equal, and max-pooling takes the first of them as it does after a direct convolution.
+
+// to[plane, channels] <- the weights of `weight` [groups, 9, inputs, group], transformed: planes [groups, inputs, group]
+template <typename Scalar>
+void transform_kernels(Scalar* to, const Scalar* weight, std::int64_t inputs, std::int64_t channels,
+                       std::int64_t group) {
+    const std::int64_t plane = inputs * channels, tap = inputs * group;
+    const Vector<Scalar> half = all(Scalar(0.5));
+    for (std::int64_t first = 0; first < channels; first += group) {
+        for (std::int64_t i = 0; i < tap; i += kLanes<Scalar>) {
+            const Scalar* from = weight + first * 9 * inputs + i;
+            Vector<Scalar> rows[4][3];
+#pragma GCC unroll 3
+            for (int x = 0; x < 3; ++x) {
+                const Vector<Scalar> g0 = load(from + x * tap), g1 = load(from + (3 + x) * tap);
+                const Vector<Scalar> g2 = load(from + (6 + x) * tap);
+                rows[0][x] = g0;
+                rows[1][x] = half * (g0 + g2 + g1);
+                rows[2][x] = half * (g0 + g2 - g1);
+                rows[3][x] = g2;
+            }
+            Scalar* out = to + first * inputs + i;
+#pragma GCC unroll 4
+            for (int y = 0; y < 4; ++y) {
+                const Vector<Scalar> outer = rows[y][0] + rows[y][2];
+                store(out + (4 * y) * plane, rows[y][0]);
+                store(out + (4 * y + 1) * plane, half * (outer + rows[y][1]));
+                store(out + (4 * y + 2) * plane, half * (outer - rows[y][1]));
+                store(out + (4 * y + 3) * plane, rows[y][2]);
+            }
+        }
+    }
+}
+
+// Tiles that are transformed, multiplied and transformed back together, some rows of them or a part of one. Their
+// products' 16 values lie next to each other, at offsets the compiler knows:
+// inputs [channels / kBlock, tiles, 16, kBlock], products [groups, tiles, 16, group].
+template <typename Scalar>
+constexpr std::int64_t kBlock = kLanes<Scalar> > 8 ? kLanes<Scalar> : 8;
+
+// One row of tiles, each 4 x 4 positions of x and two from the next. The last of an odd row reaches one position beyond
+// its border, into memory of the same task whose content only touches outputs that nobody stores.
+template <typename Scalar>
+void transform_inputs(Scalar* to, std::int64_t block_step, const Scalar* x, std::int64_t row, std::int64_t channels,
+                      std::int64_t tiles) {
+    constexpr std::int64_t kB = kBlock<Scalar>;
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        Vector<Scalar> t[4][4];
+        const auto column = [&t, row](int j, const Scalar* from) {
+            const Vector<Scalar> d0 = load(from), d1 = load(from + row);
+            const Vector<Scalar> d2 = load(from + 2 * row), d3 = load(from + 3 * row);
+            t[0][j] = d0 - d2;
+            t[1][j] = d1 + d2;
+            t[2][j] = d2 - d1;
+            t[3][j] = d1 - d3;
+        };
+        const Scalar* from = x + c;
+        Scalar* out = to + c / kB * block_step + c % kB;
+        column(0, from);
+        column(1, from + channels);
+        for (std::int64_t tile = 0; tile < tiles; ++tile, out += 16 * kB) {
+            from += 2 * channels;
+            column(2, from);
+            column(3, from + channels);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                store(out + (4 * i) * kB, t[i][0] - t[i][2]);
+                store(out + (4 * i + 1) * kB, t[i][1] + t[i][2]);
+                store(out + (4 * i + 2) * kB, t[i][2] - t[i][1]);
+                store(out + (4 * i + 3) * kB, t[i][1] - t[i][3]);
+                t[i][0] = t[i][2];
+                t[i][1] = t[i][3];
+            }
+        }
+    }
+}
+
+// Where a 3x3 convolution with stride 1 reads and writes: rows of positions, `channels` from one to the next.
+template <typename Scalar>
+struct Convolution {
+    Scalar* out;
+    std::int64_t out_row;
+    const Scalar* x;  // the window of output 0
+    std::int64_t x_row;
+    std::int64_t rows, positions;
+    std::int64_t inputs, channels;
+};
+
+// The 2 x 2 outputs of a row of tiles, as far as the convolution has them.
+template <typename Scalar, int kVectors>
+void transform_outputs(Scalar* out, const Scalar* m, const Convolution<Scalar>& conv, std::int64_t rows,
+                       std::int64_t positions) {
+    constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>;
+    for (std::int64_t x = 0; x < positions; x += 2, m += 16 * kGroup, out += 2 * conv.channels) {
+#pragma GCC unroll 4
+        for (std::int64_t c = 0; c < kGroup; c += kLanes<Scalar>) {
+            Vector<Scalar> top[4], bottom[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                const Vector<Scalar> m1 = load(m + (4 + j) * kGroup + c), m2 = load(m + (8 + j) * kGroup + c);
+                top[j] = load(m + j * kGroup + c) + m1 + m2;
+                bottom[j] = m1 - m2 - load(m + (12 + j) * kGroup + c);
+            }
+            Scalar* to = out + c;
+            store(to, top[0] + top[1] + top[2]);
+            if (x + 1 < positions) store(to + conv.channels, top[1] - top[2] - top[3]);
+            if (rows < 2) continue;
+            store(to + conv.out_row, bottom[0] + bottom[1] + bottom[2]);
+            if (x + 1 < positions) store(to + conv.out_row + conv.channels, bottom[1] - bottom[2] - bottom[3]);
+        }
+    }
+}
+
+// weight: as transform_kernels leaves it. scratch: conv_winograd_scratch scalars.
+template <typename Scalar, int kVectors>
+void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scratch) {
+    constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>, kB = kBlock<Scalar>;
+    const std::int64_t channels = conv.channels;
+    const std::int64_t all_x = (conv.positions + 1) / 2, all_y = (conv.rows + 1) / 2;
+    const std::int64_t chunks_x = pieces(all_x, kConvWinogradTiles);
+    const std::int64_t chunks_y = pieces(all_y, all_x < kConvWinogradTiles ? kConvWinogradTiles / all_x : 1);
+    const std::int64_t length = conv.inputs % kB == 0 ? kB : 8;
+    for (std::int64_t chunk = 0; chunk < chunks_x * chunks_y; ++chunk) {
+        const std::int64_t left = start_of(chunk % chunks_x, all_x, chunks_x);
+        const std::int64_t tiles_x = start_of(chunk % chunks_x + 1, all_x, chunks_x) - left;
+        const std::int64_t top = start_of(chunk / chunks_x, all_y, chunks_y);
+        const std::int64_t tiles_y = start_of(chunk / chunks_x + 1, all_y, chunks_y) - top;
+        const std::int64_t tiles = tiles_x * tiles_y;
+        Scalar* inputs = scratch;
+        Scalar* products = scratch + 16 * tiles * channels;
+        for (std::int64_t y = 0; y < tiles_y; ++y) {
+            transform_inputs(inputs + y * tiles_x * 16 * kB, 16 * tiles * kB,
+                             conv.x + 2 * (top + y) * conv.x_row + 2 * left * channels, conv.x_row, channels, tiles_x);
+        }
+        Runs runs{};
+        runs.length = length;
+        for (std::int64_t k = 0; k < conv.inputs; k += length) {
+            runs.run[runs.count++] = {k / kB * 16 * tiles * kB + k % kB, k * kGroup};
+        }
+        for (int i = 0; i < 16; ++i) {
+            for (std::int64_t first = 0; first < channels; first += kGroup) {
+                convolve_row(products + first * 16 * tiles + i * kGroup, 16 * kGroup, inputs + i * kB, 16 * kB, tiles,
+                             runs, weight + (i * channels + first) * conv.inputs, kVectors);
+            }
+        }
+        for (std::int64_t first = 0; first < channels; first += kGroup) {
+            for (std::int64_t y = 0; y < tiles_y; ++y) {
+                transform_outputs<Scalar, kVectors>(
+                    conv.out + 2 * (top + y) * conv.out_row + 2 * left * channels + first,
+                    products + (first * tiles + y * tiles_x * kGroup) * 16, conv, conv.rows - 2 * (top + y),
+                    least(2 * tiles_x, conv.positions - 2 * left));
+            }
+        }
+    }
+}
+
+template <typename Scalar>
+void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors, Scalar* scratch) {
+    if constexpr (kMostVectors == 4) {
+        if (vectors == 4) return winograd<Scalar, 4>(conv, weight, scratch);
+        if (vectors == 3) return winograd<Scalar, 3>(conv, weight, scratch);
+    }
+    return vectors == 2 ? winograd<Scalar, 2>(conv, weight, scratch) : winograd<Scalar, 1>(conv, weight, scratch);
+}
+
 // ---- the images and layer 1's patches -------------------------------------------------------------------------------
 
 template <typename Scalar>
@@ -276,16 +458,22 @@ void patch_sum(const ConvTask<Scalar>& t, std::int64_t item) {
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t c = b.inputs, step = b.stride * c;
     Scalar* sums = t.partial(item);
-    for (int tap = 0; tap < 9; ++tap) {
-        for (std::int64_t channel = 0; channel < c; ++channel) {
-            Scalar sum = 0;
+    constexpr int kL = kLanes<Scalar>;
+    for (std::int64_t dy = 0; dy < 3; ++dy) {
+        for (std::int64_t j = 0; j < 3 * c; j += kL) {  // of a window's row; lanes beyond it add up what nobody reads
+            Vector<Scalar> sum = {};
             for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
-                const Scalar* x = input_row(t, 0, rows.example, y) + (tap / 3 * (b.in_w + 2) + tap % 3) * c + channel;
-                Scalar of_row = 0;
-                for (std::int64_t i = 0; i < b.out_w; ++i) of_row += x[i * step];
-                sum += of_row;
+                const Scalar* x = input_row(t, 0, rows.example, y) + dy * (b.in_w + 2) * c + j;
+                Vector<Scalar> of_row[4] = {};
+                std::int64_t i = 0;
+                for (; i + 4 <= b.out_w; i += 4, x += 4 * step) {
+#pragma GCC unroll 4
+                    for (int k = 0; k < 4; ++k) of_row[k] += load_loose(x + k * step);
+                }
+                for (; i < b.out_w; ++i, x += step) of_row[0] += load_loose(x);
+                sum += (of_row[0] + of_row[1]) + (of_row[2] + of_row[3]);
             }
-            sums[tap * c + channel] = sum;
+            for (std::int64_t k = 0; k < least(kL, 3 * c - j); ++k) sums[dy * 3 * c + j + k] = sum[k];
         }
     }
 }
@@ -296,31 +484,34 @@ void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scra
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t c = b.inputs, patch = 9 * c;
     const auto* mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
-    Scalar center[kConvPatchRow] = {};
+    constexpr int kVectors = 2, kL = kLanes<Scalar>;
+    Scalar center[kConvPatchRow + kL] = {};
     for (std::int64_t j = 0; j < patch; ++j) center[j] = static_cast<Scalar>(mean[j]);
     Scalar* to = scratch;
     for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
         const Scalar* x = input_row(t, 0, rows.example, y);
         for (std::int64_t i = 0; i < b.out_w; ++i, x += b.stride * c, to += kConvPatchRow) {
+            // Whole vectors: what a row of the window leaves behind it, the next one overwrites. Behind the patch it
+            // makes columns that nobody reads.
             for (std::int64_t dy = 0; dy < 3; ++dy) {
                 const Scalar* from = x + dy * (b.in_w + 2) * c;
-                for (std::int64_t j = 0; j < 3 * c; ++j) to[dy * 3 * c + j] = from[j] - center[dy * 3 * c + j];
+                for (std::int64_t j = 0; j < 3 * c; j += kL) {
+                    store_loose(to + dy * 3 * c + j, load_loose(from + j) - load_loose(center + dy * 3 * c + j));
+                }
             }
-            for (std::int64_t j = patch; j < kConvPatchRow; ++j) to[j] = 0;
         }
     }
     const Products<Scalar> products{scratch, kConvPatchRow, 0, scratch, kConvPatchRow, 0, 1, rows.count * b.out_w};
-    constexpr int kVectors = 2, kL = kLanes<Scalar>;
+    const std::int64_t tiles = pieces(patch, most_rows(kVectors));
     for (std::int64_t column = 0; column < patch; column += kVectors * kL) {
-        for (std::int64_t j = 0; j < patch;) {
-            const std::int64_t count = least(most_rows(kVectors), patch - j);
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            const std::int64_t j = start_of(tile, patch, tiles), count = start_of(tile + 1, patch, tiles) - j;
             Products<Scalar> of_tile = products;
             of_tile.x += j;
             of_tile.grad += column;
             // Columns of one tile lie together, as channels of a group do.
             outer_tile_of<Scalar>(kVectors, count)(t.partial(item) + column * patch + j * kVectors * kL, of_tile,
                                                    false);
-            j += count;
         }
     }
 }
@@ -358,6 +549,15 @@ void pack_back(const ConvTask<Scalar>& t, int block) {
             }
         }
     }
+}
+
+template <typename Scalar>
+void transform_weights(const ConvTask<Scalar>& t, int block, bool back) {
+    const ConvBlockPlan& b = t.block(block);
+    if (!b.winograd) return;
+    const std::int64_t group = (back ? b.vectors_back : b.vectors) * kLanes<Scalar>;
+    transform_kernels(t.at(t.layout->winograd), t.at(back ? b.weight_back : b.weight), t.shape->filters,
+                      t.layout->channels, group);
 }
 
 // The mean of one item and its squared deviations from it, vector by vector of channels.
@@ -481,8 +681,14 @@ void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* sc
     const std::int64_t row = (keeps ? b.out_w + 2 : b.out_w) * channels;
     Scalar* raw =
         keeps ? t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels : scratch;
-    const Runs runs = window_runs((b.in_w + 2) * std::int64_t{b.input_lanes}, b.input_lanes, b.inputs, group);
-    for (std::int64_t first = 0; first < channels; first += group) {
+    const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
+    if (b.winograd) {
+        const Scalar* x = input_row(t, block, rows.example, rows.first);
+        winograd<Scalar>({raw, row, x, in_row, rows.count, b.out_w, b.inputs, channels}, t.at(t.layout->winograd),
+                         b.vectors, scratch);
+    }
+    const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
+    for (std::int64_t first = 0; first < channels && !b.winograd; first += group) {
         const Scalar* weight = t.at(b.weight) + first * 9 * b.inputs;
         for (std::int64_t y = 0; y < rows.count; ++y) {
             convolve_row(raw + y * row + first, channels, input_row(t, block, rows.example, rows.first + y),
@@ -714,7 +920,7 @@ void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, 
 // Rows of the halved gradient before a block, a gather from the block's raw gradient: with stride 2 the windows that
 // cover an input position are those of its parity.
 template <typename Scalar>
-void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const ConvBlockPlan& before = t.block(block - 1);
     const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
@@ -722,8 +928,12 @@ void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
     const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
     Scalar* out = t.at(t.layout->halved_grad) + (rows.example * b.in_h + rows.first) * b.in_w * channels;
+    if (b.winograd) {
+        winograd<Scalar>({out, b.in_w * channels, grads + rows.first * row, row, rows.count, b.in_w, filters, channels},
+                         t.at(t.layout->winograd), b.vectors_back, scratch);
+    }
     const Runs window = window_runs(row, channels, filters, group);
-    for (std::int64_t first = 0; first < channels; first += group) {
+    for (std::int64_t first = 0; first < channels && !b.winograd; first += group) {
         const Scalar* weight = t.at(b.weight_back) + first * 9 * filters;
         for (std::int64_t i = 0; i < rows.count; ++i) {
             Scalar* to = out + i * b.in_w * channels + first;
@@ -751,6 +961,34 @@ void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     halved_sums(t, block - 1, item);
 }
 
+// to[rows, out_w, channels] <- block 0's halved gradient at the winners, 0 elsewhere; rows in pairs.
+template <typename Scalar>
+void scatter_to_winners(const ConvTask<Scalar>& t, const Rows& rows, const Scalar* halved_grad, Scalar* to) {
+    const ConvBlockPlan& b = t.block(0);
+    const std::int64_t channels = t.layout->channels, row = b.out_w * channels;
+    const auto* choices =
+        reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) + rows.example * b.half_h * b.half_w * channels;
+    for (std::int64_t y = 0; y < rows.count; ++y) {  // pooling drops an odd last row and column
+        const bool counts = (rows.first + y) / 2 < b.half_h;
+        Scalar* dropped = to + y * row + (counts ? 2 * b.half_w * channels : 0);
+        for (; dropped < to + (y + 1) * row; dropped += kLanes<Scalar>) store(dropped, Vector<Scalar>{});
+    }
+    for (std::int64_t y = 0; y < rows.count && (rows.first + y) / 2 < b.half_h; y += 2) {
+        const std::int64_t half = (rows.first + y) / 2 * b.half_w * channels;
+        for (std::int64_t x = 0; x < b.half_w; ++x) {
+            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                const Vector<Scalar> grad = load(halved_grad + half + x * channels + c);
+                const Mask<Scalar> choice = load_choice<Scalar>(choices + half + x * channels + c);
+                Scalar* corner = to + y * row + 2 * x * channels + c;
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    store(corner + i / 2 * row + i % 2 * channels, choice == i ? grad : Vector<Scalar>{});
+                }
+            }
+        }
+    }
+}
+
 template <typename Scalar>
 void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
@@ -758,24 +996,8 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
     const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
     const Scalar* grads = halved_grad + rows.first * b.half_w * channels;
-    if (b.stride == 1) {  // the halved gradient at the winners, 0 elsewhere
-        const auto* choices = reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) +
-                              rows.example * b.half_h * b.half_w * channels;
-        for (std::int64_t y = 0; y < rows.count; ++y) {
-            const std::int64_t half_y = (rows.first + y) / 2;
-            for (std::int64_t x = 0; x < b.out_w; ++x) {
-                const bool counts = half_y < b.half_h && x / 2 < b.half_w;
-                const std::int64_t half = (half_y * b.half_w + x / 2) * channels;
-                const int i = static_cast<int>(y % 2 * 2 + x % 2);
-                for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-                    Vector<Scalar> grad = {};
-                    if (counts) {
-                        grad = load_choice<Scalar>(choices + half + c) == i ? load(halved_grad + half + c) : grad;
-                    }
-                    store(scratch + (y * b.out_w + x) * channels + c, grad);
-                }
-            }
-        }
+    if (b.stride == 1) {
+        scatter_to_winners(t, rows, halved_grad, scratch);
         grads = scratch;
     }
     const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
@@ -870,6 +1092,7 @@ constexpr ConvStages<Scalar> table() {
             patch_sum<Scalar>,
             patch_covariance<Scalar>,
             pack_back<Scalar>,
+            transform_weights<Scalar>,
             forward<Scalar>,
             statistics<Scalar>,
             normalise<Scalar>,

@@ -37,6 +37,8 @@ struct ConvStages {
 
     // weight_back <- weight, of a block after the first
     void (*pack_back)(const ConvTask<Scalar>&, int block);
+    // winograd <- weight or, for the data gradient, weight_back, where the block multiplies so
+    void (*transform_weights)(const ConvTask<Scalar>&, int block, bool back);
     // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
     // squared deviations. Block 0 with max-pooling keeps its raw values in scratch, and goes on to `halved`: its
     // statistics are known before.
@@ -57,7 +59,7 @@ struct ConvStages {
     void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t first_tile, std::int64_t last_tile);
     // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. An item is one of
     // the block before.
-    void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
+    void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // partial[item] <- sum of patches times halved_grad at the winners
     void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
     // weight_grad of block 0, from partial and the covariance

@@ -45,12 +45,26 @@ constexpr std::int32_t conv_item_rows(std::int64_t rows, std::int64_t width) {
     return static_cast<std::int32_t>(smaller(rows, 2 * ceil_div(kConvItemPositions, 2 * width)));
 }
 
+// F(2x2, 3x3) handles so many tiles of 2 x 2 outputs at once: enough for whole register tiles, and their 16 values a
+// channel, transformed and multiplied, stay close in the cache.
+inline constexpr std::int64_t kConvWinogradTiles = 12;
+
+constexpr std::int64_t conv_winograd_scratch(std::int64_t channels) {
+    return 2 * 16 * kConvWinogradTiles * channels;
+}
+
+// Whether F(2x2, 3x3) saves multiplications, with a fifth on top for its transforms: not where most of a tile is cut off.
+constexpr bool conv_winograd_pays(std::int64_t height, std::int64_t width) {
+    return 16 * ceil_div(height, 2) * ceil_div(width, 2) * 6 < 9 * height * width * 5;
+}
+
 // One block: [n, in_h, in_w, inputs] -> convolution [n, out_h, out_w, filters] -> halved [n, half_h, half_w, filters].
 struct ConvBlockPlan {
     std::int32_t inputs;       // channels that carry data
     std::int32_t input_lanes;  // scalars from one position to the next
     std::int32_t in_h, in_w, out_h, out_w, half_h, half_w;
     std::int32_t stride;
+    bool winograd;              // forward and data gradient by F(2x2, 3x3) instead of directly
     std::int32_t vectors;       // of a group of output channels
     std::int32_t vectors_back;  // of a group of input channels, in the data gradient
     std::int32_t rows;          // convolution rows of an item: an even number, or all
@@ -96,6 +110,7 @@ struct ConvCpuLayout {
     std::int64_t classifier_grad;  // [ways, features]
     std::int64_t classifier_bias;  // [ways]
     std::int64_t classifier_bias_grad;
+    std::int64_t winograd;     // [16, filters, channels], transformed weights of one block at a time; or none
     std::int64_t logits;       // [n, ways]
     std::int64_t logits_grad;  // [n, ways]
     std::int64_t partial;      // what items leave to be added up: [items of all images, partial_size]
@@ -149,6 +164,7 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
     block.out_w = static_cast<std::int32_t>(pools ? w : (w + 1) / 2);
     block.half_h = static_cast<std::int32_t>(conv_half(h, shape.halving));
     block.half_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
+    block.winograd = i > 0 && pools && conv_winograd_pays(block.out_h, block.out_w);
     block.vectors = conv_group_vectors(shape.filters, block.out_w, unit);
     block.vectors_back = conv_group_vectors(shape.filters, ceil_div(w, block.stride), unit);
     block.rows = conv_item_rows(block.out_h, block.out_w);
@@ -166,12 +182,14 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     ConvCpuLayout layout{};
     layout.channels = static_cast<std::int32_t>(channels);
     std::int64_t h = shape.height, w = shape.width, items = 1, largest_half = 0;
+    std::int64_t winograd_scratch = 0;
     for (int i = 0; i < shape.blocks; ++i) {
         const ConvBlockPlan& block = layout.blocks[i] = conv_block_plan(shape, i, h, w, unit);
         items = larger(items, larger(block.items, block.half_items));
         h = block.half_h;
         w = block.half_w;
         largest_half = larger(largest_half, h * w);
+        if (block.winograd) winograd_scratch = conv_winograd_scratch(channels);
     }
     layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
 
@@ -202,6 +220,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.classifier_grad = places.take(shape.ways * layout.features);
     layout.classifier_bias = places.take(shape.ways);
     layout.classifier_bias_grad = places.take(shape.ways);
+    layout.winograd = winograd_scratch > 0 ? places.take(16 * shape.filters * channels) : -1;
     layout.logits = places.take(n * shape.ways);
     layout.logits_grad = places.take(n * shape.ways);
     // An item leaves two vectors of channels, or its part of layer 1's weight gradient, or of the patches' covariance.
@@ -212,9 +231,11 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
-    // A thread keeps block 0's rows of an item to itself: raw values, their gradient, or patches.
+    // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, the last of which ends
+    // within a vector; or the tiles of F(2x2, 3x3).
     const ConvBlockPlan& first = layout.blocks[0];
-    places.take(first.rows * first.out_w * larger(channels, kConvPatchRow));
+    const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
+    places.take(larger(of_first, winograd_scratch));
     layout.scratch = places.at - layout.size;
     return layout;
 }
