@@ -245,11 +245,11 @@ void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int6
 }
 
 // ---- Winograd's F(2x2, 3x3) -----------------------------------------------------------------------------------------
-// Two by two outputs out of 16 products a channel instead of 36 (Lavin and Gray 2015). Tiles and pooling windows are the
-// same squares. Where the image is constant along an axis under a tile, the products that tell its outputs apart are
-// exactly 0: equal outputs stay equal, and max-pooling takes the first of them as it does after a direct convolution.
+// Two by two outputs out of 16 products a channel instead of 36 (Lavin and Gray 2015). Tiles are pooling windows. Where
+// the image is constant along an axis under a tile, the products that tell its outputs apart are exactly 0: equal outputs
+// stay equal, and max-pooling takes the first of them as it does after a direct convolution.
 
-// to[plane, channels] <- the weights of `weight` [groups, 9, inputs, group], transformed: planes [groups, inputs, group]
+// to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed
 template <typename Scalar>
 void transform_kernels(Scalar* to, const Scalar* weight, std::int64_t inputs, std::int64_t channels,
                        std::int64_t group) {

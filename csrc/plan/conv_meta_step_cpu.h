@@ -53,7 +53,8 @@ constexpr std::int64_t conv_winograd_scratch(std::int64_t channels) {
     return 2 * 16 * kConvWinogradTiles * channels;
 }
 
-// Whether F(2x2, 3x3) saves multiplications, with a fifth on top for its transforms: not where most of a tile is cut off.
+// Whether F(2x2, 3x3) saves multiplications, with a fifth on top for its transforms: not where most of a tile is cut
+// off.
 constexpr bool conv_winograd_pays(std::int64_t height, std::int64_t width) {
     return 16 * ceil_div(height, 2) * ceil_div(width, 2) * 6 < 9 * height * width * 5;
 }
@@ -231,7 +232,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
-    // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, the last of which ends
+    // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, of which the last ends
     // within a vector; or the tiles of F(2x2, 3x3).
     const ConvBlockPlan& first = layout.blocks[0];
     const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
