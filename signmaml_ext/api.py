@@ -152,6 +152,7 @@ def meta_step(
     Determinism: the same call gives the same result wherever torch's kernels do; CPU runs are bitwise repeatable for a
     fixed number of threads. Memory: one forward and backward pass; it grows with K for "maml" and for an `inner_lr`
     that requires grad, else not. A recorded graph keeps its memory; `signmaml_ext.graphs.clear()` gives it back.
+    Native meta-steps on the CPU keep two work buffers of at most 128 MiB each for the next call.
 
     Example:
         >>> import torch, signmaml_ext

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional, modes
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Known:
     """What was found out about a module, good for as long as its structure stays the same."""
 
     structure: Hashable
-    layers: tuple[Layer, ...] | str  # or why it is no chain
+    answers: dict[str, Any] = field(default_factory=dict)  # by question, see `remembered`
     computed: set[Hashable] = field(default_factory=set)  # what its numbers were held against, see `computes`
 
 
@@ -63,7 +65,7 @@ def one_look() -> Iterator[None]:
 
 
 def of_module(model: nn.Module) -> Known:
-    """The chain that a module's forward is, or why it is none; remembered until the module's structure changes."""
+    """What is known about a module with its present structure."""
     seen = _seen.get()
     if seen is None:
         return _of_module(model)
@@ -76,9 +78,23 @@ def _of_module(model: nn.Module) -> Known:
     structure = _structure(model)
     known = _known.get(model)
     if known is None or known.structure != structure:
-        known = Known(structure, _why_untraceable(model) or _trace(model))
+        known = Known(structure)
         _known[model] = known
     return known
+
+
+def remembered(model: nn.Module, question: str, find: Callable[[nn.Module], Answer]) -> Answer:
+    """What `find` says about a module; asked once, and again when the module's structure has changed."""
+    answers = of_module(model).answers
+    if question not in answers:
+        answers[question] = find(model)
+    answer: Answer = answers[question]
+    return answer
+
+
+def layers_of(model: nn.Module) -> tuple[Layer, ...] | str:
+    """The chain that a module's forward is, or why it is none."""
+    return remembered(model, "layers", lambda model: _why_untraceable(model) or _trace(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,23 +102,42 @@ def _of_module(model: nn.Module) -> Known:
 
 
 def _structure(model: nn.Module) -> Hashable:
-    return tuple(
-        (name, type(module), *[(key, _fingerprint(value)) for key, value in vars(module).items()])
-        for name, module in model.named_modules()
-    )
+    """One flat tuple: most of what a call costs on the host is spent here."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        attributes = vars(module)
+        found.extend((name, type(module), len(attributes)))
+        for key, value in attributes.items():
+            found.append(key)
+            if type(value) in _PLAIN:
+                found.append(value)
+            elif isinstance(value, dict) and not value:
+                found.append(dict)  # most of them, such as hooks of all kinds
+            else:
+                _add(found, value)
+    return tuple(found)
 
 
-def _fingerprint(value: object) -> Hashable:
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+def _add(found: list[Any], value: object) -> None:
     """A plain value itself; else which object it is. Dictionaries hold parameters, buffers, submodules and hooks."""
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    if isinstance(value, tuple):
-        return tuple(_fingerprint(item) for item in value)
     if isinstance(value, dict):
-        return tuple((key, _fingerprint(item)) for key, item in value.items())
-    if isinstance(value, Tensor):
-        return id(value), tuple(value.shape)
-    return id(value)
+        found.extend((dict, len(value)))
+        for key, item in value.items():
+            found.append(key)
+            _add(found, item)
+    elif isinstance(value, Tensor):
+        found.extend((id(value), value.shape))
+    elif isinstance(value, (tuple, list)):
+        found.extend((type(value), len(value)))
+        for item in value:
+            _add(found, item)
+    elif isinstance(value, (bool, int, float, str, type(None))):
+        found.append(value)
+    else:
+        found.append(id(value))
 
 
 _HOOKS = {

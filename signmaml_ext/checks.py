@@ -65,6 +65,15 @@ class InnerRates:
         """The rates that want a gradient, by their key in `values`."""
         return {k: v for k, v in self.values.items() if isinstance(v, Tensor) and v.requires_grad}
 
+    def tensors(self) -> bool:
+        """Whether any rate is a tensor; if none is, `number` says it all."""
+        return any(isinstance(value, Tensor) for value in self.values.values())
+
+    def number(self, name: str) -> float:
+        """The rate of one parameter, where no rate is a tensor."""
+        value = self.values[""] if "" in self.values else self.values[name]
+        return float(value)
+
     def varies_by_step(self, key: str, parameter_ndim: int) -> bool:
         """Whether the first axis of the rate under `key` counts inner steps."""
         value = self.values[key]

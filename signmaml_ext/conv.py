@@ -75,20 +75,12 @@ def _why_not_images(problem: Problem, found: spec.ConvSpec) -> str | None:
 
 def meta_gradients(problem: Problem, native: ModuleType = _loader.C) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
-    found = _spec_of(problem)
-    return fused.meta_gradients(problem, found, native, lambda part, tensors: _call(part, tensors, found, native))
+    return fused.meta_gradients(problem, spec.conv_from_module(problem.model), native, _call)
 
 
 def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
-    found = _spec_of(problem)
-    return fused.adapt(problem, found, native, lambda part, tensors: _call(part, tensors, found, native))
-
-
-def _spec_of(problem: Problem) -> spec.ConvSpec:
-    found = spec.conv_from_module(problem.model)
-    assert not isinstance(found, str), "why_not has a reason for this problem"
-    return found
+    return fused.adapt(problem, spec.conv_from_module(problem.model), native, _call)
 
 
 def shape_of(problem: Problem, found: spec.ConvSpec) -> dict[str, Any]:
@@ -111,27 +103,25 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.ConvSpec, na
     shape, sizes = shape_of(problem, found), fused.sizes_of(problem)
     steps, by_sign = problem.steps, problem.method == "sign-maml"
 
-    def with_workspace(size: int) -> dict[str, int]:
-        workspace = torch.empty(size, dtype=torch.uint8, device=problem.device)
-        # Held until the call returns; on a stream, torch's allocator gives it to nobody who could come before.
-        tensors["workspace"] = workspace
-        return fused.addresses(tensors)
-
     if fused.on_cuda(problem, native):
         index = problem.device.index or 0
         plan = native.plan_conv_meta_step(
             shape, **sizes, steps=steps, precision=problem.precision, multiprocessors=native.multiprocessors(index),
             wants_grads="grads" in tensors, wants_adapted="adapted" in tensors,
         )  # fmt: skip
+        # Held until the call returns; on a stream, torch's allocator gives it to nobody who could come before.
+        tensors["workspace"] = torch.empty(plan["workspace_bytes"], dtype=torch.uint8, device=problem.device)
         with Range("conv_meta_step", problem.device):
             native.conv_meta_step_cuda(
-                with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
+                fused.addresses(tensors), shape, **sizes, steps=steps, by_sign=by_sign,
                 precision=problem.precision, device=index, stream=fused.stream_of(problem.device),
             )  # fmt: skip
     else:
         threads = torch.get_num_threads()
         plan = native.plan_conv_meta_step_cpu(shape, *sizes.values(), problem.dtype.itemsize, threads)
-        native.conv_meta_step_cpu(
-            with_workspace(plan["workspace_bytes"]), shape, **sizes, steps=steps, by_sign=by_sign,
-            is_double=problem.dtype == torch.float64, threads=threads,
-        )  # fmt: skip
+        with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8, problem.device, native) as workspace:
+            tensors["workspace"] = workspace
+            native.conv_meta_step_cpu(
+                fused.addresses(tensors), shape, **sizes, steps=steps, by_sign=by_sign,
+                is_double=problem.dtype == torch.float64, threads=threads,
+            )  # fmt: skip

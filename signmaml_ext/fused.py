@@ -7,9 +7,13 @@ Definition: reference.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +27,47 @@ from .spec import ConvSpec, MlpSpec
 # Gradients of so many bytes are held at once; more tasks run in several calls.
 CHUNK_BYTES = 256 * 2**20
 
-Spec = MlpSpec | ConvSpec
-# The native call: fills the results among the tensors, by name, for all tasks of the problem.
-Call = Callable[[Problem, dict[str, Tensor]], None]
+# The largest buffer of a kind that stays between calls on the CPU.
+KEPT_BYTES = 128 * 2**20
+
+Spec = TypeVar("Spec", MlpSpec, ConvSpec)
+# A family's native call: fills the results among the tensors, by name, for all tasks of the problem.
+Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
+
+
+class Scratch:
+    """Memory that a call on the CPU hands on to the next one: pages of fresh memory are zeroed one fault at a time.
+
+    One buffer of at most `KEPT_BYTES` stays. Calls at the same time, on several threads, get buffers of their own. On
+    CUDA torch's allocator keeps memory by itself, and on the emulated GPU what is read must have been written before.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[Tensor] = deque(maxlen=1)  # of bytes; taking out and putting back are atomic
+
+    @contextlib.contextmanager
+    def of(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, native: ModuleType
+    ) -> Iterator[Tensor]:
+        """A contiguous tensor for the duration of a context; holds anything."""
+        if device.type != "cpu" or native is not _loader.C:
+            yield torch.empty(shape, dtype=dtype, device=device)
+            return
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            buffer = self._kept.pop()
+        except IndexError:
+            buffer = None
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        try:
+            yield buffer[:size].view(dtype).view(shape)
+        finally:
+            if buffer.numel() <= KEPT_BYTES:
+                self._kept.append(buffer)
+
+
+GRADIENTS, WORKSPACE = Scratch(), Scratch()
 
 
 def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)) -> str | None:
@@ -42,17 +84,18 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
         return f"task_state {problem.task_state!r} is served by the flat-buffer operators"
     if problem.precision not in precisions:
         return f"it computes in {' or '.join(precisions)} there, and precision is {problem.precision!r}"
-    used = {id(problem.model.get_parameter(name)) for name in names}
+    parameters = _parameters(problem, names)
+    used = {id(parameter) for parameter in parameters}
     if any(id(parameter) not in used for parameter in problem.params.values()):
         return "it has trainable parameters that its layers do not use"
-    dtypes = {problem.model.get_parameter(name).dtype for name in names}
+    dtypes = {parameter.dtype for parameter in parameters}
     if dtypes != {problem.support_x.dtype} or (problem.query_x is not None and problem.query_x.dtype not in dtypes):
         return "parameters and inputs have several dtypes"
     if not dtypes <= set(ops.SCALARS):
         return f"it computes in float32 or float64, and the model is {dtypes.pop()}"
     if problem.rates.learnable():
         return "inner_lr requires grad, which the pure PyTorch backend serves"
-    for name in problem.adapted if problem.steps else ():
+    for name in problem.adapted if problem.steps and problem.rates.tensors() else ():
         rate = problem.rates.at(0, name, problem.params[name][None], {})
         if isinstance(rate, Tensor) and rate.numel() != 1:
             return f"inner_lr varies within parameter {name!r}"
@@ -61,28 +104,38 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
     return None
 
 
+def _parameters(problem: Problem, names: tuple[str, ...]) -> list[Tensor]:
+    """Parameters by name, also those that do not require grad."""
+    trainable = problem.params
+    return [trainable[name] if name in trainable else problem.model.get_parameter(name) for name in names]
+
+
 def on_cuda(problem: Problem, native: ModuleType) -> bool:
     """Whether the CUDA kernels run: on a CUDA device, or emulated, by another module than the package's own."""
     return problem.device.type == "cuda" or native is not _loader.C
 
 
-def meta_gradients(problem: Problem, spec: Spec, native: ModuleType, call: Call) -> MetaGradients:
+def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spec]) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
+    assert not isinstance(spec, str), "why_not has a reason for this problem"
     _check(problem, spec, native)
-    parameters = [problem.model.get_parameter(name) for name in spec.names]
+    parameters = _parameters(problem, spec.names)
     sizes = [parameter.numel() for parameter in parameters]
     size = sum(sizes)
     chunk = max(1, CHUNK_BYTES // (size * problem.dtype.itemsize))
     skip = problem.nonfinite == "skip"
     parts, means, lives = [], [], []
     for first in range(0, problem.tasks, chunk):
-        part = _run(_tasks(problem, first, chunk), spec, call, wants_grads=True)
+        tasks = min(chunk, problem.tasks - first)
         of_chunk = parameters[0].new_zeros(size)
-        ops.meta_accumulate_(of_chunk, part["grads"], nonfinite=part["nonfinite"], skip_nonfinite=skip)
-        del part["grads"]  # the next chunk's may lie in the same memory
+        with GRADIENTS.of((tasks, size), problem.dtype, problem.device, native) as grads:
+            whole = tasks == problem.tasks
+            part = _run(problem if whole else _tasks(problem, first, tasks), spec, native, call, grads)
+            flags = part["nonfinite"]
+            ops.meta_accumulate_(of_chunk, grads, nonfinite=flags, skip_nonfinite=skip)
         parts.append(part)
         means.append(of_chunk)
-        lives.append((~part["nonfinite"] if skip else torch.ones_like(part["nonfinite"])).sum())
+        lives.append((~flags).sum() if skip else torch.full((), tasks, dtype=torch.int64, device=flags.device))
     if len(parts) == 1:
         mean, live_tasks = means[0], lives[0]
     else:
@@ -92,19 +145,20 @@ def meta_gradients(problem: Problem, spec: Spec, native: ModuleType, call: Call)
     return MetaGradients(
         params={name: by_name[name].view(parameter.shape) for name, parameter in problem.params.items()},
         rates={},
-        query_loss=torch.cat([part["query_loss"] for part in parts]),
+        query_loss=_joined([part["query_loss"] for part in parts]),
         query_accuracy=_accuracy(parts),
-        support_loss=torch.cat([part["support_loss"] for part in parts], dim=1),
-        nonfinite=torch.cat([part["nonfinite"] for part in parts]),
+        support_loss=_joined([part["support_loss"] for part in parts], dim=1),
+        nonfinite=_joined([part["nonfinite"] for part in parts]),
         live_tasks=live_tasks,
     )
 
 
-def adapt(problem: Problem, spec: Spec, native: ModuleType, call: Call) -> Adaptation:
+def adapt(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spec]) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
+    assert not isinstance(spec, str), "why_not has a reason for this problem"
     _check(problem, spec, native)
-    part = _run(problem, spec, call, wants_grads=False)
-    sizes = [problem.model.get_parameter(name).numel() for name in spec.names]
+    part = _run(problem, spec, native, call, None)
+    sizes = [parameter.numel() for parameter in _parameters(problem, spec.names)]
     by_name = dict(zip(spec.names, part["adapted"].split(sizes, dim=1), strict=True))
     return Adaptation(
         params={name: by_name[name].reshape(-1, *problem.params[name].shape) for name in problem.adapted},
@@ -116,12 +170,12 @@ def adapt(problem: Problem, spec: Spec, native: ModuleType, call: Call) -> Adapt
     )
 
 
-def _check(problem: Problem, spec: Spec, native: ModuleType) -> None:
+def _check(problem: Problem, spec: MlpSpec | ConvSpec, native: ModuleType) -> None:
     if problem.loss == "cross_entropy" and not on_cuda(problem, native):
         check_labels(problem, outputs(spec))
 
 
-def outputs(spec: Spec) -> int:
+def outputs(spec: MlpSpec | ConvSpec) -> int:
     """Width of the predictions."""
     return spec.ways if isinstance(spec, ConvSpec) else spec.widths[-1]
 
@@ -135,13 +189,21 @@ def _tasks(problem: Problem, first: int, count: int) -> Problem:
 def _accuracy(parts: list[dict[str, Tensor]]) -> Tensor | None:
     if "query_accuracy" not in parts[0]:
         return None
-    return torch.cat([part["query_accuracy"] for part in parts]).to(torch.float32)
+    return _joined([part["query_accuracy"] for part in parts]).to(torch.float32)
 
 
-def _run(problem: Problem, spec: Spec, call: Call, *, wants_grads: bool) -> dict[str, Tensor]:
-    """One native call; the results by name, of the tasks of the problem."""
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _run(problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], grads: Tensor | None) -> dict[str, Tensor]:
+    """One native call; the results by name, of the tasks of the problem.
+
+    Args:
+        grads: `[T, P]`, for the gradients of a meta-step; None: the adapted parameters and the predictions are wanted.
+    """
     tasks, dtype, device = problem.tasks, problem.dtype, problem.device
-    theta = torch.cat([problem.model.get_parameter(name).detach().reshape(-1) for name in spec.names])
+    theta = torch.cat([parameter.detach().reshape(-1) for parameter in _parameters(problem, spec.names)])
     classifies = problem.loss == "cross_entropy"
 
     def empty(*shape: int) -> Tensor:
@@ -155,32 +217,34 @@ def _run(problem: Problem, spec: Spec, call: Call, *, wants_grads: bool) -> dict
         results["query_loss"] = empty(tasks)
         if classifies:
             results["query_accuracy"] = empty(tasks)
-    if wants_grads:
-        results["grads"] = empty(tasks, theta.numel())
+    arguments: dict[str, Tensor] = {}
+    if grads is not None:
+        arguments["grads"] = grads
     else:
         results["adapted"] = empty(tasks, theta.numel())
         if problem.query_x is not None:
             results["logits"] = empty(tasks, problem.query_x.shape[1], outputs(spec))
-    arguments = {
+    arguments |= {
         "theta": theta,
         "lr": _rates(problem, spec.names),
         "adapt": constant(tuple(name in problem.adapted for name in spec.names), torch.bool, device),
         **_set("support", problem.support_x, problem.support_y, classifies),
         **_set("query", problem.query_x, problem.query_y, classifies),
     }
-    call(problem, {**arguments, **results})
+    call(problem, {**arguments, **results}, spec, native)
     return results
 
 
 def _rates(problem: Problem, names: tuple[str, ...]) -> Tensor:
     """`[K * tensors]`: the rate of every tensor of the network at every step; 0 for those that stay."""
+    if not problem.rates.tensors():
+        once = tuple(problem.rates.number(name) if name in problem.adapted else 0.0 for name in names)
+        return constant(once * problem.steps, problem.dtype, problem.device)
     values = [
         problem.rates.at(step, name, problem.params[name][None], {}) if name in problem.adapted else 0.0
         for step in range(problem.steps)
         for name in names
     ]
-    if not any(isinstance(value, Tensor) for value in values):
-        return constant(tuple(values), problem.dtype, problem.device)
     zero = torch.zeros((), dtype=problem.dtype, device=problem.device)
     return torch.stack([(zero + value).reshape(()) for value in values])
 

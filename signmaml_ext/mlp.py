@@ -51,20 +51,12 @@ def _targets_fit(problem: Problem, outputs: int) -> bool:
 
 def meta_gradients(problem: Problem, native: ModuleType = _loader.C) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
-    found = _spec_of(problem)
-    return fused.meta_gradients(problem, found, native, lambda part, tensors: _call(part, tensors, found, native))
+    return fused.meta_gradients(problem, spec.mlp_from_module(problem.model), native, _call)
 
 
 def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
-    found = _spec_of(problem)
-    return fused.adapt(problem, found, native, lambda part, tensors: _call(part, tensors, found, native))
-
-
-def _spec_of(problem: Problem) -> spec.MlpSpec:
-    found = spec.mlp_from_module(problem.model)
-    assert not isinstance(found, str), "why_not has a reason for this problem"
-    return found
+    return fused.adapt(problem, spec.mlp_from_module(problem.model), native, _call)
 
 
 def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.MlpSpec, native: ModuleType) -> None:
@@ -89,5 +81,6 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.MlpSpec, nat
     else:
         threads = torch.get_num_threads()
         plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads)
-        tensors["workspace"] = tensors["theta"].new_empty(plan["workspace_scalars"])
-        native.mlp_meta_step_cpu(fused.addresses(tensors), *network, **options, threads=threads)
+        with fused.WORKSPACE.of((plan["workspace_scalars"],), problem.dtype, problem.device, native) as workspace:
+            tensors["workspace"] = workspace
+            native.mlp_meta_step_cpu(fused.addresses(tensors), *network, **options, threads=threads)

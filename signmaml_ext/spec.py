@@ -7,6 +7,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class MlpSpec:
     widths: tuple[int, ...]
     activation: str
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All parameters in order: weight and bias of the first layer, of the second, ..."""
         return tuple(name for layer in self.layers for name in layer)
@@ -143,11 +144,15 @@ def mlp_from_module(model: nn.Module) -> MlpSpec | str:
     What counts is the computation, not the class: any module whose forward is flatten (if at all), linear, activation,
     linear, ..., linear; see `chain`.
     """
+    return chain.remembered(model, "mlp", _mlp_from_module)
+
+
+def _mlp_from_module(model: nn.Module) -> MlpSpec | str:
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         return "it has no linear layer"
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
         return "it has convolutions"  # said without tracing, which takes its time
-    layers = chain.of_module(model).layers
+    layers = chain.layers_of(model)
     return layers if isinstance(layers, str) else _match_mlp(layers)
 
 
@@ -252,7 +257,7 @@ class ConvSpec:
     halving: str
     readout: str
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All parameters in the order of params/conv_meta_step.h."""
         names: list[str] = []
@@ -269,9 +274,13 @@ def conv_from_module(model: nn.Module) -> ConvSpec | str:
     one sequence, pooling after or before the ReLU (their order changes neither value nor gradient), the classifier on
     the flattened features or on their mean over height and width; see `chain`.
     """
+    return chain.remembered(model, "conv", _conv_from_module)
+
+
+def _conv_from_module(model: nn.Module) -> ConvSpec | str:
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return "it has no 2d convolution"  # said without tracing, which takes its time
-    layers = chain.of_module(model).layers
+    layers = chain.layers_of(model)
     return layers if isinstance(layers, str) else _match_conv(layers)
 
 

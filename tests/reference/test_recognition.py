@@ -351,3 +351,33 @@ def test_reading_a_module_again_is_cheap(monkeypatch):
     for _ in range(3):
         spec.conv_from_module(model)
     assert len(traces) == 1
+
+
+CHANGES = {
+    "mode": lambda m: m.eval(),
+    "an attribute": lambda m: setattr(m, "number", 2),
+    "an attribute more": lambda m: setattr(m, "more", None),
+    "an attribute less": lambda m: delattr(m, "number"),
+    "nothing in place of an empty dictionary": lambda m: setattr(m, "table", None),
+    "an entry of a dictionary": lambda m: m.table.update(a=1),
+    "an item of a list": lambda m: m.listed.append(3),
+    "a tuple in place of a list": lambda m: setattr(m, "listed", tuple(m.listed)),
+    "a function": lambda m: setattr(m, "function", lambda x: x),
+    "a parameter": lambda m: setattr(m[1], "weight", nn.Parameter(m[1].weight.detach().clone())),
+    "a parameter's shape": lambda m: setattr(m[1].bias, "data", torch.zeros(1)),
+    "a frozen layer's place": lambda m: m.__setitem__(1, nn.Linear(3, 3)),
+    "the order of layers": lambda m: m._modules.update({"1": m[2], "2": m[1]}),
+    "a hook": lambda m: m[2].register_forward_hook(lambda *_: None),
+    "a buffer": lambda m: m.register_buffer("offset", torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_structure_is_noticed(change):
+    """Once more the same is known again; after any change nothing is."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    model.number, model.table, model.listed, model.function = 1, {}, [1, 2], torch.relu
+    known = chain.of_module(model)
+    assert chain.of_module(model) is known
+    CHANGES[change](model)
+    assert chain.of_module(model) is not known

@@ -1,0 +1,100 @@
+"""Memory that fused calls on the CPU hand on: reused, bounded, never shared by two calls, never part of a result."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import signmaml_ext
+from helpers.perceptrons import network, tasks_for
+from signmaml.models import Conv4
+from signmaml_ext import fused
+from signmaml_ext._loader import C
+
+CPU = torch.device("cpu")
+
+
+def address(scratch: fused.Scratch, size: int, dtype: torch.dtype = torch.float32) -> int:
+    with scratch.of((size,), dtype, CPU, C) as buffer:
+        assert buffer.shape == (size,) and buffer.dtype == dtype and buffer.is_contiguous()
+        return buffer.data_ptr()
+
+
+def test_one_buffer_stays_and_grows():
+    scratch = fused.Scratch()
+    first = address(scratch, 1000)
+    assert address(scratch, 1000) == first
+    assert address(scratch, 500, torch.float64) == first  # as many bytes
+    larger = address(scratch, 100_000)
+    assert address(scratch, 1000) == larger
+
+
+def test_calls_at_the_same_time_have_their_own():
+    scratch = fused.Scratch()
+    with scratch.of((10,), torch.float32, CPU, C) as one, scratch.of((10,), torch.float32, CPU, C) as two:
+        one.fill_(1.0)
+        two.fill_(2.0)
+        assert (one == 1.0).all() and (two == 2.0).all()
+
+
+def test_nothing_large_is_kept(monkeypatch):
+    scratch = fused.Scratch()
+    monkeypatch.setattr(fused, "KEPT_BYTES", 4096)
+    address(scratch, 1025)
+    assert not scratch._kept
+    address(scratch, 1024)
+    assert [buffer.numel() for buffer in scratch._kept] == [4096]
+
+
+def test_put_back_after_an_error():
+    scratch = fused.Scratch()
+    first = address(scratch, 1000)
+    with pytest.raises(KeyError), scratch.of((10,), torch.float32, CPU, C):
+        raise KeyError
+    assert address(scratch, 1000) == first
+
+
+def cases():
+    mlp = network((3, 17, 4), nn.ReLU), tasks_for((3, 17, 4), "cross_entropy", 9, 5, 6, torch.float32)
+    images = [torch.randn(3, 4, 1, 16, 16), torch.randint(3, (3, 4)), torch.randn(3, 5, 1, 16, 16)]
+    conv = Conv4(3, 1, 8, 16), (*images, torch.randint(3, (3, 5)))
+    return {"mlp": mlp, "conv": conv}
+
+
+def outcome(model: nn.Module, data) -> list[torch.Tensor]:
+    with torch.no_grad():
+        model.zero_grad()
+    result = signmaml_ext.meta_step(model, *data, inner_lr=0.01, inner_steps=2, backend="cpu")
+    adapted = signmaml_ext.adapt(model, *data[:2], inner_lr=0.01, inner_steps=2, backend="cpu")
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    return [*grads, result.query_loss, result.support_loss, *adapted.values()]
+
+
+@pytest.mark.parametrize("family", ["mlp", "conv"])
+def test_what_lies_in_it_does_not_matter(family):
+    """Every byte set, as NaN and as a large number, before a call; results of an earlier call stay as they were."""
+    model, data = cases()[family]
+    expected = outcome(model, data)
+    copies = [value.clone() for value in expected]
+    for byte in (0xFF, 0x7E):
+        for scratch in (fused.GRADIENTS, fused.WORKSPACE):
+            assert len(scratch._kept) == 1
+            scratch._kept[0].fill_(byte)
+        for found, value in zip(outcome(model, data), expected, strict=True):
+            assert torch.equal(found, value)
+    for copy, value in zip(copies, expected, strict=True):
+        assert torch.equal(copy, value)
+
+
+def test_several_threads():
+    """Calls side by side, of different sizes, give what they give alone."""
+    works = [cases()[family] for family in ("mlp", "conv", "mlp", "conv")]
+    alone = [outcome(*work) for work in works]
+    with ThreadPoolExecutor(len(works)) as pool:
+        for _ in range(5):
+            for found, expected in zip(pool.map(lambda work: outcome(*work), works), alone, strict=True):
+                for a, b in zip(found, expected, strict=True):
+                    assert torch.equal(a, b)
