@@ -86,7 +86,8 @@ class ConvStageRunner {
             return each(task_.examples, [this, block](auto example) { stages_.normalise(task_, block, example); });
         }
         if (stage == "halved_sums") {
-            return each(half_items, [this, block](auto item) { stages_.halved_sums(task_, block, item); });
+            return each(half_items,
+                        [this, block, scratch](auto item) { stages_.halved_sums(task_, block, item, scratch); });
         }
         if (stage == "norm_grads") return [this, block] { stages_.norm_grads(task_, block); };
         if (stage == "raw_grad" && !first) {

@@ -384,18 +384,23 @@ class ConvTeam {
             if (wanted(own.weight) || wanted(own.gamma) || wanted(own.beta)) lowest = i;
         }
         classifier_grads(lowest < shape.blocks);
+        bool first_is_summed = false;
         for (int i = shape.blocks - 1; i >= lowest; --i) {
             const BlockTensors own = tensors_of(shape, i);
             const ConvBlockPlan& b = layout_.blocks[i];
             if (i + 1 == shape.blocks) {
-                each(task_.examples * b.half_items, [&](std::int64_t item) { stages_.halved_sums(task_, i, item); });
+                each_with_scratch(task_.examples * b.half_items, [&](std::int64_t item, Scalar* scratch) {
+                    stages_.halved_sums(task_, i, item, scratch);
+                });
             }
             stages_.norm_grads(task_, i);
             if (i == 0) {
                 if (!wanted(own.weight)) continue;
-                each_with_scratch(task_.examples * b.items, [&](std::int64_t item, Scalar* scratch) {
-                    stages_.first_weight_grad(task_, item, scratch);
-                });
+                if (!first_is_summed) {
+                    each_with_scratch(task_.examples * b.items, [&](std::int64_t item, Scalar* scratch) {
+                        stages_.first_weight_grad(task_, item, scratch);
+                    });
+                }
                 stages_.finish_first_weight_grad(task_);
                 continue;
             }
@@ -411,8 +416,11 @@ class ConvTeam {
             stages_.pack_back(task_, i);
             stages_.transform_weights(task_, i, /*back=*/true);
             const ConvBlockPlan& before = layout_.blocks[i - 1];
+            first_is_summed = i == 1 && wanted(tensors_of(shape, 0).weight) && before.rows == before.half_rows;
             each_with_scratch(task_.examples * before.half_items, [&](std::int64_t item, Scalar* scratch) {
                 stages_.data_grad(task_, i, item, scratch);
+                // While the item's gradient is hot, if both stages cut the images alike.
+                if (first_is_summed) stages_.first_weight_grad(task_, item, scratch);
             });
         }
     }

@@ -246,8 +246,8 @@ void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int6
 
 // ---- Winograd's F(2x2, 3x3) -----------------------------------------------------------------------------------------
 // Two by two outputs out of 16 products a channel instead of 36 (Lavin and Gray 2015). Tiles are pooling windows. Where
-// the image is constant along an axis under a tile, the products that tell its outputs apart are exactly 0: equal outputs
-// stay equal, and max-pooling takes the first of them as it does after a direct convolution.
+// the image is constant along an axis under a tile, the products that tell its outputs apart are exactly 0: what is equal
+// stays equal, and max-pooling takes the first of them as it does after a direct convolution.
 
 // to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed
 template <typename Scalar>
@@ -650,12 +650,12 @@ Winners<Scalar> winners_of(const ConvTask<Scalar>& t, int block) {
 }
 
 template <typename Scalar>
-void normalise_rows(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t first, std::int64_t last) {
+void normalise_rows(const ConvTask<Scalar>& t, int block, const Winners<Scalar>& winners, std::int64_t example,
+                    std::int64_t first, std::int64_t last) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, row = (b.half_w + 2 * b.pad) * channels;
     const Scalar* scale = t.vector(block, kScale);
     const Scalar* shift = t.vector(block, kShift);
-    const Winners<Scalar> winners = winners_of(t, block);
     for (std::int64_t y = first; y < last; ++y) {
         const Scalar* from = winners.base + example * winners.example + y * winners.row;
         Scalar* to = t.at(b.halved) + (example * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
@@ -669,37 +669,47 @@ void normalise_rows(const ConvTask<Scalar>& t, int block, std::int64_t example, 
 
 template <typename Scalar>
 void normalise(const ConvTask<Scalar>& t, int block, std::int64_t example) {
-    normalise_rows(t, block, example, 0, t.block(block).half_h);
+    normalise_rows(t, block, winners_of(t, block), example, 0, t.block(block).half_h);
 }
 
+// raw <- rows of a block's convolution
 template <typename Scalar>
-void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, Scalar* raw, std::int64_t row,
+                   Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
-    const Rows rows = raw_rows(t, block, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
-    const bool keeps = b.raw >= 0;
-    const std::int64_t row = (keeps ? b.out_w + 2 : b.out_w) * channels;
-    Scalar* raw =
-        keeps ? t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels : scratch;
     const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
     if (b.winograd) {
         const Scalar* x = input_row(t, block, rows.example, rows.first);
         winograd<Scalar>({raw, row, x, in_row, rows.count, b.out_w, b.inputs, channels}, t.at(t.layout->winograd),
                          b.vectors, scratch);
+        return;
     }
     const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
-    for (std::int64_t first = 0; first < channels && !b.winograd; first += group) {
+    for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight) + first * 9 * b.inputs;
         for (std::int64_t y = 0; y < rows.count; ++y) {
             convolve_row(raw + y * row + first, channels, input_row(t, block, rows.example, rows.first + y),
                          b.stride * std::int64_t{b.input_lanes}, b.out_w, runs, weight, b.vectors);
         }
     }
+}
+
+template <typename Scalar>
+void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const Rows rows = raw_rows(t, block, item);
+    const std::int64_t channels = t.layout->channels;
+    const std::int64_t row = (block > 0 ? b.out_w + 2 : b.out_w) * channels;
+    Scalar* raw =
+        block > 0 ? t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels : scratch;
+    convolve_rows(t, block, rows, raw, row, scratch);
     if (block > 0) item_statistics(t.partial(item), raw, row, rows.count, b.out_w, channels);
     if (b.stride == 1) choose_winners(t, block, rows, raw, row);
     if (block == 0) {
         const std::int64_t halves = b.stride == 1 ? 2 : 1;
-        normalise_rows(t, 0, rows.example, rows.first / halves, (rows.first + rows.count) / halves);
+        const Winners<Scalar> winners = b.stride == 1 ? winners_of(t, 0) : Winners<Scalar>{raw - rows.first * row, 0, row};
+        normalise_rows(t, 0, winners, rows.example, rows.first / halves, (rows.first + rows.count) / halves);
     }
 }
 
@@ -768,11 +778,18 @@ void statistics(const ConvTask<Scalar>& t, int block) {
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 template <typename Scalar>
-void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
     const std::int64_t channels = t.layout->channels;
-    const Winners<Scalar> winners = winners_of(t, block);
+    Winners<Scalar> winners{};
+    if (block == 0 && b.stride == 2) {  // computed anew: cheaper than to keep them
+        const std::int64_t row = b.out_w * channels;
+        convolve_rows(t, 0, rows, scratch, row, scratch);
+        winners = {scratch - rows.first * row, 0, row};
+    } else {
+        winners = winners_of(t, block);
+    }
     Scalar* partial = t.partial(item);
     for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
         const Vector<Scalar> scale = load(t.vector(block, kScale) + c), shift = load(t.vector(block, kShift) + c);
@@ -958,7 +975,7 @@ void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* 
             }
         }
     }
-    halved_sums(t, block - 1, item);
+    halved_sums(t, block - 1, item, scratch);
 }
 
 // to[rows, out_w, channels] <- block 0's halved gradient at the winners, 0 elsewhere; rows in pairs.
@@ -1014,7 +1031,8 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
                                                 rows.count,
                                                 b.out_w};
                 outer_tile_of<Scalar>(b.vectors, count)(
-                    t.partial(item) + first * 9 * b.inputs + (dy * 3 * b.inputs + j) * group, products, false);
+                    t.partial(item) + 2 * channels + first * 9 * b.inputs + (dy * 3 * b.inputs + j) * group, products,
+                    false);
                 j += count;
             }
         }
@@ -1037,7 +1055,7 @@ void finish_first_weight_grad(const ConvTask<Scalar>& t) {
                 for (std::int64_t c = 0; c < group; ++c) dense[c] += entry * weight[j * group + c];
             }
             for (std::int64_t item = 0; item < t.examples * b.items; ++item) {
-                const Scalar* partial = t.partial(item) + first * patch + i * group;
+                const Scalar* partial = t.partial(item) + 2 * channels + first * patch + i * group;
                 for (std::int64_t c = 0; c < group; ++c) sum[c] += partial[c];
             }
             for (std::int64_t c = 0; c < group; ++c) {

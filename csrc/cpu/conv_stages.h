@@ -40,7 +40,7 @@ struct ConvStages {
     // winograd <- weight or, for the data gradient, weight_back, where the block multiplies so
     void (*transform_weights)(const ConvTask<Scalar>&, int block, bool back);
     // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
-    // squared deviations. Block 0 with max-pooling keeps its raw values in scratch, and goes on to `halved`: its
+    // squared deviations. Block 0 keeps its raw values in scratch, and goes on to `halved`: its
     // statistics are known before.
     void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // The vectors from kMean to kShift: from partial, or for block 0 from the patches' covariance.
@@ -49,7 +49,7 @@ struct ConvStages {
     void (*normalise)(const ConvTask<Scalar>&, int block, std::int64_t example);
 
     // halved_grad <- 0 where ReLU was; partial[item] <- its sum, and its sum times the normalised value
-    void (*halved_sums)(const ConvTask<Scalar>&, int block, std::int64_t item);
+    void (*halved_sums)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // kBetaGrad and kGammaGrad from partial; kSlope and kOffset from them
     void (*norm_grads)(const ConvTask<Scalar>&, int block);
     // raw <- its own gradient
@@ -60,7 +60,7 @@ struct ConvStages {
     // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. An item is one of
     // the block before.
     void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
-    // partial[item] <- sum of patches times halved_grad at the winners
+    // partial[item], behind what halved_sums leaves <- sum of patches times halved_grad at the winners
     void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
     // weight_grad of block 0, from partial and the covariance
     void (*finish_first_weight_grad)(const ConvTask<Scalar>&);

@@ -78,7 +78,7 @@ struct ConvBlockPlan {
     std::int64_t weight_back;  // [groups, 9, filters, group], window and channels exchanged; block 0 has none
     std::int64_t weight_grad;  // like weight
     std::int64_t vector;       // [kConvVectors, channels]
-    std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 with max-pooling has none
+    std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 has none
     std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else none
     std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
     std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU
@@ -201,7 +201,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         ConvBlockPlan& block = layout.blocks[i];
         const std::int64_t out = std::int64_t{block.out_h + 2} * (block.out_w + 2);
         const std::int64_t half = std::int64_t{block.half_h + 2 * block.pad} * (block.half_w + 2 * block.pad);
-        block.raw = !pools || i > 0 ? places.take(n * out * channels) : -1;
+        block.raw = i > 0 ? places.take(n * out * channels) : -1;
         block.halved = places.take(n * half * channels);
     }
     layout.zeroed = places.at;
@@ -224,16 +224,16 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.winograd = winograd_scratch > 0 ? places.take(16 * shape.filters * channels) : -1;
     layout.logits = places.take(n * shape.ways);
     layout.logits_grad = places.take(n * shape.ways);
-    // An item leaves two vectors of channels, or its part of layer 1's weight gradient, or of the patches' covariance.
+    // An item leaves two vectors of channels and its part of layer 1's weight gradient; or of the patches' covariance.
     const std::int64_t patch = 9 * shape.channels;
-    layout.partial_size = larger(2 * channels, patch * larger(channels, kConvPatchRow));
+    layout.partial_size = 2 * channels + patch * larger(channels, kConvPatchRow);
     layout.partial = places.take(n * items * layout.partial_size);
     const std::int64_t doubles = std::int64_t{sizeof(double)} / scalar_bytes;
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
-    // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, of which the last ends
-    // within a vector; or the tiles of F(2x2, 3x3).
+    // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, of which the last
+    // ends within a vector; or the tiles of F(2x2, 3x3).
     const ConvBlockPlan& first = layout.blocks[0];
     const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
     places.take(larger(of_first, winograd_scratch));
