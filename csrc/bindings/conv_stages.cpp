@@ -31,7 +31,7 @@ class ConvStageRunner {
         memory_.resize(static_cast<std::size_t>(layout_.size + layout_.scratch) + 16);
         const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
         task_ = {&shape_, &layout_, memory_.data() + ((address + 63) / 64 * 64 - address) / sizeof(float), examples};
-        fill(layout_.halved_grad, examples * halved_size(), 1e-3f);
+        fill(layout_.halved_grad, layout_.halved_grad_size, 1e-3f);
         for (int i = 0; i < shape_.blocks; ++i) {
             const ConvBlockPlan& b = layout_.blocks[i];
             fill(b.weight, 9 * b.inputs * std::int64_t{layout_.channels}, 0.1f);
@@ -108,14 +108,6 @@ class ConvStageRunner {
         }
         throw std::invalid_argument("stage: expected one of block " + std::to_string(block) + ", found '" + stage +
                                     "'");
-    }
-
-    std::int64_t halved_size() const {
-        std::int64_t largest = 0;
-        for (int i = 0; i < shape_.blocks; ++i) {
-            largest = larger(largest, std::int64_t{layout_.blocks[i].half_h} * layout_.blocks[i].half_w);
-        }
-        return largest * layout_.channels;
     }
 
     void fill(std::int64_t place, std::int64_t count, float scale) {

@@ -416,10 +416,10 @@ class ConvTeam {
             stages_.pack_back(task_, i);
             stages_.transform_weights(task_, i, /*back=*/true);
             const ConvBlockPlan& before = layout_.blocks[i - 1];
-            first_is_summed = i == 1 && wanted(tensors_of(shape, 0).weight) && before.rows == before.half_rows;
+            first_is_summed = i == 1 && layout_.first_grad >= 0 && wanted(tensors_of(shape, 0).weight);
             each_with_scratch(task_.examples * before.half_items, [&](std::int64_t item, Scalar* scratch) {
                 stages_.data_grad(task_, i, item, scratch);
-                // While the item's gradient is hot, if both stages cut the images alike.
+                // While scratch has the item's gradient.
                 if (first_is_summed) stages_.first_weight_grad(task_, item, scratch);
             });
         }

@@ -246,8 +246,8 @@ void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int6
 
 // ---- Winograd's F(2x2, 3x3) -----------------------------------------------------------------------------------------
 // Two by two outputs out of 16 products a channel instead of 36 (Lavin and Gray 2015). Tiles are pooling windows. Where
-// the image is constant along an axis under a tile, the products that tell its outputs apart are exactly 0: what is equal
-// stays equal, and max-pooling takes the first of them as it does after a direct convolution.
+// the image is constant along an axis under a tile, the products that tell its outputs apart are exactly 0: what is
+// equal stays equal, and max-pooling takes the first of them as it does after a direct convolution.
 
 // to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed
 template <typename Scalar>
@@ -708,7 +708,8 @@ void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* sc
     if (b.stride == 1) choose_winners(t, block, rows, raw, row);
     if (block == 0) {
         const std::int64_t halves = b.stride == 1 ? 2 : 1;
-        const Winners<Scalar> winners = b.stride == 1 ? winners_of(t, 0) : Winners<Scalar>{raw - rows.first * row, 0, row};
+        const Winners<Scalar> winners =
+            b.stride == 1 ? winners_of(t, 0) : Winners<Scalar>{raw - rows.first * row, 0, row};
         normalise_rows(t, 0, winners, rows.example, rows.first / halves, (rows.first + rows.count) / halves);
     }
 }
@@ -777,6 +778,15 @@ void statistics(const ConvTask<Scalar>& t, int block) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+// Row `y` of an example of the gradient of a block's halved output.
+template <typename Scalar>
+Scalar* halved_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t row = b.half_w * std::int64_t{t.layout->channels};
+    if (block == 0 && t.layout->first_grad >= 0) return scratch + t.layout->first_grad + y % b.half_rows * row;
+    return t.at(t.layout->halved_grad) + (example * b.half_h + y) * row;
+}
+
 template <typename Scalar>
 void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
@@ -797,7 +807,7 @@ void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar
         Vector<Scalar> sum = {}, product = {};
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
             const Scalar* z = winners.base + rows.example * winners.example + y * winners.row + c;
-            Scalar* grad = t.at(t.layout->halved_grad) + (rows.example * b.half_h + y) * b.half_w * channels + c;
+            Scalar* grad = halved_grad_row(t, block, rows.example, y, scratch) + c;
             for (std::int64_t x = 0; x < b.half_w; ++x, z += channels, grad += channels) {
                 const Vector<Scalar> value = load(z);
                 // "not <=" lets the gradient of a NaN through, as torch does.
@@ -944,7 +954,7 @@ void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* 
     const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
     const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
     const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
-    Scalar* out = t.at(t.layout->halved_grad) + (rows.example * b.in_h + rows.first) * b.in_w * channels;
+    Scalar* out = halved_grad_row(t, block - 1, rows.example, rows.first, scratch);
     if (b.winograd) {
         winograd<Scalar>({out, b.in_w * channels, grads + rows.first * row, row, rows.count, b.in_w, filters, channels},
                          t.at(t.layout->winograd), b.vectors_back, scratch);
@@ -1011,11 +1021,11 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
-    const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
-    const Scalar* grads = halved_grad + rows.first * b.half_w * channels;
+    const Scalar* grads = scratch;
     if (b.stride == 1) {
-        scatter_to_winners(t, rows, halved_grad, scratch);
-        grads = scratch;
+        scatter_to_winners(t, rows, halved_grad_row(t, 0, rows.example, 0, scratch), scratch);
+    } else {
+        grads = halved_grad_row(t, 0, rows.example, rows.first, scratch);
     }
     const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
     for (std::int64_t first = 0; first < channels; first += group) {

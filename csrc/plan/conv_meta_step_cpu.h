@@ -19,7 +19,7 @@ struct ConvUnit {
 };
 
 // A row of fewer positions than this fills the registers with channels instead.
-inline constexpr std::int64_t kConvNarrow = 8;
+inline constexpr std::int64_t kConvNarrow = 6;
 
 constexpr std::int32_t conv_channels(int filters, ConvUnit unit) {
     return static_cast<std::int32_t>(ceil_div(filters, unit.lanes) * unit.lanes);
@@ -106,7 +106,8 @@ struct ConvCpuLayout {
     // Places in a task's memory, in scalars.
     std::int64_t images;           // [n, height + 2, width + 2, channels of the images]
     std::int64_t readout;          // [n, features] with Readout::kMean; else none
-    std::int64_t halved_grad;      // [n, half_h, half_w, channels] of one block at a time
+    std::int64_t halved_grad;      // [n, half_h, half_w, channels] of one block at a time; but see first_grad
+    std::int64_t halved_grad_size;
     std::int64_t classifier;       // [ways, features]
     std::int64_t classifier_grad;  // [ways, features]
     std::int64_t classifier_bias;  // [ways]
@@ -121,6 +122,8 @@ struct ConvCpuLayout {
     std::int64_t zeroed;      // so many scalars at the start are zero before the first task: borders stay so
     std::int64_t size;        // of a task
     std::int64_t scratch;     // of a thread, beside it
+    // Place in the scratch of an item of block 0's halved_grad, which no other stage needs with stride 2; else -1.
+    std::int64_t first_grad;
 };
 
 constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
@@ -189,7 +192,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         items = larger(items, larger(block.items, block.half_items));
         h = block.half_h;
         w = block.half_w;
-        largest_half = larger(largest_half, h * w);
+        if (pools || i > 0 || shape.blocks == 1) largest_half = larger(largest_half, h * w);
         if (block.winograd) winograd_scratch = conv_winograd_scratch(channels);
     }
     layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
@@ -216,7 +219,8 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         block.choice = pools ? places.take(ceil_div(half, scalar_bytes)) : -1;
     }
     layout.readout = shape.readout == Readout::kMean ? places.take(n * channels) : -1;
-    layout.halved_grad = places.take(n * largest_half * channels);
+    layout.halved_grad_size = n * largest_half * channels;
+    layout.halved_grad = places.take(layout.halved_grad_size);
     layout.classifier = places.take(shape.ways * layout.features);
     layout.classifier_grad = places.take(shape.ways * layout.features);
     layout.classifier_bias = places.take(shape.ways);
@@ -237,6 +241,9 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     const ConvBlockPlan& first = layout.blocks[0];
     const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
     places.take(larger(of_first, winograd_scratch));
+    layout.first_grad = pools || shape.blocks == 1
+                            ? -1
+                            : places.take(first.half_rows * first.half_w * channels) - layout.size;
     layout.scratch = places.at - layout.size;
     return layout;
 }
