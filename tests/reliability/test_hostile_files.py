@@ -200,6 +200,17 @@ def test_an_archive_that_expands_without_end(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_compression_that_nobody_knows(tmp_path: Path) -> None:
+    path = archive(tmp_path / "set.zip", {f"{c}/1.png": good_png() for c in "abc"})
+    content = bytearray(path.read_bytes())
+    for method in (content.index(b"PK\1\2") + 10, content.index(b"PK\3\4") + 8):  # of the first member
+        assert content[method] == zipfile.ZIP_DEFLATED
+        content[method] = 9
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"found a/1\.png: .*compression"):
+        load(path)
+
+
 def test_archives_in_archives_are_not_opened(tmp_path: Path) -> None:
     inner = archive(tmp_path / "inner.zip", {f"{c}/1.png": good_png() for c in "abc"}).read_bytes()
     with pytest.raises(ValueError, match="expected one folder of images a class, found no images and 1 other files"):

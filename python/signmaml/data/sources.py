@@ -199,7 +199,10 @@ class ZipSource(Source):
     def read(self, file: SourceFile) -> bytes:
         _check_size(file)
         # zipfile stops at the size in the directory, so a member cannot expand further than was checked.
-        return self._archive.read(self._members[file.path])
+        try:
+            return self._archive.read(self._members[file.path])
+        except NotImplementedError as error:  # a method of compression that Python does not know
+            raise ValueError(f"root: expected a .zip archive that can be read, found {file.path}: {error}") from error
 
     def identity(self) -> str:
         return ""  # the CRCs tell archives apart wherever they lie
