@@ -3,14 +3,15 @@
 # network and without git, with the interpreter that is there (PYTHON, default python3). Ends within 9 minutes.
 #
 #   parts      build tests sanitizer kernels meta_step training (all, in this order, unless --part names some)
-#   --dry-run  goes on without a GPU: what needs one is noted as such, the rest runs in small on the CPU
+#   --dry-run  goes on without a GPU: what needs one is noted as such, the rest runs in small on the CPU; the build is with
+#              CUDA if there is an nvcc
 #
 # The tree is copied and installed below OUT; nothing outside OUT is written. OUT/results holds the JSON files, OUT/logs a
 # log of each part, OUT/summary.txt the table that is printed last. A part that fails is noted and the rest goes on.
 # Exit code: 0 if every part ended well, 1 if one failed, 2 for bad arguments, 3 without a GPU (and no --dry-run).
 set -uo pipefail
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
 
 all_parts=(build tests sanitizer kernels meta_step training)
 out="" dry_run=0 parts=()
@@ -83,6 +84,8 @@ part_build() {
     local capability
     capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return 1
     switches=(FORCE_CUDA=1 "TORCH_CUDA_ARCH_LIST=$capability")
+  elif command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+    switches=(FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0) # the build that a machine with a GPU would make
   else
     switches=(SIGNMAML_NO_CUDA=1)
   fi

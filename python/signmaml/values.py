@@ -87,6 +87,10 @@ def parse_word(name: str, text: str, kind: Kind) -> Any:
             return int(text)
         except ValueError:
             raise ValueError(f"{name}: expected an integer, found {text!r}") from None
+    if kind.item is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name}: expected true or false, found {text!r}")
+        return text.lower() == "true"
     return _float(name, text) if kind.item is float else text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from types import ModuleType
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import conv_cases, emulated, images, nets
+from helpers import conv_cases, emulated, nets
 from helpers.conv_cases import Net
 from signmaml_ext import conv, reference
 from signmaml_ext.checks import check_problem
@@ -270,52 +269,6 @@ def test_relu_at_zero_and_a_dead_filter(native, beta, by_covariance):
     assert max(conv_cases.errors(net, found.grads, exact.grads)) < 2e-6
     of_beta = conv_cases.split(net, found.grads)[2][0, 3]
     assert (of_beta == 0) == (beta == 0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
-def test_real_images(native, by_covariance, tmp_path_factory):
-    """Crops of CIFAR images as their files hold them, 0 to 255."""
-    from signmaml import data as sets
-
-    root = images.real_data("cifar100", tmp_path_factory)
-    chosen = sets.load("fc100", "test", root=root, progress=False)
-    net = Net(channels=3, height=13, width=12, ways=3, tasks=2, support=3, query=3)
-    data = conv_cases.draw(net)
-    for t, (x, y) in itertools.product(range(2), ((data.support_x, data.support_y), (data.query_x, data.query_y))):
-        for way in range(3):
-            x[t, way] = chosen.images_of(3 * t + way)[11][:, 8 : 8 + net.height, 9 : 9 + net.width].float()
-            y[t, way] = way
-    by_seed(native, 11)
-    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
-    exact = conv_cases.definition(net, data, steps=0)
-    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
-    assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
-
-
-@pytest.mark.parametrize("halving", ["max", "stride"])
-@pytest.mark.parametrize(("precision", "roundoff"), [("tf32", 2**-11), ("bf16", 2**-8)])
-def test_lower_precisions(native, precision, roundoff, halving):
-    """Against an operator of the same precision: TF32 operands by hand, bf16 by torch's autocast.
-
-    Where ReLU or the pooling decide otherwise than float64, one value moves a whole gradient, for us as for torch: so
-    the errors of several draws are compared by their medians.
-    """
-    by_seed(native, 12)
-    net = Net(blocks=3, channels=3, filters=16, height=12, width=11, halving=halving, support=2, query=6, tasks=1)
-    of_draws = torch.zeros(7, 2, len(net.tensors))
-    for seed in range(7):
-        data = conv_cases.draw(net, seed)
-        exact = conv_cases.definition(net, data, steps=0)
-        peer = conv_cases.definition(net, data, steps=0, dtype=torch.float32, precision=precision)
-        found = conv_cases.run(native, net, data, steps=0, precision=precision)
-        for row, result in enumerate((found, peer)):
-            of_draws[seed, row] = torch.tensor(conv_cases.errors(net, result.grads, exact.grads))
-    ours, theirs = of_draws.median(0).values
-    assert (ours <= 2 * theirs + roundoff).all(), (ours, theirs)
-    # It is that precision and no better one.
-    weights = [i for i, shape in enumerate(net.tensors) if len(shape) == 4]
-    assert (ours[weights] > roundoff / 10).all(), ours
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -328,3 +329,22 @@ def errors(net: Net, found: Tensor, exact: Tensor) -> list[float]:
     """Of every parameter tensor, the distance from the exact one over all tasks, relative to its norm."""
     pairs = zip(split(net, found.double().cpu()), split(net, exact), strict=True)
     return [float((f - e).norm() / e.norm().clamp(min=1e-30)) for f, e in pairs]
+
+
+def errors_of_draws(
+    native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", **options: Any
+) -> Tensor:
+    """The distances of every tensor's gradient before the sign from float64: `[draws, 2, tensors]`.
+
+    Those of the kernels, and those of PyTorch in the same precision: TF32 operands are rounded by hand, for a CPU has
+    no such products, and summed up in float32; bf16 is autocast. Zeros become 1e-12. One draw alone would be a matter
+    of luck: a classifier's few scores can be right to the last bit, and where ReLU or the pooling decide otherwise than
+    float64, one value moves a whole gradient, for the kernels as for PyTorch.
+    """
+    of_draws = []
+    for data in draws:
+        exact = definition(net, data, steps=0)
+        peer = definition(net, data, steps=0, dtype=torch.float32, precision=precision)
+        found = run(native, net, data, steps=0, precision=precision, **options)
+        of_draws.append([errors(net, each.grads, exact.grads) for each in (found, peer)])
+    return torch.tensor(of_draws).clamp(min=1e-12)
