@@ -237,6 +237,8 @@ def _run(problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], gra
 
 def _rates(problem: Problem, names: tuple[str, ...]) -> Tensor:
     """`[K * tensors]`: the rate of every tensor of the network at every step; 0 for those that stay."""
+    if problem.steps == 0:
+        return constant((), problem.dtype, problem.device)
     if not problem.rates.tensors():
         once = tuple(problem.rates.number(name) if name in problem.adapted else 0.0 for name in names)
         return constant(once * problem.steps, problem.dtype, problem.device)

@@ -96,6 +96,14 @@ def test_fixed_rates_give_the_same_on_every_backend(backend, kind):
     assert all(rate.grad is not None for rate in leaves(rates))
 
 
+def test_a_rate_that_no_step_takes(backend):
+    model, data = nets.mlp().double(), nets.vector_tasks()
+    meta_step(model, *data, inner_lr=0.1, inner_steps=0, backend="torch")
+    expected = nets.grads(model)
+    meta_step(model, *data, inner_lr=torch.tensor(0.1, dtype=torch.float64), inner_steps=0, backend=backend)
+    torch.testing.assert_close(nets.grads(model), expected, rtol=1e-12, atol=1e-14)
+
+
 def test_gradient_flows_through_what_the_rate_was_computed_from():
     model, data = nets.mlp().double(), nets.vector_tasks()
     log_rate = torch.tensor(-3.0, dtype=torch.float64, requires_grad=True)
