@@ -7,6 +7,8 @@ events on the stream, on the CPU that of a monotonic clock.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -229,6 +231,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            # What was freed but is still resident would hide as much of what comes.
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
             self.before = _resident("VmRSS")
 
