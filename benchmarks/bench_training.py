@@ -27,6 +27,7 @@ import torch
 from signmaml.config import TrainConfig, kinds
 from signmaml.evaluate import Evaluation
 from signmaml.presets import PRESETS
+from signmaml.results import FitResult
 from signmaml.trainer import MetaTrainer
 from signmaml.values import parse_word
 
@@ -65,20 +66,24 @@ class Timed(MetaTrainer):
         print(f"    {point['seconds']:7.1f} s  {point}", flush=True)
 
 
-def train(config: TrainConfig) -> tuple[Timed, Any]:
+def train(config: TrainConfig) -> tuple[Timed, FitResult]:
     """A run in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Timed(config, out=Path(folder) / "run", progress=False)
         return trainer, trainer.fit()
 
 
-def iterations_in(config: TrainConfig, seconds: float) -> int:
-    """How many iterations a budget of time has, from a few of them."""
-    few = config.replace(iterations=15, validate_every=0, test_tasks=0)
+def iterations_in(config: TrainConfig, seconds: float, enough: float = 3) -> int:
+    """How many iterations a budget of time has, from so many as take `enough` seconds."""
+    few = 15
+    while (spent := _seconds_of(config.replace(iterations=few, validate_every=0, test_tasks=0))) < enough:
+        few *= 4
+    return max(20, round(seconds / spent * few))
+
+
+def _seconds_of(config: TrainConfig) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = MetaTrainer(few, out=Path(folder) / "run", progress=False)
-        ended = trainer.fit()
-    return max(20, round(seconds / ended.train_seconds * few.iterations))
+        return MetaTrainer(config, out=Path(folder) / "run", progress=False).fit().seconds
 
 
 def measure(config: TrainConfig, seconds: float | None, validations: int, targets: tuple[float, ...]) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def measure(config: TrainConfig, seconds: float | None, validations: int, target
         str(target): next((p["seconds"] for p in trainer.curve if p.get("accuracy", 0) >= target), None)
         for target in targets
     }
-    trained = trainer.curve[-1]["seconds"] if trainer.curve else ended.train_seconds
+    trained = trainer.curve[-1]["seconds"] if trainer.curve else ended.seconds
     kept = trainer.config.to_dict()
     for private in ("data_root", "out"):
         kept.pop(private, None)

@@ -21,3 +21,16 @@ def test_bad_settings_name_the_field():
         bench_training.settings(["rotations=maybe"])
     with pytest.raises(SystemExit, match="rotation=true"):
         bench_training.settings(["rotation=true"])
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "maml"])
+def test_a_budget_of_time_and_a_curve(method):
+    import bench_training
+
+    fields = {"tasks": 3, "test_tasks": 4, "validate_tasks": 4, "tensorboard": False}
+    config = bench_training.TrainConfig(**{**bench_training.PRESETS["sinusoid"], **fields, "method": method})
+    assert bench_training.iterations_in(config, seconds=1, enough=0.05) >= 20
+    result = bench_training.measure(config.replace(iterations=12), None, 3, (0.5,))
+    assert result["iterations"] == 12 and result["train_seconds"] > 0
+    assert [point["iteration"] for point in result["curve"]] == [4, 8, 12]
+    assert result["seconds_to"] == {"0.5": None} and result["test"]["loss"] > 0
