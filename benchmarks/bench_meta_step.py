@@ -293,7 +293,9 @@ GROWTH = {"A": (1, 2, 8, 16), "B": (1, 8, 32, 64), "C": (1, 2, 8, 16), "D": (1, 
 GROWTH_STEPS = (1, 5, 10)
 
 
-def growth(workload: str, device: torch.device, seconds: float, wanted: Sequence[Implementation]) -> list[Any]:
+def growth(
+    workload: str, device: torch.device, seconds: float, wanted: Sequence[Implementation], with_memory: bool
+) -> list[Any]:
     """Points over T at K = 5, and over K at the workload's T."""
     usual = WORKLOADS[workload].tasks
     points = [(tasks, 5) for tasks in GROWTH[workload]]
@@ -308,6 +310,7 @@ def growth(workload: str, device: torch.device, seconds: float, wanted: Sequence
             least=3,
             wanted=wanted,
             with_checks=False,
+            with_memory=with_memory,
         )
         for tasks, steps in points
     ]
@@ -342,10 +345,12 @@ def main() -> None:
     if arguments.quick or arguments.no_compile:
         left_out = {each.name: "left out, it compiles for minutes" for each in wanted if each.slow_to_prepare}
         wanted = [each for each in wanted if not each.slow_to_prepare]
+    with_memory = not (arguments.quick or arguments.no_memory)
     for workload in arguments.workload:
         result: dict[str, Any] = {**harness.stamp(device), "workload": workload}
         if arguments.growth:
-            result |= {"benchmark": "growth", "points": growth(workload, device, arguments.seconds, wanted)}
+            points = growth(workload, device, arguments.seconds, wanted, with_memory)
+            result |= {"benchmark": "growth", "points": points}
         else:
             points = [
                 measure(
@@ -357,7 +362,7 @@ def main() -> None:
                     least=3,
                     wanted=wanted,
                     left_out=left_out,
-                    with_memory=not (arguments.quick or arguments.no_memory),
+                    with_memory=with_memory,
                 )
                 for tasks in arguments.tasks or [WORKLOADS[workload].tasks]
                 for steps in arguments.steps
