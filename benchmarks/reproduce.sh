@@ -12,7 +12,7 @@ for workload in A B C D; do
   "$python" benchmarks/bench_meta_step.py --workload "$workload" --growth --seconds 5 --out "$results"
 done
 if [ -n "$omniglot" ]; then
-  "$python" benchmarks/record_run.py --out "$results/omniglot_5w1s.json" \
+  "$python" benchmarks/record_run.py --out "$results/omniglot_5w1s.json" --curves "$results/omniglot_curves.png" \
     --shown "signmaml train --preset omniglot --data-root DIR" -- --preset omniglot --data-root "$omniglot"
   "$python" benchmarks/bench_training.py --preset omniglot --data-root "$omniglot" \
     --methods sign-maml fo-maml maml --seconds 60 --out "$results"
