@@ -315,26 +315,35 @@ def plot_meta_steps(results: Sequence[Result], path: Path) -> None:
 
 
 def plot_growth(results: Sequence[Result], path: Path) -> None:
-    """Time and memory over T, one column a workload."""
-    figure, axes = _axes(2 * len(results), 3.6)
-    for i, result in enumerate(results):
-        usual = [point for point in result["points"] if point["steps"] == 5]
-        for axis, key, label in ((axes[2 * i], "time_ms", "ms"), (axes[2 * i + 1], "memory_mib", "MiB")):
-            for name in names_of(usual):
-                pairs = []
-                for point in usual:
-                    value = point["implementations"].get(name, {}).get(key)
-                    if value is not None:
-                        pairs.append((point["tasks"], value if key == "memory_mib" else value["median"]))
-                style = {"linewidth": 2.5} if name.startswith(OURS) else {"linestyle": "--"}
-                axis.plot(*zip(*pairs, strict=True), marker="o", label=name, **style)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log" if key == "time_ms" else "linear")
-            axis.set_xlabel("tasks T")
-            axis.set_ylabel(f"{label} a meta-step")
-            axis.set_title(result["workload"])
+    """Time over T and, where it was measured, memory."""
+    panels = [(result, "time_ms", "ms") for result in results]
+    panels += [(result, "memory_mib", "MiB") for result in results if _curves(result, "memory_mib")]
+    figure, axes = _axes(len(panels), 3.6)
+    for axis, (result, key, label) in zip(axes, panels, strict=True):
+        for name, (tasks, values) in _curves(result, key).items():
+            style = {"linewidth": 2.5} if name.startswith(OURS) else {"linestyle": "--"}
+            axis.plot(tasks, values, marker="o", label=name, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log" if key == "time_ms" else "linear")
+        axis.set_xlabel("tasks T")
+        axis.set_ylabel(f"{label} a meta-step")
+        axis.set_title(result["workload"])
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
+
+
+def _curves(result: Result, key: str) -> dict[str, tuple[list[int], list[float]]]:
+    """By implementation: T, and a figure of the points at K = 5 that have it."""
+    usual = [point for point in result["points"] if point["steps"] == 5]
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for name in names_of(usual):
+        for point in usual:
+            value = point["implementations"].get(name, {}).get(key)
+            if value is not None:
+                tasks, values = found.setdefault(name, ([], []))
+                tasks.append(point["tasks"])
+                values.append(value if key == "memory_mib" else value["median"])
+    return found
 
 
 def plot_trade_off(results: Sequence[Result], path: Path) -> None:
