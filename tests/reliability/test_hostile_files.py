@@ -211,6 +211,16 @@ def test_a_compression_that_nobody_knows(tmp_path: Path) -> None:
         load(path)
 
 
+def test_a_list_of_images_that_is_damaged(tmp_path: Path) -> None:
+    listing = b"filename,label\n" + b"".join(f"{n}.png,n{n % 2:08}\n".encode() for n in range(4))
+    path = archive(tmp_path / "set.zip", {**{f"images/{n}.png": good_png() for n in range(4)}, "train.csv": listing})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"train.csv") + len("train.csv") + 9] ^= 0xFF  # within the compressed rows
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"found train\.csv"):
+        mini_imagenet("train", root=path, progress=False)
+
+
 def test_archives_in_archives_are_not_opened(tmp_path: Path) -> None:
     inner = archive(tmp_path / "inner.zip", {f"{c}/1.png": good_png() for c in "abc"}).read_bytes()
     with pytest.raises(ValueError, match="expected one folder of images a class, found no images and 1 other files"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from .sources import Source, SourceFile
 
 IMAGE_SIZES = (8, 1024)  # least and greatest height and width that images may be brought to
 # What Pillow, zipfile and zlib raise on damaged files; Pillow's PNG reader raises SyntaxError.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"})
 

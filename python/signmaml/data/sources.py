@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -170,6 +171,10 @@ class FolderSource(Source):
             empty.append(prefix.rstrip("/"))
 
 
+# What reading a member of an archive ends with: damage, or a method of compression that Python does not know.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+
+
 class ZipSource(Source):
     """A zip archive, read in place.
 
@@ -201,7 +206,7 @@ class ZipSource(Source):
         # zipfile stops at the size in the directory, so a member cannot expand further than was checked.
         try:
             return self._archive.read(self._members[file.path])
-        except NotImplementedError as error:  # a method of compression that Python does not know
+        except UNREADABLE as error:
             raise ValueError(f"root: expected a .zip archive that can be read, found {file.path}: {error}") from error
 
     def identity(self) -> str:
