@@ -103,7 +103,7 @@ struct Run {
 };
 
 struct Runs {
-    Run run[16];
+    Run run[kConvFilters / 8];  // rows or taps of a window, or blocks of at least 8 channels
     int count;
     std::int64_t length;
 };
@@ -944,23 +944,16 @@ void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, 
     }
 }
 
-// Rows of the halved gradient before a block, a gather from the block's raw gradient: with stride 2 the windows that
-// cover an input position are those of its parity.
+// A gather from the block's raw gradient: with stride 2 the windows that cover a position of the input are those of its
+// parity.
 template <typename Scalar>
-void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, Scalar* out) {
     const ConvBlockPlan& b = t.block(block);
-    const ConvBlockPlan& before = t.block(block - 1);
-    const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
     const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
     const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
     const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
-    Scalar* out = halved_grad_row(t, block - 1, rows.example, rows.first, scratch);
-    if (b.winograd) {
-        winograd<Scalar>({out, b.in_w * channels, grads + rows.first * row, row, rows.count, b.in_w, filters, channels},
-                         t.at(t.layout->winograd), b.vectors_back, scratch);
-    }
     const Runs window = window_runs(row, channels, filters, group);
-    for (std::int64_t first = 0; first < channels && !b.winograd; first += group) {
+    for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight_back) + first * 9 * filters;
         for (std::int64_t i = 0; i < rows.count; ++i) {
             Scalar* to = out + i * b.in_w * channels + first;
@@ -984,6 +977,23 @@ void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* 
                              weight, b.vectors_back);
             }
         }
+    }
+}
+
+// Rows of the halved gradient before a block.
+template <typename Scalar>
+void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const ConvBlockPlan& before = t.block(block - 1);
+    const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
+    Scalar* out = halved_grad_row(t, block - 1, rows.example, rows.first, scratch);
+    if (b.winograd) {
+        const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
+        const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
+        winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels},
+                         t.at(t.layout->winograd), b.vectors_back, scratch);
+    } else {
+        data_grad_directly(t, block, rows, out);
     }
     halved_sums(t, block - 1, item, scratch);
 }

@@ -40,8 +40,8 @@ struct ConvStages {
     // winograd <- weight or, for the data gradient, weight_back, where the block multiplies so
     void (*transform_weights)(const ConvTask<Scalar>&, int block, bool back);
     // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
-    // squared deviations. Block 0 keeps its raw values in scratch, and goes on to `halved`: its
-    // statistics are known before.
+    // squared deviations. Block 0 keeps its raw values in scratch, and goes on to `halved`: its statistics are known
+    // before.
     void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // The vectors from kMean to kShift: from partial, or for block 0 from the patches' covariance.
     void (*statistics)(const ConvTask<Scalar>&, int block);
