@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -308,6 +309,7 @@ def test_unchanged_sources_pass(outcomes, group):
 def test_mutant_is_caught(outcomes, mutation):
     outcome = outcomes[NUMBERS[mutation.name], group_of(mutation)]
     assert outcome.code != 0, "the mutant passed every case"
+    assert outcome.code != -signal.SIGALRM, f"the cases did not end within {mutants.SECONDS} s"
     assert re.search(mutation.message, outcome.report), outcome.report
     if mutation.message:
         assert re.search(r"block \d+, thread \d+", outcome.report), outcome.report

@@ -310,7 +310,7 @@ class Runner:
         self._process.stdout.close()
 
 
-SECONDS = 300  # of one mutant; then it is killed, which counts as caught
+SECONDS = 300  # of one mutant; then a signal ends it, which is no report
 
 
 def _in_child(path: str, number: int, group: str) -> None:
