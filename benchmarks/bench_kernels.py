@@ -73,7 +73,7 @@ def stages(workload: str) -> dict[str, tuple[str, int, float, float]]:
     """By name: stage, block, FLOPs and bytes of one call on the support or query set, whichever is larger.
 
     Bytes: what a stage reads and writes of images and activations, each once. They are counted for stages that are no
-    convolutions only; with stride 2, halved_sums of block 1 computes its convolution anew.
+    convolutions only.
     """
     net = WORKLOADS[workload].net
     assert isinstance(net, counts.ConvNet)
@@ -92,9 +92,7 @@ def stages(workload: str) -> dict[str, tuple[str, int, float, float]]:
         else:
             found["patch_covariance, block 1"] = ("patch_covariance", 0, 0, 4 * images * net.channels * net.size**2)
             found["conv_weight_grad at the winners, block 1"] = ("weight_grad", 0, 0, 2 * half)
-        convolves = i == 0 and net.halving == "stride"
-        sums = ("halved_sums", i, flops, 0) if convolves else ("halved_sums", i, 0, 3 * half)
-        found[f"halved_sums, block {i + 1}"] = sums
+        found[f"halved_sums, block {i + 1}"] = ("halved_sums", i, 0, 3 * half)
     return found
 
 

@@ -393,17 +393,16 @@ class ConvTeam {
                     stages_.halved_sums(task_, i, item, scratch);
                 });
             }
-            stages_.norm_grads(task_, i);
             if (i == 0) {
-                if (!wanted(own.weight)) continue;
                 if (!first_is_summed) {
                     each_with_scratch(task_.examples * b.items, [&](std::int64_t item, Scalar* scratch) {
                         stages_.first_weight_grad(task_, item, scratch);
                     });
                 }
-                stages_.finish_first_weight_grad(task_);
+                stages_.finish_first(task_);
                 continue;
             }
+            stages_.norm_grads(task_, i);
             if (i == lowest && !wanted(own.weight)) continue;
             each(task_.examples * b.items, [&](std::int64_t item) { stages_.raw_grad(task_, i, item); });
             if (wanted(own.weight)) {
@@ -416,7 +415,7 @@ class ConvTeam {
             stages_.pack_back(task_, i);
             stages_.transform_weights(task_, i, /*back=*/true);
             const ConvBlockPlan& before = layout_.blocks[i - 1];
-            first_is_summed = i == 1 && layout_.first_grad >= 0 && wanted(tensors_of(shape, 0).weight);
+            first_is_summed = i == 1 && layout_.first_grad_in_scratch;
             each_with_scratch(task_.examples * before.half_items, [&](std::int64_t item, Scalar* scratch) {
                 stages_.data_grad(task_, i, item, scratch);
                 // While scratch has the item's gradient.

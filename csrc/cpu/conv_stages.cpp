@@ -596,15 +596,17 @@ void item_statistics(Scalar* partial, const Scalar* raw, std::int64_t row, std::
 }
 
 // Of every 2 x 2 raw values the one that is largest after BatchNorm, the first of equals: gamma's sign decides, before
-// the statistics are known.
-template <typename Scalar>
-void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, const Scalar* raw, std::int64_t row) {
+// the statistics are known. Calls keep(y, x, c, winner) for rows y of the halved image.
+template <typename Scalar, typename Keep>
+void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, const Scalar* raw, std::int64_t row,
+                    const Keep& keep) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
     const Scalar* gamma = t.vector(block, kGamma);
     auto* choices = reinterpret_cast<std::uint8_t*>(t.at(b.choice));
     for (std::int64_t y = 0; y < rows.count / 2; ++y) {
-        const std::int64_t place = ((rows.example * b.half_h + rows.first / 2 + y) * b.half_w) * channels;
+        const std::int64_t half_y = rows.first / 2 + y;
+        const std::int64_t place = (rows.example * b.half_h + half_y) * b.half_w * channels;
         for (std::int64_t x = 0; x < b.half_w; ++x) {
             const Scalar* z = raw + 2 * y * row + 2 * x * channels;
             for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
@@ -619,9 +621,8 @@ void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, cons
                     best = better ? next : best;
                     choice = better ? Mask<Scalar>{} + i : choice;
                 }
-                const std::int64_t to = place + x * channels + c;
-                store(t.at(b.winner) + to, best);
-                store_choice<Scalar>(choices + to, choice);
+                store_choice<Scalar>(choices + place + x * channels + c, choice);
+                keep(half_y, x, c, best);
             }
         }
     }
@@ -649,27 +650,35 @@ Winners<Scalar> winners_of(const ConvTask<Scalar>& t, int block) {
     return {t.at(b.raw) + row + channels, (b.out_h + 2) * row, row};
 }
 
+// Row `y` of an example of a block's halved output, inside its border.
 template <typename Scalar>
-void normalise_rows(const ConvTask<Scalar>& t, int block, const Winners<Scalar>& winners, std::int64_t example,
-                    std::int64_t first, std::int64_t last) {
+Scalar* halved_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, row = (b.half_w + 2 * b.pad) * channels;
+    return t.at(b.halved) + (example * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
+}
+
+// One row of a block's halved output from the row's winners.
+template <typename Scalar>
+void normalise_row(const ConvTask<Scalar>& t, int block, const Scalar* from, Scalar* to) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels;
     const Scalar* scale = t.vector(block, kScale);
     const Scalar* shift = t.vector(block, kShift);
-    for (std::int64_t y = first; y < last; ++y) {
-        const Scalar* from = winners.base + example * winners.example + y * winners.row;
-        Scalar* to = t.at(b.halved) + (example * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
-        for (std::int64_t x = 0; x < b.half_w; ++x, from += channels, to += channels) {
-            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-                store(to + c, relu<Scalar>(load(scale + c) * load(from + c) + load(shift + c)));
-            }
+    for (std::int64_t x = 0; x < b.half_w; ++x, from += channels, to += channels) {
+        for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+            store(to + c, relu<Scalar>(load(scale + c) * load(from + c) + load(shift + c)));
         }
     }
 }
 
 template <typename Scalar>
 void normalise(const ConvTask<Scalar>& t, int block, std::int64_t example) {
-    normalise_rows(t, block, winners_of(t, block), example, 0, t.block(block).half_h);
+    const Winners<Scalar> winners = winners_of(t, block);
+    for (std::int64_t y = 0; y < t.block(block).half_h; ++y) {
+        normalise_row(t, block, winners.base + example * winners.example + y * winners.row,
+                      halved_row(t, block, example, y));
+    }
 }
 
 // raw <- rows of a block's convolution
@@ -695,23 +704,43 @@ void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, Scala
     }
 }
 
+// Of block 0, whose statistics are known before: its raw values stay in scratch, and the winners are not kept.
+template <typename Scalar>
+void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t channels = t.layout->channels, row = b.out_w * channels;
+    convolve_rows(t, 0, rows, scratch, row, scratch);
+    if (b.stride == 1) {
+        const Scalar* scale = t.vector(0, kScale);
+        const Scalar* shift = t.vector(0, kShift);
+        choose_winners(t, 0, rows, scratch, row,
+                       [&](std::int64_t y, std::int64_t x, std::int64_t c, Vector<Scalar> winner) {
+                           store(halved_row(t, 0, rows.example, y) + x * channels + c,
+                                 relu<Scalar>(load(scale + c) * winner + load(shift + c)));
+                       });
+        return;
+    }
+    for (std::int64_t y = 0; y < rows.count; ++y) {
+        normalise_row(t, 0, scratch + y * row, halved_row(t, 0, rows.example, rows.first + y));
+    }
+}
+
 template <typename Scalar>
 void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+    if (block == 0) return forward_first(t, item, scratch);
     const ConvBlockPlan& b = t.block(block);
     const Rows rows = raw_rows(t, block, item);
-    const std::int64_t channels = t.layout->channels;
-    const std::int64_t row = (block > 0 ? b.out_w + 2 : b.out_w) * channels;
-    Scalar* raw =
-        block > 0 ? t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels : scratch;
+    const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
+    Scalar* raw = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels;
     convolve_rows(t, block, rows, raw, row, scratch);
-    if (block > 0) item_statistics(t.partial(item), raw, row, rows.count, b.out_w, channels);
-    if (b.stride == 1) choose_winners(t, block, rows, raw, row);
-    if (block == 0) {
-        const std::int64_t halves = b.stride == 1 ? 2 : 1;
-        const Winners<Scalar> winners =
-            b.stride == 1 ? winners_of(t, 0) : Winners<Scalar>{raw - rows.first * row, 0, row};
-        normalise_rows(t, 0, winners, rows.example, rows.first / halves, (rows.first + rows.count) / halves);
-    }
+    item_statistics(t.partial(item), raw, row, rows.count, b.out_w, channels);
+    if (b.stride == 2) return;
+    Scalar* winners = t.at(b.winner) + rows.example * b.half_h * b.half_w * channels;
+    choose_winners(t, block, rows, raw, row,
+                   [&](std::int64_t y, std::int64_t x, std::int64_t c, Vector<Scalar> winner) {
+                       store(winners + (y * b.half_w + x) * channels + c, winner);
+                   });
 }
 
 template <typename Scalar>
@@ -783,23 +812,39 @@ template <typename Scalar>
 Scalar* halved_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t row = b.half_w * std::int64_t{t.layout->channels};
-    if (block == 0 && t.layout->first_grad >= 0) return scratch + t.layout->first_grad + y % b.half_rows * row;
+    if (block == 0 && t.layout->first_grad_in_scratch) return scratch + y % b.half_rows * row;
     return t.at(t.layout->halved_grad) + (example * b.half_h + y) * row;
+}
+
+// Of block 0, where ReLU's output tells all: its gradient in gamma comes from that in the weights, see finish_first.
+template <typename Scalar>
+void halved_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
+    const std::int64_t channels = t.layout->channels;
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        Vector<Scalar> sum = {};
+        for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+            const Scalar* halved = halved_row(t, 0, rows.example, y) + c;
+            Scalar* grad = halved_grad_row(t, 0, rows.example, y, scratch) + c;
+            for (std::int64_t x = 0; x < b.half_w; ++x, halved += channels, grad += channels) {
+                // "not <=" lets the gradient of a NaN through, as torch does.
+                const Vector<Scalar> passed = load(halved) <= 0 ? Vector<Scalar>{} : load(grad);
+                store(grad, passed);
+                sum += passed;
+            }
+        }
+        store(t.partial(item) + c, sum);
+    }
 }
 
 template <typename Scalar>
 void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+    if (block == 0) return halved_sums_first(t, item, scratch);
     const ConvBlockPlan& b = t.block(block);
     const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
     const std::int64_t channels = t.layout->channels;
-    Winners<Scalar> winners{};
-    if (block == 0 && b.stride == 2) {  // computed anew: cheaper than to keep them
-        const std::int64_t row = b.out_w * channels;
-        convolve_rows(t, 0, rows, scratch, row, scratch);
-        winners = {scratch - rows.first * row, 0, row};
-    } else {
-        winners = winners_of(t, block);
-    }
+    const Winners<Scalar> winners = winners_of(t, block);
     Scalar* partial = t.partial(item);
     for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
         const Vector<Scalar> scale = load(t.vector(block, kScale) + c), shift = load(t.vector(block, kShift) + c);
@@ -810,7 +855,6 @@ void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar
             Scalar* grad = halved_grad_row(t, block, rows.example, y, scratch) + c;
             for (std::int64_t x = 0; x < b.half_w; ++x, z += channels, grad += channels) {
                 const Vector<Scalar> value = load(z);
-                // "not <=" lets the gradient of a NaN through, as torch does.
                 const Vector<Scalar> passed = scale * value + shift <= 0 ? Vector<Scalar>{} : load(grad);
                 store(grad, passed);
                 sum += passed;
@@ -1059,31 +1103,46 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
     }
 }
 
-// dW = scale * (sum of patches at the winners - d beta * mean patch - inverse * d gamma * covariance W)
+// With P the sum of patches at the winners, less d beta times their mean: d gamma = inverse * sum over a patch of W P,
+// and dW = scale * (P - inverse * d gamma * covariance W).
 template <typename Scalar>
-void finish_first_weight_grad(const ConvTask<Scalar>& t) {
+void finish_first(const ConvTask<Scalar>& t) {
     const ConvBlockPlan& b = t.block(0);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, patch = 9 * b.inputs;
     const auto* patch_mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
     const auto* covariance = reinterpret_cast<const double*>(t.at(t.layout->covariance));
+    double beta[kConvFilters] = {};
+    for (std::int64_t item = 0; item < t.examples * b.half_items; ++item) {
+        for (std::int64_t c = 0; c < channels; ++c) beta[c] += t.partial(item)[c];
+    }
     for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight) + first * patch;
+        double centred[kConvLargestPatch][kConvFilters] = {}, gamma[kConvFilters] = {};
         for (std::int64_t i = 0; i < patch; ++i) {
-            double dense[kConvFilters] = {}, sum[kConvFilters] = {};
+            for (std::int64_t item = 0; item < t.examples * b.items; ++item) {
+                const Scalar* partial = t.partial(item) + 2 * channels + first * patch + i * group;
+                for (std::int64_t c = 0; c < group; ++c) centred[i][c] += partial[c];
+            }
+            for (std::int64_t c = 0; c < group; ++c) {
+                centred[i][c] -= beta[first + c] * patch_mean[i];
+                gamma[c] += centred[i][c] * weight[i * group + c];
+            }
+        }
+        for (std::int64_t c = 0; c < group; ++c) {
+            gamma[c] *= t.vector(0, kInverse)[first + c];
+            t.vector(0, kBetaGrad)[first + c] = static_cast<Scalar>(beta[first + c]);
+            t.vector(0, kGammaGrad)[first + c] = static_cast<Scalar>(gamma[c]);
+        }
+        for (std::int64_t i = 0; i < patch; ++i) {
+            double dense[kConvFilters] = {};
             for (std::int64_t j = 0; j < patch; ++j) {
                 const double entry = covariance[i * kConvLargestPatch + j];
                 for (std::int64_t c = 0; c < group; ++c) dense[c] += entry * weight[j * group + c];
             }
-            for (std::int64_t item = 0; item < t.examples * b.items; ++item) {
-                const Scalar* partial = t.partial(item) + 2 * channels + first * patch + i * group;
-                for (std::int64_t c = 0; c < group; ++c) sum[c] += partial[c];
-            }
             for (std::int64_t c = 0; c < group; ++c) {
-                const double scale = t.vector(0, kScale)[first + c];
-                const double centred = sum[c] - t.vector(0, kBetaGrad)[first + c] * patch_mean[i];
-                const double slope = t.vector(0, kInverse)[first + c] * double{t.vector(0, kGammaGrad)[first + c]};
+                const double scale = t.vector(0, kScale)[first + c], inverse = t.vector(0, kInverse)[first + c];
                 t.at(b.weight_grad)[first * patch + i * group + c] =
-                    static_cast<Scalar>(scale * (centred - slope * dense[c]));
+                    static_cast<Scalar>(scale * (centred[i][c] - inverse * gamma[c] * dense[c]));
             }
         }
     }
@@ -1141,7 +1200,7 @@ constexpr ConvStages<Scalar> table() {
             weight_grad<Scalar>,
             data_grad<Scalar>,
             first_weight_grad<Scalar>,
-            finish_first_weight_grad<Scalar>,
+            finish_first<Scalar>,
             dot<Scalar>,
             add_scaled<Scalar>,
             gradient_step<Scalar>};

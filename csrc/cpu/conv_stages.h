@@ -40,17 +40,16 @@ struct ConvStages {
     // winograd <- weight or, for the data gradient, weight_back, where the block multiplies so
     void (*transform_weights)(const ConvTask<Scalar>&, int block, bool back);
     // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
-    // squared deviations. Block 0 keeps its raw values in scratch, and goes on to `halved`: its statistics are known
-    // before.
+    // squared deviations. Block 0, whose statistics are known before, leaves `halved` and choice alone.
     void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // The vectors from kMean to kShift: from partial, or for block 0 from the patches' covariance.
     void (*statistics)(const ConvTask<Scalar>&, int block);
     // halved <- relu(scale * winner + shift), of one example
     void (*normalise)(const ConvTask<Scalar>&, int block, std::int64_t example);
 
-    // halved_grad <- 0 where ReLU was; partial[item] <- its sum, and its sum times the normalised value
+    // halved_grad <- 0 where ReLU was; partial[item] <- its sum and, after block 0, its sum times the normalised value
     void (*halved_sums)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
-    // kBetaGrad and kGammaGrad from partial; kSlope and kOffset from them
+    // kBetaGrad and kGammaGrad from partial; kSlope and kOffset from them. Of a block after the first
     void (*norm_grads)(const ConvTask<Scalar>&, int block);
     // raw <- its own gradient
     void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
@@ -62,8 +61,8 @@ struct ConvStages {
     void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // partial[item], behind what halved_sums leaves <- sum of patches times halved_grad at the winners
     void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
-    // weight_grad of block 0, from partial and the covariance
-    void (*finish_first_weight_grad)(const ConvTask<Scalar>&);
+    // weight_grad, kBetaGrad and kGammaGrad of block 0, from partial, patch_mean and covariance
+    void (*finish_first)(const ConvTask<Scalar>&);
 
     Scalar (*dot)(const Scalar* a, const Scalar* b, std::int64_t n);
     // y += factor * x

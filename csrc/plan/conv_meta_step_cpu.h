@@ -79,7 +79,8 @@ struct ConvBlockPlan {
     std::int64_t weight_grad;  // like weight
     std::int64_t vector;       // [kConvVectors, channels]
     std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 has none
-    std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else none
+    std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else, and of
+                               // block 0, none
     std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
     std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU
 };
@@ -106,7 +107,8 @@ struct ConvCpuLayout {
     // Places in a task's memory, in scalars.
     std::int64_t images;           // [n, height + 2, width + 2, channels of the images]
     std::int64_t readout;          // [n, features] with Readout::kMean; else none
-    std::int64_t halved_grad;      // [n, half_h, half_w, channels] of one block at a time; but see first_grad
+    std::int64_t halved_grad;      // [n, half_h, half_w, channels] of one block at a time; but see
+                                   // first_grad_in_scratch
     std::int64_t halved_grad_size;
     std::int64_t classifier;       // [ways, features]
     std::int64_t classifier_grad;  // [ways, features]
@@ -122,8 +124,8 @@ struct ConvCpuLayout {
     std::int64_t zeroed;      // so many scalars at the start are zero before the first task: borders stay so
     std::int64_t size;        // of a task
     std::int64_t scratch;     // of a thread, beside it
-    // Place in the scratch of an item of block 0's halved_grad, which no other stage needs with stride 2; else -1.
-    std::int64_t first_grad;
+    // Whether block 0's halved_grad stays in scratch, item by item: with stride 2 no later stage needs it.
+    bool first_grad_in_scratch;
 };
 
 constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
@@ -215,7 +217,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         block.weight_grad = places.take(9 * block.inputs * channels);
         block.weight_back = i > 0 ? places.take(9 * shape.filters * channels) : -1;
         block.vector = places.take(kConvVectors * channels);
-        block.winner = pools ? places.take(half) : -1;
+        block.winner = pools && i > 0 ? places.take(half) : -1;
         block.choice = pools ? places.take(ceil_div(half, scalar_bytes)) : -1;
     }
     layout.readout = shape.readout == Readout::kMean ? places.take(n * channels) : -1;
@@ -241,10 +243,8 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     const ConvBlockPlan& first = layout.blocks[0];
     const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
     places.take(larger(of_first, winograd_scratch));
-    layout.first_grad = pools || shape.blocks == 1
-                            ? -1
-                            : places.take(first.half_rows * first.half_w * channels) - layout.size;
     layout.scratch = places.at - layout.size;
+    layout.first_grad_in_scratch = !pools && shape.blocks > 1;
     return layout;
 }
 
