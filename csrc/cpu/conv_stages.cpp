@@ -6,6 +6,8 @@
 
 #include "cpu/conv_stages.h"
 
+#include <utility>
+
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
 
@@ -82,8 +84,39 @@ inline void store_choice(std::uint8_t* to, Mask<Scalar> value) {
         __builtin_convertvector(value, typename Simd<Scalar>::Bytes);
 }
 
+// One half of exchanging a block of `step` lanes between two rows of a matrix: where lane l of the result comes from,
+// with the lanes of the second row counted from `lanes` on.
+constexpr int exchanged_lane(int l, int step, int lanes, bool second) {
+    const bool from_second = (l & step) != 0;
+    return l + (from_second ? lanes : 0) + (second == from_second ? 0 : second ? step : -step);
+}
+
+template <typename Scalar, int kStep, bool kSecond, int... kL>
+inline Vector<Scalar> exchange(Vector<Scalar> a, Vector<Scalar> b, std::integer_sequence<int, kL...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, exchanged_lane(kL, kStep, kLanes<Scalar>, kSecond)...);
+#else
+    return __builtin_shuffle(a, b, Mask<Scalar>{exchanged_lane(kL, kStep, kLanes<Scalar>, kSecond)...});
+#endif
+}
+
+// As many rows as a vector has lanes.
+template <typename Scalar, int kStep = kLanes<Scalar> / 2>
+inline void transpose(Vector<Scalar>* rows) {
+    constexpr std::make_integer_sequence<int, kLanes<Scalar>> kEach{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<Scalar>; ++i) {
+        if ((i & kStep) != 0) continue;
+        const Vector<Scalar> a = rows[i], b = rows[i + kStep];
+        rows[i] = exchange<Scalar, kStep, false>(a, b, kEach);
+        rows[i + kStep] = exchange<Scalar, kStep, true>(a, b, kEach);
+    }
+    if constexpr (kStep > 1) transpose<Scalar, kStep / 2>(rows);
+}
+
 constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-constexpr std::int64_t pieces(std::int64_t count, std::int64_t most) { return (count + most - 1) / most; }
+constexpr std::int64_t most(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+constexpr std::int64_t pieces(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 // Piece `i` of `count` things in `n` pieces as even as can be: where it starts.
 constexpr std::int64_t start_of(std::int64_t i, std::int64_t count, std::int64_t n) { return i * count / n; }
 
@@ -111,25 +144,30 @@ struct Runs {
 // A sum of more terms than this adds its runs up one by one: in float32 one long sum would be less exact than torch's.
 constexpr std::int64_t kLongSum = 256;
 
-// out[i * out_step + channels] = sum over runs and k of x[i * x_step + run.input + k] * weight[run.weight + k rows]
-template <typename Scalar, int kVectors, int kRows>
-void convolve_tile(Scalar* out, std::int64_t out_step, const Scalar* x, std::int64_t x_step, const Runs& runs,
-                   const Scalar* weight) {
+// Where positions lie: `step` from one to the next, and `row` from one row of them to the next.
+struct Steps {
+    std::int64_t step, row;
+};
+
+// out[channels of position i] = sum over runs and k of x[of position i + run.input + k] * weight[run.weight + k rows],
+// for rows of kWidth positions.
+template <typename Scalar, int kVectors, int kRows, int kWidth>
+void convolve_tile(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, const Runs& runs, const Scalar* weight) {
     constexpr int kL = kLanes<Scalar>;
     Vector<Scalar> sum[kRows][kVectors] = {};
     const bool apart = runs.count * runs.length > kLongSum;
     for (int r = 0; r < runs.count; ++r) {
         const Scalar* w = weight + runs.run[r].weight;
-        const Scalar* in[(kRows + 2) / 3];
+        const Scalar* in[(kRows + kWidth - 1) / kWidth];
 #pragma GCC unroll 8
-        for (int i = 0; i < (kRows + 2) / 3; ++i) in[i] = x + runs.run[r].input + 3 * i * x_step;
+        for (int i = 0; i < (kRows + kWidth - 1) / kWidth; ++i) in[i] = x + runs.run[r].input + i * to_x.row;
         for (std::int64_t k = 0; k < runs.length; ++k, w += kVectors * kL) {
             Vector<Scalar> row[kVectors];
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kL);
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i) {
-                const Vector<Scalar> value = all(in[i / 3][i % 3 * x_step + k]);
+                const Vector<Scalar> value = all(in[i / kWidth][i % kWidth * to_x.step + k]);
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
             }
@@ -140,7 +178,7 @@ void convolve_tile(Scalar* out, std::int64_t out_step, const Scalar* x, std::int
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) {
-                Scalar* to = out + i * out_step + v * kL;
+                Scalar* to = out + i / kWidth * to_out.row + i % kWidth * to_out.step + v * kL;
                 store(to, add ? load(to) + sum[i][v] : sum[i][v]);
                 sum[i][v] = Vector<Scalar>{};
             }
@@ -148,14 +186,14 @@ void convolve_tile(Scalar* out, std::int64_t out_step, const Scalar* x, std::int
     }
 }
 
-// Where the outer products of a weight gradient come from: rows of positions.
+// Where the outer products of a weight gradient come from: images of rows of positions.
 template <typename Scalar>
 struct Products {
     const Scalar* x;
-    std::int64_t x_step, x_row;
+    std::int64_t x_step, x_row, x_image;
     const Scalar* grad;
-    std::int64_t grad_step, grad_row;
-    std::int64_t rows, positions;
+    std::int64_t grad_step, grad_row, grad_image;
+    std::int64_t images, rows, positions;
 };
 
 // out[j rows + channels] (+)= sum over positions of x[position + j] * grad[position + channels]
@@ -163,18 +201,20 @@ template <typename Scalar, int kVectors, int kRows>
 void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
     constexpr int kL = kLanes<Scalar>;
     Vector<Scalar> sum[kRows][kVectors] = {};
-    for (std::int64_t r = 0; r < p.rows; ++r) {
-        const Scalar* x = p.x + r * p.x_row;
-        const Scalar* grad = p.grad + r * p.grad_row;
-        for (std::int64_t i = 0; i < p.positions; ++i, x += p.x_step, grad += p.grad_step) {
-            Vector<Scalar> row[kVectors];
+    for (std::int64_t image = 0; image < p.images; ++image) {
+        for (std::int64_t r = 0; r < p.rows; ++r) {
+            const Scalar* x = p.x + image * p.x_image + r * p.x_row;
+            const Scalar* grad = p.grad + image * p.grad_image + r * p.grad_row;
+            for (std::int64_t i = 0; i < p.positions; ++i, x += p.x_step, grad += p.grad_step) {
+                Vector<Scalar> row[kVectors];
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) row[v] = load(grad + v * kL);
+                for (int v = 0; v < kVectors; ++v) row[v] = load(grad + v * kL);
 #pragma GCC unroll 16
-            for (int j = 0; j < kRows; ++j) {
-                const Vector<Scalar> value = all(x[j]);
+                for (int j = 0; j < kRows; ++j) {
+                    const Vector<Scalar> value = all(x[j]);
 #pragma GCC unroll 8
-                for (int v = 0; v < kVectors; ++v) sum[j][v] += value * row[v];
+                    for (int v = 0; v < kVectors; ++v) sum[j][v] += value * row[v];
+                }
             }
         }
     }
@@ -189,17 +229,20 @@ void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
 }
 
 template <typename Scalar>
-using ConvolveTile = void (*)(Scalar*, std::int64_t, const Scalar*, std::int64_t, const Runs&, const Scalar*);
+using ConvolveTile = void (*)(Scalar*, Steps, const Scalar*, Steps, const Runs&, const Scalar*);
 template <typename Scalar>
 using OuterTile = void (*)(Scalar*, const Products<Scalar>&, bool);
 
-// The tile of so many vectors and rows, out of those that fit the registers.
+// A row of positions is handled in rows of three, so that few pointers and constant multiples of a step reach them all.
+constexpr int kTileWidth = 3;
+
+// The tile of so many vectors and positions, out of those that fit the registers.
 template <typename Scalar, int kVectors, int kRows = most_rows(kVectors)>
 ConvolveTile<Scalar> convolve_tile_of(std::int64_t rows) {
     if constexpr (kRows == 1) {
-        return convolve_tile<Scalar, kVectors, 1>;
+        return convolve_tile<Scalar, kVectors, 1, kTileWidth>;
     } else {
-        return rows == kRows ? convolve_tile<Scalar, kVectors, kRows>
+        return rows == kRows ? convolve_tile<Scalar, kVectors, kRows, kTileWidth>
                              : convolve_tile_of<Scalar, kVectors, kRows - 1>(rows);
     }
 }
@@ -222,6 +265,16 @@ ConvolveTile<Scalar> convolve_tile_of(int vectors, std::int64_t rows) {
     return vectors == 2 ? convolve_tile_of<Scalar, 2>(rows) : convolve_tile_of<Scalar, 1>(rows);
 }
 
+// Two by two positions.
+template <typename Scalar>
+ConvolveTile<Scalar> pair_tile_of(int vectors) {
+    if constexpr (kMostVectors == 4) {
+        if (vectors == 4) return convolve_tile<Scalar, 4, 4, 2>;
+        if (vectors == 3) return convolve_tile<Scalar, 3, 4, 2>;
+    }
+    return vectors == 2 ? convolve_tile<Scalar, 2, 4, 2> : convolve_tile<Scalar, 1, 4, 2>;
+}
+
 template <typename Scalar>
 OuterTile<Scalar> outer_tile_of(int vectors, std::int64_t rows) {
     if constexpr (kMostVectors == 4) {
@@ -239,8 +292,31 @@ void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int6
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t first = start_of(tile, positions, tiles);
         const std::int64_t last = start_of(tile + 1, positions, tiles);
-        convolve_tile_of<Scalar>(vectors, last - first)(out + first * out_step, out_step, x + first * x_step, x_step,
-                                                        runs, weight);
+        convolve_tile_of<Scalar>(vectors, last - first)(out + first * out_step, {out_step, kTileWidth * out_step},
+                                                        x + first * x_step, {x_step, kTileWidth * x_step}, runs,
+                                                        weight);
+    }
+}
+
+// Rows of positions. Rows of two or three go in pairs: alone they would leave half of the registers idle, and the
+// weights, which come from the second-level cache, would be read twice as often.
+template <typename Scalar>
+void convolve_rows_of(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::int64_t rows,
+                      std::int64_t positions, const Runs& runs, const Scalar* weight, int vectors) {
+    if (positions == 1) {
+        convolve_row(out, to_out.row, x, to_x.row, rows, runs, weight, vectors);
+        return;
+    }
+    const bool pairs = positions <= 3 && 2 * positions <= most_rows(vectors);
+    for (std::int64_t y = 0; y < rows; y += pairs ? 2 : 1) {
+        Scalar* to = out + y * to_out.row;
+        const Scalar* from = x + y * to_x.row;
+        if (pairs && y + 1 < rows) {
+            const auto tile = positions == 3 ? convolve_tile_of<Scalar>(vectors, 6) : pair_tile_of<Scalar>(vectors);
+            tile(to, to_out, from, to_x, runs, weight);
+        } else {
+            convolve_row(to, to_out.step, from, to_x.step, positions, runs, weight, vectors);
+        }
     }
 }
 
@@ -501,7 +577,8 @@ void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scra
             }
         }
     }
-    const Products<Scalar> products{scratch, kConvPatchRow, 0, scratch, kConvPatchRow, 0, 1, rows.count * b.out_w};
+    const Products<Scalar> products{scratch, kConvPatchRow, 0, 0, scratch, kConvPatchRow, 0, 0,
+                                    1,       1,             rows.count * b.out_w};
     const std::int64_t tiles = pieces(patch, most_rows(kVectors));
     for (std::int64_t column = 0; column < patch; column += kVectors * kL) {
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
@@ -533,19 +610,26 @@ inline Runs window_runs(std::int64_t row, std::int64_t lanes, std::int64_t input
 
 template <typename Scalar>
 void pack_back(const ConvTask<Scalar>& t, int block) {
+    constexpr int kL = kLanes<Scalar>;
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t filters = t.shape->filters, channels = t.layout->channels;
-    const std::int64_t group = b.vectors * kLanes<Scalar>, group_back = b.vectors_back * kLanes<Scalar>;
-    const Scalar* from = t.at(b.weight);
-    Scalar* to = t.at(b.weight_back);
-    for (std::int64_t first = 0; first < channels; first += group_back) {  // input channels, now outputs
-        for (int tap = 0; tap < 9; ++tap) {
-            for (std::int64_t out = 0; out < filters; ++out, to += group_back) {
-                const Scalar* column = from + out / group * 9 * filters * group + out % group +
-                                       (std::int64_t{8 - tap} * filters + first) * group;
-                const std::int64_t count = least(group_back, filters - first);
-                for (std::int64_t in = 0; in < count; ++in) to[in] = column[in * group];
-                for (std::int64_t in = count; in < group_back; ++in) to[in] = 0;
+    const std::int64_t group = b.vectors * kL, group_back = b.vectors_back * kL;
+    for (std::int64_t tap = 0; tap < 9; ++tap) {
+        for (std::int64_t out = 0; out < channels; out += kL) {
+            const Scalar* from = t.at(b.weight) + (out / group * 9 + 8 - tap) * filters * group + out % group;
+            for (std::int64_t in = 0; in < channels; in += kL) {  // now outputs, of which those beyond filters are 0
+                Vector<Scalar> rows[kL];
+#pragma GCC unroll 16
+                for (int i = 0; i < kL; ++i) {
+                    rows[i] = in + i < filters ? load(from + (in + i) * group) : Vector<Scalar>{};
+                }
+                transpose<Scalar>(rows);
+                Scalar* to = t.at(b.weight_back) + ((in / group_back * 9 + tap) * filters + out) * group_back +
+                             in % group_back;
+#pragma GCC unroll 16
+                for (int i = 0; i < kL; ++i) {
+                    if (out + i < filters) store(to + i * group_back, rows[i]);
+                }
             }
         }
     }
@@ -696,11 +780,9 @@ void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, Scala
     }
     const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
     for (std::int64_t first = 0; first < channels; first += group) {
-        const Scalar* weight = t.at(b.weight) + first * 9 * b.inputs;
-        for (std::int64_t y = 0; y < rows.count; ++y) {
-            convolve_row(raw + y * row + first, channels, input_row(t, block, rows.example, rows.first + y),
-                         b.stride * std::int64_t{b.input_lanes}, b.out_w, runs, weight, b.vectors);
-        }
+        convolve_rows_of(raw + first, {channels, row}, input_row(t, block, rows.example, rows.first),
+                         {b.stride * std::int64_t{b.input_lanes}, b.stride * in_row}, rows.count, b.out_w, runs,
+                         t.at(b.weight) + first * 9 * b.inputs, b.vectors);
     }
 }
 
@@ -949,7 +1031,7 @@ std::int64_t weight_tiles(const ConvTask<Scalar>& t, int block) {
 }
 
 // Bytes of inputs and gradients that all tiles pass over before the next: they stay in the second-level cache.
-constexpr std::int64_t kChunkBytes = 128 * 1024;
+constexpr std::int64_t kChunkBytes = 160 * 1024;
 
 template <typename Scalar>
 void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, std::int64_t last_tile) {
@@ -958,13 +1040,23 @@ void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, 
     const WeightTiles tiles = weight_tiles_of(t, block);
     const Runs runs = window_runs((b.in_w + 2) * std::int64_t{b.input_lanes}, b.input_lanes, b.inputs, group);
     const std::int64_t row = (b.out_w + 2) * channels;
-    const std::int64_t row_bytes =
-        (row + b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes}) * std::int64_t{sizeof(Scalar)};
-    const std::int64_t chunks = pieces(b.out_h, kChunkBytes / row_bytes > 0 ? kChunkBytes / row_bytes : 1);
-    for (std::int64_t example = 0; example < t.examples; ++example) {
+    const std::int64_t in_row = b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes};
+    const std::int64_t chunk_rows = most(1, kChunkBytes / ((row + in_row) * std::int64_t{sizeof(Scalar)}));
+    const std::int64_t chunks = pieces(b.out_h, chunk_rows);  // of an image
+    const std::int64_t images_at_once = most(1, least(chunk_rows, kLongSum / b.out_w) / b.out_h);
+    for (std::int64_t example = 0; example < t.examples; example += images_at_once) {
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
             const std::int64_t first = start_of(chunk, b.out_h, chunks);
-            const std::int64_t rows = start_of(chunk + 1, b.out_h, chunks) - first;
+            Products<Scalar> products{};
+            products.x_step = b.stride * std::int64_t{b.input_lanes};
+            products.x_row = in_row;
+            products.x_image = (b.in_h + 2) * (b.in_w + 2) * std::int64_t{b.input_lanes};
+            products.grad_step = channels;
+            products.grad_row = row;
+            products.grad_image = (b.out_h + 2) * row;
+            products.images = least(images_at_once, t.examples - example);
+            products.rows = start_of(chunk + 1, b.out_h, chunks) - first;
+            products.positions = b.out_w;
             const Scalar* x = input_row(t, block, example, first);
             const Scalar* grad = t.at(b.raw) + (example * (b.out_h + 2) + first + 1) * row + channels;
             for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
@@ -973,14 +1065,8 @@ void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, 
                 const std::int64_t which = tile / (tiles.run_pieces * tiles.runs);
                 const std::int64_t from = start_of(piece, tiles.run_length, tiles.run_pieces);
                 const std::int64_t to = start_of(piece + 1, tiles.run_length, tiles.run_pieces);
-                const Products<Scalar> products{x + run.input + from,
-                                                b.stride * std::int64_t{b.input_lanes},
-                                                b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes},
-                                                grad + which * group,
-                                                channels,
-                                                row,
-                                                rows,
-                                                b.out_w};
+                products.x = x + run.input + from;
+                products.grad = grad + which * group;
                 Scalar* out = t.at(b.weight_grad) + which * 9 * b.inputs * group + run.weight + from * group;
                 outer_tile_of<Scalar>(b.vectors, to - from)(out, products, example + chunk > 0);
             }
@@ -996,29 +1082,30 @@ void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, 
     const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
     const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
     const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
-    const Runs window = window_runs(row, channels, filters, group);
+    const std::int64_t out_row = b.in_w * channels;
     for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight_back) + first * 9 * filters;
-        for (std::int64_t i = 0; i < rows.count; ++i) {
-            Scalar* to = out + i * b.in_w * channels + first;
+        if (b.stride == 1) {
+            convolve_rows_of(out + first, {channels, out_row}, grads + rows.first * row, {channels, row}, rows.count,
+                             b.in_w, window_runs(row, channels, filters, group), weight, b.vectors_back);
+            continue;
+        }
+        for (std::int64_t i = 0; i < 2 && i < rows.count; ++i) {
             const std::int64_t y = rows.first + i;
-            if (b.stride == 1) {
-                convolve_row(to, channels, grads + y * row, channels, b.in_w, window, weight, b.vectors_back);
-                continue;
-            }
-            for (std::int64_t parity = 0; parity < 2 && parity < b.in_w; ++parity) {
+            for (std::int64_t x = 0; x < 2 && x < b.in_w; ++x) {
                 Runs runs{};
                 runs.length = filters;
                 // Taps 0 and 2 of an odd position, tap 1 of an even one.
                 for (std::int64_t dy = y % 2 == 0 ? 1 : 0; dy < 3; dy += 2) {
-                    for (std::int64_t dx = parity == 0 ? 1 : 0; dx < 3; dx += 2) {
+                    for (std::int64_t dx = x == 0 ? 1 : 0; dx < 3; dx += 2) {
                         Run& run = runs.run[runs.count++];
-                        run.input = ((y + dy + 1) / 2) * row + (parity + dx + 1) / 2 * channels;
+                        run.input = (y + dy + 1) / 2 * row + (x + dx + 1) / 2 * channels;
                         run.weight = (dy * 3 + dx) * filters * group;
                     }
                 }
-                convolve_row(to + parity * channels, 2 * channels, grads, channels, (b.in_w - parity + 1) / 2, runs,
-                             weight, b.vectors_back);
+                convolve_rows_of(out + i * out_row + x * channels + first, {2 * channels, 2 * out_row}, grads,
+                                 {channels, row}, (rows.count - i + 1) / 2, (b.in_w - x + 1) / 2, runs, weight,
+                                 b.vectors_back);
             }
         }
     }
@@ -1089,9 +1176,12 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
                 const Products<Scalar> products{input_row(t, 0, rows.example, rows.first) + dy * in_row + j,
                                                 b.stride * std::int64_t{b.input_lanes},
                                                 b.stride * in_row,
+                                                0,
                                                 grads + first,
                                                 channels,
                                                 b.out_w * channels,
+                                                0,
+                                                1,
                                                 rows.count,
                                                 b.out_w};
                 outer_tile_of<Scalar>(b.vectors, count)(
