@@ -95,7 +95,7 @@ class ConvTeam {
           threads_(threads),
           scratch_(threads),
           task_{&p.shape, &layout, memory, 0} {
-        std::memset(memory, 0, static_cast<std::size_t>(layout.zeroed) * sizeof(Scalar));
+        clear_borders();
     }
 
     void run(std::int64_t task) {
@@ -150,22 +150,8 @@ class ConvTeam {
         });
     }
 
-    // Calls visit(place in a tensor of theta [filters, inputs, 3, 3], place in the packed weights) for every weight.
-    template <typename Visit>
-    void each_weight(int block, const Visit& visit) const {
-        const ConvBlockPlan& b = layout_.blocks[block];
-        const std::int64_t group = b.vectors * std::int64_t{stages_.unit.lanes};
-        for (std::int64_t out = 0; out < p_.shape.filters; ++out) {
-            for (std::int64_t in = 0; in < b.inputs; ++in) {
-                const std::int64_t packed = out / group * 9 * b.inputs * group + in * group + out % group;
-                for (std::int64_t tap = 0; tap < 9; ++tap) {
-                    visit((out * b.inputs + in) * 9 + tap, packed + tap * b.inputs * group);
-                }
-            }
-        }
-    }
-
-    // The same for the classifier: torch flattens [filters, h, w], the packed weights are [h, w, channels].
+    // Calls visit(place in theta's tensor, place in the packed weights) for every weight of the classifier: torch
+    // flattens [filters, h, w], the packed weights are [h, w, channels].
     template <typename Visit>
     void each_classifier_weight(const Visit& visit) const {
         const std::int64_t filters = p_.shape.filters, channels = layout_.channels;
@@ -186,14 +172,35 @@ class ConvTeam {
             std::memset(task_.at(place), 0, static_cast<std::size_t>(count) * sizeof(Scalar)));
     }
 
+    // Zeros around the images that convolutions read, in either direction: nothing else writes there.
+    void clear_borders() {
+        const ConvShape& shape = p_.shape;
+        clear_border(layout_.images, shape.height, shape.width, shape.channels);
+        for (int i = 0; i < shape.blocks; ++i) {
+            const ConvBlockPlan& b = layout_.blocks[i];
+            if (i > 0) clear_border(b.raw, b.out_h, b.out_w, layout_.channels);
+            if (b.pad > 0) clear_border(b.halved, b.half_h, b.half_w, layout_.channels);
+        }
+    }
+
+    // Of images [n, height + 2, width + 2, channels].
+    void clear_border(std::int64_t place, std::int64_t height, std::int64_t width, std::int64_t channels) {
+        const std::int64_t row = (width + 2) * channels, image = (height + 2) * row;
+        for (std::int64_t example = 0; example < std::max(p_.support.count, p_.query.count); ++example) {
+            const std::int64_t first = place + example * image;
+            // The end of a row and the start of the next lie together.
+            clear(first, row + channels);
+            for (std::int64_t y = 2; y <= height; ++y) clear(first + y * row - channels, 2 * channels);
+            clear(first + (height + 1) * row - channels, row + channels);
+        }
+    }
+
     // theta into packed form. Padding is written too: a task with a NaN leaves it everywhere.
     void take_parameters() {
         const ConvShape& shape = p_.shape;
         for (int i = 0; i < shape.blocks; ++i) {
             const BlockTensors own = tensors_of(shape, i);
-            const Scalar* from = p_.theta + tensors_.all[own.weight].first;
-            Scalar* to = clear(layout_.blocks[i].weight, 9 * layout_.blocks[i].inputs * layout_.channels);
-            each_weight(i, [from, to](std::int64_t a, std::int64_t b) { to[b] = from[a]; });
+            stages_.pack_weights(task_, i, p_.theta + tensors_.all[own.weight].first);
             clear(layout_.blocks[i].vector, kConvVectors * layout_.channels);
             for (const auto& [tensor, which] : {std::pair{own.gamma, kGamma}, std::pair{own.beta, kBeta}}) {
                 std::copy_n(p_.theta + tensors_.all[tensor].first, shape.filters, task_.vector(i, which));
@@ -211,9 +218,8 @@ class ConvTeam {
         const ConvShape& shape = p_.shape;
         for (int i = 0; i < shape.blocks; ++i) {
             const BlockTensors own = tensors_of(shape, i);
-            const Scalar* from = task_.at(grads ? layout_.blocks[i].weight_grad : layout_.blocks[i].weight);
-            Scalar* to = row + tensors_.all[own.weight].first;
-            each_weight(i, [from, to](std::int64_t a, std::int64_t b) { to[a] = from[b]; });
+            stages_.unpack_weights(task_, i, task_.at(grads ? layout_.blocks[i].weight_grad : layout_.blocks[i].weight),
+                                   row + tensors_.all[own.weight].first);
             if (own.bias >= 0) {
                 const Tensor bias = tensors_.all[own.bias];
                 if (grads) {

@@ -608,6 +608,63 @@ inline Runs window_runs(std::int64_t row, std::int64_t lanes, std::int64_t input
     return runs;
 }
 
+// Where the weights of `kLanes` outputs lie in packed weights, of value q of theta's [filters, inputs * 9].
+inline std::int64_t packed_place(const ConvBlockPlan& b, std::int64_t group, std::int64_t out, std::int64_t q) {
+    return (out / group * 9 + q % 9) * b.inputs * group + q / 9 * group + out % group;
+}
+
+// Padding is written too: a task with a NaN leaves it everywhere.
+template <typename Scalar>
+void pack_weights(const ConvTask<Scalar>& t, int block, const Scalar* theta) {
+    constexpr int kL = kLanes<Scalar>;
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t filters = t.shape->filters, group = b.vectors * kL, length = 9 * std::int64_t{b.inputs};
+    Scalar* to = t.at(b.weight);
+    for (std::int64_t out = 0; out < t.layout->channels; out += kL) {
+        const Scalar* from = theta + out * length;
+        std::int64_t q = 0;
+        for (; q + kL <= length; q += kL) {
+            Vector<Scalar> rows[kL];
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) {
+                rows[i] = out + i < filters ? load_loose(from + i * length + q) : Vector<Scalar>{};
+            }
+            transpose<Scalar>(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) store(to + packed_place(b, group, out, q + i), rows[i]);
+        }
+        for (; q < length; ++q) {
+            Scalar* row = to + packed_place(b, group, out, q);
+            for (int i = 0; i < kL; ++i) row[i] = out + i < filters ? from[i * length + q] : Scalar(0);
+        }
+    }
+}
+
+template <typename Scalar>
+void unpack_weights(const ConvTask<Scalar>& t, int block, const Scalar* packed, Scalar* theta) {
+    constexpr int kL = kLanes<Scalar>;
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t filters = t.shape->filters, group = b.vectors * kL, length = 9 * std::int64_t{b.inputs};
+    for (std::int64_t out = 0; out < t.layout->channels; out += kL) {
+        Scalar* to = theta + out * length;
+        std::int64_t q = 0;
+        for (; q + kL <= length; q += kL) {
+            Vector<Scalar> rows[kL];
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) rows[i] = load(packed + packed_place(b, group, out, q + i));
+            transpose<Scalar>(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) {
+                if (out + i < filters) store_loose(to + i * length + q, rows[i]);
+            }
+        }
+        for (; q < length; ++q) {
+            const Scalar* row = packed + packed_place(b, group, out, q);
+            for (int i = 0; i < kL && out + i < filters; ++i) to[i * length + q] = row[i];
+        }
+    }
+}
+
 template <typename Scalar>
 void pack_back(const ConvTask<Scalar>& t, int block) {
     constexpr int kL = kLanes<Scalar>;
@@ -1278,6 +1335,8 @@ constexpr ConvStages<Scalar> table() {
             pack_image<Scalar>,
             patch_sum<Scalar>,
             patch_covariance<Scalar>,
+            pack_weights<Scalar>,
+            unpack_weights<Scalar>,
             pack_back<Scalar>,
             transform_weights<Scalar>,
             forward<Scalar>,

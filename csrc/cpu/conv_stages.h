@@ -35,6 +35,10 @@ struct ConvStages {
     // partial[item] <- sum of outer products of the patches' deviations from patch_mean
     void (*patch_covariance)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
 
+    // weight <- the block's tensor in theta, [filters, inputs, 3, 3]
+    void (*pack_weights)(const ConvTask<Scalar>&, int block, const Scalar* theta);
+    // A tensor like theta's <- `packed`, which is like weight
+    void (*unpack_weights)(const ConvTask<Scalar>&, int block, const Scalar* packed, Scalar* theta);
     // weight_back <- weight, of a block after the first
     void (*pack_back)(const ConvTask<Scalar>&, int block);
     // winograd <- weight or, for the data gradient, weight_back, where the block multiplies so

@@ -121,7 +121,6 @@ struct ConvCpuLayout {
     std::int64_t partial_size;
     std::int64_t patch_mean;  // [kConvLargestPatch] double
     std::int64_t covariance;  // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
-    std::int64_t zeroed;      // so many scalars at the start are zero before the first task: borders stay so
     std::int64_t size;        // of a task
     std::int64_t scratch;     // of a thread, beside it
     // Whether block 0's halved_grad stays in scratch, item by item: with stride 2 no later stage needs it.
@@ -200,7 +199,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
 
     ConvPlaces places{64 / scalar_bytes, 0};
-    // Convolutions read the borders of these.
+    // Convolutions read the borders of these, where zeros are before the first task and stay.
     layout.images = places.take(n * (shape.height + 2) * (shape.width + 2) * shape.channels);
     for (int i = 0; i < shape.blocks; ++i) {
         ConvBlockPlan& block = layout.blocks[i];
@@ -209,7 +208,6 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         block.raw = i > 0 ? places.take(n * out * channels) : -1;
         block.halved = places.take(n * half * channels);
     }
-    layout.zeroed = places.at;
     for (int i = 0; i < shape.blocks; ++i) {
         ConvBlockPlan& block = layout.blocks[i];
         const std::int64_t half = n * block.half_h * block.half_w * channels;
