@@ -94,7 +94,12 @@ class ConvStageRunner {
             return each(items, [this, block](auto item) { stages_.raw_grad(task_, block, item); });
         }
         if (stage == "weight_grad" && !first) {
-            return [this, block] { stages_.weight_grad(task_, block, 0, stages_.weight_tiles(task_, block)); };
+            return [this, block] {
+                const std::int64_t images = stages_.weight_images(task_, block);
+                for (std::int64_t i = (task_.examples - 1) / images * images; i >= 0; i -= images) {
+                    stages_.weight_grad(task_, block, i, 0, stages_.weight_tiles(task_, block));
+                }
+            };
         }
         if (stage == "weight_grad") {
             return each(items, [this, scratch](auto item) { stages_.first_weight_grad(task_, item, scratch); });

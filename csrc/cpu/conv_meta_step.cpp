@@ -277,11 +277,14 @@ class ConvTeam {
     // The mean loss of the set. The classifier's input is still there if no convolution has moved.
     Scalar forward(const ConvSet<Scalar>& set, std::int64_t task, bool features_stale) {
         if (features_stale) {
-            for (int i = 0; i < p_.shape.blocks; ++i) {
+            stages_.statistics(task_, 0);
+            const bool first_with_second = threads_ == 1 && p_.shape.blocks > 1;
+            for (int i = first_with_second ? 1 : 0; i < p_.shape.blocks; ++i) {
                 const ConvBlockPlan& b = layout_.blocks[i];
-                if (i == 0) stages_.statistics(task_, 0);
                 stages_.transform_weights(task_, i, /*back=*/false);
                 each_with_scratch(set.count * b.items, [&](std::int64_t item, Scalar* scratch) {
+                    // While the second-level cache has the image.
+                    if (i == 1 && first_with_second && item % b.items == 0) forward_first(item / b.items, scratch);
                     stages_.forward(task_, i, item, scratch);
                 });
                 if (i == 0) continue;
@@ -302,6 +305,11 @@ class ConvTeam {
             }
         });
         return cross_entropy(set, task);
+    }
+
+    void forward_first(std::int64_t example, Scalar* scratch) {
+        const std::int64_t items = layout_.blocks[0].items;
+        for (std::int64_t i = 0; i < items; ++i) stages_.forward(task_, 0, example * items + i, scratch);
     }
 
     const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
@@ -410,24 +418,43 @@ class ConvTeam {
             }
             stages_.norm_grads(task_, i);
             if (i == lowest && !wanted(own.weight)) continue;
-            each(task_.examples * b.items, [&](std::int64_t item) { stages_.raw_grad(task_, i, item); });
-            if (wanted(own.weight)) {
-                const std::int64_t tiles = stages_.weight_tiles(task_, i);
-                parallel_for(threads_ > 1 ? tiles : 1, threads_, [&](std::int64_t begin, std::int64_t end) {
-                    stages_.weight_grad(task_, i, begin, threads_ > 1 ? end : tiles);
-                });
+            if (i > lowest) {
+                stages_.pack_back(task_, i);
+                stages_.transform_weights(task_, i, /*back=*/true);
             }
-            if (i == lowest) continue;
-            stages_.pack_back(task_, i);
-            stages_.transform_weights(task_, i, /*back=*/true);
-            const ConvBlockPlan& before = layout_.blocks[i - 1];
+            // One thread goes from stage to stage with a few examples, while the second-level cache has them. The last
+            // come first: halved_grad of the block before takes the place of this one's, and is larger.
+            const std::int64_t at_once = threads_ > 1 ? task_.examples : stages_.weight_images(task_, i);
+            for (std::int64_t first = (task_.examples - 1) / at_once * at_once; first >= 0; first -= at_once) {
+                convolution_grads(i, first, std::min(first + at_once, task_.examples), wanted(own.weight), i > lowest);
+            }
             first_is_summed = i == 1 && layout_.first_grad_in_scratch;
-            each_with_scratch(task_.examples * before.half_items, [&](std::int64_t item, Scalar* scratch) {
-                stages_.data_grad(task_, i, item, scratch);
-                // While scratch has the item's gradient.
-                if (first_is_summed) stages_.first_weight_grad(task_, item, scratch);
+        }
+    }
+
+    // Of a block after the first, over some examples: of its raw values, its weights and the block before.
+    void convolution_grads(int block, std::int64_t first, std::int64_t last, bool of_weights, bool of_data) {
+        const ConvBlockPlan& b = layout_.blocks[block];
+        each((last - first) * b.items, [&](std::int64_t item) {
+            stages_.raw_grad(task_, block, first * b.items + item);
+        });
+        if (of_weights) {
+            parallel_for(stages_.weight_tiles(task_, block), threads_, [&](std::int64_t begin, std::int64_t end) {
+                const std::int64_t images = stages_.weight_images(task_, block);
+                for (std::int64_t i = first + (last - first - 1) / images * images; i >= first; i -= images) {
+                    stages_.weight_grad(task_, block, i, begin, end);
+                }
             });
         }
+        if (!of_data) return;
+        const std::int64_t items = layout_.blocks[block - 1].half_items;
+        each_with_scratch((last - first) * items, [&](std::int64_t item, Scalar* scratch) {
+            stages_.data_grad(task_, block, first * items + item, scratch);
+            // While scratch has the item's gradient.
+            if (block == 1 && layout_.first_grad_in_scratch) {
+                stages_.first_weight_grad(task_, first * items + item, scratch);
+            }
+        });
     }
 
     // Of the classifier and, for the blocks, of the last block's output.

@@ -1090,43 +1090,57 @@ std::int64_t weight_tiles(const ConvTask<Scalar>& t, int block) {
 // Bytes of inputs and gradients that all tiles pass over before the next: they stay in the second-level cache.
 constexpr std::int64_t kChunkBytes = 160 * 1024;
 
+// Rows of a block's convolution that go through all tiles together.
 template <typename Scalar>
-void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first_tile, std::int64_t last_tile) {
+std::int64_t weight_rows(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t scalars = (b.out_w + 2) * std::int64_t{t.layout->channels} +
+                                 b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes};
+    return most(1, kChunkBytes / (scalars * std::int64_t{sizeof(Scalar)}));
+}
+
+template <typename Scalar>
+std::int64_t weight_images(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    return most(1, least(weight_rows(t, block), kLongSum / b.out_w) / b.out_h);
+}
+
+template <typename Scalar>
+void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t first_tile,
+                 std::int64_t last_tile) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
     const WeightTiles tiles = weight_tiles_of(t, block);
     const Runs runs = window_runs((b.in_w + 2) * std::int64_t{b.input_lanes}, b.input_lanes, b.inputs, group);
     const std::int64_t row = (b.out_w + 2) * channels;
     const std::int64_t in_row = b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes};
-    const std::int64_t chunk_rows = most(1, kChunkBytes / ((row + in_row) * std::int64_t{sizeof(Scalar)}));
-    const std::int64_t chunks = pieces(b.out_h, chunk_rows);  // of an image
-    const std::int64_t images_at_once = most(1, least(chunk_rows, kLongSum / b.out_w) / b.out_h);
-    for (std::int64_t example = 0; example < t.examples; example += images_at_once) {
-        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const std::int64_t first = start_of(chunk, b.out_h, chunks);
-            Products<Scalar> products{};
-            products.x_step = b.stride * std::int64_t{b.input_lanes};
-            products.x_row = in_row;
-            products.x_image = (b.in_h + 2) * (b.in_w + 2) * std::int64_t{b.input_lanes};
-            products.grad_step = channels;
-            products.grad_row = row;
-            products.grad_image = (b.out_h + 2) * row;
-            products.images = least(images_at_once, t.examples - example);
-            products.rows = start_of(chunk + 1, b.out_h, chunks) - first;
-            products.positions = b.out_w;
-            const Scalar* x = input_row(t, block, example, first);
-            const Scalar* grad = t.at(b.raw) + (example * (b.out_h + 2) + first + 1) * row + channels;
-            for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
-                const std::int64_t piece = tile % tiles.run_pieces;
-                const Run& run = runs.run[tile / tiles.run_pieces % tiles.runs];
-                const std::int64_t which = tile / (tiles.run_pieces * tiles.runs);
-                const std::int64_t from = start_of(piece, tiles.run_length, tiles.run_pieces);
-                const std::int64_t to = start_of(piece + 1, tiles.run_length, tiles.run_pieces);
-                products.x = x + run.input + from;
-                products.grad = grad + which * group;
-                Scalar* out = t.at(b.weight_grad) + which * 9 * b.inputs * group + run.weight + from * group;
-                outer_tile_of<Scalar>(b.vectors, to - from)(out, products, example + chunk > 0);
-            }
+    const std::int64_t chunks = pieces(b.out_h, weight_rows(t, block));  // of an image
+    const std::int64_t images = least(weight_images(t, block), t.examples - example);
+    const bool starts = example + images == t.examples;
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const std::int64_t first = start_of(chunk, b.out_h, chunks);
+        Products<Scalar> products{};
+        products.x_step = b.stride * std::int64_t{b.input_lanes};
+        products.x_row = in_row;
+        products.x_image = (b.in_h + 2) * (b.in_w + 2) * std::int64_t{b.input_lanes};
+        products.grad_step = channels;
+        products.grad_row = row;
+        products.grad_image = (b.out_h + 2) * row;
+        products.images = images;
+        products.rows = start_of(chunk + 1, b.out_h, chunks) - first;
+        products.positions = b.out_w;
+        const Scalar* x = input_row(t, block, example, first);
+        const Scalar* grad = t.at(b.raw) + (example * (b.out_h + 2) + first + 1) * row + channels;
+        for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
+            const std::int64_t piece = tile % tiles.run_pieces;
+            const Run& run = runs.run[tile / tiles.run_pieces % tiles.runs];
+            const std::int64_t which = tile / (tiles.run_pieces * tiles.runs);
+            const std::int64_t from = start_of(piece, tiles.run_length, tiles.run_pieces);
+            const std::int64_t to = start_of(piece + 1, tiles.run_length, tiles.run_pieces);
+            products.x = x + run.input + from;
+            products.grad = grad + which * group;
+            Scalar* out = t.at(b.weight_grad) + which * 9 * b.inputs * group + run.weight + from * group;
+            outer_tile_of<Scalar>(b.vectors, to - from)(out, products, chunk > 0 || !starts);
         }
     }
 }
@@ -1345,6 +1359,7 @@ constexpr ConvStages<Scalar> table() {
             halved_sums<Scalar>,
             norm_grads<Scalar>,
             raw_grad<Scalar>,
+            weight_images<Scalar>,
             weight_tiles<Scalar>,
             weight_grad<Scalar>,
             data_grad<Scalar>,

@@ -57,9 +57,13 @@ struct ConvStages {
     void (*norm_grads)(const ConvTask<Scalar>&, int block);
     // raw <- its own gradient
     void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
-    // Register tiles of the weight gradient of a block after the first, and their computation
+    // The weight gradient of a block after the first: how many examples it takes at once, of how many register tiles
+    // it is, and the computation of some of the tiles for the examples from `example`, a multiple of weight_images, on.
+    // The last examples start the sums, to which the others add.
+    std::int64_t (*weight_images)(const ConvTask<Scalar>&, int block);
     std::int64_t (*weight_tiles)(const ConvTask<Scalar>&, int block);
-    void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t first_tile, std::int64_t last_tile);
+    void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t example, std::int64_t first_tile,
+                        std::int64_t last_tile);
     // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. An item is one of
     // the block before.
     void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
