@@ -158,6 +158,7 @@ def conv_meta_step_cpu(
     by_sign: bool,
     is_double: bool,
     threads: int,
+    skip_nonfinite: bool = False,
 ) -> None: ...
 def plan_mlp_meta_step_cpu(
     widths: Sequence[int], tasks: int, support: int, query: int, scalar_bytes: int, threads: int
@@ -174,6 +175,7 @@ def mlp_meta_step_cpu(
     by_sign: bool,
     is_double: bool,
     threads: int,
+    skip_nonfinite: bool = False,
 ) -> None: ...
 
 class ConvStageRunner:

@@ -1,7 +1,8 @@
 """What the fused families share: a whole meta-step of all tasks in one native call and one fixed-order mean.
 
 A family (mlp.py, conv.py) says which problems it serves and makes the native call. Here is the rest: parameters as one
-row, rates as a table, memory for the results, tasks in chunks, the mean.
+row, rates as a table, memory for the results, the mean. On the CPU it is made while tasks run; on CUDA tasks go in
+chunks, whose gradients are then added up.
 Definition: reference.py.
 """
 
@@ -24,7 +25,7 @@ from .flat import constant
 from .reference import Adaptation, MetaGradients
 from .spec import ConvSpec, MlpSpec
 
-# Gradients of so many bytes are held at once; more tasks run in several calls.
+# Gradients of so many bytes are held at once on CUDA; more tasks run in several calls.
 CHUNK_BYTES = 256 * 2**20
 
 # The largest buffer of a kind that stays between calls on the CPU.
@@ -67,7 +68,7 @@ class Scratch:
                 self._kept.append(buffer)
 
 
-GRADIENTS, WORKSPACE = Scratch(), Scratch()
+WORKSPACE, MEAN_ROWS = Scratch(), Scratch()
 
 
 def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)) -> str | None:
@@ -122,25 +123,12 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
     parameters = _parameters(problem, spec.names)
     sizes = [parameter.numel() for parameter in parameters]
     size = sum(sizes)
-    chunk = max(1, CHUNK_BYTES // (size * problem.dtype.itemsize))
-    skip = problem.nonfinite == "skip"
-    parts, means, lives = [], [], []
-    for first in range(0, problem.tasks, chunk):
-        tasks = min(chunk, problem.tasks - first)
-        of_chunk = parameters[0].new_zeros(size)
-        with GRADIENTS.of((tasks, size), problem.dtype, problem.device, native) as grads:
-            whole = tasks == problem.tasks
-            part = _run(problem if whole else _tasks(problem, first, tasks), spec, native, call, grads)
-            flags = part["nonfinite"]
-            ops.meta_accumulate_(of_chunk, grads, nonfinite=flags, skip_nonfinite=skip)
-        parts.append(part)
-        means.append(of_chunk)
-        lives.append((~flags).sum() if skip else torch.full((), tasks, dtype=torch.int64, device=flags.device))
-    if len(parts) == 1:
-        mean, live_tasks = means[0], lives[0]
+    if on_cuda(problem, native):
+        mean, live_tasks, parts = _mean_of_chunks(problem, spec, native, call, size)
     else:
-        live_tasks = torch.stack(lives).sum()
-        mean = torch.stack([m * live for m, live in zip(means, lives, strict=True)]).sum(0) / live_tasks.clamp(min=1)
+        mean = parameters[0].new_empty(size)
+        parts = [_run(problem, spec, native, call, {"mean": mean})]
+        live_tasks = _live(problem, parts[0]["nonfinite"])
     by_name = dict(zip(spec.names, mean.split(sizes), strict=True))
     return MetaGradients(
         params={name: by_name[name].view(parameter.shape) for name, parameter in problem.params.items()},
@@ -151,6 +139,36 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
         nonfinite=_joined([part["nonfinite"] for part in parts]),
         live_tasks=live_tasks,
     )
+
+
+def _mean_of_chunks(
+    problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], size: int
+) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    """The mean gradient `[P]`, the number of tasks in it, and the other results chunk by chunk."""
+    chunk = max(1, CHUNK_BYTES // (size * problem.dtype.itemsize))
+    parts, means, lives = [], [], []
+    for first in range(0, problem.tasks, chunk):
+        tasks = min(chunk, problem.tasks - first)
+        of_chunk = torch.zeros(size, dtype=problem.dtype, device=problem.device)
+        grads = torch.empty(tasks, size, dtype=problem.dtype, device=problem.device)
+        whole = tasks == problem.tasks
+        part = _run(problem if whole else _tasks(problem, first, tasks), spec, native, call, {"grads": grads})
+        ops.meta_accumulate_(of_chunk, grads, nonfinite=part["nonfinite"], skip_nonfinite=problem.nonfinite == "skip")
+        parts.append(part)
+        means.append(of_chunk)
+        lives.append(_live(problem, part["nonfinite"]))
+    if len(parts) == 1:
+        return means[0], lives[0], parts
+    live_tasks = torch.stack(lives).sum()
+    mean = torch.stack([m * live for m, live in zip(means, lives, strict=True)]).sum(0) / live_tasks.clamp(min=1)
+    return mean, live_tasks, parts
+
+
+def _live(problem: Problem, flags: Tensor) -> Tensor:
+    """How many tasks count, `[]` int64."""
+    if problem.nonfinite == "skip":
+        return (~flags).sum()
+    return torch.full((), flags.numel(), dtype=torch.int64, device=flags.device)
 
 
 def adapt(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spec]) -> Adaptation:
@@ -196,11 +214,14 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _run(problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], grads: Tensor | None) -> dict[str, Tensor]:
+def _run(
+    problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], gradients: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
     """One native call; the results by name, of the tasks of the problem.
 
     Args:
-        grads: `[T, P]`, for the gradients of a meta-step; None: the adapted parameters and the predictions are wanted.
+        gradients: What a meta-step fills, `mean` `[P]` or `grads` `[T, P]`; None: the adapted parameters and the
+            predictions are wanted.
     """
     tasks, dtype, device = problem.tasks, problem.dtype, problem.device
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in _parameters(problem, spec.names)])
@@ -217,14 +238,12 @@ def _run(problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], gra
         results["query_loss"] = empty(tasks)
         if classifies:
             results["query_accuracy"] = empty(tasks)
-    arguments: dict[str, Tensor] = {}
-    if grads is not None:
-        arguments["grads"] = grads
-    else:
+    if gradients is None:
         results["adapted"] = empty(tasks, theta.numel())
         if problem.query_x is not None:
             results["logits"] = empty(tasks, problem.query_x.shape[1], outputs(spec))
-    arguments |= {
+    arguments = {
+        **(gradients or {}),
         "theta": theta,
         "lr": _rates(problem, spec.names),
         "adapt": constant(tuple(name in problem.adapted for name in spec.names), torch.bool, device),
@@ -266,6 +285,27 @@ def sizes_of(problem: Problem) -> dict[str, int]:
     """Tasks and examples of a call, by the names of the native arguments."""
     query = 0 if problem.query_x is None else problem.query_x.shape[1]
     return {"tasks": problem.tasks, "support": problem.support_x.shape[1], "query": query}
+
+
+@contextlib.contextmanager
+def memory_on_cpu(
+    tensors: dict[str, Tensor], workspace: int, mean_rows: int, problem: Problem, native: ModuleType
+) -> Iterator[dict[str, int]]:
+    """The addresses of a native call on the CPU, among them those of memory that it has for its duration.
+
+    Args:
+        tensors: Arguments and results by name.
+        workspace: Bytes.
+        mean_rows: Gradients `[P]` that it holds at once if it makes their mean.
+        problem: The call.
+        native: The module.
+    """
+    rows = (mean_rows, tensors["theta"].numel()) if "mean" in tensors else (0,)
+    with (
+        WORKSPACE.of((workspace,), torch.uint8, problem.device, native) as own,
+        MEAN_ROWS.of(rows, problem.dtype, problem.device, native) as of_mean,
+    ):
+        yield addresses({**tensors, "workspace": own, "mean_rows": of_mean})
 
 
 def stream_of(device: torch.device) -> int:

@@ -81,6 +81,8 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.MlpSpec, nat
     else:
         threads = torch.get_num_threads()
         plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads)
-        with fused.WORKSPACE.of((plan["workspace_scalars"],), problem.dtype, problem.device, native) as workspace:
-            tensors["workspace"] = workspace
-            native.mlp_meta_step_cpu(fused.addresses(tensors), *network, **options, threads=threads)
+        workspace = plan["workspace_scalars"] * itemsize
+        with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"], problem, native) as addresses:
+            native.mlp_meta_step_cpu(
+                addresses, *network, **options, skip_nonfinite=problem.nonfinite == "skip", threads=threads
+            )

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/mean_gradient.h"
 #include "cpu/conv_stages.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
@@ -195,29 +196,31 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
                                "rows"_a = b.rows, "items"_a = b.items));
     }
     return py::dict("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
-                    "workspace_bytes"_a = plan.workspace_bytes, "parameters"_a = conv_parameters(shape),
-                    "channels"_a = layout.channels, "lanes"_a = unit.lanes, "blocks"_a = blocks);
+                    "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
+                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes, "blocks"_a = blocks);
 }
 
 template <typename Scalar>
-void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes, int threads) {
+void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes, bool skip_nonfinite,
+             int threads) {
     const ConvMetaStepParams<Scalar> params = conv_params_of<Scalar>(addresses, shape, sizes);
     check_present(params);
+    const auto mean = mean_of<Scalar>(addresses, sizes.query, params.grads, skip_nonfinite);
     const py::gil_scoped_release unlocked;
-    cpu::conv_meta_step(params, threads);
+    cpu::conv_meta_step(params, mean, threads);
 }
 
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
-                        int steps, bool by_sign, bool is_double, int threads) {
+                        int steps, bool by_sign, bool is_double, int threads, bool skip_nonfinite) {
     const ConvShape shape = conv_shape_of(entries);
     const ConvSizes sizes{tasks, support, query, steps, by_sign};
     sizes.check();
     check_memory(shape, larger(support, query), tasks);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     if (is_double) {
-        run_cpu<double>(addresses, shape, sizes, threads);
+        run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
     } else {
-        run_cpu<float>(addresses, shape, sizes, threads);
+        run_cpu<float>(addresses, shape, sizes, skip_nonfinite, threads);
     }
 }
 
@@ -319,7 +322,7 @@ void define_conv(py::module_& m) {
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
-          "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a);
+          "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
           "workspace_limit"_a = 0);

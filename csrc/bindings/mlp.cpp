@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/mean_gradient.h"
 #include "cpu/dispatch.h"
 #include "cpu/mlp_stages.h"
 #include "cpu/ops.h"
@@ -129,26 +130,27 @@ py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64
     check_at_least_one("threads", threads);
     const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, scalar_bytes, threads);
     return py::dict("lanes"_a = plan.lanes, "groups"_a = plan.groups, "slots"_a = plan.slots, "within"_a = plan.within,
-                    "workspace_scalars"_a = plan.workspace_scalars);
+                    "workspace_scalars"_a = plan.workspace_scalars, "mean_rows"_a = plan.mean_rows);
 }
 
 template <typename Scalar>
-void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int threads) {
+void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, bool skip_nonfinite, int threads) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
+    const auto mean = mean_of<Scalar>(addresses, sizes.query, params.grads, skip_nonfinite);
     const py::gil_scoped_release unlocked;
-    cpu::mlp_meta_step(params, threads);
+    cpu::mlp_meta_step(params, mean, threads);
 }
 
 void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
                        const std::string& loss, std::int64_t tasks, int support, int query, int steps, bool by_sign,
-                       bool is_double, int threads) {
+                       bool is_double, int threads, bool skip_nonfinite) {
     const MlpShape shape = shape_of(widths, activation, loss);
     const MlpSizes sizes{tasks, support, query, steps, by_sign};
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
     if (is_double) {
-        run_cpu<double>(addresses, shape, sizes, threads);
+        run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
     } else {
-        run_cpu<float>(addresses, shape, sizes, threads);
+        run_cpu<float>(addresses, shape, sizes, skip_nonfinite, threads);
     }
 }
 
@@ -223,7 +225,7 @@ void define_mlp(py::module_& m) {
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a);
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
-          "support"_a, "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a);
+          "support"_a, "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,

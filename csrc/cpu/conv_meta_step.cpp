@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -15,6 +14,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/flags.h"
 #include "cpu/ops.h"
+#include "cpu/ordered_mean.h"
 #include "cpu/thread_pool.h"
 #include "plan/conv_meta_step_cpu.h"
 
@@ -87,11 +87,12 @@ template <typename Scalar>
 class ConvTeam {
   public:
     ConvTeam(const ConvMetaStepParams<Scalar>& p, const ConvCpuLayout& layout, const ConvStages<Scalar>& stages,
-             const Tensors& tensors, Scalar* memory, int threads)
+             const Tensors& tensors, OrderedMean<Scalar>& mean, Scalar* memory, int threads)
         : p_(p),
           layout_(layout),
           stages_(stages),
           tensors_(tensors),
+          mean_(mean),
           threads_(threads),
           scratch_(threads),
           task_{&p.shape, &layout, memory, 0} {
@@ -123,13 +124,14 @@ class ConvTeam {
             p_.query_loss[task] = loss;
             if (p_.query_accuracy != nullptr) p_.query_accuracy[task] = accuracy(task);
             give_logits(task);
-            if (p_.grads != nullptr) {
+            if (p_.grads != nullptr || mean_.wanted()) {
                 logits_grad(p_.query, task);
                 backward(Wanted{nullptr});
-                give(p_.grads + task * p_.parameters, /*grads=*/true);
+                give(mean_.wanted() ? mean_.rows(task) : p_.grads + task * p_.parameters, /*grads=*/true);
             }
         }
         if (nonfinite_) raise_flag(p_.nonfinite + task);
+        if (mean_.wanted()) mean_.hand_in(task);
     }
 
   private:
@@ -524,6 +526,7 @@ class ConvTeam {
     const ConvCpuLayout& layout_;
     const ConvStages<Scalar>& stages_;
     const Tensors& tensors_;
+    OrderedMean<Scalar>& mean_;
     const int threads_;
     Places scratch_;
     ConvTask<Scalar> task_;
@@ -539,7 +542,7 @@ Scalar* aligned(void* workspace) {
 }  // namespace
 
 template <typename Scalar>
-void conv_meta_step(const ConvMetaStepParams<Scalar>& p, int threads) {
+void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scalar>& wanted, int threads) {
     if (p.tasks == 0) return;
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
     const ConvCpuLayout layout =
@@ -548,27 +551,27 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, int threads) {
                                                      stages.unit, threads);
     const Tensors tensors(p.shape);
     Scalar* memory = aligned<Scalar>(p.workspace);
+    OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, p.parameters, 1, plan.mean_rows);
     if (plan.side_by_side > 0) {
-        Places places(plan.teams);
-        std::vector<std::unique_ptr<ConvTeam<Scalar>>> teams(static_cast<std::size_t>(plan.teams));
-        parallel_for(plan.side_by_side, threads, [&](std::int64_t begin, std::int64_t end) {
-            const std::int64_t place = places.take();
-            auto& team = teams[static_cast<std::size_t>(place)];
-            if (team == nullptr) {
-                Scalar* own = memory + place * plan.team_scalars;
-                team = std::make_unique<ConvTeam<Scalar>>(p, layout, stages, tensors, own, 1);
+        std::atomic<std::int64_t> next{0};
+        // An item is a team, whose memory nobody else uses; it takes tasks until none is left.
+        parallel_for(plan.teams, threads, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t item = begin; item < end; ++item) {
+                std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+                if (task >= plan.side_by_side) continue;
+                ConvTeam<Scalar> team(p, layout, stages, tensors, mean, memory + item * plan.team_scalars, 1);
+                for (; task < plan.side_by_side; task = next.fetch_add(1, std::memory_order_relaxed)) team.run(task);
             }
-            for (std::int64_t task = begin; task < end; ++task) team->run(task);
-            places.give_back(place);
         });
     }
     if (plan.side_by_side < p.tasks) {
-        ConvTeam<Scalar> team(p, layout, stages, tensors, memory, threads);
+        ConvTeam<Scalar> team(p, layout, stages, tensors, mean, memory, threads);
         for (std::int64_t task = plan.side_by_side; task < p.tasks; ++task) team.run(task);
     }
+    if (mean.wanted()) mean.finish();
 }
 
-template void conv_meta_step<float>(const ConvMetaStepParams<float>&, int);
-template void conv_meta_step<double>(const ConvMetaStepParams<double>&, int);
+template void conv_meta_step<float>(const ConvMetaStepParams<float>&, const MeanGradient<float>&, int);
+template void conv_meta_step<double>(const ConvMetaStepParams<double>&, const MeanGradient<double>&, int);
 
 }  // namespace signmaml::cpu

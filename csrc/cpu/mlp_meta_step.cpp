@@ -8,6 +8,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/mlp_stages.h"
 #include "cpu/ops.h"
+#include "cpu/ordered_mean.h"
 #include "cpu/thread_pool.h"
 #include "plan/mlp_meta_step_cpu.h"
 
@@ -27,7 +28,7 @@ void share(std::int64_t items, int threads, Sharing::Body body, const void* self
 }  // namespace
 
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, int threads) {
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar>& wanted, int threads) {
     if (p.tasks == 0) return;
     const MlpStages<Scalar>& stages = mlp_stages<Scalar>(kernels());
     const MlpCpuPlan plan =
@@ -38,6 +39,8 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, int threads) {
         plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
     Scalar* memory = aligned(p.workspace);
     const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};
+    OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, p.parameters, plan.lanes,
+                             ceil_div(plan.mean_rows, plan.lanes));
     std::atomic<std::int64_t> next{0};
     // An item is a slot, whose memory nobody else uses; it takes groups until none is left.
     parallel_for(plan.slots, static_cast<int>(plan.slots), [&](std::int64_t begin, std::int64_t end) {
@@ -46,13 +49,17 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, int threads) {
             for (std::int64_t group; (group = next.fetch_add(1, std::memory_order_relaxed)) < plan.groups;) {
                 const std::int64_t first = group * plan.lanes;
                 const int live = static_cast<int>(std::min<std::int64_t>(plan.lanes, p.tasks - first));
-                meta_step({&p, &layout, own, first, live, sharing});
+                Scalar* grads = p.grads == nullptr ? nullptr : p.grads + first * p.parameters;
+                if (mean.wanted()) grads = mean.rows(group);
+                meta_step({&p, &layout, own, first, live, grads, sharing});
+                if (mean.wanted()) mean.hand_in(group);
             }
         }
     });
+    if (mean.wanted()) mean.finish();
 }
 
-template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, int);
-template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, int);
+template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const MeanGradient<float>&, int);
+template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const MeanGradient<double>&, int);
 
 }  // namespace signmaml::cpu

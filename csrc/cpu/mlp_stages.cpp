@@ -501,7 +501,8 @@ class Group {
           sharing_(group.sharing),
           memory_(reinterpret_cast<V*>(group.memory)),
           first_(group.first),
-          live_(group.live) {}
+          live_(group.live),
+          grads_(group.grads) {}
 
     void run() {
         for (std::int64_t i = 0; i < p_.parameters; ++i) at(layout_.parameters)[i] = Simd::all(p_.theta[i]);
@@ -516,7 +517,9 @@ class Group {
                 backward<Purpose::kPlainStep>(p_.support.count, lr);
             }
         }
-        if (p_.adapted != nullptr) give_rows(p_.adapted, layout_.parameters, p_.parameters);
+        if (p_.adapted != nullptr) {
+            give_rows(p_.adapted + first_ * p_.parameters, layout_.parameters, p_.parameters);
+        }
         if (p_.query.count > 0) query();
         for (int lane = 0; lane < live_; ++lane) {
             if (bad_[lane] != 0) __atomic_store_n(p_.nonfinite + first_ + lane, std::uint8_t{1}, __ATOMIC_RELAXED);
@@ -584,11 +587,11 @@ class Group {
             for (int j = 0; j < kL; ++j) square[j] = from[i + j];
             transpose<Simd>(square);
             for (int lane = 0; lane < live_; ++lane) {
-                *reinterpret_cast<typename Simd::Loose*>(rows + (first_ + lane) * count + i) = square[lane];
+                *reinterpret_cast<typename Simd::Loose*>(rows + lane * count + i) = square[lane];
             }
         }
         for (; i < count; ++i) {
-            for (int lane = 0; lane < live_; ++lane) rows[(first_ + lane) * count + i] = from[i][lane];
+            for (int lane = 0; lane < live_; ++lane) rows[lane * count + i] = from[i][lane];
         }
     }
 
@@ -768,11 +771,12 @@ class Group {
         give(p_.query_loss + first_, pass(p_.query, &accuracy));
         if (p_.query_accuracy != nullptr) give(p_.query_accuracy + first_, accuracy);
         if (p_.predictions != nullptr) {
-            give_rows(p_.predictions, layout_.activation[last()], p_.query.count * width(last()));
+            const std::int64_t count = p_.query.count * width(last());
+            give_rows(p_.predictions + first_ * count, layout_.activation[last()], count);
         }
-        if (p_.grads == nullptr) return;
+        if (grads_ == nullptr) return;
         backward<Purpose::kGradient>(p_.query.count, nullptr);
-        give_rows(p_.grads, layout_.parameters, p_.parameters);
+        give_rows(grads_, layout_.parameters, p_.parameters);
     }
 
     const MlpMetaStepParams<Scalar>& p_;
@@ -781,6 +785,7 @@ class Group {
     V* const memory_;
     const std::int64_t first_;
     const int live_;
+    Scalar* const grads_;
     int bad_[kL] = {};  // lanes that met a NaN or an infinity
 };
 

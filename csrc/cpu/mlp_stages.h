@@ -26,6 +26,7 @@ struct MlpGroup {
     Scalar* memory;
     std::int64_t first;
     int live;
+    Scalar* grads;  // [live, P] of these tasks; null: not wanted
     Sharing sharing;
 };
 

@@ -18,14 +18,22 @@ void compact_sign_step(const CompactSignStepParams<Scalar>& params, int threads)
 template <typename Scalar>
 void meta_accumulate(const MetaAccumulateParams<Scalar>& params, int threads);
 
+// What a meta-step of all tasks adds up while they run.
+template <typename Scalar>
+struct MeanGradient {
+    Scalar* mean;         // [P] Scalar, over the tasks that count, of the gradients of their query losses; null: none
+    Scalar* rows;         // [as many as the plan says, P] Scalar, memory for it
+    bool skip_nonfinite;  // flagged tasks do not count; without any other the mean is 0
+};
+
 // `params.workspace` has what plan_conv_meta_step_cpu says for conv_unit and these threads. The same bits for any number
 // of threads and whatever other tasks there are; an instruction set has its own.
 template <typename Scalar>
-void conv_meta_step(const ConvMetaStepParams<Scalar>& params, int threads);
+void conv_meta_step(const ConvMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 
 // `params.workspace` has what plan_mlp_meta_step_cpu says for the lanes of mlp_stages and these threads. The same bits as
 // above.
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int threads);
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 
 }  // namespace signmaml::cpu

@@ -252,6 +252,7 @@ struct ConvCpuPlan {
     std::int64_t teams;            // tasks in memory at once
     std::int64_t team_scalars;     // of one task and its thread
     std::int64_t workspace_bytes;  // of all
+    std::int64_t mean_rows;        // of gradients, while their mean is made
 };
 
 constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64_t tasks, std::int64_t support,
@@ -262,7 +263,7 @@ constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64
     const std::int64_t one = layout.size + layout.scratch;
     const std::int64_t large_team = layout.size + threads * layout.scratch;
     // The first place is moved up to a multiple of 64 bytes.
-    return {side_by_side, teams, one, larger(teams * one, large_team) * scalar_bytes + 64};
+    return {side_by_side, teams, one, larger(teams * one, large_team) * scalar_bytes + 64, mean_slots(tasks, threads)};
 }
 
 }  // namespace signmaml

@@ -53,6 +53,7 @@ struct MlpCpuPlan {
     std::int64_t slots;              // groups at work at the same time, each with its memory
     bool within;                     // threads share the work of a group, since there are too few groups
     std::int64_t workspace_scalars;  // of all slots, and what it takes to start at a whole vector
+    std::int64_t mean_rows;          // of gradients, while their mean is made
 };
 
 // The longest vector.
@@ -68,7 +69,9 @@ constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t 
     const bool within = groups < most;
     const std::int64_t slots = within ? 1 : most;
     const MlpCpuLayout layout = mlp_cpu_layout(shape, larger(support, query));
-    return {lanes, groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes};
+    const std::int64_t mean_rows = smaller(tasks, mean_slots(groups, within ? 1 : threads) * lanes);
+    return {lanes,  groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes,
+            mean_rows};
 }
 
 }  // namespace signmaml
