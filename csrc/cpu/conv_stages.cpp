@@ -6,8 +6,6 @@
 
 #include "cpu/conv_stages.h"
 
-#include <utility>
-
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
 
@@ -91,8 +89,17 @@ constexpr int exchanged_lane(int l, int step, int lanes, bool second) {
     return l + (from_second ? lanes : 0) + (second == from_second ? 0 : second ? step : -step);
 }
 
+template <int... kL>
+struct Lanes {};
+template <int kCount, int... kL>
+struct LanesUpTo : LanesUpTo<kCount - 1, kCount - 1, kL...> {};
+template <int... kL>
+struct LanesUpTo<0, kL...> {
+    using List = Lanes<kL...>;
+};
+
 template <typename Scalar, int kStep, bool kSecond, int... kL>
-inline Vector<Scalar> exchange(Vector<Scalar> a, Vector<Scalar> b, std::integer_sequence<int, kL...>) {
+inline Vector<Scalar> exchange(Vector<Scalar> a, Vector<Scalar> b, Lanes<kL...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, exchanged_lane(kL, kStep, kLanes<Scalar>, kSecond)...);
 #else
@@ -103,7 +110,7 @@ inline Vector<Scalar> exchange(Vector<Scalar> a, Vector<Scalar> b, std::integer_
 // As many rows as a vector has lanes.
 template <typename Scalar, int kStep = kLanes<Scalar> / 2>
 inline void transpose(Vector<Scalar>* rows) {
-    constexpr std::make_integer_sequence<int, kLanes<Scalar>> kEach{};
+    constexpr typename LanesUpTo<kLanes<Scalar>>::List kEach{};
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<Scalar>; ++i) {
         if ((i & kStep) != 0) continue;
