@@ -4,11 +4,11 @@
 
 #include <cstdint>
 #include <limits>
-#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bindings/addresses.h"
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
 #include "cpu/conv_stages.h"
@@ -22,8 +22,6 @@ namespace py = pybind11;
 
 namespace signmaml::bindings {
 namespace {
-
-using Addresses = std::map<std::string, std::uintptr_t>;
 
 [[noreturn]] void refuse(const char* argument, const std::string& expected, const std::string& found) {
     throw std::invalid_argument(std::string(argument) + ": expected " + expected + ", found " + found);
@@ -125,26 +123,22 @@ void check_memory(const ConvShape& shape, std::int64_t examples, std::int64_t ta
 
 template <typename Scalar>
 ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes) {
-    const auto at = [&addresses](const char* name) {
-        const auto found = addresses.find(name);
-        return found == addresses.end() ? nullptr : reinterpret_cast<void*>(found->second);
-    };
-    const auto scalars = [&at](const char* name) { return static_cast<Scalar*>(at(name)); };
-    const auto labels = [&at](const char* name) { return static_cast<const std::int64_t*>(at(name)); };
+    const auto scalars = [&addresses](const char* name) { return address_in<Scalar>(addresses, name); };
+    const auto labels = [&addresses](const char* name) { return address_in<const std::int64_t>(addresses, name); };
     ConvMetaStepParams<Scalar> p{};
     p.theta = scalars("theta");
     p.support = {scalars("support_x"), labels("support_labels"), sizes.support};
     p.query = {scalars("query_x"), labels("query_labels"), sizes.query};
     p.lr = scalars("lr");
-    p.adapt = static_cast<const std::uint8_t*>(at("adapt"));
+    p.adapt = address_in<const std::uint8_t>(addresses, "adapt");
     p.support_loss = scalars("support_loss");
     p.query_loss = scalars("query_loss");
     p.query_accuracy = scalars("query_accuracy");
     p.logits = scalars("logits");
     p.adapted = scalars("adapted");
     p.grads = scalars("grads");
-    p.nonfinite = static_cast<std::uint8_t*>(at("nonfinite"));
-    p.workspace = at("workspace");
+    p.nonfinite = address_in<std::uint8_t>(addresses, "nonfinite");
+    p.workspace = address_in<void>(addresses, "workspace");
     p.tasks = sizes.tasks;
     p.parameters = conv_parameters(shape);
     p.steps = sizes.steps;
@@ -197,7 +191,8 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     }
     return py::dict("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
                     "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
-                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes, "blocks"_a = blocks);
+                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes,
+                    "blocks"_a = blocks);
 }
 
 template <typename Scalar>

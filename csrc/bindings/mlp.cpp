@@ -3,11 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bindings/addresses.h"
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
 #include "cpu/dispatch.h"
@@ -21,8 +21,6 @@ namespace py = pybind11;
 
 namespace signmaml::bindings {
 namespace {
-
-using Addresses = std::map<std::string, std::uintptr_t>;
 
 // Of a layer; wider ones than any machine could hold would only overflow what is computed from them.
 constexpr int kMlpWidest = 1 << 20;
@@ -83,25 +81,21 @@ struct MlpSizes {
 
 template <typename Scalar>
 MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes) {
-    const auto at = [&addresses](const char* name) {
-        const auto found = addresses.find(name);
-        return found == addresses.end() ? nullptr : reinterpret_cast<void*>(found->second);
-    };
-    const auto scalars = [&at](const char* name) { return static_cast<Scalar*>(at(name)); };
-    const auto labels = [&at](const char* name) { return static_cast<const std::int64_t*>(at(name)); };
+    const auto scalars = [&addresses](const char* name) { return address_in<Scalar>(addresses, name); };
+    const auto labels = [&addresses](const char* name) { return address_in<const std::int64_t>(addresses, name); };
     MlpMetaStepParams<Scalar> p{};
     p.theta = scalars("theta");
     p.support = {scalars("support_x"), scalars("support_target"), labels("support_labels"), sizes.support};
     p.query = {scalars("query_x"), scalars("query_target"), labels("query_labels"), sizes.query};
     p.lr = scalars("lr");
-    p.adapt = static_cast<const std::uint8_t*>(at("adapt"));
+    p.adapt = address_in<const std::uint8_t>(addresses, "adapt");
     p.support_loss = scalars("support_loss");
     p.query_loss = scalars("query_loss");
     p.query_accuracy = scalars("query_accuracy");
     p.predictions = scalars("predictions");
     p.adapted = scalars("adapted");
     p.grads = scalars("grads");
-    p.nonfinite = static_cast<std::uint8_t*>(at("nonfinite"));
+    p.nonfinite = address_in<std::uint8_t>(addresses, "nonfinite");
     p.workspace = scalars("workspace");
     p.tasks = sizes.tasks;
     p.parameters = mlp_parameters(shape);
@@ -134,7 +128,8 @@ py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64
 }
 
 template <typename Scalar>
-void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, bool skip_nonfinite, int threads) {
+void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, bool skip_nonfinite,
+             int threads) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
     const auto mean = mean_of<Scalar>(addresses, sizes.query, params.grads, skip_nonfinite);
     const py::gil_scoped_release unlocked;
