@@ -95,10 +95,7 @@ class ConvStageRunner {
         }
         if (stage == "weight_grad" && !first) {
             return [this, block] {
-                const std::int64_t images = stages_.weight_images(task_, block);
-                for (std::int64_t i = (task_.examples - 1) / images * images; i >= 0; i -= images) {
-                    stages_.weight_grad(task_, block, i, 0, stages_.weight_tiles(task_, block));
-                }
+                stages_.weight_grad(task_, block, 0, task_.examples, 0, stages_.weight_tiles(task_, block));
             };
         }
         if (stage == "weight_grad") {

@@ -400,7 +400,6 @@ class ConvTeam {
             if (wanted(own.weight) || wanted(own.gamma) || wanted(own.beta)) lowest = i;
         }
         classifier_grads(lowest < shape.blocks);
-        bool first_is_summed = false;
         for (int i = shape.blocks - 1; i >= lowest; --i) {
             const BlockTensors own = tensors_of(shape, i);
             const ConvBlockPlan& b = layout_.blocks[i];
@@ -410,7 +409,7 @@ class ConvTeam {
                 });
             }
             if (i == 0) {
-                if (!first_is_summed) {
+                if (!layout_.first_grad_in_scratch) {
                     each_with_scratch(task_.examples * b.items, [&](std::int64_t item, Scalar* scratch) {
                         stages_.first_weight_grad(task_, item, scratch);
                     });
@@ -430,7 +429,6 @@ class ConvTeam {
             for (std::int64_t first = (task_.examples - 1) / at_once * at_once; first >= 0; first -= at_once) {
                 convolution_grads(i, first, std::min(first + at_once, task_.examples), wanted(own.weight), i > lowest);
             }
-            first_is_summed = i == 1 && layout_.first_grad_in_scratch;
         }
     }
 
@@ -442,10 +440,7 @@ class ConvTeam {
         });
         if (of_weights) {
             parallel_for(stages_.weight_tiles(task_, block), threads_, [&](std::int64_t begin, std::int64_t end) {
-                const std::int64_t images = stages_.weight_images(task_, block);
-                for (std::int64_t i = first + (last - first - 1) / images * images; i >= first; i -= images) {
-                    stages_.weight_grad(task_, block, i, begin, end);
-                }
+                stages_.weight_grad(task_, block, first, last, begin, end);
             });
         }
         if (!of_data) return;

@@ -82,43 +82,37 @@ inline void store_choice(std::uint8_t* to, Mask<Scalar> value) {
         __builtin_convertvector(value, typename Simd<Scalar>::Bytes);
 }
 
-// One half of exchanging a block of `step` lanes between two rows of a matrix: where lane l of the result comes from,
-// with the lanes of the second row counted from `lanes` on.
-constexpr int exchanged_lane(int l, int step, int lanes, bool second) {
-    const bool from_second = (l & step) != 0;
-    return l + (from_second ? lanes : 0) + (second == from_second ? 0 : second ? step : -step);
-}
-
-template <int... kL>
-struct Lanes {};
-template <int kCount, int... kL>
-struct LanesUpTo : LanesUpTo<kCount - 1, kCount - 1, kL...> {};
-template <int... kL>
-struct LanesUpTo<0, kL...> {
-    using List = Lanes<kL...>;
-};
-
-template <typename Scalar, int kStep, bool kSecond, int... kL>
-inline Vector<Scalar> exchange(Vector<Scalar> a, Vector<Scalar> b, Lanes<kL...>) {
+// Lanes `kLow`, `kLow` + 1, ... of a and b in turn.
+template <typename Scalar, int kLow>
+inline Vector<Scalar> interleaved(Vector<Scalar> a, Vector<Scalar> b) {
 #if defined(__clang__)
-    return __builtin_shufflevector(a, b, exchanged_lane(kL, kStep, kLanes<Scalar>, kSecond)...);
+    Vector<Scalar> result{};
+    for (int i = 0; i < kLanes<Scalar>; ++i) result[i] = i % 2 == 0 ? a[kLow + i / 2] : b[kLow + i / 2];
+    return result;
 #else
-    return __builtin_shuffle(a, b, Mask<Scalar>{exchanged_lane(kL, kStep, kLanes<Scalar>, kSecond)...});
+    Mask<Scalar> which{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<Scalar>; ++i) which[i] = kLow + i / 2 + i % 2 * kLanes<Scalar>;
+    return __builtin_shuffle(a, b, which);
 #endif
 }
 
-// As many rows as a vector has lanes.
-template <typename Scalar, int kStep = kLanes<Scalar> / 2>
-inline void transpose(Vector<Scalar>* rows) {
-    constexpr typename LanesUpTo<kLanes<Scalar>>::List kEach{};
+// A square of vectors, transposed: each round halves the distance of what belongs together. As in mlp_stages.cpp: files
+// of an instruction set share no inline code.
+template <typename Scalar>
+inline void transpose(Vector<Scalar>* square) {
+    constexpr int kL = kLanes<Scalar>;
+    Vector<Scalar> other[kL];
+#pragma GCC unroll 4
+    for (int distance = 1; distance < kL; distance *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kL / 2; ++i) {
+            other[2 * i] = interleaved<Scalar, 0>(square[i], square[i + kL / 2]);
+            other[2 * i + 1] = interleaved<Scalar, kL / 2>(square[i], square[i + kL / 2]);
+        }
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes<Scalar>; ++i) {
-        if ((i & kStep) != 0) continue;
-        const Vector<Scalar> a = rows[i], b = rows[i + kStep];
-        rows[i] = exchange<Scalar, kStep, false>(a, b, kEach);
-        rows[i + kStep] = exchange<Scalar, kStep, true>(a, b, kEach);
+        for (int i = 0; i < kL; ++i) square[i] = other[i];
     }
-    if constexpr (kStep > 1) transpose<Scalar, kStep / 2>(rows);
 }
 
 constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -196,11 +190,11 @@ void convolve_tile(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, const
 // Where the outer products of a weight gradient come from: images of rows of positions.
 template <typename Scalar>
 struct Products {
-    const Scalar* x;
-    std::int64_t x_step, x_row, x_image;
-    const Scalar* grad;
-    std::int64_t grad_step, grad_row, grad_image;
-    std::int64_t images, rows, positions;
+    const Scalar* x = nullptr;
+    std::int64_t x_step = 0, x_row = 0, x_image = 0;
+    const Scalar* grad = nullptr;
+    std::int64_t grad_step = 0, grad_row = 0, grad_image = 0;
+    std::int64_t images = 1, rows = 1, positions = 0;
 };
 
 // out[j rows + channels] (+)= sum over positions of x[position + j] * grad[position + channels]
@@ -308,8 +302,8 @@ void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int6
 // Rows of positions. Rows of two or three go in pairs: alone they would leave half of the registers idle, and the
 // weights, which come from the second-level cache, would be read twice as often.
 template <typename Scalar>
-void convolve_rows_of(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::int64_t rows,
-                      std::int64_t positions, const Runs& runs, const Scalar* weight, int vectors) {
+void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::int64_t rows, std::int64_t positions,
+                   const Runs& runs, const Scalar* weight, int vectors) {
     if (positions == 1) {
         convolve_row(out, to_out.row, x, to_x.row, rows, runs, weight, vectors);
         return;
@@ -584,17 +578,17 @@ void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scra
             }
         }
     }
-    const Products<Scalar> products{scratch, kConvPatchRow, 0, 0, scratch, kConvPatchRow, 0, 0,
-                                    1,       1,             rows.count * b.out_w};
+    Products<Scalar> products;
+    products.x_step = products.grad_step = kConvPatchRow;
+    products.positions = rows.count * b.out_w;
     const std::int64_t tiles = pieces(patch, most_rows(kVectors));
     for (std::int64_t column = 0; column < patch; column += kVectors * kL) {
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
             const std::int64_t j = start_of(tile, patch, tiles), count = start_of(tile + 1, patch, tiles) - j;
-            Products<Scalar> of_tile = products;
-            of_tile.x += j;
-            of_tile.grad += column;
+            products.x = scratch + j;
+            products.grad = scratch + column;
             // Columns of one tile lie together, as channels of a group do.
-            outer_tile_of<Scalar>(kVectors, count)(t.partial(item) + column * patch + j * kVectors * kL, of_tile,
+            outer_tile_of<Scalar>(kVectors, count)(t.partial(item) + column * patch + j * kVectors * kL, products,
                                                    false);
         }
     }
@@ -844,7 +838,7 @@ void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, Scala
     }
     const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
     for (std::int64_t first = 0; first < channels; first += group) {
-        convolve_rows_of(raw + first, {channels, row}, input_row(t, block, rows.example, rows.first),
+        convolve_grid(raw + first, {channels, row}, input_row(t, block, rows.example, rows.first),
                          {b.stride * std::int64_t{b.input_lanes}, b.stride * in_row}, rows.count, b.out_w, runs,
                          t.at(b.weight) + first * 9 * b.inputs, b.vectors);
     }
@@ -1112,30 +1106,29 @@ std::int64_t weight_images(const ConvTask<Scalar>& t, int block) {
     return most(1, least(weight_rows(t, block), kLongSum / b.out_w) / b.out_h);
 }
 
+// Of the examples from `example` on that go through all tiles together.
 template <typename Scalar>
-void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t first_tile,
-                 std::int64_t last_tile) {
+void weight_grad_at_once(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t first_tile,
+                         std::int64_t last_tile) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
+    const std::int64_t row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
     const WeightTiles tiles = weight_tiles_of(t, block);
-    const Runs runs = window_runs((b.in_w + 2) * std::int64_t{b.input_lanes}, b.input_lanes, b.inputs, group);
-    const std::int64_t row = (b.out_w + 2) * channels;
-    const std::int64_t in_row = b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes};
+    const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
     const std::int64_t chunks = pieces(b.out_h, weight_rows(t, block));  // of an image
-    const std::int64_t images = least(weight_images(t, block), t.examples - example);
-    const bool starts = example + images == t.examples;
+    Products<Scalar> products;
+    products.x_step = b.stride * std::int64_t{b.input_lanes};
+    products.x_row = b.stride * in_row;
+    products.x_image = (b.in_h + 2) * in_row;
+    products.grad_step = channels;
+    products.grad_row = row;
+    products.grad_image = (b.out_h + 2) * row;
+    products.images = least(weight_images(t, block), t.examples - example);
+    products.positions = b.out_w;
+    const bool starts = example + products.images == t.examples;
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
         const std::int64_t first = start_of(chunk, b.out_h, chunks);
-        Products<Scalar> products{};
-        products.x_step = b.stride * std::int64_t{b.input_lanes};
-        products.x_row = in_row;
-        products.x_image = (b.in_h + 2) * (b.in_w + 2) * std::int64_t{b.input_lanes};
-        products.grad_step = channels;
-        products.grad_row = row;
-        products.grad_image = (b.out_h + 2) * row;
-        products.images = images;
         products.rows = start_of(chunk + 1, b.out_h, chunks) - first;
-        products.positions = b.out_w;
         const Scalar* x = input_row(t, block, example, first);
         const Scalar* grad = t.at(b.raw) + (example * (b.out_h + 2) + first + 1) * row + channels;
         for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
@@ -1152,6 +1145,15 @@ void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t example, std
     }
 }
 
+template <typename Scalar>
+void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, std::int64_t first_tile,
+                 std::int64_t last_tile) {
+    const std::int64_t images = weight_images(t, block);
+    for (std::int64_t i = (last - 1) / images * images; i >= first; i -= images) {
+        weight_grad_at_once(t, block, i, first_tile, last_tile);
+    }
+}
+
 // A gather from the block's raw gradient: with stride 2 the windows that cover a position of the input are those of its
 // parity.
 template <typename Scalar>
@@ -1164,7 +1166,7 @@ void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, 
     for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight_back) + first * 9 * filters;
         if (b.stride == 1) {
-            convolve_rows_of(out + first, {channels, out_row}, grads + rows.first * row, {channels, row}, rows.count,
+            convolve_grid(out + first, {channels, out_row}, grads + rows.first * row, {channels, row}, rows.count,
                              b.in_w, window_runs(row, channels, filters, group), weight, b.vectors_back);
             continue;
         }
@@ -1181,7 +1183,7 @@ void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, 
                         run.weight = (dy * 3 + dx) * filters * group;
                     }
                 }
-                convolve_rows_of(out + i * out_row + x * channels + first, {2 * channels, 2 * out_row}, grads,
+                convolve_grid(out + i * out_row + x * channels + first, {2 * channels, 2 * out_row}, grads,
                                  {channels, row}, (rows.count - i + 1) / 2, (b.in_w - x + 1) / 2, runs, weight,
                                  b.vectors_back);
             }
@@ -1247,21 +1249,19 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
         grads = halved_grad_row(t, 0, rows.example, rows.first, scratch);
     }
     const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
+    Products<Scalar> products;
+    products.x_step = b.stride * std::int64_t{b.input_lanes};
+    products.x_row = b.stride * in_row;
+    products.grad_step = channels;
+    products.grad_row = b.out_w * channels;
+    products.rows = rows.count;
+    products.positions = b.out_w;
     for (std::int64_t first = 0; first < channels; first += group) {
+        products.grad = grads + first;
         for (std::int64_t dy = 0; dy < 3; ++dy) {
             for (std::int64_t j = 0; j < 3 * b.inputs;) {
                 const std::int64_t count = least(most_rows(b.vectors), 3 * b.inputs - j);
-                const Products<Scalar> products{input_row(t, 0, rows.example, rows.first) + dy * in_row + j,
-                                                b.stride * std::int64_t{b.input_lanes},
-                                                b.stride * in_row,
-                                                0,
-                                                grads + first,
-                                                channels,
-                                                b.out_w * channels,
-                                                0,
-                                                1,
-                                                rows.count,
-                                                b.out_w};
+                products.x = input_row(t, 0, rows.example, rows.first) + dy * in_row + j;
                 outer_tile_of<Scalar>(b.vectors, count)(
                     t.partial(item) + 2 * channels + first * 9 * b.inputs + (dy * 3 * b.inputs + j) * group, products,
                     false);

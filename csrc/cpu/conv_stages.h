@@ -58,12 +58,13 @@ struct ConvStages {
     // raw <- its own gradient
     void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
     // The weight gradient of a block after the first: how many examples it takes at once, of how many register tiles
-    // it is, and the computation of some of the tiles for the examples from `example`, a multiple of weight_images, on.
-    // The last examples start the sums, to which the others add.
+    // it is, and the computation of some of the tiles. Examples [first, last) go from the last to the first: those up to
+    // the set's end start the sums, to which the others add. `first`, and `last` but for the end, are multiples of
+    // weight_images.
     std::int64_t (*weight_images)(const ConvTask<Scalar>&, int block);
     std::int64_t (*weight_tiles)(const ConvTask<Scalar>&, int block);
-    void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t example, std::int64_t first_tile,
-                        std::int64_t last_tile);
+    void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last,
+                        std::int64_t first_tile, std::int64_t last_tile);
     // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. An item is one of
     // the block before.
     void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
