@@ -119,7 +119,7 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.ConvSpec, na
     else:
         threads = torch.get_num_threads()
         plan = native.plan_conv_meta_step_cpu(shape, *sizes.values(), problem.dtype.itemsize, threads)
-        with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"], problem, native) as addresses:
+        with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"]) as addresses:
             native.conv_meta_step_cpu(
                 addresses, shape, **sizes, steps=steps, by_sign=by_sign, is_double=problem.dtype == torch.float64,
                 skip_nonfinite=problem.nonfinite == "skip", threads=threads,

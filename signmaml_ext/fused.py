@@ -39,21 +39,15 @@ Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
 class Scratch:
     """Memory that a call on the CPU hands on to the next one: pages of fresh memory are zeroed one fault at a time.
 
-    One buffer of at most `KEPT_BYTES` stays. Calls at the same time, on several threads, get buffers of their own. On
-    CUDA torch's allocator keeps memory by itself, and on the emulated GPU what is read must have been written before.
+    One buffer of at most `KEPT_BYTES` stays. Calls at the same time, on several threads, get buffers of their own.
     """
 
     def __init__(self) -> None:
         self._kept: deque[Tensor] = deque(maxlen=1)  # of bytes; taking out and putting back are atomic
 
     @contextlib.contextmanager
-    def of(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, native: ModuleType
-    ) -> Iterator[Tensor]:
+    def of(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
         """A contiguous tensor for the duration of a context; holds anything."""
-        if device.type != "cpu" or native is not _loader.C:
-            yield torch.empty(shape, dtype=dtype, device=device)
-            return
         size = math.prod(shape) * dtype.itemsize
         try:
             buffer = self._kept.pop()
@@ -288,23 +282,17 @@ def sizes_of(problem: Problem) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def memory_on_cpu(
-    tensors: dict[str, Tensor], workspace: int, mean_rows: int, problem: Problem, native: ModuleType
-) -> Iterator[dict[str, int]]:
+def memory_on_cpu(tensors: dict[str, Tensor], workspace: int, mean_rows: int) -> Iterator[dict[str, int]]:
     """The addresses of a native call on the CPU, among them those of memory that it has for its duration.
 
     Args:
         tensors: Arguments and results by name.
         workspace: Bytes.
         mean_rows: Gradients `[P]` that it holds at once if it makes their mean.
-        problem: The call.
-        native: The module.
     """
-    rows = (mean_rows, tensors["theta"].numel()) if "mean" in tensors else (0,)
-    with (
-        WORKSPACE.of((workspace,), torch.uint8, problem.device, native) as own,
-        MEAN_ROWS.of(rows, problem.dtype, problem.device, native) as of_mean,
-    ):
+    theta = tensors["theta"]
+    rows = (mean_rows, theta.numel()) if "mean" in tensors else (0,)
+    with WORKSPACE.of((workspace,), torch.uint8) as own, MEAN_ROWS.of(rows, theta.dtype) as of_mean:
         yield addresses({**tensors, "workspace": own, "mean_rows": of_mean})
 
 

@@ -82,7 +82,7 @@ def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.MlpSpec, nat
         threads = torch.get_num_threads()
         plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads)
         workspace = plan["workspace_scalars"] * itemsize
-        with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"], problem, native) as addresses:
+        with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"]) as addresses:
             native.mlp_meta_step_cpu(
                 addresses, *network, **options, skip_nonfinite=problem.nonfinite == "skip", threads=threads
             )

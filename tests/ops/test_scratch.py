@@ -12,13 +12,10 @@ import signmaml_ext
 from helpers.perceptrons import network, tasks_for
 from signmaml.models import Conv4
 from signmaml_ext import fused
-from signmaml_ext._loader import C
-
-CPU = torch.device("cpu")
 
 
 def address(scratch: fused.Scratch, size: int, dtype: torch.dtype = torch.float32) -> int:
-    with scratch.of((size,), dtype, CPU, C) as buffer:
+    with scratch.of((size,), dtype) as buffer:
         assert buffer.shape == (size,) and buffer.dtype == dtype and buffer.is_contiguous()
         return buffer.data_ptr()
 
@@ -34,7 +31,7 @@ def test_one_buffer_stays_and_grows():
 
 def test_calls_at_the_same_time_have_their_own():
     scratch = fused.Scratch()
-    with scratch.of((10,), torch.float32, CPU, C) as one, scratch.of((10,), torch.float32, CPU, C) as two:
+    with scratch.of((10,), torch.float32) as one, scratch.of((10,), torch.float32) as two:
         one.fill_(1.0)
         two.fill_(2.0)
         assert (one == 1.0).all() and (two == 2.0).all()
@@ -52,7 +49,7 @@ def test_nothing_large_is_kept(monkeypatch):
 def test_put_back_after_an_error():
     scratch = fused.Scratch()
     first = address(scratch, 1000)
-    with pytest.raises(KeyError), scratch.of((10,), torch.float32, CPU, C):
+    with pytest.raises(KeyError), scratch.of((10,), torch.float32):
         raise KeyError
     assert address(scratch, 1000) == first
 
