@@ -79,7 +79,7 @@ class ConvStageRunner {
             return each(items, [this, scratch](auto item) { stages_.patch_covariance(task_, item, scratch); });
         }
         if (stage == "forward") {
-            return each(items, [this, block, scratch](auto item) { stages_.forward(task_, block, item, scratch); });
+            return [this, block, items, scratch] { stages_.forward(task_, block, 0, items, scratch); };
         }
         if (stage == "statistics") return [this, block] { stages_.statistics(task_, block); };
         if (stage == "normalise" && !first) {
@@ -94,8 +94,9 @@ class ConvStageRunner {
             return each(items, [this, block](auto item) { stages_.raw_grad(task_, block, item); });
         }
         if (stage == "weight_grad" && !first) {
-            return [this, block] {
-                stages_.weight_grad(task_, block, 0, task_.examples, 0, stages_.weight_tiles(task_, block));
+            return [this, block, scratch] {
+                stages_.weight_products(task_, block, 0, task_.examples, 0, kConvProducts, scratch);
+                stages_.weight_grad(task_, block);
             };
         }
         if (stage == "weight_grad") {
@@ -105,8 +106,12 @@ class ConvStageRunner {
         if (stage == "transform_weights") return [this, block] { stages_.transform_weights(task_, block, false); };
         if (stage == "data_grad" && !first) {
             const ConvBlockPlan& before = layout_.blocks[block - 1];
-            return each(task_.examples * before.half_items,
-                        [this, block, scratch](auto item) { stages_.data_grad(task_, block, item, scratch); });
+            const std::int64_t all = task_.examples * before.half_items, at_once = b.data_grad_items;
+            return [this, block, all, at_once, scratch] {
+                for (std::int64_t item = 0; item < all; item += at_once) {
+                    stages_.data_grad(task_, block, item, std::min(item + at_once, all), scratch);
+                }
+            };
         }
         throw std::invalid_argument("stage: expected one of block " + std::to_string(block) + ", found '" + stage +
                                     "'");

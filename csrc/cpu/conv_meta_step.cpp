@@ -144,10 +144,16 @@ class ConvTeam {
 
     template <typename Body>
     void each_with_scratch(std::int64_t items, const Body& body) {
+        ranges_with_scratch(items, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+            for (std::int64_t item = begin; item < end; ++item) body(item, scratch);
+        });
+    }
+
+    template <typename Body>
+    void ranges_with_scratch(std::int64_t items, const Body& body) {
         parallel_for(items, threads_, [&](std::int64_t begin, std::int64_t end) {
             const std::int64_t place = scratch_.take();
-            Scalar* scratch = task_.memory + layout_.size + place * layout_.scratch;
-            for (std::int64_t item = begin; item < end; ++item) body(item, scratch);
+            body(begin, end, task_.memory + layout_.size + place * layout_.scratch);
             scratch_.give_back(place);
         });
     }
@@ -170,8 +176,7 @@ class ConvTeam {
     int classifier_tensor() const { return p_.shape.blocks * conv_tensors_of_block(p_.shape); }
 
     Scalar* clear(std::int64_t place, std::int64_t count) {
-        return static_cast<Scalar*>(
-            std::memset(task_.at(place), 0, static_cast<std::size_t>(count) * sizeof(Scalar)));
+        return static_cast<Scalar*>(std::memset(task_.at(place), 0, static_cast<std::size_t>(count) * sizeof(Scalar)));
     }
 
     // Zeros around the images that convolutions read, in either direction: nothing else writes there.
@@ -261,9 +266,8 @@ class ConvTeam {
         }
         for (std::int64_t j = 0; j < patch; ++j) mean[j] /= positions;
 
-        each_with_scratch(items, [&](std::int64_t item, Scalar* scratch) {
-            stages_.patch_covariance(task_, item, scratch);
-        });
+        each_with_scratch(items,
+                          [&](std::int64_t item, Scalar* scratch) { stages_.patch_covariance(task_, item, scratch); });
         auto* covariance = reinterpret_cast<double*>(task_.at(layout_.covariance));
         const std::int64_t columns = 2 * std::int64_t{stages_.unit.lanes};  // of a tile of patch_covariance
         for (std::int64_t i = 0; i < patch; ++i) {
@@ -284,11 +288,14 @@ class ConvTeam {
             for (int i = first_with_second ? 1 : 0; i < p_.shape.blocks; ++i) {
                 const ConvBlockPlan& b = layout_.blocks[i];
                 stages_.transform_weights(task_, i, /*back=*/false);
-                each_with_scratch(set.count * b.items, [&](std::int64_t item, Scalar* scratch) {
-                    // While the second-level cache has the image.
-                    if (i == 1 && first_with_second && item % b.items == 0) forward_first(item / b.items, scratch);
-                    stages_.forward(task_, i, item, scratch);
-                });
+                if (i == 1 && first_with_second) {
+                    forward_both(set.count);
+                } else {
+                    ranges_with_scratch(set.count * b.items,
+                                        [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+                                            stages_.forward(task_, i, begin, end, scratch);
+                                        });
+                }
                 if (i == 0) continue;
                 stages_.statistics(task_, i);
                 each(set.count, [&](std::int64_t example) { stages_.normalise(task_, i, example); });
@@ -301,17 +308,23 @@ class ConvTeam {
         each(set.count, [&](std::int64_t i) {
             Scalar* logits = task_.at(layout_.logits) + i * ways;
             for (std::int64_t way = 0; way < ways; ++way) {
-                logits[way] =
-                    bias[way] + stages_.dot(features() + i * layout_.features, weight + way * layout_.features,
-                                            layout_.features);
+                logits[way] = bias[way] + stages_.dot(features() + i * layout_.features,
+                                                      weight + way * layout_.features, layout_.features);
             }
         });
         return cross_entropy(set, task);
     }
 
-    void forward_first(std::int64_t example, Scalar* scratch) {
-        const std::int64_t items = layout_.blocks[0].items;
-        for (std::int64_t i = 0; i < items; ++i) stages_.forward(task_, 0, example * items + i, scratch);
+    // Blocks 0 and 1, a few images at a time: block 1 finds them in the second-level cache.
+    void forward_both(std::int64_t examples) {
+        const ConvBlockPlan &zero = layout_.blocks[0], &one = layout_.blocks[1];
+        ranges_with_scratch(examples, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+            for (std::int64_t first = begin; first < end; first += one.forward_items) {
+                const std::int64_t last = std::min(first + one.forward_items, end);
+                stages_.forward(task_, 0, first * zero.items, last * zero.items, scratch);
+                stages_.forward(task_, 1, first * one.items, last * one.items, scratch);
+            }
+        });
     }
 
     const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
@@ -360,8 +373,8 @@ class ConvTeam {
         const std::int64_t* labels = set.labels + task * set.count;
         bool in_range = true;
         for (std::int64_t i = 0; i < set.count; ++i) in_range &= labels[i] >= 0 && labels[i] < ways;
-        const Scalar share = in_range ? Scalar(1) / static_cast<Scalar>(set.count)
-                                      : std::numeric_limits<Scalar>::quiet_NaN();
+        const Scalar share =
+            in_range ? Scalar(1) / static_cast<Scalar>(set.count) : std::numeric_limits<Scalar>::quiet_NaN();
         for (std::int64_t i = 0; i < set.count; ++i) {
             Scalar* grad = task_.at(layout_.logits_grad) + i * ways;
             if (in_range) grad[labels[i]] -= Scalar(1);
@@ -429,27 +442,32 @@ class ConvTeam {
             for (std::int64_t first = (task_.examples - 1) / at_once * at_once; first >= 0; first -= at_once) {
                 convolution_grads(i, first, std::min(first + at_once, task_.examples), wanted(own.weight), i > lowest);
             }
+            if (wanted(own.weight)) stages_.weight_grad(task_, i);
         }
     }
 
     // Of a block after the first, over some examples: of its raw values, its weights and the block before.
     void convolution_grads(int block, std::int64_t first, std::int64_t last, bool of_weights, bool of_data) {
         const ConvBlockPlan& b = layout_.blocks[block];
-        each((last - first) * b.items, [&](std::int64_t item) {
-            stages_.raw_grad(task_, block, first * b.items + item);
-        });
+        each((last - first) * b.items,
+             [&](std::int64_t item) { stages_.raw_grad(task_, block, first * b.items + item); });
         if (of_weights) {
-            parallel_for(stages_.weight_tiles(task_, block), threads_, [&](std::int64_t begin, std::int64_t end) {
-                stages_.weight_grad(task_, block, first, last, begin, end);
+            ranges_with_scratch(kConvProducts, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+                stages_.weight_products(task_, block, first, last, begin, end, scratch);
             });
         }
         if (!of_data) return;
         const std::int64_t items = layout_.blocks[block - 1].half_items;
-        each_with_scratch((last - first) * items, [&](std::int64_t item, Scalar* scratch) {
-            stages_.data_grad(task_, block, first * items + item, scratch);
-            // While scratch has the item's gradient.
-            if (block == 1 && layout_.first_grad_in_scratch) {
-                stages_.first_weight_grad(task_, first * items + item, scratch);
+        const std::int64_t at_once = layout_.blocks[block].data_grad_items;
+        ranges_with_scratch((last - first) * items, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+            for (std::int64_t item = first * items + begin; item < first * items + end; item += at_once) {
+                const std::int64_t behind = std::min(item + at_once, first * items + end);
+                stages_.data_grad(task_, block, item, behind, scratch);
+                if (block > 1 || !layout_.first_grad_in_scratch) continue;
+                // While scratch has the items' gradients.
+                for (std::int64_t i = item; i < behind; ++i) {
+                    stages_.first_weight_grad(task_, i, scratch + (i - item) * layout_.first_grad);
+                }
             }
         });
     }
@@ -512,9 +530,8 @@ class ConvTeam {
     }
 
     void step(Scalar* params, const Scalar* grads, Scalar lr, std::int64_t n) {
-        nonfinite_ |= p_.by_sign
-                          ? span_kernels<Scalar>(kernels()).sign_step(params, grads, &lr, false, nullptr, n)
-                          : stages_.gradient_step(params, grads, lr, n);
+        nonfinite_ |= p_.by_sign ? span_kernels<Scalar>(kernels()).sign_step(params, grads, &lr, false, nullptr, n)
+                                 : stages_.gradient_step(params, grads, lr, n);
     }
 
     const ConvMetaStepParams<Scalar>& p_;
@@ -542,8 +559,8 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
     const ConvCpuLayout layout =
         conv_cpu_layout(p.shape, larger(p.support.count, p.query.count), sizeof(Scalar), stages.unit);
-    const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, sizeof(Scalar),
-                                                     stages.unit, threads);
+    const ConvCpuPlan plan =
+        plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, sizeof(Scalar), stages.unit, threads);
     const Tensors tensors(p.shape);
     Scalar* memory = aligned<Scalar>(p.workspace);
     OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, p.parameters, 1, plan.mean_rows);

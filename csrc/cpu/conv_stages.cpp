@@ -78,8 +78,7 @@ inline Mask<Scalar> load_choice(const std::uint8_t* from) {
 }
 template <typename Scalar>
 inline void store_choice(std::uint8_t* to, Mask<Scalar> value) {
-    *reinterpret_cast<typename Simd<Scalar>::Bytes*>(to) =
-        __builtin_convertvector(value, typename Simd<Scalar>::Bytes);
+    *reinterpret_cast<typename Simd<Scalar>::Bytes*>(to) = __builtin_convertvector(value, typename Simd<Scalar>::Bytes);
 }
 
 // Lanes `kLow`, `kLow` + 1, ... of a and b in turn.
@@ -143,7 +142,7 @@ struct Runs {
 };
 
 // A sum of more terms than this adds its runs up one by one: in float32 one long sum would be less exact than torch's.
-constexpr std::int64_t kLongSum = 256;
+constexpr std::int64_t kLongSum = 128;
 
 // Where positions lie: `step` from one to the next, and `row` from one row of them to the next.
 struct Steps {
@@ -489,6 +488,271 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors
     return vectors == 2 ? winograd<Scalar, 2>(conv, weight, scratch) : winograd<Scalar, 1>(conv, weight, scratch);
 }
 
+// ---- shared products ------------------------------------------------------------------------------------------------
+// Two neighbouring outputs of a filter with two taps a and b, over x0, x1 and x2, take three products instead of four:
+//     y0 = a x0 + b x1 = a (x0 - x1) + s,  y1 = a x1 + b x2 = b (x2 - x1) + s,  s = (a + b) x1    (Winograd's F(2, 2))
+// With stride 2 the taps 0 and 2 of an axis are such a filter over every other position, and tap 1 is on its own: 25
+// products instead of 36 for 2 x 2 outputs of a 3x3 window. The gradient of the inputs has the same form. So have the
+// gradients of the two taps,
+//     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s,  s = (g0 + g1) x1,
+// where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0
+// and 1. At the image's edge an output is on its own where that leaves the border's zeros out.
+
+// Along one axis: x[at] + sign * x[other], or without a sign x[at].
+struct Blend {
+    std::int64_t at, other;
+    int sign;
+};
+
+constexpr Blend alone(std::int64_t at) { return {at, at, 0}; }
+
+// Some outputs of an axis, each a sum of few products. Weights are numbered by tap; 3 is the sum of taps 0 and 2.
+struct AxisTerm {
+    struct Product {
+        Blend x;
+        int weight;
+    };
+    std::int64_t count, x_step;  // outputs, and inputs from one to the next
+    std::int64_t out, out_step;
+    std::int64_t shared_with;  // an output to which the same is added, or -1: then this is the first that out gets
+    int products;
+    Product product[3];
+};
+
+struct Axis {
+    AxisTerm term[5];
+    int terms = 0;
+
+    void add(const AxisTerm& next) {
+        if (next.count > 0) term[terms++] = next;
+    }
+};
+
+// Outputs [first, last) of an axis with stride 2. Positions count from the border's zero.
+inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in, std::int64_t out) {
+    const std::int64_t count = last - first;
+    const bool meets_end = last == out && in % 2 == 1;  // tap 2 of the last output is over the border
+    const std::int64_t lead = first == 0 && (count % 2 == 1 || meets_end) ? 1 : 0;
+    const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
+    const std::int64_t x = 2 * (first + lead), end = 2 * (last - 1);
+    Axis axis;
+    axis.add({pairs, 4, lead, 2, -1, 2, {{{x, x + 2, -1}, 0}, {alone(x + 1), 1}}});
+    axis.add({pairs, 4, lead + 1, 2, -1, 2, {{{x + 4, x + 2, -1}, 2}, {alone(x + 3), 1}}});
+    axis.add({lead, 0, 0, 0, -1, in > 1 ? 2 : 1, {{alone(1), 1}, {alone(2), 2}}});
+    axis.add(
+        {tail, 0, count - 1, 0, -1, meets_end ? 2 : 3, {{alone(end), 0}, {alone(end + 1), 1}, {alone(end + 2), 2}}});
+    axis.add({pairs, 4, lead, 2, lead + 1, 1, {{alone(x + 2), 3}}});
+    return axis;
+}
+
+// Inputs [first, last) of such an axis, whose gradient comes from that of the outputs; `first` is even. An even input
+// is under tap 1 of one output, an odd one under taps 2 and 0 of two: taps 0 and 2 of the exchanged window.
+inline Axis gathering_axis(std::int64_t first, std::int64_t last, std::int64_t out) {
+    const std::int64_t odd = (last - first) / 2, pairs = odd / 2, g = first / 2 + 1, end = g + 2 * pairs;
+    Axis axis;
+    axis.add({(last - first + 1) / 2, 1, 0, 2, -1, 1, {{alone(g), 1}}});
+    axis.add({pairs, 2, 1, 4, -1, 1, {{{g, g + 1, -1}, 0}}});
+    axis.add({pairs, 2, 3, 4, -1, 1, {{{g + 2, g + 1, -1}, 2}}});
+    axis.add({odd % 2, 0, 4 * pairs + 1, 0, -1, end + 1 > out ? 1 : 2, {{alone(end), 0}, {alone(end + 1), 2}}});
+    axis.add({pairs, 2, 1, 4, 3, 1, {{alone(g + 1), 3}}});
+    return axis;
+}
+
+// Images of positions of channels.
+template <typename Scalar>
+struct Images {
+    const Scalar* first;
+    std::int64_t image, row, channels;
+};
+
+// Positions of every one of them, in rows and columns so many steps apart.
+struct Box {
+    std::int64_t images, rows, columns;
+    std::int64_t row_step, column_step;
+
+    std::int64_t count() const { return images * rows * columns; }
+};
+
+template <typename Scalar, bool kRows, bool kColumns>
+void copy_blended(Scalar* to, std::int64_t to_step, const Images<Scalar>& from, const Blend& rows, const Blend& columns,
+                  const Box& box) {
+    const Vector<Scalar> row_sign = all(static_cast<Scalar>(rows.sign));
+    const Vector<Scalar> column_sign = all(static_cast<Scalar>(columns.sign));
+    const std::int64_t channels = from.channels, step = box.column_step * channels;
+    const std::int64_t row_apart = (rows.other - rows.at) * from.row, apart = (columns.other - columns.at) * channels;
+    const auto blended = [apart, column_sign](const Scalar* x) {
+        return kColumns ? load(x) + column_sign * load(x + apart) : load(x);
+    };
+    for (std::int64_t image = 0; image < box.images; ++image) {
+        for (std::int64_t y = 0; y < box.rows; ++y) {
+            const Scalar* x =
+                from.first + image * from.image + (rows.at + y * box.row_step) * from.row + columns.at * channels;
+            for (std::int64_t i = 0; i < box.columns; ++i, to += to_step, x += step) {
+                for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                    store(to + c, kRows ? blended(x + c) + row_sign * blended(x + row_apart + c) : blended(x + c));
+                }
+            }
+        }
+    }
+}
+
+// to [positions, to_step] <- the blends at a box's positions
+template <typename Scalar>
+void copy_blended(Scalar* to, std::int64_t to_step, const Images<Scalar>& from, const Blend& rows, const Blend& columns,
+                  const Box& box) {
+    const auto copy = rows.sign == 0
+                          ? (columns.sign == 0 ? copy_blended<Scalar, false, false> : copy_blended<Scalar, false, true>)
+                          : (columns.sign == 0 ? copy_blended<Scalar, true, false> : copy_blended<Scalar, true, true>);
+    copy(to, to_step, from, rows, columns, box);
+}
+
+// Sums of weights: taps 0 and 2 of the rows with each column and with its sum; then of the columns with each row.
+inline std::int64_t sum_of_weights(int row, int column) { return row == 3 ? column : 4 + row; }
+
+// to [groups, 7, inputs, group] <- sums of `weight` [groups, 9, inputs, group]
+template <typename Scalar>
+void sum_weights(Scalar* to, const Scalar* weight, std::int64_t inputs, std::int64_t channels, std::int64_t group) {
+    const std::int64_t tap = inputs * group;
+    for (std::int64_t first = 0; first < channels; first += group, weight += 9 * tap, to += 7 * tap) {
+        for (std::int64_t i = 0; i < tap; i += kLanes<Scalar>) {
+            Vector<Scalar> of_rows[3];
+#pragma GCC unroll 3
+            for (int k = 0; k < 3; ++k) {
+                of_rows[k] = load(weight + k * tap + i) + load(weight + (6 + k) * tap + i);
+                store(to + k * tap + i, of_rows[k]);
+                store(to + (4 + k) * tap + i, load(weight + 3 * k * tap + i) + load(weight + (3 * k + 2) * tap + i));
+            }
+            store(to + 3 * tap + i, of_rows[0] + of_rows[2]);
+        }
+    }
+}
+
+// Images that are convolved together.
+template <typename Scalar>
+struct SharedConvolution {
+    Scalar* out;
+    std::int64_t out_image, out_row;
+    Images<Scalar> x;
+    std::int64_t images, inputs;
+    const Scalar* weight;  // [groups, 9, inputs, group]
+    const Scalar* sums;    // [groups, 7, inputs, group], in the same memory
+    int vectors;
+};
+
+// out (+)= products, at a box's positions
+template <typename Scalar, bool kAdd>
+void spread_products(Scalar* out, std::int64_t out_image, std::int64_t out_row, const Box& box, const Scalar* products,
+                     std::int64_t channels) {
+    for (std::int64_t image = 0; image < box.images; ++image) {
+        for (std::int64_t y = 0; y < box.rows; ++y) {
+            Scalar* to = out + image * out_image + y * box.row_step * out_row;
+            for (std::int64_t x = 0; x < box.columns; ++x, to += box.column_step * channels, products += channels) {
+                for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                    store(to + c, kAdd ? load(to + c) + load(products + c) : load(products + c));
+                }
+            }
+        }
+    }
+}
+
+// The outputs of a term, of images from `first` on.
+template <typename Scalar>
+void spread_products(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns,
+                     std::int64_t first, std::int64_t images, const Scalar* products) {
+    const Box box{images, rows.count, columns.count, rows.out_step, columns.out_step};
+    const std::int64_t channels = conv.x.channels;
+    const auto spread = rows.shared_with >= 0 || columns.shared_with >= 0 ? spread_products<Scalar, true>
+                                                                          : spread_products<Scalar, false>;
+    const std::int64_t all_y[] = {rows.out, rows.shared_with}, all_x[] = {columns.out, columns.shared_with};
+    for (const std::int64_t y : all_y) {
+        for (const std::int64_t x : all_x) {
+            if (y < 0 || x < 0) continue;
+            spread(conv.out + first * conv.out_image + y * conv.out_row + x * channels, conv.out_image, conv.out_row,
+                   box, products, channels);
+        }
+    }
+}
+
+// The weights of a term's products with another's, `to_sums` from the weights of the same group to its sums.
+inline void choose_weights(Runs& runs, const AxisTerm& rows, const AxisTerm& columns, std::int64_t tap,
+                           std::int64_t to_sums) {
+    for (int i = 0; i < runs.count; ++i) {
+        const int y = rows.product[i / columns.products].weight, x = columns.product[i % columns.products].weight;
+        runs.run[i].weight = y < 3 && x < 3 ? (y * 3 + x) * tap : to_sums + sum_of_weights(y, x) * tap;
+    }
+}
+
+// scratch: conv_shared_scratch scalars.
+template <typename Scalar>
+void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns,
+                     Scalar* scratch) {
+    const std::int64_t channels = conv.x.channels, group = conv.vectors * kLanes<Scalar>, tap = conv.inputs * group;
+    const std::int64_t positions = rows.count * columns.count;
+    Scalar* products = scratch + kConvSharedPositions * channels;
+    Runs runs{};
+    runs.count = rows.products * columns.products;
+    runs.length = conv.inputs;
+    const std::int64_t at_once = most(1, kConvSharedPositions / (positions * runs.count));
+    for (std::int64_t first = 0; first < conv.images; first += at_once) {
+        const Box box{least(at_once, conv.images - first), rows.count, columns.count, rows.x_step, columns.x_step};
+        Images<Scalar> from = conv.x;
+        from.first += first * from.image;
+        for (int i = 0; i < runs.count; ++i) {
+            runs.run[i].input = i * box.count() * channels;
+            copy_blended(scratch + runs.run[i].input, channels, from, rows.product[i / columns.products].x,
+                         columns.product[i % columns.products].x, box);
+        }
+        for (std::int64_t c = 0; c < channels; c += group) {
+            const Scalar* weight = conv.weight + c * 9 * conv.inputs;
+            choose_weights(runs, rows, columns, tap, conv.sums + c * 7 * conv.inputs - weight);
+            convolve_row(products + c, channels, scratch, channels, box.count(), runs, weight, conv.vectors);
+        }
+        spread_products(conv, rows, columns, first, box.images, products);
+    }
+}
+
+template <typename Scalar>
+void convolve_shared(const SharedConvolution<Scalar>& conv, const Axis& rows, const Axis& columns, Scalar* scratch) {
+    for (int r = 0; r < rows.terms; ++r) {
+        for (int c = 0; c < columns.terms; ++c) convolve_shared(conv, rows.term[r], columns.term[c], scratch);
+    }
+}
+
+// The matrices of products along one axis, [inputs, outputs] each a sum over positions: of x0 - x1, x1 and x2 - x1, and
+// of the tap on its own. Each comes from up to two stretches of positions.
+struct OuterAxis {
+    struct Stretch {
+        Blend x, grad;
+        std::int64_t count, x_step, grad_step;
+    };
+    Stretch stretch[4][3];
+    int stretches[4] = {};
+
+    void add(int matrix, const Stretch& next) {
+        if (next.count > 0) stretch[matrix][stretches[matrix]++] = next;
+    }
+};
+
+// Of outputs [first, last). Positions of inputs count from the border's zero, those of gradients from the first output.
+inline OuterAxis outer_axis(std::int64_t first, std::int64_t last, std::int64_t in, std::int64_t out,
+                            std::int64_t stride) {
+    const std::int64_t count = last - first;
+    const bool meets_end = last == out && out * stride > in;  // tap `stride` of the last output is over the border
+    const std::int64_t lead = first == 0 && (count % 2 == 1 || meets_end) ? 1 : 0;
+    const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
+    const std::int64_t g = first + lead, x = stride * g, end = stride * (last - 1), single = 3 - stride;
+    const bool single_meets_end = last == out && (out - 1) * stride + single > in;
+    OuterAxis axis;
+    axis.add(0, {{x, x + stride, -1}, alone(g), pairs, 2 * stride, 2});
+    axis.add(0, {alone(end), alone(last - 1), tail, 0, 0});
+    axis.add(1, {alone(x + stride), {g, g + 1, 1}, pairs, 2 * stride, 2});
+    axis.add(2, {{x + 2 * stride, x + stride, -1}, alone(g + 1), pairs, 2 * stride, 2});
+    axis.add(2, {alone(stride), alone(0), stride > in ? 0 : lead, 0, 0});
+    axis.add(2, {alone(end + stride), alone(last - 1), meets_end ? 0 : tail, 0, 0});
+    axis.add(3, {alone(stride * first + single), alone(first), count - (single_meets_end ? 1 : 0), stride, 1});
+    return axis;
+}
+
 // ---- the images and layer 1's patches -------------------------------------------------------------------------------
 
 template <typename Scalar>
@@ -682,7 +946,7 @@ void pack_back(const ConvTask<Scalar>& t, int block) {
                     rows[i] = in + i < filters ? load(from + (in + i) * group) : Vector<Scalar>{};
                 }
                 transpose<Scalar>(rows);
-                Scalar* to = t.at(b.weight_back) + ((in / group_back * 9 + tap) * filters + out) * group_back +
+                Scalar* to = t.at(t.layout->weight_back) + ((in / group_back * 9 + tap) * filters + out) * group_back +
                              in % group_back;
 #pragma GCC unroll 16
                 for (int i = 0; i < kL; ++i) {
@@ -696,10 +960,13 @@ void pack_back(const ConvTask<Scalar>& t, int block) {
 template <typename Scalar>
 void transform_weights(const ConvTask<Scalar>& t, int block, bool back) {
     const ConvBlockPlan& b = t.block(block);
-    if (!b.winograd) return;
     const std::int64_t group = (back ? b.vectors_back : b.vectors) * kLanes<Scalar>;
-    transform_kernels(t.at(t.layout->winograd), t.at(back ? b.weight_back : b.weight), t.shape->filters,
-                      t.layout->channels, group);
+    const Scalar* weight = t.at(back ? t.layout->weight_back : b.weight);
+    if (b.winograd) {
+        transform_kernels(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
+    } else if (b.shared) {
+        sum_weights(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
+    }
 }
 
 // The mean of one item and its squared deviations from it, vector by vector of channels.
@@ -832,15 +1099,15 @@ void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, Scala
     const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
     if (b.winograd) {
         const Scalar* x = input_row(t, block, rows.example, rows.first);
-        winograd<Scalar>({raw, row, x, in_row, rows.count, b.out_w, b.inputs, channels}, t.at(t.layout->winograd),
+        winograd<Scalar>({raw, row, x, in_row, rows.count, b.out_w, b.inputs, channels}, t.at(t.layout->transformed),
                          b.vectors, scratch);
         return;
     }
     const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
     for (std::int64_t first = 0; first < channels; first += group) {
         convolve_grid(raw + first, {channels, row}, input_row(t, block, rows.example, rows.first),
-                         {b.stride * std::int64_t{b.input_lanes}, b.stride * in_row}, rows.count, b.out_w, runs,
-                         t.at(b.weight) + first * 9 * b.inputs, b.vectors);
+                      {b.stride * std::int64_t{b.input_lanes}, b.stride * in_row}, rows.count, b.out_w, runs,
+                      t.at(b.weight) + first * 9 * b.inputs, b.vectors);
     }
 }
 
@@ -866,21 +1133,68 @@ void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch
     }
 }
 
+// Row `y` of an example of a block's raw values, inside its border.
 template <typename Scalar>
-void forward(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
-    if (block == 0) return forward_first(t, item, scratch);
+Scalar* raw_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
     const ConvBlockPlan& b = t.block(block);
-    const Rows rows = raw_rows(t, block, item);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
-    Scalar* raw = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels;
-    convolve_rows(t, block, rows, raw, row, scratch);
-    item_statistics(t.partial(item), raw, row, rows.count, b.out_w, channels);
-    if (b.stride == 2) return;
-    Scalar* winners = t.at(b.winner) + rows.example * b.half_h * b.half_w * channels;
-    choose_winners(t, block, rows, raw, row,
-                   [&](std::int64_t y, std::int64_t x, std::int64_t c, Vector<Scalar> winner) {
-                       store(winners + (y * b.half_w + x) * channels + c, winner);
-                   });
+    return t.at(b.raw) + (example * (b.out_h + 2) + y + 1) * row + channels;
+}
+
+// Outputs of an axis that are convolved at once, in both directions: as many pairs of pairs as shared products fit.
+constexpr std::int64_t kSharedColumns = 32;
+constexpr std::int64_t shared_rows(std::int64_t columns) {
+    return 2 * most(1, kConvSharedPositions / 4 / ((columns + 1) / 2));
+}
+
+// raw <- convolution of some images' rows
+template <typename Scalar>
+void convolve_strided(const ConvTask<Scalar>& t, int block, const Rows& rows, std::int64_t images, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * channels;
+    for (std::int64_t left = 0; left < b.out_w; left += kSharedColumns) {
+        const std::int64_t right = least(left + kSharedColumns, b.out_w), end = rows.first + rows.count;
+        for (std::int64_t top = rows.first, bottom; top < end; top = bottom) {
+            bottom = least(top + shared_rows(right - left), end);
+            convolve_shared<Scalar>({raw_row(t, block, rows.example, top) + left * channels,
+                                     (b.out_h + 2) * row,
+                                     row,
+                                     {input_row(t, block, rows.example, 0), (b.in_h + 2) * in_row, in_row, channels},
+                                     images,
+                                     b.inputs,
+                                     t.at(b.weight),
+                                     t.at(t.layout->transformed),
+                                     b.vectors},
+                                    strided_axis(top, bottom, b.in_h, b.out_h),
+                                    strided_axis(left, right, b.in_w, b.out_w), scratch + t.layout->shared_scratch);
+        }
+    }
+}
+
+template <typename Scalar>
+void forward(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
+    for (std::int64_t item = first; item < last; ++item) {
+        if (block == 0) {
+            forward_first(t, item, scratch);
+            continue;
+        }
+        const Rows rows = raw_rows(t, block, item);
+        Scalar* raw = raw_row(t, block, rows.example, rows.first);
+        if (!b.shared) {
+            convolve_rows(t, block, rows, raw, row, scratch);
+        } else if ((item - first) % b.forward_items == 0) {
+            convolve_strided(t, block, rows, least(b.forward_items, last - item), scratch);
+        }
+        item_statistics(t.partial(item), raw, row, rows.count, b.out_w, channels);
+        if (b.stride == 2) continue;
+        Scalar* winners = t.at(b.winner) + rows.example * b.half_h * b.half_w * channels;
+        choose_winners(t, block, rows, raw, row,
+                       [&](std::int64_t y, std::int64_t x, std::int64_t c, Vector<Scalar> winner) {
+                           store(winners + (y * b.half_w + x) * channels + c, winner);
+                       });
+    }
 }
 
 template <typename Scalar>
@@ -1067,146 +1381,252 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     }
 }
 
-// The tiles of a weight gradient: groups of outputs, times runs of the window, times even pieces of a run.
-struct WeightTiles {
-    std::int64_t groups, runs, run_length, run_pieces;
+// Bytes of inputs and gradients of which all matrices of products are made before the next: they stay in the
+// second-level cache.
+constexpr std::int64_t kChunkBytes = 352 * 1024;
 
-    std::int64_t count() const { return groups * runs * run_pieces; }
-};
-
-template <typename Scalar>
-WeightTiles weight_tiles_of(const ConvTask<Scalar>& t, int block) {
-    const ConvBlockPlan& b = t.block(block);
-    const bool whole = b.inputs == b.input_lanes;
-    const std::int64_t length = whole ? 3 * b.inputs : b.inputs;
-    return {t.layout->channels / (b.vectors * kLanes<Scalar>), whole ? 3 : 9, length,
-            pieces(length, most_rows(b.vectors))};
-}
-
-template <typename Scalar>
-std::int64_t weight_tiles(const ConvTask<Scalar>& t, int block) {
-    return weight_tiles_of(t, block).count();
-}
-
-// Bytes of inputs and gradients that all tiles pass over before the next: they stay in the second-level cache.
-constexpr std::int64_t kChunkBytes = 160 * 1024;
-
-// Rows of a block's convolution that go through all tiles together.
+// Rows of a block's convolution that are handled together; an even number, or all.
 template <typename Scalar>
 std::int64_t weight_rows(const ConvTask<Scalar>& t, int block) {
     const ConvBlockPlan& b = t.block(block);
-    const std::int64_t scalars = (b.out_w + 2) * std::int64_t{t.layout->channels} +
-                                 b.stride * (b.in_w + 2) * std::int64_t{b.input_lanes};
-    return most(1, kChunkBytes / (scalars * std::int64_t{sizeof(Scalar)}));
+    const std::int64_t scalars = (b.out_w + 2 + b.stride * (b.in_w + 2)) * std::int64_t{t.layout->channels};
+    return most(2, kChunkBytes / (scalars * std::int64_t{sizeof(Scalar)}) / 2 * 2);
 }
 
 template <typename Scalar>
 std::int64_t weight_images(const ConvTask<Scalar>& t, int block) {
-    const ConvBlockPlan& b = t.block(block);
-    return most(1, least(weight_rows(t, block), kLongSum / b.out_w) / b.out_h);
+    return most(1, weight_rows(t, block) / t.block(block).out_h);
 }
 
-// Of the examples from `example` on that go through all tiles together.
+// Positions side by side, from which a matrix of products is made when kConvOuterPositions are nearly reached.
 template <typename Scalar>
-void weight_grad_at_once(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t first_tile,
-                         std::int64_t last_tile) {
+struct OuterPositions {
+    Images<Scalar> x, grad;
+    Scalar* memory;  // [kConvOuterPositions, step] of x, then of grad
+    std::int64_t step, inputs;
+    int vectors;
+    Scalar* out;  // [groups, inputs, group]
+    bool add;     // to what out is
+    std::int64_t filled = 0;
+
+    Scalar* grads() const { return memory + kConvOuterPositions * step; }
+
+    // Of the positions that were copied.
+    void multiply() {
+        Products<Scalar> products;
+        products.x = memory;
+        products.grad = grads();
+        products.x_step = products.grad_step = step;
+        products.positions = filled;
+        multiply(products);
+        filled = 0;
+    }
+
+    void multiply(Products<Scalar> products) {
+        const std::int64_t group = vectors * kLanes<Scalar>, tiles = pieces(inputs, most_rows(vectors));
+        const Scalar* first_x = products.x;
+        const Scalar* first_grad = products.grad;
+        for (std::int64_t first = 0; first < grad.channels; first += group) {
+            products.grad = first_grad + first;
+            for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                const std::int64_t from = start_of(tile, inputs, tiles), to = start_of(tile + 1, inputs, tiles);
+                products.x = first_x + from;
+                outer_tile_of<Scalar>(vectors, to - from)(out + first * inputs + from * group, products, add);
+            }
+        }
+        add = true;
+    }
+
+    // From position (y, x0) of the stretches on.
+    void take(const OuterAxis::Stretch& rows, const OuterAxis::Stretch& columns, std::int64_t image,
+              std::int64_t images, std::int64_t y, std::int64_t height, std::int64_t x0, std::int64_t width) {
+        const std::int64_t count = images * height * width;
+        const auto later = [](Blend blend, std::int64_t by) {
+            return Blend{blend.at + by, blend.other + by, blend.sign};
+        };
+        const Blend x_rows = later(rows.x, y * rows.x_step), x_columns = later(columns.x, x0 * columns.x_step);
+        const Blend grad_rows = later(rows.grad, y * rows.grad_step);
+        const Blend grad_columns = later(columns.grad, x0 * columns.grad_step);
+        Images<Scalar> from = x, from_grad = grad;
+        from.first += image * x.image;
+        from_grad.first += image * grad.image;
+        const bool blended = x_rows.sign != 0 || x_columns.sign != 0 || grad_rows.sign != 0 || grad_columns.sign != 0;
+        if (!blended && count >= kConvOuterPositions / 2) {  // enough without others, and nothing to compute
+            Products<Scalar> products;
+            products.x = from.first + x_rows.at * x.row + x_columns.at * x.channels;
+            products.x_step = columns.x_step * x.channels;
+            products.x_row = rows.x_step * x.row;
+            products.x_image = x.image;
+            products.grad = from_grad.first + grad_rows.at * grad.row + grad_columns.at * grad.channels;
+            products.grad_step = columns.grad_step * grad.channels;
+            products.grad_row = rows.grad_step * grad.row;
+            products.grad_image = grad.image;
+            products.images = images;
+            products.rows = height;
+            products.positions = width;
+            multiply(products);
+            return;
+        }
+        if (filled + count > kConvOuterPositions) multiply();
+        copy_blended(memory + filled * step, step, from, x_rows, x_columns,
+                     {images, height, width, rows.x_step, columns.x_step});
+        copy_blended(grads() + filled * step, step, from_grad, grad_rows, grad_columns,
+                     {images, height, width, rows.grad_step, columns.grad_step});
+        filled += count;
+    }
+
+    // Images as a whole where they are small enough, else rows or what fits of a row.
+    void take(const OuterAxis::Stretch& rows, const OuterAxis::Stretch& columns, std::int64_t images) {
+        const std::int64_t width = least(columns.count, kConvOuterPositions);
+        const std::int64_t height = least(rows.count, kConvOuterPositions / width);
+        const bool whole = width == columns.count && height == rows.count;
+        const std::int64_t at_once = whole ? kConvOuterPositions / (width * height) : 1;
+        for (std::int64_t image = 0; image < images; image += at_once) {
+            for (std::int64_t y = 0; y < rows.count; y += height) {
+                for (std::int64_t x0 = 0; x0 < columns.count; x0 += width) {
+                    take(rows, columns, image, least(at_once, images - image), y, least(height, rows.count - y), x0,
+                         least(width, columns.count - x0));
+                }
+            }
+        }
+    }
+};
+
+// Of `images` examples from `example` on, rows [top, bottom): `start` the matrices, or add to them.
+template <typename Scalar>
+void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t images,
+                             std::int64_t top, std::int64_t bottom, bool start, std::int64_t first_product,
+                             std::int64_t last_product, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
-    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
-    const std::int64_t row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
-    const WeightTiles tiles = weight_tiles_of(t, block);
-    const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
-    const std::int64_t chunks = pieces(b.out_h, weight_rows(t, block));  // of an image
-    Products<Scalar> products;
-    products.x_step = b.stride * std::int64_t{b.input_lanes};
-    products.x_row = b.stride * in_row;
-    products.x_image = (b.in_h + 2) * in_row;
-    products.grad_step = channels;
-    products.grad_row = row;
-    products.grad_image = (b.out_h + 2) * row;
-    products.images = least(weight_images(t, block), t.examples - example);
-    products.positions = b.out_w;
-    const bool starts = example + products.images == t.examples;
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const std::int64_t first = start_of(chunk, b.out_h, chunks);
-        products.rows = start_of(chunk + 1, b.out_h, chunks) - first;
-        const Scalar* x = input_row(t, block, example, first);
-        const Scalar* grad = t.at(b.raw) + (example * (b.out_h + 2) + first + 1) * row + channels;
-        for (std::int64_t tile = first_tile; tile < last_tile; ++tile) {
-            const std::int64_t piece = tile % tiles.run_pieces;
-            const Run& run = runs.run[tile / tiles.run_pieces % tiles.runs];
-            const std::int64_t which = tile / (tiles.run_pieces * tiles.runs);
-            const std::int64_t from = start_of(piece, tiles.run_length, tiles.run_pieces);
-            const std::int64_t to = start_of(piece + 1, tiles.run_length, tiles.run_pieces);
-            products.x = x + run.input + from;
-            products.grad = grad + which * group;
-            Scalar* out = t.at(b.weight_grad) + which * 9 * b.inputs * group + run.weight + from * group;
-            outer_tile_of<Scalar>(b.vectors, to - from)(out, products, chunk > 0 || !starts);
+    const std::int64_t channels = t.layout->channels;
+    const std::int64_t row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * channels;
+    const OuterAxis rows = outer_axis(top, bottom, b.in_h, b.out_h, b.stride);
+    const OuterAxis columns = outer_axis(0, b.out_w, b.in_w, b.out_w, b.stride);
+    OuterPositions<Scalar> positions{{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels},
+                                     {raw_row(t, block, example, 0), (b.out_h + 2) * row, row, channels},
+                                     scratch + t.layout->shared_scratch,
+                                     channels + kConvOuterGap,
+                                     b.inputs,
+                                     b.vectors,
+                                     nullptr,
+                                     false};
+    for (std::int64_t product = first_product; product < last_product; ++product) {
+        positions.out = t.at(t.layout->products) + product * b.inputs * channels;
+        positions.add = !start;
+        for (int r = 0; r < rows.stretches[product / 4]; ++r) {
+            for (int c = 0; c < columns.stretches[product % 4]; ++c) {
+                positions.take(rows.stretch[product / 4][r], columns.stretch[product % 4][c], images);
+            }
+        }
+        if (positions.filled > 0 || !positions.add) positions.multiply();
+    }
+}
+
+template <typename Scalar>
+void weight_products(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last,
+                     std::int64_t first_product, std::int64_t last_product, Scalar* scratch) {
+    const std::int64_t height = t.block(block).out_h, rows = weight_rows(t, block), images = weight_images(t, block);
+    for (std::int64_t i = (last - 1) / images * images; i >= first; i -= images) {
+        const std::int64_t count = least(images, t.examples - i);
+        for (std::int64_t top = 0; top < height; top += rows) {
+            weight_products_at_once(t, block, i, count, top, least(top + rows, height),
+                                    i + count == t.examples && top == 0, first_product, last_product, scratch);
         }
     }
 }
 
+// weight_grad <- the sums of its products
 template <typename Scalar>
-void weight_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, std::int64_t first_tile,
-                 std::int64_t last_tile) {
-    const std::int64_t images = weight_images(t, block);
-    for (std::int64_t i = (last - 1) / images * images; i >= first; i -= images) {
-        weight_grad_at_once(t, block, i, first_tile, last_tile);
+void weight_grad(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, tap = b.inputs * group;
+    const std::int64_t second = b.stride, single = 3 - b.stride;  // the taps beside tap 0
+    for (std::int64_t first = 0; first < channels; first += group) {
+        for (std::int64_t i = 0; i < tap; i += kLanes<Scalar>) {
+            const Scalar* from = t.at(t.layout->products) + first * b.inputs + i;
+            Scalar* to = t.at(b.weight_grad) + first * 9 * b.inputs + i;
+            Vector<Scalar> rows[3][4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) {
+                const auto product = [&](int row) { return load(from + (row * 4 + k) * b.inputs * channels); };
+                const Vector<Scalar> shared = product(1);
+                rows[0][k] = product(0) + shared;
+                rows[1][k] = product(2) + shared;
+                rows[2][k] = product(3);
+            }
+#pragma GCC unroll 3
+            for (int k = 0; k < 3; ++k) {
+                Scalar* out = to + 3 * (k == 0 ? 0 : k == 1 ? second : single) * tap;
+                store(out, rows[k][0] + rows[k][1]);
+                store(out + second * tap, rows[k][2] + rows[k][1]);
+                store(out + single * tap, rows[k][3]);
+            }
+        }
     }
 }
 
-// A gather from the block's raw gradient: with stride 2 the windows that cover a position of the input are those of its
-// parity.
 template <typename Scalar>
 void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, Scalar* out) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
     const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
-    const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
-    const std::int64_t out_row = b.in_w * channels;
+    const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
     for (std::int64_t first = 0; first < channels; first += group) {
-        const Scalar* weight = t.at(b.weight_back) + first * 9 * filters;
-        if (b.stride == 1) {
-            convolve_grid(out + first, {channels, out_row}, grads + rows.first * row, {channels, row}, rows.count,
-                             b.in_w, window_runs(row, channels, filters, group), weight, b.vectors_back);
-            continue;
-        }
-        for (std::int64_t i = 0; i < 2 && i < rows.count; ++i) {
-            const std::int64_t y = rows.first + i;
-            for (std::int64_t x = 0; x < 2 && x < b.in_w; ++x) {
-                Runs runs{};
-                runs.length = filters;
-                // Taps 0 and 2 of an odd position, tap 1 of an even one.
-                for (std::int64_t dy = y % 2 == 0 ? 1 : 0; dy < 3; dy += 2) {
-                    for (std::int64_t dx = x == 0 ? 1 : 0; dx < 3; dx += 2) {
-                        Run& run = runs.run[runs.count++];
-                        run.input = (y + dy + 1) / 2 * row + (x + dx + 1) / 2 * channels;
-                        run.weight = (dy * 3 + dx) * filters * group;
-                    }
-                }
-                convolve_grid(out + i * out_row + x * channels + first, {2 * channels, 2 * out_row}, grads,
-                                 {channels, row}, (rows.count - i + 1) / 2, (b.in_w - x + 1) / 2, runs, weight,
-                                 b.vectors_back);
-            }
+        convolve_grid(out + first, {channels, b.in_w * channels}, grads, {channels, row}, rows.count, b.in_w,
+                      window_runs(row, channels, filters, group), t.at(t.layout->weight_back) + first * 9 * filters,
+                      b.vectors_back);
+    }
+}
+
+// Of some images' rows; out_image: from the first row of one image to that of the next.
+template <typename Scalar>
+void data_grad_strided(const ConvTask<Scalar>& t, int block, const Rows& rows, std::int64_t images, Scalar* out,
+                       std::int64_t out_image, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels, out_row = b.in_w * channels;
+    const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
+    for (std::int64_t left = 0; left < b.in_w; left += 2 * kSharedColumns) {
+        const std::int64_t right = least(left + 2 * kSharedColumns, b.in_w), end = rows.first + rows.count;
+        for (std::int64_t top = rows.first, bottom; top < end; top = bottom) {
+            bottom = least(top + 2 * shared_rows((right - left + 1) / 2), end);
+            convolve_shared<Scalar>({out + (top - rows.first) * out_row + left * channels,
+                                     out_image,
+                                     out_row,
+                                     {grads, (b.out_h + 2) * row, row, channels},
+                                     images,
+                                     t.shape->filters,
+                                     t.at(t.layout->weight_back),
+                                     t.at(t.layout->transformed),
+                                     b.vectors_back},
+                                    gathering_axis(top, bottom, b.out_h), gathering_axis(left, right, b.out_w),
+                                    scratch + t.layout->shared_scratch);
         }
     }
 }
 
 // Rows of the halved gradient before a block.
 template <typename Scalar>
-void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const ConvBlockPlan& before = t.block(block - 1);
-    const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
-    Scalar* out = halved_grad_row(t, block - 1, rows.example, rows.first, scratch);
-    if (b.winograd) {
-        const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
-        const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
-        winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels},
-                         t.at(t.layout->winograd), b.vectors_back, scratch);
-    } else {
-        data_grad_directly(t, block, rows, out);
+    const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
+    for (std::int64_t item = first; item < last; ++item) {
+        const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
+        Scalar* own = scratch + (item - first) * t.layout->first_grad;
+        Scalar* out = halved_grad_row(t, block - 1, rows.example, rows.first, own);
+        if (b.winograd) {
+            const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
+            winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels},
+                             t.at(t.layout->transformed), b.vectors_back, scratch);
+        } else if (!b.shared) {
+            data_grad_directly(t, block, rows, out);
+        } else if (item == first) {
+            const std::int64_t image =
+                t.layout->first_grad_in_scratch && block == 1 ? t.layout->first_grad : b.in_h * b.in_w * channels;
+            data_grad_strided(t, block, rows, last - first, out, image, scratch);
+        }
+        halved_sums(t, block - 1, item, own);
     }
-    halved_sums(t, block - 1, item, scratch);
 }
 
 // to[rows, out_w, channels] <- block 0's halved gradient at the winners, 0 elsewhere; rows in pairs.
@@ -1367,7 +1787,7 @@ constexpr ConvStages<Scalar> table() {
             norm_grads<Scalar>,
             raw_grad<Scalar>,
             weight_images<Scalar>,
-            weight_tiles<Scalar>,
+            weight_products<Scalar>,
             weight_grad<Scalar>,
             data_grad<Scalar>,
             first_weight_grad<Scalar>,

@@ -23,7 +23,8 @@ struct ConvTask {
     Scalar* partial(std::int64_t item) const { return memory + layout->partial + item * layout->partial_size; }
 };
 
-// "item" counts the items of all examples; `scratch` is the thread's own. Stages of the same name in kernels.md 2 and 4.
+// "item" counts the items of all examples; `scratch` is the thread's own. Stages of the same name in kernels.md 2
+// and 4.
 template <typename Scalar>
 struct ConvStages {
     ConvUnit unit;
@@ -41,11 +42,12 @@ struct ConvStages {
     void (*unpack_weights)(const ConvTask<Scalar>&, int block, const Scalar* packed, Scalar* theta);
     // weight_back <- weight, of a block after the first
     void (*pack_back)(const ConvTask<Scalar>&, int block);
-    // winograd <- weight or, for the data gradient, weight_back, where the block multiplies so
+    // transformed <- weight or, for the data gradient, weight_back, where the block multiplies so
     void (*transform_weights)(const ConvTask<Scalar>&, int block, bool back);
     // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
     // squared deviations. Block 0, whose statistics are known before, leaves `halved` and choice alone.
-    void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
+    // Items [first, last), of which a strided block takes forward_items together.
+    void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last, Scalar* scratch);
     // The vectors from kMean to kShift: from partial, or for block 0 from the patches' covariance.
     void (*statistics)(const ConvTask<Scalar>&, int block);
     // halved <- relu(scale * winner + shift), of one example
@@ -57,17 +59,17 @@ struct ConvStages {
     void (*norm_grads)(const ConvTask<Scalar>&, int block);
     // raw <- its own gradient
     void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
-    // The weight gradient of a block after the first: how many examples it takes at once, of how many register tiles
-    // it is, and the computation of some of the tiles. Examples [first, last) go from the last to the first: those up to
-    // the set's end start the sums, to which the others add. `first`, and `last` but for the end, are multiples of
-    // weight_images.
+    // The weight gradient of a block after the first: how many examples it takes at once, some of the kConvProducts
+    // matrices of products that it consists of, and their sums. Examples [first, last) go from the last to the first:
+    // those up to the set's end start the sums, to which the others add. `first`, and `last` but for the end, are
+    // multiples of weight_images.
     std::int64_t (*weight_images)(const ConvTask<Scalar>&, int block);
-    std::int64_t (*weight_tiles)(const ConvTask<Scalar>&, int block);
-    void (*weight_grad)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last,
-                        std::int64_t first_tile, std::int64_t last_tile);
-    // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. An item is one of
-    // the block before.
-    void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
+    void (*weight_products)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last,
+                            std::int64_t first_product, std::int64_t last_product, Scalar* scratch);
+    void (*weight_grad)(const ConvTask<Scalar>&, int block);
+    // halved_grad of the block before `block` <- data gradient of `block`; goes on to halved_sums. Items [first, last),
+    // at most data_grad_items, are of the block before.
+    void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last, Scalar* scratch);
     // partial[item], behind what halved_sums leaves <- sum of patches times halved_grad at the winners
     void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
     // weight_grad, kBetaGrad and kGammaGrad of block 0, from partial, patch_mean and covariance

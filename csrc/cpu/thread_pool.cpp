@@ -21,7 +21,9 @@ using Body = std::function<void(std::int64_t, std::int64_t)>;
 class Loop {
   public:
     Loop(const Body& body, std::int64_t items, int threads)
-        : body_(body), items_(items), step_(larger(1, items / (std::int64_t{threads} * kRangesPerThread))) {}
+        : body_(body),
+          items_(items),
+          step_(threads == 1 ? items : larger(1, items / (std::int64_t{threads} * kRangesPerThread))) {}
 
     // Takes ranges until none is left. Returns when the ranges it took are done.
     void help() {

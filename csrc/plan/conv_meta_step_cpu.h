@@ -40,23 +40,45 @@ inline constexpr int kConvPatchRow = 32;  // the same, in whole vectors
 // convolution, more would leave the first-level cache before their statistics are taken.
 inline constexpr std::int64_t kConvItemPositions = 128;
 
-// Rows, in pairs, of an item of an image with so many rows.
-constexpr std::int32_t conv_item_rows(std::int64_t rows, std::int64_t width) {
-    return static_cast<std::int32_t>(smaller(rows, 2 * ceil_div(kConvItemPositions, 2 * width)));
+// Rows, in pairs, of an item of an image with so many rows. Strided networks rather have an image in one item: their
+// register tiles then pass over several images.
+constexpr std::int32_t conv_item_rows(std::int64_t rows, std::int64_t width, Halving halving) {
+    const std::int64_t positions = halving == Halving::kMaxPool ? kConvItemPositions : 2 * kConvItemPositions;
+    return static_cast<std::int32_t>(smaller(rows, 2 * ceil_div(positions, 2 * width)));
 }
 
 // F(2x2, 3x3) handles so many tiles of 2 x 2 outputs at once: enough for whole register tiles, and their 16 values a
 // channel, transformed and multiplied, stay close in the cache.
 inline constexpr std::int64_t kConvWinogradTiles = 12;
 
-constexpr std::int64_t conv_winograd_scratch(std::int64_t channels) {
-    return 2 * 16 * kConvWinogradTiles * channels;
-}
+constexpr std::int64_t conv_winograd_scratch(std::int64_t channels) { return 2 * 16 * kConvWinogradTiles * channels; }
 
 // Whether F(2x2, 3x3) saves multiplications, with a fifth on top for its transforms: not where most of a tile is cut
 // off.
 constexpr bool conv_winograd_pays(std::int64_t height, std::int64_t width) {
     return 16 * ceil_div(height, 2) * ceil_div(width, 2) * 6 < 9 * height * width * 5;
+}
+
+// Shared products (conv_stages.cpp) are computed for at most so many positions at once, copied side by side: in the
+// convolutions with stride 2, and in the weight gradients.
+inline constexpr std::int64_t kConvSharedPositions = 192;
+inline constexpr std::int64_t kConvProducts = 16;  // matrices that a weight gradient is made of
+inline constexpr std::int64_t kConvOuterPositions = 128;
+// From one copied position to the next in the weight gradients, beyond its channels: a power of two would crowd
+// into a few sets of the first-level cache.
+inline constexpr std::int64_t kConvOuterGap = 16;
+// Pairs of outputs, in both directions, that fill register tiles well: so many images are taken together.
+inline constexpr std::int64_t kConvSharedPairs = 36;
+// Images whose gradient of block 0's output a thread keeps at once.
+inline constexpr std::int64_t kConvFirstGrads = 4;
+
+constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w) {
+    return larger(1, kConvSharedPairs / (larger(1, out_h / 2) * larger(1, out_w / 2)));
+}
+
+// Of inputs or gradients and products, or of inputs and gradients.
+constexpr std::int64_t conv_shared_scratch(std::int64_t channels) {
+    return larger(2 * kConvSharedPositions * channels, 2 * kConvOuterPositions * (channels + kConvOuterGap));
 }
 
 // One block: [n, in_h, in_w, inputs] -> convolution [n, out_h, out_w, filters] -> halved [n, half_h, half_w, filters].
@@ -65,17 +87,19 @@ struct ConvBlockPlan {
     std::int32_t input_lanes;  // scalars from one position to the next
     std::int32_t in_h, in_w, out_h, out_w, half_h, half_w;
     std::int32_t stride;
-    bool winograd;              // forward and data gradient by F(2x2, 3x3) instead of directly
-    std::int32_t vectors;       // of a group of output channels
-    std::int32_t vectors_back;  // of a group of input channels, in the data gradient
-    std::int32_t rows;          // convolution rows of an item: an even number, or all
-    std::int32_t items;         // of an image
-    std::int32_t half_rows;     // halved rows of an item of the backward pass
-    std::int32_t half_items;    // of an image
-    std::int32_t pad;           // zeros around the halved output: 1 where a convolution follows, else 0
+    bool winograd;                 // forward and data gradient by F(2x2, 3x3) instead of directly
+    bool shared;                   // the same with stride 2: by shared products
+    std::int32_t vectors;          // of a group of output channels
+    std::int32_t vectors_back;     // of a group of input channels, in the data gradient
+    std::int32_t rows;             // convolution rows of an item: an even number, or all
+    std::int32_t items;            // of an image
+    std::int32_t half_rows;        // halved rows of an item of the backward pass
+    std::int32_t half_items;       // of an image
+    std::int32_t forward_items;    // that are convolved together: 1, or of several images that are one item each
+    std::int32_t data_grad_items;  // likewise in the data gradient: items of the block before
+    std::int32_t pad;              // zeros around the halved output: 1 where a convolution follows, else 0
     // Places in a task's memory, in scalars.
     std::int64_t weight;       // [groups, 9, inputs, group]
-    std::int64_t weight_back;  // [groups, 9, filters, group], window and channels exchanged; block 0 has none
     std::int64_t weight_grad;  // like weight
     std::int64_t vector;       // [kConvVectors, channels]
     std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 has none
@@ -105,26 +129,32 @@ struct ConvCpuLayout {
     ConvBlockPlan blocks[kConvBlocks];
     std::int64_t features;  // what the classifier reads: [half_h, half_w, channels] of the last block, or [channels]
     // Places in a task's memory, in scalars.
-    std::int64_t images;           // [n, height + 2, width + 2, channels of the images]
-    std::int64_t readout;          // [n, features] with Readout::kMean; else none
-    std::int64_t halved_grad;      // [n, half_h, half_w, channels] of one block at a time; but see
-                                   // first_grad_in_scratch
+    std::int64_t images;       // [n, height + 2, width + 2, channels of the images]
+    std::int64_t readout;      // [n, features] with Readout::kMean; else none
+    std::int64_t halved_grad;  // [n, half_h, half_w, channels] of one block at a time; but see
+                               // first_grad_in_scratch
     std::int64_t halved_grad_size;
     std::int64_t classifier;       // [ways, features]
     std::int64_t classifier_grad;  // [ways, features]
     std::int64_t classifier_bias;  // [ways]
     std::int64_t classifier_bias_grad;
-    std::int64_t winograd;     // [16, filters, channels], transformed weights of one block at a time; or none
+    // Of one block at a time, of those after the first.
+    std::int64_t weight_back;  // [groups, 9, filters, group], window and channels exchanged
+    std::int64_t transformed;  // weights: [16, filters, channels] for F(2x2, 3x3), or sums [groups, 7, filters, group]
+    std::int64_t products;     // [16, groups, filters, group], of which the weight gradient is made
     std::int64_t logits;       // [n, ways]
     std::int64_t logits_grad;  // [n, ways]
     std::int64_t partial;      // what items leave to be added up: [items of all images, partial_size]
     std::int64_t partial_size;
-    std::int64_t patch_mean;  // [kConvLargestPatch] double
-    std::int64_t covariance;  // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
-    std::int64_t size;        // of a task
-    std::int64_t scratch;     // of a thread, beside it
-    // Whether block 0's halved_grad stays in scratch, item by item: with stride 2 no later stage needs it.
+    std::int64_t patch_mean;      // [kConvLargestPatch] double
+    std::int64_t covariance;      // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
+    std::int64_t size;            // of a task
+    std::int64_t scratch;         // of a thread, beside it
+    std::int64_t shared_scratch;  // where in scratch the copies for shared products are
+    // Whether block 0's halved_grad stays in scratch, the items of one data_grad: with stride 2 no later stage needs
+    // it.
     bool first_grad_in_scratch;
+    std::int64_t first_grad;  // then from one item to the next
 };
 
 constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
@@ -170,12 +200,15 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
     block.half_h = static_cast<std::int32_t>(conv_half(h, shape.halving));
     block.half_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
     block.winograd = i > 0 && pools && conv_winograd_pays(block.out_h, block.out_w);
+    block.shared = i > 0 && !pools;
     block.vectors = conv_group_vectors(shape.filters, block.out_w, unit);
     block.vectors_back = conv_group_vectors(shape.filters, ceil_div(w, block.stride), unit);
-    block.rows = conv_item_rows(block.out_h, block.out_w);
+    block.rows = conv_item_rows(block.out_h, block.out_w, shape.halving);
     block.items = static_cast<std::int32_t>(ceil_div(block.out_h, block.rows));
-    block.half_rows = conv_item_rows(larger(1, block.half_h), larger(1, block.half_w));
+    block.half_rows = conv_item_rows(larger(1, block.half_h), larger(1, block.half_w), shape.halving);
     block.half_items = static_cast<std::int32_t>(ceil_div(block.half_h, block.half_rows));
+    const auto together = static_cast<std::int32_t>(conv_shared_images(block.out_h, block.out_w));
+    block.forward_items = block.shared && block.items == 1 ? together : 1;
     block.pad = i + 1 < shape.blocks ? 1 : 0;
     return block;
 }
@@ -189,7 +222,12 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     std::int64_t h = shape.height, w = shape.width, items = 1, largest_half = 0;
     std::int64_t winograd_scratch = 0;
     for (int i = 0; i < shape.blocks; ++i) {
-        const ConvBlockPlan& block = layout.blocks[i] = conv_block_plan(shape, i, h, w, unit);
+        ConvBlockPlan& block = layout.blocks[i] = conv_block_plan(shape, i, h, w, unit);
+        block.data_grad_items = 1;
+        if (block.shared && layout.blocks[i - 1].half_items == 1) {
+            block.data_grad_items = static_cast<std::int32_t>(conv_shared_images(block.out_h, block.out_w));
+            if (i == 1) block.data_grad_items = smaller(block.data_grad_items, kConvFirstGrads);
+        }
         items = larger(items, larger(block.items, block.half_items));
         h = block.half_h;
         w = block.half_w;
@@ -213,7 +251,6 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         const std::int64_t half = n * block.half_h * block.half_w * channels;
         block.weight = places.take(9 * block.inputs * channels);
         block.weight_grad = places.take(9 * block.inputs * channels);
-        block.weight_back = i > 0 ? places.take(9 * shape.filters * channels) : -1;
         block.vector = places.take(kConvVectors * channels);
         block.winner = pools && i > 0 ? places.take(half) : -1;
         block.choice = pools ? places.take(ceil_div(half, scalar_bytes)) : -1;
@@ -225,7 +262,10 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.classifier_grad = places.take(shape.ways * layout.features);
     layout.classifier_bias = places.take(shape.ways);
     layout.classifier_bias_grad = places.take(shape.ways);
-    layout.winograd = winograd_scratch > 0 ? places.take(16 * shape.filters * channels) : -1;
+    const std::int64_t matrix = shape.blocks > 1 ? shape.filters * channels : 0;  // of one tap
+    layout.weight_back = places.take(9 * matrix);
+    layout.transformed = places.take(winograd_scratch > 0 ? 16 * matrix : pools ? 0 : 7 * matrix);
+    layout.products = places.take(16 * matrix);
     layout.logits = places.take(n * shape.ways);
     layout.logits_grad = places.take(n * shape.ways);
     // An item leaves two vectors of channels and its part of layer 1's weight gradient; or of the patches' covariance.
@@ -237,12 +277,17 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
     // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, of which the last
-    // ends within a vector; or the tiles of F(2x2, 3x3).
+    // ends within a vector; or the tiles of F(2x2, 3x3). And what is copied for shared products.
     const ConvBlockPlan& first = layout.blocks[0];
-    const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
-    places.take(larger(of_first, winograd_scratch));
-    layout.scratch = places.at - layout.size;
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
+    layout.first_grad = layout.first_grad_in_scratch ? first.half_rows * first.half_w * channels : 0;
+    const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
+    places.take(larger(larger(of_first, winograd_scratch),
+                       layout.first_grad_in_scratch ? layout.blocks[1].data_grad_items * layout.first_grad : 0));
+    layout.shared_scratch = pools ? 0 : places.at - layout.size;
+    const std::int64_t shared_end = layout.shared_scratch + (shape.blocks > 1 ? conv_shared_scratch(channels) : 0);
+    places.take(larger(0, shared_end - (places.at - layout.size)));
+    layout.scratch = places.at - layout.size;
     return layout;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -236,6 +237,29 @@ def test_ties_and_zeros(isa: str, case: str) -> None:
         assert distance(own[name], gradient) < 1e-10 or (own[name] - gradient).norm() < 1e-13, name
 
 
+@pytest.mark.parametrize("pooling", ["max", "stride"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_taps_that_meet_only_zeros_have_no_gradient(isa: str, pooling: str, dtype: torch.dtype) -> None:
+    """Exactly none: a trace of rounding would become a whole step."""
+    size = 8 if pooling == "stride" else 16
+    model = net(size=size, filters=24, layers=4, pooling=pooling)
+    with torch.no_grad():
+        model.features[1].normalize.weight[3], model.features[1].normalize.bias[3] = 0, -1
+    model.to(dtype)
+    batch = tuple(value.to(dtype) if value.is_floating_point() else value for value in data(size=size))
+    meta_step(model, *batch, inner_lr=0.01, inner_steps=1, backend="cpu")
+    found = grads(model)
+    after_dead = found["features.2.conv.weight"]
+    assert not after_dead[:, 3].any()
+    assert after_dead[:, [0, 1, 2, 4]].any()
+    if pooling == "max":
+        return
+    one_position = found["features.3.conv.weight"]  # of a 1 x 1 image
+    assert one_position[:, :, 1, 1].any()
+    one_position[:, :, 1, 1] = 0
+    assert not one_position.any()
+
+
 def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, float]]:
     """By tensor: the error of the native float32 gradient and of torch's, against float64."""
     _, _, _, exact = both(model.double(), batch, inner_lr=0.0, inner_steps=0)
@@ -250,13 +274,14 @@ def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, 
 def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any], sparse: bool) -> None:
     model = net(**shape)
     sizes = {key: value for key, value in shape.items() if key in ("channels", "size", "ways")}
-    batches = [data(**sizes, query=10) for _ in range(4)]
+    batches = [data(**sizes, query=10) for _ in range(8)]
     if sparse:  # most windows are equal: pooling has many ties, and all must take the same of them
         for batch in batches:
             batch[2][batch[2] < 1.2] = 0
     errors = [list(float32_errors(model, batch)) for batch in batches]
     for rows in zip(*errors, strict=True):
-        own, theirs = (max(row[column] for row in rows) for column in (1, 2))
+        # Root mean squares: the largest of few errors of a tensor of three values says little.
+        own, theirs = (math.sqrt(sum(row[column] ** 2 for row in rows)) for column in (1, 2))
         assert own <= 2 * theirs, rows[0][0]
 
 
