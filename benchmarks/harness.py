@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -192,12 +193,18 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's name and how many cores this process may use."""
+    """The processor's name and how many cores this process may use.
+
+    With its family and model where /proc/cpuinfo has them: on virtual machines one name serves several generations.
+    """
     name = platform.processor() or platform.machine()
     path = Path("/proc/cpuinfo")
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
+        first = path.read_text().split("\n\n", 1)[0]
+        facts = dict(re.findall(r"^([^\t:]+?)\s*: (.+)$", first, re.MULTILINE))
+        name = facts.get("model name", name).strip()
+        if "cpu family" in facts and "model" in facts:
+            name += f" (family {facts['cpu family']}, model {facts['model']})"
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
