@@ -535,7 +535,7 @@ inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in,
     const std::int64_t lead = first == 0 && (count % 2 == 1 || meets_end) ? 1 : 0;
     const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
     const std::int64_t x = 2 * (first + lead), end = 2 * (last - 1);
-    Axis axis;
+    Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
     axis.add({pairs, 4, lead, 2, -1, 2, {{{x, x + 2, -1}, 0}, {alone(x + 1), 1}}});
     axis.add({pairs, 4, lead + 1, 2, -1, 2, {{{x + 4, x + 2, -1}, 2}, {alone(x + 3), 1}}});
     axis.add({lead, 0, 0, 0, -1, in > 1 ? 2 : 1, {{alone(1), 1}, {alone(2), 2}}});
@@ -549,7 +549,7 @@ inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in,
 // is under tap 1 of one output, an odd one under taps 2 and 0 of two: taps 0 and 2 of the exchanged window.
 inline Axis gathering_axis(std::int64_t first, std::int64_t last, std::int64_t out) {
     const std::int64_t odd = (last - first) / 2, pairs = odd / 2, g = first / 2 + 1, end = g + 2 * pairs;
-    Axis axis;
+    Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
     axis.add({(last - first + 1) / 2, 1, 0, 2, -1, 1, {{alone(g), 1}}});
     axis.add({pairs, 2, 1, 4, -1, 1, {{{g, g + 1, -1}, 0}}});
     axis.add({pairs, 2, 3, 4, -1, 1, {{{g + 2, g + 1, -1}, 2}}});
@@ -742,7 +742,7 @@ inline OuterAxis outer_axis(std::int64_t first, std::int64_t last, std::int64_t 
     const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
     const std::int64_t g = first + lead, x = stride * g, end = stride * (last - 1), single = 3 - stride;
     const bool single_meets_end = last == out && (out - 1) * stride + single > in;
-    OuterAxis axis;
+    OuterAxis axis;  // of stretches: x, grad; count; x_step, grad_step
     axis.add(0, {{x, x + stride, -1}, alone(g), pairs, 2 * stride, 2});
     axis.add(0, {alone(end), alone(last - 1), tail, 0, 0});
     axis.add(1, {alone(x + stride), {g, g + 1, 1}, pairs, 2 * stride, 2});

@@ -108,6 +108,9 @@ SHAPES = [
     {"size": 70, "filters": 8, "layers": 6, "pooling": "stride", "channels": 2},
     {"size": 14, "filters": 32, "layers": 3, "pooling": "mean"},
     {"size": 11, "filters": 48, "layers": 2, "pooling": "mean", "channels": 3, "ways": 4},
+    # Rows of more positions than are copied at once.
+    {"size": 262, "filters": 8, "layers": 2},
+    {"size": 270, "filters": 8, "layers": 2, "pooling": "stride"},
 ]
 
 
