@@ -719,7 +719,7 @@ void convolve_shared(const SharedConvolution<Scalar>& conv, const Axis& rows, co
 }
 
 // The matrices of products along one axis, [inputs, outputs] each a sum over positions: of x0 - x1, x1 and x2 - x1, and
-// of the tap on its own. Each comes from up to two stretches of positions.
+// of the tap on its own. Each comes from up to three stretches of positions.
 struct OuterAxis {
     struct Stretch {
         Blend x, grad;
