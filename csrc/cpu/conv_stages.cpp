@@ -1348,7 +1348,7 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     const ConvBlockPlan& b = t.block(block);
     const Rows rows = raw_rows(t, block, item);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
-    Scalar* raw = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first + 1) * row + channels;
+    Scalar* raw = raw_row(t, block, rows.example, rows.first);
     const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
     const bool pools = b.stride == 1;
     const std::uint8_t* choices =
