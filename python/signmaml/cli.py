@@ -93,12 +93,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `signmaml`; None: those of the process.
 
     Returns:
-        The exit code; see the module.
+        The exit code; see the module. Does not return in one of several processes, which it ends.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [_with_dashes(word) for word in words]
     parsed = build_parser().parse_args(words)
     parsed.words = words
+    code = _code_of(parsed)
+    if _one_of_several():
+        from .distributed import leave
+
+        leave(code)
+    return code
+
+
+def _one_of_several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _code_of(parsed: argparse.Namespace) -> int:
     try:
         return int(parsed.run(parsed))
     except BrokenPipeError:
@@ -115,7 +129,7 @@ def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     # Of several processes each has its own reason to end.
-    name = "signmaml" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"signmaml, process {os.environ.get('RANK')}"
+    name = f"signmaml, process {os.environ.get('RANK')}" if _one_of_several() else "signmaml"
     if isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
         print(f"{name}: {error}", file=sys.stderr)
         return 2

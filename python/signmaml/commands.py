@@ -46,8 +46,6 @@ def train(parsed: argparse.Namespace) -> int:
     if group.first:
         print(summary(result, trainer.run))
     group.close()
-    if group.size > 1:
-        distributed.leave(0)
     return 0
 
 

@@ -167,7 +167,7 @@ class Group:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process, one of several, after everything is done and written.
+    """Ends this process, one of several, after everything is done and written, or after an error was reported.
 
     Python's own end is skipped: threads of gloo that are still winding up were seen to abort it (torch 2.14).
     """

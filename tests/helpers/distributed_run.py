@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def wait_for(process: subprocess.Popen[str], iteration: int) -> None:
     raise AssertionError(f"the process ended before iteration {iteration}: {process.communicate()[1]}")
 
 
-def main() -> int:
+def main() -> NoReturn:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("iterations", type=int)
@@ -156,10 +156,10 @@ def main() -> int:
         trainer.fit(resume=options.resume)
     except TrainingInterrupted as interruption:
         print(interruption, file=sys.stderr, flush=True)
-        return interruption.exit_code
+        distributed.leave(interruption.exit_code)
     except (distributed.ProcessLost, FloatingPointError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
+        distributed.leave(1)
     group.close()
     distributed.leave(0)
 
@@ -171,6 +171,7 @@ def dying_command(words: Sequence[str]) -> int:
 
     def dying_step(trainer: MetaTrainer) -> None:
         if trainer.group.rank == rank and trainer.iteration == iteration and not distributed.restarted():
+            print(f"process {rank} kills itself", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         step(trainer)
 
