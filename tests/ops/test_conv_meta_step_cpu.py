@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -277,14 +277,14 @@ def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, 
 def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any], sparse: bool) -> None:
     model = net(**shape)
     sizes = {key: value for key, value in shape.items() if key in ("channels", "size", "ways")}
-    batches = [data(**sizes, query=10) for _ in range(8)]
+    batches = [data(**sizes, query=10) for _ in range(11)]
     if sparse:  # most windows are equal: pooling has many ties, and all must take the same of them
         for batch in batches:
             batch[2][batch[2] < 1.2] = 0
     errors = [list(float32_errors(model, batch)) for batch in batches]
     for rows in zip(*errors, strict=True):
-        # Root mean squares: the largest of few errors of a tensor of three values says little.
-        own, theirs = (math.sqrt(sum(row[column] ** 2 for row in rows)) for column in (1, 2))
+        # The middle ones: in some batches rounding flips a ReLU or a maximum, for one of the two and by chance.
+        own, theirs = (statistics.median(row[column] for row in rows) for column in (1, 2))
         assert own <= 2 * theirs, rows[0][0]
 
 
