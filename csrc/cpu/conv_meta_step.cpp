@@ -187,6 +187,7 @@ class ConvTeam {
             const ConvBlockPlan& b = layout_.blocks[i];
             if (i > 0) clear_border(b.raw, b.out_h, b.out_w, layout_.channels);
             if (b.pad > 0) clear_border(b.halved, b.half_h, b.half_w, layout_.channels);
+            clear(b.halved + b.halved_size, b.halved_beyond);
         }
     }
 

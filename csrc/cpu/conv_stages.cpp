@@ -363,39 +363,62 @@ void transform_kernels(Scalar* to, const Scalar* weight, std::int64_t inputs, st
 template <typename Scalar>
 constexpr std::int64_t kBlock = kLanes<Scalar> > 8 ? kLanes<Scalar> : 8;
 
-// One row of tiles, each 4 x 4 positions of x and two from the next. The last of an odd row reaches one position beyond
-// its border, into memory of the same task whose content only touches outputs that nobody stores.
+// Where transformed values go: the steps from one tile to the next and from one of its 16 values to the next; and which
+// rows of four values are wanted.
+struct TileSteps {
+    std::int64_t tile, value;
+    int first_row = 0, last_row = 4;
+};
+
+// Some channels of a row of tiles, each 4 x 4 positions of x and two from the next. The last of an odd row reaches one
+// position beyond its border.
 template <typename Scalar>
-void transform_inputs(Scalar* to, std::int64_t block_step, const Scalar* x, std::int64_t row, std::int64_t channels,
-                      std::int64_t tiles) {
-    constexpr std::int64_t kB = kBlock<Scalar>;
-    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-        Vector<Scalar> t[4][4];
-        const auto column = [&t, row](int j, const Scalar* from) {
-            const Vector<Scalar> d0 = load(from), d1 = load(from + row);
-            const Vector<Scalar> d2 = load(from + 2 * row), d3 = load(from + 3 * row);
-            t[0][j] = d0 - d2;
-            t[1][j] = d1 + d2;
-            t[2][j] = d2 - d1;
-            t[3][j] = d1 - d3;
-        };
-        const Scalar* from = x + c;
-        Scalar* out = to + c / kB * block_step + c % kB;
-        column(0, from);
-        column(1, from + channels);
-        for (std::int64_t tile = 0; tile < tiles; ++tile, out += 16 * kB) {
-            from += 2 * channels;
-            column(2, from);
-            column(3, from + channels);
+[[gnu::always_inline]] inline void transform_inputs(Scalar* to, TileSteps steps, const Scalar* x, std::int64_t row,
+                                                    std::int64_t channels, std::int64_t tiles) {
+    Vector<Scalar> t[4][4];
+    const auto column = [&t, row](int j, const Scalar* from) {
+        const Vector<Scalar> d0 = load(from), d1 = load(from + row);
+        const Vector<Scalar> d2 = load(from + 2 * row), d3 = load(from + 3 * row);
+        t[0][j] = d0 - d2;
+        t[1][j] = d1 + d2;
+        t[2][j] = d2 - d1;
+        t[3][j] = d1 - d3;
+    };
+    column(0, x);
+    column(1, x + channels);
+    for (std::int64_t tile = 0; tile < tiles; ++tile, to += steps.tile) {
+        x += 2 * channels;
+        column(2, x);
+        column(3, x + channels);
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                store(out + (4 * i) * kB, t[i][0] - t[i][2]);
-                store(out + (4 * i + 1) * kB, t[i][1] + t[i][2]);
-                store(out + (4 * i + 2) * kB, t[i][2] - t[i][1]);
-                store(out + (4 * i + 3) * kB, t[i][1] - t[i][3]);
-                t[i][0] = t[i][2];
-                t[i][1] = t[i][3];
+        for (int i = 0; i < 4; ++i) {
+            if (i >= steps.first_row && i < steps.last_row) {
+                store(to + (4 * i) * steps.value, t[i][0] - t[i][2]);
+                store(to + (4 * i + 1) * steps.value, t[i][1] + t[i][2]);
+                store(to + (4 * i + 2) * steps.value, t[i][2] - t[i][1]);
+                store(to + (4 * i + 3) * steps.value, t[i][1] - t[i][3]);
             }
+            t[i][0] = t[i][2];
+            t[i][1] = t[i][3];
+        }
+    }
+}
+
+// The same of a gradient's tiles of 2 x 2 positions, in the weight gradient: sums and differences.
+template <typename Scalar>
+void transform_grads(Scalar* to, TileSteps steps, const Scalar* grad, std::int64_t row, std::int64_t channels,
+                     std::int64_t tiles) {
+    for (std::int64_t tile = 0; tile < tiles; ++tile, to += steps.tile, grad += 2 * channels) {
+        const Vector<Scalar> g0 = load(grad), g1 = load(grad + channels);
+        const Vector<Scalar> h0 = load(grad + row), h1 = load(grad + row + channels);
+        const Vector<Scalar> left[4] = {g0, g0 + h0, g0 - h0, h0}, right[4] = {g1, g1 + h1, g1 - h1, h1};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            if (i < steps.first_row || i >= steps.last_row) continue;
+            store(to + (4 * i) * steps.value, left[i]);
+            store(to + (4 * i + 1) * steps.value, left[i] + right[i]);
+            store(to + (4 * i + 2) * steps.value, left[i] - right[i]);
+            store(to + (4 * i + 3) * steps.value, right[i]);
         }
     }
 }
@@ -454,8 +477,11 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scr
         Scalar* inputs = scratch;
         Scalar* products = scratch + 16 * tiles * channels;
         for (std::int64_t y = 0; y < tiles_y; ++y) {
-            transform_inputs(inputs + y * tiles_x * 16 * kB, 16 * tiles * kB,
-                             conv.x + 2 * (top + y) * conv.x_row + 2 * left * channels, conv.x_row, channels, tiles_x);
+            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+                transform_inputs(inputs + (c / kB * tiles + y * tiles_x) * 16 * kB + c % kB, {16 * kB, kB},
+                                 conv.x + 2 * (top + y) * conv.x_row + 2 * left * channels + c, conv.x_row, channels,
+                                 tiles_x);
+            }
         }
         Runs runs{};
         runs.length = length;
@@ -1398,6 +1424,23 @@ std::int64_t weight_images(const ConvTask<Scalar>& t, int block) {
     return most(1, weight_rows(t, block) / t.block(block).out_h);
 }
 
+// out[groups, inputs, group] (+)= sum of the outer products of positions.
+template <typename Scalar>
+void multiply_outer(Scalar* out, Products<Scalar> products, std::int64_t inputs, std::int64_t channels, int vectors,
+                    bool add) {
+    const std::int64_t group = vectors * kLanes<Scalar>, tiles = pieces(inputs, most_rows(vectors));
+    const Scalar* first_x = products.x;
+    const Scalar* first_grad = products.grad;
+    for (std::int64_t first = 0; first < channels; first += group) {
+        products.grad = first_grad + first;
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            const std::int64_t from = start_of(tile, inputs, tiles), to = start_of(tile + 1, inputs, tiles);
+            products.x = first_x + from;
+            outer_tile_of<Scalar>(vectors, to - from)(out + first * inputs + from * group, products, add);
+        }
+    }
+}
+
 // Positions side by side, from which a matrix of products is made when kConvOuterPositions are nearly reached.
 template <typename Scalar>
 struct OuterPositions {
@@ -1423,17 +1466,7 @@ struct OuterPositions {
     }
 
     void multiply(Products<Scalar> products) {
-        const std::int64_t group = vectors * kLanes<Scalar>, tiles = pieces(inputs, most_rows(vectors));
-        const Scalar* first_x = products.x;
-        const Scalar* first_grad = products.grad;
-        for (std::int64_t first = 0; first < grad.channels; first += group) {
-            products.grad = first_grad + first;
-            for (std::int64_t tile = 0; tile < tiles; ++tile) {
-                const std::int64_t from = start_of(tile, inputs, tiles), to = start_of(tile + 1, inputs, tiles);
-                products.x = first_x + from;
-                outer_tile_of<Scalar>(vectors, to - from)(out + first * inputs + from * group, products, add);
-            }
-        }
+        multiply_outer(out, products, inputs, grad.channels, vectors, add);
         add = true;
     }
 
@@ -1492,6 +1525,50 @@ struct OuterPositions {
     }
 };
 
+// Tiles of F(2x2, 3x3) side by side, from which all wanted matrices of products are made when kConvOuterTiles are
+// nearly reached.
+template <typename Scalar>
+struct OuterTiles {
+    Images<Scalar> x, grad;
+    Scalar* memory;  // [16, kConvOuterTiles, step] of x, then of grad
+    std::int64_t step, inputs;
+    int vectors;
+    Scalar* out;  // [16, groups, inputs, group]
+    bool add;     // to what out is
+    std::int64_t first_product, last_product;
+    std::int64_t filled = 0;
+
+    Scalar* grads() const { return memory + 16 * kConvOuterTiles * step; }
+
+    void multiply() {
+        for (std::int64_t product = first_product; product < last_product; ++product) {
+            Products<Scalar> products;
+            products.x = memory + product * kConvOuterTiles * step;
+            products.grad = grads() + product * kConvOuterTiles * step;
+            products.x_step = products.grad_step = step;
+            products.positions = filled;
+            multiply_outer(out + product * inputs * grad.channels, products, inputs, grad.channels, vectors, add);
+        }
+        add = true;
+        filled = 0;
+    }
+
+    // Of one row, from output (y, x0) on.
+    void take(std::int64_t image, std::int64_t y, std::int64_t x0, std::int64_t count) {
+        if (filled + count > kConvOuterTiles) multiply();
+        const TileSteps steps{step, kConvOuterTiles * step, static_cast<int>(first_product / 4),
+                              static_cast<int>(pieces(last_product, 4))};
+        for (std::int64_t c = 0; c < grad.channels; c += kLanes<Scalar>) {
+            transform_inputs(memory + filled * step + c, steps,
+                             x.first + image * x.image + y * x.row + x0 * x.channels + c, x.row, x.channels, count);
+            transform_grads(grads() + filled * step + c, steps,
+                            grad.first + image * grad.image + y * grad.row + x0 * grad.channels + c, grad.row,
+                            grad.channels, count);
+        }
+        filled += count;
+    }
+};
+
 // Of `images` examples from `example` on, rows [top, bottom): `start` the matrices, or add to them.
 template <typename Scalar>
 void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t images,
@@ -1500,6 +1577,28 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
     const std::int64_t row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * channels;
+    if (b.winograd) {
+        OuterTiles<Scalar> tiles{{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels},
+                                 {raw_row(t, block, example, 0), (b.out_h + 2) * row, row, channels},
+                                 scratch + t.layout->shared_scratch,
+                                 channels + kConvOuterGap,
+                                 b.inputs,
+                                 b.vectors,
+                                 t.at(t.layout->products),
+                                 !start,
+                                 first_product,
+                                 last_product};
+        const std::int64_t width = 2 * kConvOuterTiles;
+        for (std::int64_t image = 0; image < images; ++image) {
+            for (std::int64_t y = top; y < bottom; y += 2) {
+                for (std::int64_t x = 0; x < b.out_w; x += width) {
+                    tiles.take(image, y, x, pieces(least(width, b.out_w - x), 2));
+                }
+            }
+        }
+        tiles.multiply();
+        return;
+    }
     const OuterAxis rows = outer_axis(top, bottom, b.in_h, b.out_h, b.stride);
     const OuterAxis columns = outer_axis(0, b.out_w, b.in_w, b.out_w, b.stride);
     OuterPositions<Scalar> positions{{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels},
@@ -1535,34 +1634,111 @@ void weight_products(const ConvTask<Scalar>& t, int block, std::int64_t first, s
     }
 }
 
+// Whether the first `count` lanes are all set.
+template <typename Scalar>
+bool all_set(Mask<Scalar> mask, std::int64_t count) {
+    bool set = true;
+    for (std::int64_t lane = 0; lane < count; ++lane) set = set && mask[lane] != 0;
+    return set;
+}
+
+// Which of a vector's first `count` channels are other than 0 somewhere in rows [top, bottom) and columns [left, right)
+// of any image. It looks no further than it must.
+template <typename Scalar>
+Mask<Scalar> live_channels(const Images<Scalar>& x, std::int64_t images, std::int64_t top, std::int64_t bottom,
+                           std::int64_t left, std::int64_t right, std::int64_t count) {
+    Mask<Scalar> live{};
+    for (std::int64_t image = 0; image < images; ++image) {
+        for (std::int64_t y = top; y < bottom; ++y) {
+            const Scalar* row = x.first + image * x.image + y * x.row;
+            for (std::int64_t i = left; i < right; ++i) live |= load(row + i * x.channels) != Vector<Scalar>{};
+            if (all_set<Scalar>(live, count)) return live;
+        }
+    }
+    return live;
+}
+
+// weight_grad <- exactly 0 for the taps that meet only zeros of an input, on which the sign depends: F(2x2, 3x3) leaves
+// rounding. Such an input is 0 everywhere, or but for an edge of the images, which are at least 2 x 2.
+template <typename Scalar>
+void clear_unmet_taps(const ConvTask<Scalar>& t, int block) {
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, row = (b.in_w + 2) * channels;
+    const std::int64_t ys[] = {0, 1, b.in_h - 1, b.in_h}, xs[] = {0, 1, b.in_w - 1, b.in_w};
+    for (std::int64_t c = 0; c < b.inputs; c += kLanes<Scalar>) {
+        const std::int64_t count = least(kLanes<Scalar>, b.inputs - c);
+        const Images<Scalar> x{input_row(t, block, 0, 1) + channels + c, (b.in_h + 2) * row, row, channels};
+        const auto live_part = [&](int i, int j) {
+            return live_channels(x, t.examples, ys[i], ys[i + 1], xs[j], xs[j + 1], count);
+        };
+        Mask<Scalar> live[3][3];
+        live[1][1] = live_part(1, 1);
+        if (all_set<Scalar>(live[1][1], count)) continue;
+        for (int i = 0; i < 9; ++i) {
+            if (i != 4) live[i / 3][i % 3] = live_part(i / 3, i % 3);
+        }
+        for (int tap = 0; tap < 9; ++tap) {
+            const int ky = tap / 3, kx = tap % 3;
+            Mask<Scalar> met{};  // tap 0 looks before, and never sees the last; tap 2 never the first
+            for (int i = ky == 2 ? 1 : 0; i < (ky == 0 ? 2 : 3); ++i) {
+                for (int j = kx == 2 ? 1 : 0; j < (kx == 0 ? 2 : 3); ++j) met |= live[i][j];
+            }
+            for (std::int64_t lane = 0; lane < count; ++lane) {
+                if (met[lane] != 0) continue;
+                for (std::int64_t first = 0; first < channels; first += group) {
+                    Scalar* to = t.at(b.weight_grad) + (first * 9 + tap * group) * b.inputs + (c + lane) * group;
+                    for (std::int64_t i = 0; i < group; ++i) to[i] = 0;
+                }
+            }
+        }
+    }
+}
+
+// Three taps from four products: the shared ones, `second` being the tap beside tap 0 that they serve; or of
+// F(2x2, 3x3).
+template <typename Scalar>
+void join_products(Vector<Scalar>* taps, const Vector<Scalar>* product, std::int64_t second, bool winograd) {
+    if (winograd) {
+        const Vector<Scalar> half = all(Scalar(0.5));
+        const Vector<Scalar> middle = half * (product[1] + product[2]);
+        taps[0] = product[0] + middle;
+        taps[1] = half * (product[1] - product[2]);
+        taps[2] = middle - product[3];
+    } else {
+        taps[0] = product[0] + product[1];
+        taps[second] = product[2] + product[1];
+        taps[3 - second] = product[3];
+    }
+}
+
 // weight_grad <- the sums of its products
 template <typename Scalar>
 void weight_grad(const ConvTask<Scalar>& t, int block) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, tap = b.inputs * group;
-    const std::int64_t second = b.stride, single = 3 - b.stride;  // the taps beside tap 0
     for (std::int64_t first = 0; first < channels; first += group) {
         for (std::int64_t i = 0; i < tap; i += kLanes<Scalar>) {
             const Scalar* from = t.at(t.layout->products) + first * b.inputs + i;
             Scalar* to = t.at(b.weight_grad) + first * 9 * b.inputs + i;
-            Vector<Scalar> rows[3][4];
+            Vector<Scalar> rows[4][3];
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) {
-                const auto product = [&](int row) { return load(from + (row * 4 + k) * b.inputs * channels); };
-                const Vector<Scalar> shared = product(1);
-                rows[0][k] = product(0) + shared;
-                rows[1][k] = product(2) + shared;
-                rows[2][k] = product(3);
+            for (int y = 0; y < 4; ++y) {
+                Vector<Scalar> product[4];
+#pragma GCC unroll 4
+                for (int x = 0; x < 4; ++x) product[x] = load(from + (y * 4 + x) * b.inputs * channels);
+                join_products<Scalar>(rows[y], product, b.stride, b.winograd);
             }
 #pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k) {
-                Scalar* out = to + 3 * (k == 0 ? 0 : k == 1 ? second : single) * tap;
-                store(out, rows[k][0] + rows[k][1]);
-                store(out + second * tap, rows[k][2] + rows[k][1]);
-                store(out + single * tap, rows[k][3]);
+            for (int x = 0; x < 3; ++x) {
+                const Vector<Scalar> column[] = {rows[0][x], rows[1][x], rows[2][x], rows[3][x]};
+                Vector<Scalar> taps[3];
+                join_products<Scalar>(taps, column, b.stride, b.winograd);
+#pragma GCC unroll 3
+                for (int y = 0; y < 3; ++y) store(to + (y * 3 + x) * tap, taps[y]);
             }
         }
     }
+    if (b.winograd) clear_unmet_taps(t, block);
 }
 
 template <typename Scalar>

@@ -59,14 +59,21 @@ constexpr bool conv_winograd_pays(std::int64_t height, std::int64_t width) {
     return 16 * ceil_div(height, 2) * ceil_div(width, 2) * 6 < 9 * height * width * 5;
 }
 
+// The weight gradient handles more of them: all its matrices are read and written for each.
+inline constexpr std::int64_t kConvOuterTiles = 48;
+// From one tile or copied position to the next in the weight gradients, beyond its channels: a power of two would crowd
+// into a few sets of the first-level cache.
+inline constexpr std::int64_t kConvOuterGap = 16;
+
+constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
+    return 2 * 16 * kConvOuterTiles * (channels + kConvOuterGap);
+}
+
 // Shared products (conv_stages.cpp) are computed for at most so many positions at once, copied side by side: in the
 // convolutions with stride 2, and in the weight gradients.
 inline constexpr std::int64_t kConvSharedPositions = 192;
 inline constexpr std::int64_t kConvProducts = 16;  // matrices that a weight gradient is made of
 inline constexpr std::int64_t kConvOuterPositions = 128;
-// From one copied position to the next in the weight gradients, beyond its channels: a power of two would crowd
-// into a few sets of the first-level cache.
-inline constexpr std::int64_t kConvOuterGap = 16;
 // Pairs of outputs, in both directions, that fill register tiles well: so many images are taken together.
 inline constexpr std::int64_t kConvSharedPairs = 36;
 // Images whose gradient of block 0's output a thread keeps at once.
@@ -106,7 +113,8 @@ struct ConvBlockPlan {
     std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else, and of
                                // block 0, none
     std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
-    std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU
+    std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU, and zeros
+    std::int64_t halved_size, halved_beyond;
 };
 
 // Vectors of [channels] that a block keeps.
@@ -232,7 +240,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         h = block.half_h;
         w = block.half_w;
         if (pools || i > 0 || shape.blocks == 1) largest_half = larger(largest_half, h * w);
-        if (block.winograd) winograd_scratch = conv_winograd_scratch(channels);
+        if (block.winograd) winograd_scratch = larger(conv_winograd_scratch(channels), conv_outer_scratch(channels));
     }
     layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
 
@@ -244,7 +252,10 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         const std::int64_t out = std::int64_t{block.out_h + 2} * (block.out_w + 2);
         const std::int64_t half = std::int64_t{block.half_h + 2 * block.pad} * (block.half_w + 2 * block.pad);
         block.raw = i > 0 ? places.take(n * out * channels) : -1;
-        block.halved = places.take(n * half * channels);
+        // Tiles of F(2x2, 3x3) over an odd image reach one row and one position beyond the last border.
+        block.halved_size = n * half * channels;
+        block.halved_beyond = block.pad > 0 && pools ? (block.half_w + 3) * channels : 0;
+        block.halved = places.take(block.halved_size + block.halved_beyond);
     }
     for (int i = 0; i < shape.blocks; ++i) {
         ConvBlockPlan& block = layout.blocks[i];

@@ -263,6 +263,25 @@ def test_taps_that_meet_only_zeros_have_no_gradient(isa: str, pooling: str, dtyp
     assert not one_position.any()
 
 
+@pytest.mark.parametrize("size", [16, 19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_taps_beside_an_edge_that_is_all_there_is_have_no_gradient(isa: str, size: int, dtype: torch.dtype) -> None:
+    model = net(size=size, channels=3, filters=24, layers=3)
+    batch = tuple(value.to(dtype) if value.is_floating_point() else value for value in data(size=size, channels=3))
+    batch[0][:, :, 0], batch[2][:, :, 0] = 1, 1
+    with torch.no_grad():  # filter 3 looks to the left in channel 0, and shows where it meets the border
+        first = model.features[0]
+        first.conv.weight[3] = 0
+        first.conv.weight[3, 0, 1, 0] = 1
+        first.normalize.weight[3], first.normalize.bias[3] = -1, 0
+    model.to(dtype)
+    meta_step(model, *batch, inner_lr=0.01, inner_steps=0, backend="cpu")
+    found = grads(model)["features.1.conv.weight"][:, 3]
+    assert not found[..., 2].any()
+    assert found[..., 0].any()
+    assert found[..., 1].any()
+
+
 def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, float]]:
     """By tensor: the error of the native float32 gradient and of torch's, against float64."""
     _, _, _, exact = both(model.double(), batch, inner_lr=0.0, inner_steps=0)
