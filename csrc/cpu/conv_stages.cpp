@@ -32,6 +32,7 @@ struct Simd<float> {
     typedef float Vector __attribute__((vector_size(kVectorBytes)));
     typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(4)));
     typedef std::int32_t Mask __attribute__((vector_size(kVectorBytes)));
+    typedef std::int16_t Words __attribute__((vector_size(kVectorBytes / 2)));
     typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
 };
 
@@ -41,6 +42,7 @@ struct Simd<double> {
     typedef double Vector __attribute__((vector_size(kVectorBytes)));
     typedef double Loose __attribute__((vector_size(kVectorBytes), aligned(8)));
     typedef std::int64_t Mask __attribute__((vector_size(kVectorBytes)));
+    typedef std::int32_t Words __attribute__((vector_size(kVectorBytes / 2)));
     typedef std::uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
 };
 
@@ -71,10 +73,12 @@ template <typename Scalar>
 inline Vector<Scalar> all(Scalar value) {
     return value - Vector<Scalar>{};
 }
-// Four bits a position, as bytes.
+// A choice out of four, as a byte. By words in between: gcc 12 would widen byte by byte.
 template <typename Scalar>
 inline Mask<Scalar> load_choice(const std::uint8_t* from) {
-    return __builtin_convertvector(*reinterpret_cast<const typename Simd<Scalar>::Bytes*>(from), Mask<Scalar>);
+    using Simd = signmaml::cpu::SIGNMAML_ISA::Simd<Scalar>;
+    const auto bytes = *reinterpret_cast<const typename Simd::Bytes*>(from);
+    return __builtin_convertvector(__builtin_convertvector(bytes, typename Simd::Words), Mask<Scalar>);
 }
 template <typename Scalar>
 inline void store_choice(std::uint8_t* to, Mask<Scalar> value) {
@@ -1833,9 +1837,88 @@ void scatter_to_winners(const ConvTask<Scalar>& t, const Rows& rows, const Scala
     }
 }
 
+// Whether one vector holds the 4 x 4 inputs under a pooling window's four patches: then every channel can pick its
+// winner's patch from it.
+template <typename Scalar>
+constexpr bool kPicksPatches = kLanes<Scalar> == 16;
+
+// lane i <- from[index[i]]
+template <typename Scalar>
+inline Vector<Scalar> picked(Vector<Scalar> from, Mask<Scalar> index) {
+#if defined(__clang__)
+    Vector<Scalar> result{};
+    for (int i = 0; i < kLanes<Scalar>; ++i) result[i] = from[index[i]];
+    return result;
+#else
+    return __builtin_shuffle(from, index);
+#endif
+}
+
+// to[positions, inputs, 4 x 4] <- the inputs under rows [first, last) of pooling windows
+template <typename Scalar>
+void copy_windows(const ConvTask<Scalar>& t, std::int64_t example, std::int64_t first, std::int64_t last, Scalar* to) {
+    const ConvBlockPlan& b = t.block(0);
+    const std::int64_t c = b.inputs, row = (b.in_w + 2) * c;
+    Mask<Scalar> lane{};
+    for (int k = 0; k < kLanes<Scalar>; ++k) lane[k] = k;
+    for (std::int64_t y = first; y < last; ++y) {
+        const Scalar* x = input_row(t, 0, example, 2 * y);
+        for (std::int64_t i = 0; i < b.half_w; ++i, x += 2 * c) {
+            // Of a row 4 c values count; lanes beyond them hold what nobody picks.
+            const Vector<Scalar> x0 = load_loose(x), x1 = load_loose(x + row);
+            const Vector<Scalar> x2 = load_loose(x + 2 * row), x3 = load_loose(x + 3 * row);
+            for (std::int64_t input = 0; input < c; ++input, to += kLanes<Scalar>) {
+                const Mask<Scalar> from = lane % 4 * static_cast<int>(c) + static_cast<int>(input);
+                const Vector<Scalar> upper = lane < 4 ? picked<Scalar>(x0, from) : picked<Scalar>(x1, from);
+                const Vector<Scalar> lower = lane < 12 ? picked<Scalar>(x2, from) : picked<Scalar>(x3, from);
+                store(to, lane < 8 ? upper : lower);
+            }
+        }
+    }
+}
+
+// partial <- sums over pooling windows of their winners' patches times the gradient
+template <typename Scalar>
+void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, inputs = b.inputs;
+    const std::int64_t top = rows.first / 2, bottom = most(top, least(top + (rows.count + 1) / 2, b.half_h));
+    copy_windows(t, rows.example, top, bottom, scratch);
+    const std::int64_t positions = (bottom - top) * b.half_w, first_position = top * b.half_w * channels;
+    const auto* choices = reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) +
+                          rows.example * b.half_h * b.half_w * channels + first_position;
+    const Scalar* grads = halved_grad_row(t, 0, rows.example, top, scratch);
+    auto* corners = reinterpret_cast<Mask<Scalar>*>(scratch + positions * inputs * kLanes<Scalar>);
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        for (std::int64_t i = 0; i < positions; ++i) {  // where in its window a winner's patch starts
+            const Mask<Scalar> choice = load_choice<Scalar>(choices + i * channels + c);
+            corners[i] = choice + (choice & 2);
+        }
+        Scalar* out = t.partial(item) + 2 * channels + c / group * group * 9 * inputs + c % group;
+        for (std::int64_t input = 0; input < inputs; ++input) {
+            Vector<Scalar> sum[9] = {};
+            for (std::int64_t i = 0; i < positions; ++i) {
+                const Vector<Scalar> window = load(scratch + (i * inputs + input) * kLanes<Scalar>);
+                const Vector<Scalar> grad = load(grads + i * channels + c);
+                const Mask<Scalar> corner = corners[i];
+#pragma GCC unroll 9
+                for (int tap = 0; tap < 9; ++tap) {
+                    sum[tap] += picked<Scalar>(window, corner + (tap / 3 * 4 + tap % 3)) * grad;
+                }
+            }
+#pragma GCC unroll 9
+            for (int tap = 0; tap < 9; ++tap) store(out + (tap * inputs + input) * group, sum[tap]);
+        }
+    }
+}
+
 template <typename Scalar>
 void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
+    if constexpr (kPicksPatches<Scalar>) {
+        if (b.stride == 1) return first_weight_grad_by_picking(t, item, scratch);
+    }
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
     const Scalar* grads = scratch;
