@@ -270,13 +270,13 @@ class ConvTeam {
         each_with_scratch(items,
                           [&](std::int64_t item, Scalar* scratch) { stages_.patch_covariance(task_, item, scratch); });
         auto* covariance = reinterpret_cast<double*>(task_.at(layout_.covariance));
-        const std::int64_t columns = 2 * std::int64_t{stages_.unit.lanes};  // of a tile of patch_covariance
+        const std::int64_t columns = stages_.covariance_columns;
         for (std::int64_t i = 0; i < patch; ++i) {
-            for (std::int64_t j = 0; j < patch; ++j) {
+            for (std::int64_t j = i; j < patch; ++j) {
                 const std::int64_t place = j / columns * columns * patch + i * columns + j % columns;
                 double sum = 0;
                 for (std::int64_t item = 0; item < items; ++item) sum += task_.partial(item)[place];
-                covariance[i * kConvLargestPatch + j] = sum / positions;
+                covariance[i * kConvLargestPatch + j] = covariance[j * kConvLargestPatch + i] = sum / positions;
             }
         }
     }

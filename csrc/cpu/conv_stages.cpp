@@ -849,13 +849,17 @@ void patch_sum(const ConvTask<Scalar>& t, std::int64_t item) {
     }
 }
 
+// Vectors of columns that a tile of the covariance has: it is symmetric, and narrow tiles compute less of it twice.
+template <typename Scalar>
+constexpr int kCovarianceVectors = kLanes<Scalar> < 16 ? 2 : 1;
+
 template <typename Scalar>
 void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t c = b.inputs, patch = 9 * c;
     const auto* mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
-    constexpr int kVectors = 2, kL = kLanes<Scalar>;
+    constexpr int kVectors = kCovarianceVectors<Scalar>, kL = kLanes<Scalar>;
     Scalar center[kConvPatchRow + kL] = {};
     for (std::int64_t j = 0; j < patch; ++j) center[j] = static_cast<Scalar>(mean[j]);
     Scalar* to = scratch;
@@ -875,10 +879,10 @@ void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scra
     Products<Scalar> products;
     products.x_step = products.grad_step = kConvPatchRow;
     products.positions = rows.count * b.out_w;
-    const std::int64_t tiles = pieces(patch, most_rows(kVectors));
     for (std::int64_t column = 0; column < patch; column += kVectors * kL) {
+        const std::int64_t end = least(patch, column + kVectors * kL), tiles = pieces(end, most_rows(kVectors));
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            const std::int64_t j = start_of(tile, patch, tiles), count = start_of(tile + 1, patch, tiles) - j;
+            const std::int64_t j = start_of(tile, end, tiles), count = start_of(tile + 1, end, tiles) - j;
             products.x = scratch + j;
             products.grad = scratch + column;
             // Columns of one tile lie together, as channels of a group do.
@@ -2032,6 +2036,7 @@ bool gradient_step(Scalar* __restrict params, const Scalar* __restrict grads, Sc
 template <typename Scalar>
 constexpr ConvStages<Scalar> table() {
     return {{kLanes<Scalar>, 2, kMostVectors},
+            kCovarianceVectors<Scalar> * kLanes<Scalar>,
             pack_image<Scalar>,
             patch_sum<Scalar>,
             patch_covariance<Scalar>,

@@ -28,12 +28,14 @@ struct ConvTask {
 template <typename Scalar>
 struct ConvStages {
     ConvUnit unit;
+    std::int64_t covariance_columns;  // of a tile of patch_covariance
 
     // images[example] <- x [channels, height, width]
     void (*pack_image)(const ConvTask<Scalar>&, const Scalar* x, std::int64_t example);
     // partial[item] <- sum of the patches of layer 1 over the item
     void (*patch_sum)(const ConvTask<Scalar>&, std::int64_t item);
-    // partial[item] <- sum of outer products of the patches' deviations from patch_mean
+    // partial[item] <- sum of outer products of the patches' deviations from patch_mean: tiles of columns, of which rows
+    // below the diagonal are left out
     void (*patch_covariance)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
 
     // weight <- the block's tensor in theta, [filters, inputs, 3, 3]
