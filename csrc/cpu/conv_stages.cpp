@@ -328,6 +328,7 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
 // Two by two outputs out of 16 products a channel instead of 36 (Lavin and Gray 2015). Tiles are pooling windows. Where
 // the image is constant along an axis under a tile, the products that tell its outputs apart are exactly 0: what is
 // equal stays equal, and max-pooling takes the first of them as it does after a direct convolution.
+// The 3 x 3 weights' gradient comes from the same tiles of inputs and 2 x 2 gradients, out of 16 products too.
 
 // to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed
 template <typename Scalar>
@@ -525,8 +526,9 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors
 // products instead of 36 for 2 x 2 outputs of a 3x3 window. The gradient of the inputs has the same form. So have the
 // gradients of the two taps,
 //     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s,  s = (g0 + g1) x1,
-// where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0
-// and 1. At the image's edge an output is on its own where that leaves the border's zeros out.
+// where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0 and 1
+// of images too small for F(2x2, 3x3). At the image's edge an output is on its own where that leaves the border's zeros
+// out.
 
 // Along one axis: x[at] + sign * x[other], or without a sign x[at].
 struct Blend {

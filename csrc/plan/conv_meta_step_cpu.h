@@ -94,8 +94,8 @@ struct ConvBlockPlan {
     std::int32_t input_lanes;  // scalars from one position to the next
     std::int32_t in_h, in_w, out_h, out_w, half_h, half_w;
     std::int32_t stride;
-    bool winograd;                 // forward and data gradient by F(2x2, 3x3) instead of directly
-    bool shared;                   // the same with stride 2: by shared products
+    bool winograd;                 // forward and gradients by F(2x2, 3x3)
+    bool shared;                   // with stride 2: forward and data gradient by shared products
     std::int32_t vectors;          // of a group of output channels
     std::int32_t vectors_back;     // of a group of input channels, in the data gradient
     std::int32_t rows;             // convolution rows of an item: an even number, or all
