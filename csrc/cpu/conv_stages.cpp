@@ -376,7 +376,8 @@ struct TileSteps {
 };
 
 // Some channels of a row of tiles, each 4 x 4 positions of x and two from the next. The last of an odd row reaches one
-// position beyond its border.
+// position beyond its border: where that matters, the plan has zeros there; in a convolution it only touches outputs
+// that nobody stores.
 template <typename Scalar>
 [[gnu::always_inline]] inline void transform_inputs(Scalar* to, TileSteps steps, const Scalar* x, std::int64_t row,
                                                     std::int64_t channels, std::int64_t tiles) {
@@ -1715,9 +1716,10 @@ void join_products(Vector<Scalar>* taps, const Vector<Scalar>* product, std::int
         taps[1] = half * (product[1] - product[2]);
         taps[2] = middle - product[3];
     } else {
+        const Vector<Scalar> shared = product[2] + product[1];
         taps[0] = product[0] + product[1];
-        taps[second] = product[2] + product[1];
-        taps[3 - second] = product[3];
+        taps[1] = second == 1 ? shared : product[3];
+        taps[2] = second == 1 ? product[3] : shared;
     }
 }
 
