@@ -453,8 +453,11 @@ class ConvTeam {
         each((last - first) * b.items,
              [&](std::int64_t item) { stages_.raw_grad(task_, block, first * b.items + item); });
         if (of_weights) {
-            ranges_with_scratch(kConvProducts, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
-                stages_.weight_products(task_, block, first, last, begin, end, scratch);
+            // A share of F(2x2, 3x3)'s products costs a transformation of its own.
+            const std::int64_t shares = b.winograd ? std::min<std::int64_t>(threads_, kConvProducts) : kConvProducts;
+            ranges_with_scratch(shares, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+                stages_.weight_products(task_, block, first, last, begin * kConvProducts / shares,
+                                        end * kConvProducts / shares, scratch);
             });
         }
         if (!of_data) return;

@@ -1435,17 +1435,23 @@ std::int64_t weight_images(const ConvTask<Scalar>& t, int block) {
     return most(1, weight_rows(t, block) / t.block(block).out_h);
 }
 
-// out[groups, inputs, group] (+)= sum of the outer products of positions.
+struct Range {
+    std::int64_t first, last;
+};
+
+// out[groups, inputs, group] (+)= sum of the outer products of positions, for some of the inputs.
 template <typename Scalar>
-void multiply_outer(Scalar* out, Products<Scalar> products, std::int64_t inputs, std::int64_t channels, int vectors,
-                    bool add) {
-    const std::int64_t group = vectors * kLanes<Scalar>, tiles = pieces(inputs, most_rows(vectors));
+void multiply_outer(Scalar* out, Products<Scalar> products, std::int64_t inputs, Range wanted, std::int64_t channels,
+                    int vectors, bool add) {
+    const std::int64_t group = vectors * kLanes<Scalar>, count = wanted.last - wanted.first;
+    const std::int64_t tiles = pieces(count, most_rows(vectors));
     const Scalar* first_x = products.x;
     const Scalar* first_grad = products.grad;
     for (std::int64_t first = 0; first < channels; first += group) {
         products.grad = first_grad + first;
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            const std::int64_t from = start_of(tile, inputs, tiles), to = start_of(tile + 1, inputs, tiles);
+            const std::int64_t from = wanted.first + start_of(tile, count, tiles);
+            const std::int64_t to = wanted.first + start_of(tile + 1, count, tiles);
             products.x = first_x + from;
             outer_tile_of<Scalar>(vectors, to - from)(out + first * inputs + from * group, products, add);
         }
@@ -1477,7 +1483,7 @@ struct OuterPositions {
     }
 
     void multiply(Products<Scalar> products) {
-        multiply_outer(out, products, inputs, grad.channels, vectors, add);
+        multiply_outer(out, products, inputs, {0, inputs}, grad.channels, vectors, add);
         add = true;
     }
 
@@ -1546,19 +1552,20 @@ struct OuterTiles {
     int vectors;
     Scalar* out;  // [16, groups, inputs, group]
     bool add;     // to what out is
-    std::int64_t first_product, last_product;
+    Range wanted_inputs, wanted_products;
     std::int64_t filled = 0;
 
     Scalar* grads() const { return memory + 16 * kConvOuterTiles * step; }
 
     void multiply() {
-        for (std::int64_t product = first_product; product < last_product; ++product) {
+        for (std::int64_t product = wanted_products.first; product < wanted_products.last; ++product) {
             Products<Scalar> products;
             products.x = memory + product * kConvOuterTiles * step;
             products.grad = grads() + product * kConvOuterTiles * step;
             products.x_step = products.grad_step = step;
             products.positions = filled;
-            multiply_outer(out + product * inputs * grad.channels, products, inputs, grad.channels, vectors, add);
+            multiply_outer(out + product * inputs * grad.channels, products, inputs, wanted_inputs, grad.channels,
+                           vectors, add);
         }
         add = true;
         filled = 0;
@@ -1567,11 +1574,13 @@ struct OuterTiles {
     // Of one row, from output (y, x0) on.
     void take(std::int64_t image, std::int64_t y, std::int64_t x0, std::int64_t count) {
         if (filled + count > kConvOuterTiles) multiply();
-        const TileSteps steps{step, kConvOuterTiles * step, static_cast<int>(first_product / 4),
-                              static_cast<int>(pieces(last_product, 4))};
-        for (std::int64_t c = 0; c < grad.channels; c += kLanes<Scalar>) {
+        const TileSteps steps{step, kConvOuterTiles * step, static_cast<int>(wanted_products.first / 4),
+                              static_cast<int>(pieces(wanted_products.last, 4))};
+        for (std::int64_t c = wanted_inputs.first; c < wanted_inputs.last; c += kLanes<Scalar>) {
             transform_inputs(memory + filled * step + c, steps,
                              x.first + image * x.image + y * x.row + x0 * x.channels + c, x.row, x.channels, count);
+        }
+        for (std::int64_t c = 0; c < grad.channels; c += kLanes<Scalar>) {
             transform_grads(grads() + filled * step + c, steps,
                             grad.first + image * grad.image + y * grad.row + x0 * grad.channels + c, grad.row,
                             grad.channels, count);
@@ -1588,7 +1597,7 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
     const std::int64_t row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * channels;
-    if (b.winograd) {
+    const auto winograd_products = [&](Range inputs, Range products) {
         OuterTiles<Scalar> tiles{{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels},
                                  {raw_row(t, block, example, 0), (b.out_h + 2) * row, row, channels},
                                  scratch + t.layout->shared_scratch,
@@ -1597,8 +1606,8 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
                                  b.vectors,
                                  t.at(t.layout->products),
                                  !start,
-                                 first_product,
-                                 last_product};
+                                 inputs,
+                                 products};
         const std::int64_t width = 2 * kConvOuterTiles;
         for (std::int64_t image = 0; image < images; ++image) {
             for (std::int64_t y = top; y < bottom; y += 2) {
@@ -1608,6 +1617,22 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
             }
         }
         tiles.multiply();
+    };
+    if (b.winograd) {
+        // A share of the 16 products is handed out as the same share of the vectors of inputs, so that threads need not
+        // transform the same inputs.
+        const std::int64_t blocks = pieces(b.inputs, kLanes<Scalar>);
+        for (std::int64_t block_of = 0, behind; block_of < blocks; block_of = behind) {
+            const auto products_of = [&](std::int64_t i) {
+                return Range{most(0, first_product * blocks - 16 * i), least(16, last_product * blocks - 16 * i)};
+            };
+            const auto whole = [&](std::int64_t i) { return products_of(i).first == 0 && products_of(i).last == 16; };
+            behind = block_of + 1;
+            const Range products = products_of(block_of);
+            if (products.first >= products.last) continue;
+            while (whole(block_of) && behind < blocks && whole(behind)) ++behind;
+            winograd_products({block_of * kLanes<Scalar>, least(behind * kLanes<Scalar>, b.inputs)}, products);
+        }
         return;
     }
     const OuterAxis rows = outer_axis(top, bottom, b.in_h, b.out_h, b.stride);
