@@ -76,9 +76,8 @@ inline Vector<Scalar> all(Scalar value) {
 // A choice out of four, as a byte. By words in between: gcc 12 would widen byte by byte.
 template <typename Scalar>
 inline Mask<Scalar> load_choice(const std::uint8_t* from) {
-    using Simd = signmaml::cpu::SIGNMAML_ISA::Simd<Scalar>;
-    const auto bytes = *reinterpret_cast<const typename Simd::Bytes*>(from);
-    return __builtin_convertvector(__builtin_convertvector(bytes, typename Simd::Words), Mask<Scalar>);
+    const auto bytes = *reinterpret_cast<const typename Simd<Scalar>::Bytes*>(from);
+    return __builtin_convertvector(__builtin_convertvector(bytes, typename Simd<Scalar>::Words), Mask<Scalar>);
 }
 template <typename Scalar>
 inline void store_choice(std::uint8_t* to, Mask<Scalar> value) {
@@ -527,9 +526,9 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors
 // products instead of 36 for 2 x 2 outputs of a 3x3 window. The gradient of the inputs has the same form. So have the
 // gradients of the two taps,
 //     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s,  s = (g0 + g1) x1,
-// where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0 and 1
-// of images too small for F(2x2, 3x3). At the image's edge an output is on its own where that leaves the border's zeros
-// out.
+// where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0 and
+// 1 of images too small for F(2x2, 3x3). At the image's edge an output is on its own where that leaves the border's
+// zeros out.
 
 // Along one axis: x[at] + sign * x[other], or without a sign x[at].
 struct Blend {
@@ -1041,6 +1040,13 @@ void item_statistics(Scalar* partial, const Scalar* raw, std::int64_t row, std::
     }
 }
 
+// Which of the four each winner of an example is.
+template <typename Scalar>
+std::uint8_t* choices_of(const ConvTask<Scalar>& t, int block, std::int64_t example) {
+    const ConvBlockPlan& b = t.block(block);
+    return reinterpret_cast<std::uint8_t*>(t.at(b.choice)) + example * b.half_h * b.half_w * t.layout->channels;
+}
+
 // Of every 2 x 2 raw values the one that is largest after BatchNorm, the first of equals: gamma's sign decides, before
 // the statistics are known. Calls keep(y, x, c, winner) for rows y of the halved image.
 template <typename Scalar, typename Keep>
@@ -1049,10 +1055,10 @@ void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, cons
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
     const Scalar* gamma = t.vector(block, kGamma);
-    auto* choices = reinterpret_cast<std::uint8_t*>(t.at(b.choice));
+    std::uint8_t* choices = choices_of(t, block, rows.example);
     for (std::int64_t y = 0; y < rows.count / 2; ++y) {
         const std::int64_t half_y = rows.first / 2 + y;
-        const std::int64_t place = (rows.example * b.half_h + half_y) * b.half_w * channels;
+        const std::int64_t place = half_y * b.half_w * channels;
         for (std::int64_t x = 0; x < b.half_w; ++x) {
             const Scalar* z = raw + 2 * y * row + 2 * x * channels;
             for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
@@ -1388,9 +1394,7 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     Scalar* raw = raw_row(t, block, rows.example, rows.first);
     const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
     const bool pools = b.stride == 1;
-    const std::uint8_t* choices =
-        pools ? reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) + rows.example * b.half_h * b.half_w * channels
-              : nullptr;
+    const std::uint8_t* choices = pools ? choices_of(t, block, rows.example) : nullptr;
     const std::int64_t size = pools ? 2 : 1;
     for (std::int64_t y = 0; y < rows.count; y += size) {
         const std::int64_t half_y = (rows.first + y) / size;
@@ -1597,56 +1601,42 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
     const std::int64_t row = (b.out_w + 2) * channels, in_row = (b.in_w + 2) * channels;
+    const Images<Scalar> x{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels};
+    const Images<Scalar> grad{raw_row(t, block, example, 0), (b.out_h + 2) * row, row, channels};
+    Scalar* memory = scratch + t.layout->shared_scratch;
+    Scalar* out = t.at(t.layout->products);
+    const std::int64_t step = channels + kConvOuterGap;
     const auto winograd_products = [&](Range inputs, Range products) {
-        OuterTiles<Scalar> tiles{{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels},
-                                 {raw_row(t, block, example, 0), (b.out_h + 2) * row, row, channels},
-                                 scratch + t.layout->shared_scratch,
-                                 channels + kConvOuterGap,
-                                 b.inputs,
-                                 b.vectors,
-                                 t.at(t.layout->products),
-                                 !start,
-                                 inputs,
-                                 products};
+        OuterTiles<Scalar> tiles{x, grad, memory, step, b.inputs, b.vectors, out, !start, inputs, products};
         const std::int64_t width = 2 * kConvOuterTiles;
         for (std::int64_t image = 0; image < images; ++image) {
             for (std::int64_t y = top; y < bottom; y += 2) {
-                for (std::int64_t x = 0; x < b.out_w; x += width) {
-                    tiles.take(image, y, x, pieces(least(width, b.out_w - x), 2));
+                for (std::int64_t x0 = 0; x0 < b.out_w; x0 += width) {
+                    tiles.take(image, y, x0, pieces(least(width, b.out_w - x0), 2));
                 }
             }
         }
         tiles.multiply();
     };
     if (b.winograd) {
-        // A share of the 16 products is handed out as the same share of the vectors of inputs, so that threads need not
-        // transform the same inputs.
-        const std::int64_t blocks = pieces(b.inputs, kLanes<Scalar>);
-        for (std::int64_t block_of = 0, behind; block_of < blocks; block_of = behind) {
-            const auto products_of = [&](std::int64_t i) {
-                return Range{most(0, first_product * blocks - 16 * i), least(16, last_product * blocks - 16 * i)};
-            };
-            const auto whole = [&](std::int64_t i) { return products_of(i).first == 0 && products_of(i).last == 16; };
-            behind = block_of + 1;
-            const Range products = products_of(block_of);
-            if (products.first >= products.last) continue;
-            while (whole(block_of) && behind < blocks && whole(behind)) ++behind;
-            winograd_products({block_of * kLanes<Scalar>, least(behind * kLanes<Scalar>, b.inputs)}, products);
+        // A share of the products is handed out as the same share of all vectors of inputs with all products, so that
+        // threads need not transform the same inputs. Vectors with all their products go together.
+        constexpr std::int64_t kAll = kConvProducts;
+        const std::int64_t vectors = pieces(b.inputs, kLanes<Scalar>), end = last_product * vectors;
+        for (std::int64_t at = first_product * vectors, next; at < end; at = next) {
+            const std::int64_t vector = at / kAll, product = at % kAll;
+            const std::int64_t whole = product == 0 ? (end - at) / kAll : 0;  // vectors
+            next = whole > 0 ? at + whole * kAll : least(end, (vector + 1) * kAll);
+            winograd_products({vector * kLanes<Scalar>, least((vector + most(1, whole)) * kLanes<Scalar>, b.inputs)},
+                              {product, whole > 0 ? kAll : product + next - at});
         }
         return;
     }
     const OuterAxis rows = outer_axis(top, bottom, b.in_h, b.out_h, b.stride);
     const OuterAxis columns = outer_axis(0, b.out_w, b.in_w, b.out_w, b.stride);
-    OuterPositions<Scalar> positions{{input_row(t, block, example, 0), (b.in_h + 2) * in_row, in_row, channels},
-                                     {raw_row(t, block, example, 0), (b.out_h + 2) * row, row, channels},
-                                     scratch + t.layout->shared_scratch,
-                                     channels + kConvOuterGap,
-                                     b.inputs,
-                                     b.vectors,
-                                     nullptr,
-                                     false};
+    OuterPositions<Scalar> positions{x, grad, memory, step, b.inputs, b.vectors, nullptr, false};
     for (std::int64_t product = first_product; product < last_product; ++product) {
-        positions.out = t.at(t.layout->products) + product * b.inputs * channels;
+        positions.out = out + product * b.inputs * channels;
         positions.add = !start;
         for (int r = 0; r < rows.stretches[product / 4]; ++r) {
             for (int c = 0; c < columns.stretches[product % 4]; ++c) {
@@ -1847,8 +1837,7 @@ template <typename Scalar>
 void scatter_to_winners(const ConvTask<Scalar>& t, const Rows& rows, const Scalar* halved_grad, Scalar* to) {
     const ConvBlockPlan& b = t.block(0);
     const std::int64_t channels = t.layout->channels, row = b.out_w * channels;
-    const auto* choices =
-        reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) + rows.example * b.half_h * b.half_w * channels;
+    const std::uint8_t* choices = choices_of(t, 0, rows.example);
     for (std::int64_t y = 0; y < rows.count; ++y) {  // pooling drops an odd last row and column
         const bool counts = (rows.first + y) / 2 < b.half_h;
         Scalar* dropped = to + y * row + (counts ? 2 * b.half_w * channels : 0);
@@ -1919,8 +1908,7 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
     const std::int64_t top = rows.first / 2, bottom = most(top, least(top + (rows.count + 1) / 2, b.half_h));
     copy_windows(t, rows.example, top, bottom, scratch);
     const std::int64_t positions = (bottom - top) * b.half_w, first_position = top * b.half_w * channels;
-    const auto* choices = reinterpret_cast<const std::uint8_t*>(t.at(b.choice)) +
-                          rows.example * b.half_h * b.half_w * channels + first_position;
+    const std::uint8_t* choices = choices_of(t, 0, rows.example) + first_position;
     const Scalar* grads = halved_grad_row(t, 0, rows.example, top, scratch);
     auto* corners = reinterpret_cast<Mask<Scalar>*>(scratch + positions * inputs * kLanes<Scalar>);
     for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {

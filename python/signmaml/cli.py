@@ -93,23 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `signmaml`; None: those of the process.
 
     Returns:
-        The exit code; see the module. Does not return in one of several processes, which it ends.
+        The exit code; see the module. Does not return once the process has joined others: then it ends the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [_with_dashes(word) for word in words]
     parsed = build_parser().parse_args(words)
     parsed.words = words
+    parsed.group = None  # the processes that the command joined
     code = _code_of(parsed)
-    if _one_of_several():
+    if parsed.group is not None and parsed.group.size > 1:
         from .distributed import leave
 
         leave(code)
     return code
-
-
-def _one_of_several() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _code_of(parsed: argparse.Namespace) -> int:
@@ -129,7 +125,7 @@ def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     # Of several processes each has its own reason to end.
-    name = f"signmaml, process {os.environ.get('RANK')}" if _one_of_several() else "signmaml"
+    name = "signmaml" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"signmaml, process {os.environ.get('RANK')}"
     if isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -37,7 +37,7 @@ def train(parsed: argparse.Namespace) -> int:
             raise ValueError(f"--{option.replace('_', '-')}: expected --distributed with it, found {found}")
     resume = parsed.resume is not None or goes_on(config, parsed)
     settle_threads(config)
-    group = distributed.join(config.device, parsed.timeout)
+    group = parsed.group = distributed.join(config.device, parsed.timeout)
     check_same_configuration(config, group)
     trainer = MetaTrainer(config, out=out, progress=not parsed.quiet, group=group)
     if group.first and not parsed.quiet:
