@@ -23,6 +23,7 @@ def test_bad_settings_name_the_field():
         bench_training.settings(["rotation=true"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sign-maml", "maml"])
 def test_a_budget_of_time_and_a_curve(method):
     import bench_training

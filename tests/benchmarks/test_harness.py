@@ -56,6 +56,7 @@ def test_peak_memory_sees_what_was_used_and_freed():
     assert 35 < watched.mib() < 60
 
 
+@pytest.mark.slow
 def test_peers_give_the_meta_gradient_of_the_definition():
     """The checks of bench_meta_step hold for every implementation that is here, and catch one that is wrong."""
     import bench_meta_step

@@ -63,6 +63,7 @@ def test_numbers_come_from_the_files(tmp_path):
     assert "| A | cpu | 4.75 (4.75 to 4.75) | - | 9 of 72 GFLOP/s | 12% | 0.20 |" in text
 
 
+@pytest.mark.slow
 def test_gpu_check_says_when_there_is_no_gpu(tmp_path):
     import torch
 

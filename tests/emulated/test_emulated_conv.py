@@ -53,7 +53,8 @@ NETS = {
     "tall": Net(height=41, width=4, channels=3, support=2, query=2),
     "many images": Net(blocks=2, height=5, width=5, support=2, query=70, tasks=1),
 }
-FORMS = [True, False]  # block 1 by the covariance of its patches, or like the others
+# Block 1 by the covariance of its patches, or like the others.
+FORMS = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
@@ -72,6 +73,7 @@ def test_gradients_before_the_sign(native, name, by_covariance):
     assert not found.nonfinite.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
 def test_more_tiles_than_slices(native, by_covariance):
     """A block of threads works on one tile after the other and joins their statistics.
@@ -106,7 +108,7 @@ def test_images_far_from_zero(native, offset):
     by_seed(native, 2)
     net = Net(channels=3, height=10, width=9)
     data = conv_cases.draw(net, offset=offset)
-    for by_covariance in FORMS:
+    for by_covariance in (True, False):
         found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
         exact = conv_cases.definition(net, data, steps=0)
         single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
@@ -184,7 +186,7 @@ def test_forward_only_and_without_a_query_set(native):
 
 
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
-@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("steps", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_task_does_not_depend_on_its_neighbours_or_the_schedule(native, steps, by_covariance):
     net = Net(tasks=5, height=6, width=7)
     data = conv_cases.draw(net)
@@ -200,6 +202,7 @@ def test_a_task_does_not_depend_on_its_neighbours_or_the_schedule(native, steps,
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_chunks_of_tasks_give_the_same(native):
     net = Net(tasks=5, height=6, width=7)
     data = conv_cases.draw(net)
@@ -214,7 +217,14 @@ def test_chunks_of_tasks_give_the_same(native):
 
 @pytest.mark.parametrize(
     "fault",
-    ["nan in support", "nan in query", "inf in support", "label in support", "label in query", "negative label"],
+    [
+        "nan in support",
+        "label in query",
+        *(
+            pytest.param(fault, marks=pytest.mark.slow)
+            for fault in ("nan in query", "inf in support", "label in support", "negative label")
+        ),
+    ],
 )
 def test_nonfinite_tasks(native, fault):
     by_seed(native, 8)
@@ -282,7 +292,7 @@ def test_lower_precisions_do_whole_meta_steps(native, precision):
     torch.testing.assert_close(runs[0].support_loss[0].double(), exact.support_loss[0], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("method", ["sign-maml", pytest.param("fo-maml", marks=pytest.mark.slow)])
 def test_through_the_python_call(native, method):
     """A learn2learn-style module, its parameters in another order than theta's, against the reference in float64."""
     by_seed(native, 14)

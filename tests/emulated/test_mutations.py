@@ -275,6 +275,7 @@ def test_names_are_unique():
     assert len(NUMBERS) == len(MUTATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
 def test_every_variant_is_the_mutant(file):
     """Whichever is chosen of a file with all its mutants: it is the file with that one mutation."""

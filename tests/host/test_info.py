@@ -26,6 +26,7 @@ def test_report_for_machines_is_complete(capsys):
     assert len(found["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
+@pytest.mark.slow
 def test_report_for_people_runs_as_a_module():
     command = [sys.executable, "-m", "signmaml_ext.info"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")

@@ -94,6 +94,7 @@ def test_fastest_instruction_set_is_chosen():
     assert output(sys.executable, "-c", code, SIGNMAML_CPU_ISA="").strip() == isas[-1]
 
 
+@pytest.mark.slow
 def test_instruction_set_can_be_forced():
     code = "from signmaml_ext._loader import C; print(C.cpu_isa())"
     assert output(sys.executable, "-c", code, SIGNMAML_CPU_ISA="portable").strip() == "portable"
@@ -102,6 +103,10 @@ def test_instruction_set_can_be_forced():
 def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match=r"expected one of those usable here \(portable.*found 'mmx'"):
         C.select_cpu_isa("mmx")
+
+
+@pytest.mark.slow
+def test_unknown_instruction_set_is_refused_at_import():
     command = [sys.executable, "-c", "import signmaml_ext"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "SIGNMAML_CPU_ISA": "mmx"}, cwd="/"

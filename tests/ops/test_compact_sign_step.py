@@ -92,6 +92,7 @@ def test_every_count_meets_every_kind_of_gradient(device, dtype):
     check(counts, grads, torch.tensor([0.3], dtype=dtype, device=device), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_as_sign_steps_up_to_the_documented_rounding(device, dtype):
     """K steps of each form from one theta; a rounding a step there, two in all here."""

@@ -22,7 +22,8 @@ ISAS = C.cpu_isas()
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.fixture(params=ISAS)
+# The quick ones on what this machine would choose.
+@pytest.fixture(params=[*(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]), ISAS[-1]])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = C.cpu_isa()
     C.select_cpu_isa(request.param)
@@ -109,8 +110,8 @@ SHAPES = [
     {"size": 14, "filters": 32, "layers": 3, "pooling": "mean"},
     {"size": 11, "filters": 48, "layers": 2, "pooling": "mean", "channels": 3, "ways": 4},
     # Rows of more positions than are copied at once.
-    {"size": 262, "filters": 8, "layers": 2},
-    {"size": 270, "filters": 8, "layers": 2, "pooling": "stride"},
+    pytest.param({"size": 262, "filters": 8, "layers": 2}, marks=pytest.mark.slow),
+    pytest.param({"size": 270, "filters": 8, "layers": 2, "pooling": "stride"}, marks=pytest.mark.slow),
 ]
 
 
@@ -291,7 +292,9 @@ def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, 
         yield name, distance(own[name].double(), gradient), distance(theirs[name].double(), gradient)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[number] for number in (2, 7, 11, 12)])
+@pytest.mark.parametrize(
+    "shape", [*(SHAPES[number] for number in (2, 11, 12)), pytest.param(SHAPES[7], marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("sparse", [False, True])
 def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any], sparse: bool) -> None:
     model = net(**shape)
@@ -307,6 +310,7 @@ def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any
         assert own <= 2 * theirs, rows[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name", "channels", "size"), [("mini-imagenet", "mini_imagenet", 3, 84)])
 def test_float32_gradients_on_real_images(
     kind: str, name: str, channels: int, size: int, tmp_path_factory: pytest.TempPathFactory

@@ -43,6 +43,7 @@ assert bool((params == -2).all())
 """
 
 
+@pytest.mark.slow
 def test_forked_children_get_threads_of_their_own():
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, cwd="/")
     assert done.returncode == 0, done.stderr

@@ -263,6 +263,7 @@ class FixedRecorder(ReplayingRecorder):
         return ReplayingRecording(lambda: outputs, outputs)
 
 
+@pytest.mark.slow
 def test_graphs_do_not_keep_a_model_and_go_with_it(cache, monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", FixedRecorder)
     data, other = nets.vector_tasks(), nets.mlp().double()

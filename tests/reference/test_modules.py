@@ -36,6 +36,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_trains(name):
     """A few meta-iterations with Adam lower the query loss of the tasks they see."""

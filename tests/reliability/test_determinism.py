@@ -102,6 +102,7 @@ def test_dropout_of_a_task_does_not_depend_on_the_pieces() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_fresh_process_draws_the_same_episodes(tmp_path: Path) -> None:
     code = (
         "import torch; from signmaml.episodes import SinusoidSampler\n"

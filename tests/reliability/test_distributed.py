@@ -50,6 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, alone: Path) -> None:
     """Uneven shares, tasks left out, dropout, learned rates; and rank 1 starts from rank 0's weights."""
     ends = finish(start(2, tmp_path / "run", 9, "--poisoned", *POISONED, "--own-weights"))

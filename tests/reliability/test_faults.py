@@ -105,6 +105,7 @@ def check_no_space_at(folder: Path, whole: Path, number: int) -> None:
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check_killed_at, check_no_space_at])
 def test_a_fault_at_some_steps(tmp_path: Path, whole: Path, check: Any) -> None:
     for number in step_numbers(tmp_path / "count", every=11):
@@ -222,6 +223,7 @@ def test_a_run_does_not_depend_on_the_clock(tmp_path: Path, whole: Path, monkeyp
 # Two runs in one folder
 
 
+@pytest.mark.slow
 def test_the_second_command_in_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--preset", "sinusoid", "--no-tensorboard", "--out", str(tmp_path / "run")]
     long = [*words, "--iterations", "100000", "--log-every", "1", "--quiet"]

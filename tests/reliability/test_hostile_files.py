@@ -181,6 +181,7 @@ def test_a_link_in_an_archive_is_not_followed(tmp_path: Path) -> None:
         load(archive(tmp_path / "set.zip", members, as_link))
 
 
+@pytest.mark.slow
 def test_an_archive_that_expands_without_end(tmp_path: Path) -> None:
     """1.1 GB of zeros in 1 MB, and the same with a directory that lies about it."""
     path = tmp_path / "set.zip"

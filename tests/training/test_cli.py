@@ -160,6 +160,7 @@ def test_other_errors_are_code_1_and_debug_shows_where(
     assert "Traceback" in said and "in broken" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_130(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +286,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("signmaml ")
 
 
+@pytest.mark.slow
 def test_as_a_program(tmp_path: Path, images: Path) -> None:
     """The console script's exit code, and no traceback, from a process of its own."""
     words = ["train", "--data", "folder", "--data-root", str(images), "--ways", "99"]

@@ -304,6 +304,7 @@ def test_glyphs_take_no_root() -> None:
         data.load("glyphs", "train", root="/somewhere")
 
 
+@pytest.mark.slow
 def test_data_needs_no_native_code() -> None:
     """`signmaml.data` and `signmaml.episodes` import neither the extension nor torchvision."""
     import subprocess

@@ -93,6 +93,7 @@ def test_look_alikes_are_one_class(alike: str) -> None:
 # --- the pictures ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_classes_and_samples_are_complete(built: dict[str, ImageSet], split: str) -> None:
     images = built[split]
@@ -103,6 +104,7 @@ def test_classes_and_samples_are_complete(built: dict[str, ImageSet], split: str
         assert chr(point(name)) in character_lists()[split][name.partition("/")[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_no_picture_is_blank_clipped_or_flooded(built: dict[str, ImageSet], split: str) -> None:
     images = built[split].images
@@ -114,6 +116,7 @@ def test_no_picture_is_blank_clipped_or_flooded(built: dict[str, ImageSet], spli
     assert bool((images.amax((1, 2, 3)) >= 160).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_samples_of_a_class_differ_and_no_two_classes_share_a_picture(built: dict[str, ImageSet], split: str) -> None:
     images = built[split].images.flatten(1)
@@ -148,6 +151,7 @@ def test_no_class_is_a_copy_of_another_in_any_font(font: Font) -> None:
     assert not alike
 
 
+@pytest.mark.slow
 def test_samples_vary_in_font_and_weight(built: dict[str, ImageSet]) -> None:
     train = built["train"]
     letter = train.images_of(train.class_names.index("Latin/U+0052")).float()
@@ -159,6 +163,7 @@ def test_samples_vary_in_font_and_weight(built: dict[str, ImageSet]) -> None:
 # --- determinism ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_seed_class_and_number_alone(built: dict[str, ImageSet]) -> None:
     val = built["val"]
     for number in (0, 17, val.classes - 1):
@@ -170,6 +175,7 @@ def test_a_sample_depends_on_seed_class_and_number_alone(built: dict[str, ImageS
         assert not torch.equal(other, again)
 
 
+@pytest.mark.slow
 def test_options_and_cache(built: dict[str, ImageSet], glyph_cache: Path) -> None:
     files = set(glyph_cache.iterdir())
     assert len(files) >= 3

@@ -111,6 +111,7 @@ def test_an_episode_shows_every_prediction(tmp_path: Path, figures: list[Figure]
     assert_picture(tmp_path / "episode.png")
 
 
+@pytest.mark.slow
 def test_a_large_episode_says_what_is_left_out(tmp_path: Path, figures: list[Figure]) -> None:
     sampler = EpisodeSampler(toy_images("test", classes=12, images=14), ways=12, shots=2, queries=12, tasks=1)
     plots.draw_task(MLP(256, 12), sampler, tmp_path / "episode.png", **STEP)

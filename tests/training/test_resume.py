@@ -56,6 +56,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 # Before the first checkpoint; and when metrics and validation are ahead of the last one, of iteration 10.
+@pytest.mark.slow
 @pytest.mark.parametrize("iteration", [2, 13])
 def test_kill_9_and_resume_is_bitwise_the_same(tmp_path: Path, whole: Path, iteration: int) -> None:
     folder = tmp_path / "run"
@@ -68,6 +69,7 @@ def test_kill_9_and_resume_is_bitwise_the_same(tmp_path: Path, whole: Path, iter
     assert not list(folder.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "run"
     process = start(folder)
@@ -148,6 +150,7 @@ def test_a_signal_during_the_test_stops_it(tmp_path: Path) -> None:
     assert not trainer.run.result.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(folder)

@@ -102,7 +102,7 @@ def test_one_iteration_is_the_documented_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("learn", ["scalar", "per-step", "per-layer", "per-layer-per-step"])
-@pytest.mark.parametrize("method", ["sign-maml", "maml"])
+@pytest.mark.parametrize("method", ["sign-maml", pytest.param("maml", marks=pytest.mark.slow)])
 def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
     """A rate far too small grows; shapes and test steps fit whatever the kind."""
     changes = {"learn_inner_lr": learn, "method": method, "inner_lr": 1e-4, "outer_lr": 0.05, "test_steps": 4}
