@@ -285,10 +285,11 @@ class ConvTeam {
     Scalar forward(const ConvSet<Scalar>& set, std::int64_t task, bool features_stale) {
         if (features_stale) {
             stages_.statistics(task_, 0);
+            stages_.transform_weights(task_, 0, /*back=*/false);
             const bool first_with_second = threads_ == 1 && p_.shape.blocks > 1;
             for (int i = first_with_second ? 1 : 0; i < p_.shape.blocks; ++i) {
                 const ConvBlockPlan& b = layout_.blocks[i];
-                stages_.transform_weights(task_, i, /*back=*/false);
+                if (i > 0) stages_.transform_weights(task_, i, /*back=*/false);
                 if (i == 1 && first_with_second) {
                     forward_both(set.count);
                 } else {

@@ -144,7 +144,7 @@ struct Runs {
     std::int64_t length;
 };
 
-// A sum of more terms than this adds its runs up one by one: in float32 one long sum would be less exact than torch's.
+// Longer sums are sums of some runs each: in float32 one long sum would be less exact than torch's.
 constexpr std::int64_t kLongSum = 128;
 
 // Where positions lie: `step` from one to the next, and `row` from one row of them to the next.
@@ -152,13 +152,68 @@ struct Steps {
     std::int64_t step, row;
 };
 
-// out[channels of position i] = sum over runs and k of x[of position i + run.input + k] * weight[run.weight + k rows],
-// for rows of kWidth positions.
-template <typename Scalar, int kVectors, int kRows, int kWidth>
-void convolve_tile(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, const Runs& runs, const Scalar* weight) {
+// NaN stays NaN, as in torch.
+template <typename Scalar>
+inline Vector<Scalar> relu(Vector<Scalar> y) {
+    return y < 0 ? Vector<Scalar>{} : y;
+}
+
+// Where sums go: to rows of positions,
+struct InRows {
+    Steps steps;
+    std::int64_t start = 0;
+
+    static constexpr int targets = 1;
+    static constexpr bool add = false;
+    std::int64_t target(int) const { return start; }
+    std::int64_t place(int i, int width) const { return i / width * steps.row + i % width * steps.step; }
+    InRows from(std::int64_t first) const { return {steps, start + first * steps.step}; }
+    template <typename Value>
+    Value finished(Value sum, std::int64_t) const {
+        return sum;
+    }
+};
+
+// there with a shift and ReLU,
+template <typename Scalar>
+struct Rectified : InRows {
+    const Scalar* shift;
+
+    Rectified(InRows rows, const Scalar* by) : InRows(rows), shift(by) {}
+    Rectified from(std::int64_t first) const { return {InRows::from(first), shift}; }
+    Vector<Scalar> finished(Vector<Scalar> sum, std::int64_t channel) const {
+        return relu<Scalar>(sum + load(shift + channel));
+    }
+};
+
+// or every position's to a place of its own, from each target on, or added to what is there.
+struct Scattered {
+    const std::int64_t* places = nullptr;
+    std::int64_t all_targets[4] = {};
+    int targets = 0;
+    bool add = false;
+
+    std::int64_t target(int i) const { return all_targets[i]; }
+    std::int64_t place(int i, int) const { return places[i]; }
+    Scattered from(std::int64_t first) const {
+        Scattered later = *this;
+        later.places += first;
+        return later;
+    }
+    template <typename Value>
+    Value finished(Value sum, std::int64_t) const {
+        return sum;
+    }
+};
+
+// out[target + place of position i + channels] (+)= sum over runs and k of x[of position i + run.input + k] *
+// weight[run.weight + k rows], for rows of kWidth positions.
+template <typename Scalar, typename To, int kVectors, int kRows, int kWidth>
+void convolve_tile(Scalar* out, const To& to, const Scalar* x, Steps to_x, const Runs& runs, const Scalar* weight) {
     constexpr int kL = kLanes<Scalar>;
     Vector<Scalar> sum[kRows][kVectors] = {};
-    const bool apart = runs.count * runs.length > kLongSum;
+    bool add = to.add;
+    std::int64_t terms = 0;
     for (int r = 0; r < runs.count; ++r) {
         const Scalar* w = weight + runs.run[r].weight;
         const Scalar* in[(kRows + kWidth - 1) / kWidth];
@@ -175,17 +230,26 @@ void convolve_tile(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, const
                 for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
             }
         }
-        if (!apart && r + 1 < runs.count) continue;
-        const bool add = apart && r > 0;
+        terms += runs.length;
+        if (r + 1 < runs.count && terms + runs.length <= kLongSum) continue;
+        for (int target = 0; target < to.targets; ++target) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; ++i) {
+                Scalar* at = out + to.target(target) + to.place(i, kWidth);
+#pragma GCC unroll 8
+                for (int v = 0; v < kVectors; ++v) {
+                    store(at + v * kL, to.finished(add ? load(at + v * kL) + sum[i][v] : sum[i][v], v * kL));
+                }
+            }
+        }
+        if (r + 1 == runs.count) return;
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) {
-                Scalar* to = out + i / kWidth * to_out.row + i % kWidth * to_out.step + v * kL;
-                store(to, add ? load(to) + sum[i][v] : sum[i][v]);
-                sum[i][v] = Vector<Scalar>{};
-            }
+            for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<Scalar>{};
         }
+        add = true;
+        terms = 0;
     }
 }
 
@@ -231,8 +295,8 @@ void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
     }
 }
 
-template <typename Scalar>
-using ConvolveTile = void (*)(Scalar*, Steps, const Scalar*, Steps, const Runs&, const Scalar*);
+template <typename Scalar, typename To>
+using ConvolveTile = void (*)(Scalar*, const To&, const Scalar*, Steps, const Runs&, const Scalar*);
 template <typename Scalar>
 using OuterTile = void (*)(Scalar*, const Products<Scalar>&, bool);
 
@@ -240,13 +304,13 @@ using OuterTile = void (*)(Scalar*, const Products<Scalar>&, bool);
 constexpr int kTileWidth = 3;
 
 // The tile of so many vectors and positions, out of those that fit the registers.
-template <typename Scalar, int kVectors, int kRows = most_rows(kVectors)>
-ConvolveTile<Scalar> convolve_tile_of(std::int64_t rows) {
+template <typename Scalar, typename To, int kVectors, int kRows = most_rows(kVectors)>
+ConvolveTile<Scalar, To> convolve_tile_of(std::int64_t rows) {
     if constexpr (kRows == 1) {
-        return convolve_tile<Scalar, kVectors, 1, kTileWidth>;
+        return convolve_tile<Scalar, To, kVectors, 1, kTileWidth>;
     } else {
-        return rows == kRows ? convolve_tile<Scalar, kVectors, kRows, kTileWidth>
-                             : convolve_tile_of<Scalar, kVectors, kRows - 1>(rows);
+        return rows == kRows ? convolve_tile<Scalar, To, kVectors, kRows, kTileWidth>
+                             : convolve_tile_of<Scalar, To, kVectors, kRows - 1>(rows);
     }
 }
 
@@ -259,23 +323,23 @@ OuterTile<Scalar> outer_tile_of(std::int64_t rows) {
     }
 }
 
-template <typename Scalar>
-ConvolveTile<Scalar> convolve_tile_of(int vectors, std::int64_t rows) {
+template <typename Scalar, typename To>
+ConvolveTile<Scalar, To> convolve_tile_of(int vectors, std::int64_t rows) {
     if constexpr (kMostVectors == 4) {
-        if (vectors == 4) return convolve_tile_of<Scalar, 4>(rows);
-        if (vectors == 3) return convolve_tile_of<Scalar, 3>(rows);
+        if (vectors == 4) return convolve_tile_of<Scalar, To, 4>(rows);
+        if (vectors == 3) return convolve_tile_of<Scalar, To, 3>(rows);
     }
-    return vectors == 2 ? convolve_tile_of<Scalar, 2>(rows) : convolve_tile_of<Scalar, 1>(rows);
+    return vectors == 2 ? convolve_tile_of<Scalar, To, 2>(rows) : convolve_tile_of<Scalar, To, 1>(rows);
 }
 
 // Two by two positions.
 template <typename Scalar>
-ConvolveTile<Scalar> pair_tile_of(int vectors) {
+ConvolveTile<Scalar, InRows> pair_tile_of(int vectors) {
     if constexpr (kMostVectors == 4) {
-        if (vectors == 4) return convolve_tile<Scalar, 4, 4, 2>;
-        if (vectors == 3) return convolve_tile<Scalar, 3, 4, 2>;
+        if (vectors == 4) return convolve_tile<Scalar, InRows, 4, 4, 2>;
+        if (vectors == 3) return convolve_tile<Scalar, InRows, 3, 4, 2>;
     }
-    return vectors == 2 ? convolve_tile<Scalar, 2, 4, 2> : convolve_tile<Scalar, 1, 4, 2>;
+    return vectors == 2 ? convolve_tile<Scalar, InRows, 2, 4, 2> : convolve_tile<Scalar, InRows, 1, 4, 2>;
 }
 
 template <typename Scalar>
@@ -288,18 +352,19 @@ OuterTile<Scalar> outer_tile_of(int vectors, std::int64_t rows) {
 }
 
 // A row of positions, in tiles as even as can be.
-template <typename Scalar>
-void convolve_row(Scalar* out, std::int64_t out_step, const Scalar* x, std::int64_t x_step, std::int64_t positions,
+template <typename Scalar, typename To>
+void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, std::int64_t positions,
                   const Runs& runs, const Scalar* weight, int vectors) {
     const std::int64_t tiles = pieces(positions, most_rows(vectors));
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t first = start_of(tile, positions, tiles);
         const std::int64_t last = start_of(tile + 1, positions, tiles);
-        convolve_tile_of<Scalar>(vectors, last - first)(out + first * out_step, {out_step, kTileWidth * out_step},
-                                                        x + first * x_step, {x_step, kTileWidth * x_step}, runs,
-                                                        weight);
+        convolve_tile_of<Scalar, To>(vectors, last - first)(out, to.from(first), x + first * x_step,
+                                                            {x_step, kTileWidth * x_step}, runs, weight);
     }
 }
+
+constexpr InRows in_row(std::int64_t step) { return {{step, kTileWidth * step}}; }
 
 // Rows of positions. Rows of two or three go in pairs: alone they would leave half of the registers idle, and the
 // weights, which come from the second-level cache, would be read twice as often.
@@ -307,7 +372,7 @@ template <typename Scalar>
 void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::int64_t rows, std::int64_t positions,
                    const Runs& runs, const Scalar* weight, int vectors) {
     if (positions == 1) {
-        convolve_row(out, to_out.row, x, to_x.row, rows, runs, weight, vectors);
+        convolve_row(out, in_row(to_out.row), x, to_x.row, rows, runs, weight, vectors);
         return;
     }
     const bool pairs = positions <= 3 && 2 * positions <= most_rows(vectors);
@@ -315,10 +380,11 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
         Scalar* to = out + y * to_out.row;
         const Scalar* from = x + y * to_x.row;
         if (pairs && y + 1 < rows) {
-            const auto tile = positions == 3 ? convolve_tile_of<Scalar>(vectors, 6) : pair_tile_of<Scalar>(vectors);
-            tile(to, to_out, from, to_x, runs, weight);
+            const auto tile =
+                positions == 3 ? convolve_tile_of<Scalar, InRows>(vectors, 6) : pair_tile_of<Scalar>(vectors);
+            tile(to, {to_out}, from, to_x, runs, weight);
         } else {
-            convolve_row(to, to_out.step, from, to_x.step, positions, runs, weight, vectors);
+            convolve_row(to, in_row(to_out.step), from, to_x.step, positions, runs, weight, vectors);
         }
     }
 }
@@ -329,7 +395,8 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
 // equal stays equal, and max-pooling takes the first of them as it does after a direct convolution.
 // The 3 x 3 weights' gradient comes from the same tiles of inputs and 2 x 2 gradients, out of 16 products too.
 
-// to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed
+// to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed; the last row of four turned
+// around
 template <typename Scalar>
 void transform_kernels(Scalar* to, const Scalar* weight, std::int64_t inputs, std::int64_t channels,
                        std::int64_t group) {
@@ -346,7 +413,7 @@ void transform_kernels(Scalar* to, const Scalar* weight, std::int64_t inputs, st
                 rows[0][x] = g0;
                 rows[1][x] = half * (g0 + g2 + g1);
                 rows[2][x] = half * (g0 + g2 - g1);
-                rows[3][x] = g2;
+                rows[3][x] = -g2;
             }
             Scalar* out = to + first * inputs + i;
 #pragma GCC unroll 4
@@ -362,10 +429,15 @@ void transform_kernels(Scalar* to, const Scalar* weight, std::int64_t inputs, st
 }
 
 // Tiles that are transformed, multiplied and transformed back together, some rows of them or a part of one. Their
-// products' 16 values lie next to each other, at offsets the compiler knows:
-// inputs [channels / kBlock, tiles, 16, kBlock], products [groups, tiles, 16, group].
+// values lie next to each other, at offsets the compiler knows:
+// inputs [channels / kBlock, tiles, 16, kBlock], products [groups, tiles, kValues, group].
 template <typename Scalar>
 constexpr std::int64_t kBlock = kLanes<Scalar> > 8 ? kLanes<Scalar> : 8;
+
+// Whether the registers hold the sums of two rows of products at once: then the four rows are joined to those of the
+// outputs where they are summed, and half as many values are written.
+constexpr bool kJoinsRows = kRegisters == 32;
+constexpr std::int64_t kValues = kJoinsRows ? 8 : 16;
 
 // Where transformed values go: the steps from one tile to the next and from one of its 16 values to the next; and which
 // rows of four values are wanted.
@@ -439,20 +511,112 @@ struct Convolution {
     std::int64_t inputs, channels;
 };
 
+// Of some tiles the products of one of four columns, joined to both rows of outputs: the middle rows' sum and
+// difference, to which the outer rows' products are added. out [tiles, kValues, group] and inputs
+// [inputs / kBlock, tiles, 16, kBlock], from the column on; weight [4, inputs, group], `plane` from one to the next.
+template <typename Scalar, int kVectors, int kTiles>
+void winograd_tiles(Scalar* out, const Scalar* inputs, const Runs& runs, const Scalar* weight, std::int64_t plane) {
+    constexpr int kL = kLanes<Scalar>;
+    constexpr std::int64_t kGroup = kVectors * kL, kB = kBlock<Scalar>;
+    Vector<Scalar> upper[kTiles][kVectors] = {}, lower[kTiles][kVectors] = {};
+    const bool apart = 2 * runs.count * runs.length > kLongSum;
+    for (int outer = 0; outer < 2; ++outer) {
+        const int one = outer == 0 ? 1 : 0, other = outer == 0 ? 2 : 3;
+        for (int r = 0; r < runs.count; ++r) {
+            const Scalar* x = inputs + runs.run[r].input + one * 4 * kB;
+            const Scalar* other_x = inputs + runs.run[r].input + other * 4 * kB;
+            const Scalar* w = weight + runs.run[r].weight + one * plane;
+            const Scalar* other_w = weight + runs.run[r].weight + other * plane;
+            for (std::int64_t k = 0; k < runs.length; ++k, w += kGroup, other_w += kGroup) {
+                Vector<Scalar> row[kVectors];
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kL);
+#pragma GCC unroll 16
+                for (int i = 0; i < kTiles; ++i) {
+                    const Vector<Scalar> value = all(x[i * 16 * kB + k]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) upper[i][v] += value * row[v];
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) row[v] = load(other_w + v * kL);
+#pragma GCC unroll 16
+                for (int i = 0; i < kTiles; ++i) {
+                    const Vector<Scalar> value = all(other_x[i * 16 * kB + k]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) lower[i][v] += value * row[v];
+                }
+            }
+        }
+        if (outer == 0) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) {
+                    const Vector<Scalar> sum = upper[i][v] + lower[i][v];
+                    lower[i][v] = upper[i][v] - lower[i][v];
+                    upper[i][v] = sum;
+                }
+            }
+            if (!apart) continue;
+        }
+        const bool add = apart && outer == 1;
+#pragma GCC unroll 16
+        for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                Scalar* to = out + (i * kValues * kVectors + v) * kL;
+                Scalar* to_lower = to + 4 * kGroup;
+                store(to, add ? load(to) + upper[i][v] : upper[i][v]);
+                store(to_lower, add ? load(to_lower) + lower[i][v] : lower[i][v]);
+                upper[i][v] = lower[i][v] = Vector<Scalar>{};
+            }
+        }
+    }
+}
+
+template <typename Scalar>
+using WinogradTiles = void (*)(Scalar*, const Scalar*, const Runs&, const Scalar*, std::int64_t);
+
+template <typename Scalar, int kVectors, int kTiles = most_rows(kVectors) / 2>
+WinogradTiles<Scalar> winograd_tiles_of(std::int64_t tiles) {
+    if constexpr (kTiles == 1) {
+        return winograd_tiles<Scalar, kVectors, 1>;
+    } else {
+        return tiles == kTiles ? winograd_tiles<Scalar, kVectors, kTiles>
+                               : winograd_tiles_of<Scalar, kVectors, kTiles - 1>(tiles);
+    }
+}
+
+// One of four columns of all tiles.
+template <typename Scalar, int kVectors>
+void winograd_columns(Scalar* out, const Scalar* inputs, std::int64_t tiles, const Runs& runs, const Scalar* weight,
+                      std::int64_t plane) {
+    const std::int64_t parts = pieces(tiles, most_rows(kVectors) / 2);
+    for (std::int64_t part = 0; part < parts; ++part) {
+        const std::int64_t first = start_of(part, tiles, parts), last = start_of(part + 1, tiles, parts);
+        winograd_tiles_of<Scalar, kVectors>(last - first)(out + first * kValues * kVectors * kLanes<Scalar>,
+                                                          inputs + first * 16 * kBlock<Scalar>, runs, weight, plane);
+    }
+}
+
 // The 2 x 2 outputs of a row of tiles, as far as the convolution has them.
 template <typename Scalar, int kVectors>
 void transform_outputs(Scalar* out, const Scalar* m, const Convolution<Scalar>& conv, std::int64_t rows,
                        std::int64_t positions) {
     constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>;
-    for (std::int64_t x = 0; x < positions; x += 2, m += 16 * kGroup, out += 2 * conv.channels) {
+    for (std::int64_t x = 0; x < positions; x += 2, m += kValues * kGroup, out += 2 * conv.channels) {
 #pragma GCC unroll 4
         for (std::int64_t c = 0; c < kGroup; c += kLanes<Scalar>) {
             Vector<Scalar> top[4], bottom[4];
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
-                const Vector<Scalar> m1 = load(m + (4 + j) * kGroup + c), m2 = load(m + (8 + j) * kGroup + c);
-                top[j] = load(m + j * kGroup + c) + m1 + m2;
-                bottom[j] = m1 - m2 - load(m + (12 + j) * kGroup + c);
+                top[j] = load(m + j * kGroup + c);
+                bottom[j] = load(m + (4 + j) * kGroup + c);
+                if constexpr (!kJoinsRows) {
+                    const Vector<Scalar> m2 = load(m + (8 + j) * kGroup + c);
+                    top[j] += bottom[j] + m2;
+                    bottom[j] += load(m + (12 + j) * kGroup + c) - m2;
+                }
             }
             Scalar* to = out + c;
             store(to, top[0] + top[1] + top[2]);
@@ -493,17 +657,24 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scr
         for (std::int64_t k = 0; k < conv.inputs; k += length) {
             runs.run[runs.count++] = {k / kB * 16 * tiles * kB + k % kB, k * kGroup};
         }
-        for (int i = 0; i < 16; ++i) {
+        for (int i = 0; i < (kJoinsRows ? 4 : 16); ++i) {
             for (std::int64_t first = 0; first < channels; first += kGroup) {
-                convolve_row(products + first * 16 * tiles + i * kGroup, 16 * kGroup, inputs + i * kB, 16 * kB, tiles,
-                             runs, weight + (i * channels + first) * conv.inputs, kVectors);
+                Scalar* to = products + first * kValues * tiles + i * kGroup;
+                const Scalar* of_value = weight + (i * channels + first) * conv.inputs;
+                if constexpr (kJoinsRows) {
+                    winograd_columns<Scalar, kVectors>(to, inputs + i * kB, tiles, runs, of_value,
+                                                       4 * channels * conv.inputs);
+                } else {
+                    convolve_row(to, in_row(kValues * kGroup), inputs + i * kB, 16 * kB, tiles, runs, of_value,
+                                 kVectors);
+                }
             }
         }
         for (std::int64_t first = 0; first < channels; first += kGroup) {
             for (std::int64_t y = 0; y < tiles_y; ++y) {
                 transform_outputs<Scalar, kVectors>(
                     conv.out + 2 * (top + y) * conv.out_row + 2 * left * channels + first,
-                    products + (first * tiles + y * tiles_x * kGroup) * 16, conv, conv.rows - 2 * (top + y),
+                    products + (first * tiles + y * tiles_x * kGroup) * kValues, conv, conv.rows - 2 * (top + y),
                     least(2 * tiles_x, conv.positions - 2 * left));
             }
         }
@@ -671,36 +842,28 @@ struct SharedConvolution {
     int vectors;
 };
 
-// out (+)= products, at a box's positions
-template <typename Scalar, bool kAdd>
-void spread_products(Scalar* out, std::int64_t out_image, std::int64_t out_row, const Box& box, const Scalar* products,
-                     std::int64_t channels) {
-    for (std::int64_t image = 0; image < box.images; ++image) {
-        for (std::int64_t y = 0; y < box.rows; ++y) {
-            Scalar* to = out + image * out_image + y * box.row_step * out_row;
-            for (std::int64_t x = 0; x < box.columns; ++x, to += box.column_step * channels, products += channels) {
-                for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-                    store(to + c, kAdd ? load(to + c) + load(products + c) : load(products + c));
-                }
-            }
-        }
-    }
-}
-
-// The outputs of a term, of images from `first` on.
+// Where the outputs of a term belong, but for their places: each gets what is new, or what is added.
 template <typename Scalar>
-void spread_products(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns,
-                     std::int64_t first, std::int64_t images, const Scalar* products) {
-    const Box box{images, rows.count, columns.count, rows.out_step, columns.out_step};
-    const std::int64_t channels = conv.x.channels;
-    const auto spread = rows.shared_with >= 0 || columns.shared_with >= 0 ? spread_products<Scalar, true>
-                                                                          : spread_products<Scalar, false>;
+Scattered targets_of(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns) {
+    Scattered to;
+    to.add = rows.shared_with >= 0 || columns.shared_with >= 0;
     const std::int64_t all_y[] = {rows.out, rows.shared_with}, all_x[] = {columns.out, columns.shared_with};
     for (const std::int64_t y : all_y) {
         for (const std::int64_t x : all_x) {
-            if (y < 0 || x < 0) continue;
-            spread(conv.out + first * conv.out_image + y * conv.out_row + x * channels, conv.out_image, conv.out_row,
-                   box, products, channels);
+            if (y >= 0 && x >= 0) to.all_targets[to.targets++] = y * conv.out_row + x * conv.x.channels;
+        }
+    }
+    return to;
+}
+
+// Places of a term's outputs, one after another, of images from `first` on.
+template <typename Scalar>
+void set_places(std::int64_t* places, const SharedConvolution<Scalar>& conv, const AxisTerm& rows,
+                const AxisTerm& columns, std::int64_t first, std::int64_t images) {
+    for (std::int64_t image = first; image < first + images; ++image) {
+        for (std::int64_t y = 0; y < rows.count; ++y) {
+            const std::int64_t row = image * conv.out_image + y * rows.out_step * conv.out_row;
+            for (std::int64_t x = 0; x < columns.count; ++x) *places++ = row + x * columns.out_step * conv.x.channels;
         }
     }
 }
@@ -720,7 +883,9 @@ void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows
                      Scalar* scratch) {
     const std::int64_t channels = conv.x.channels, group = conv.vectors * kLanes<Scalar>, tap = conv.inputs * group;
     const std::int64_t positions = rows.count * columns.count;
-    Scalar* products = scratch + kConvSharedPositions * channels;
+    Scattered to = targets_of(conv, rows, columns);
+    std::int64_t places[kConvSharedPositions];
+    to.places = places;
     Runs runs{};
     runs.count = rows.products * columns.products;
     runs.length = conv.inputs;
@@ -734,12 +899,12 @@ void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows
             copy_blended(scratch + runs.run[i].input, channels, from, rows.product[i / columns.products].x,
                          columns.product[i % columns.products].x, box);
         }
+        set_places(places, conv, rows, columns, first, box.images);
         for (std::int64_t c = 0; c < channels; c += group) {
             const Scalar* weight = conv.weight + c * 9 * conv.inputs;
             choose_weights(runs, rows, columns, tap, conv.sums + c * 7 * conv.inputs - weight);
-            convolve_row(products + c, channels, scratch, channels, box.count(), runs, weight, conv.vectors);
+            convolve_row(conv.out + c, to, scratch, channels, box.count(), runs, weight, conv.vectors);
         }
-        spread_products(conv, rows, columns, first, box.images, products);
     }
 }
 
@@ -993,8 +1158,37 @@ void pack_back(const ConvTask<Scalar>& t, int block) {
     }
 }
 
+// Of block 0, whose statistics are known: with BatchNorm's scale and, where it pools, for F(2, 3) over pairs of rows.
+template <typename Scalar>
+void transform_first(const ConvTask<Scalar>& t) {
+    const ConvBlockPlan& b = t.block(0);
+    const std::int64_t group = b.vectors * kLanes<Scalar>, row = 3 * std::int64_t{b.inputs} * group;
+    const Vector<Scalar> half = all(Scalar(0.5));
+    Scalar* to = t.at(t.layout->first_weight);
+    for (std::int64_t first = 0; first < t.layout->channels; first += group) {
+        const Scalar* weight = t.at(b.weight) + first * 9 * b.inputs;
+        for (std::int64_t i = 0; i < row; i += kLanes<Scalar>) {
+            const Vector<Scalar> scale = load(t.vector(0, kScale) + first + i % group);
+            const Vector<Scalar> g0 = scale * load(weight + i), g1 = scale * load(weight + row + i);
+            const Vector<Scalar> g2 = scale * load(weight + 2 * row + i);
+            if (b.stride == 1) {
+                store(to + i, g0);
+                store(to + row + i, half * (g0 + g2 + g1));
+                store(to + 2 * row + i, half * (g0 + g2 - g1));
+                store(to + 3 * row + i, -g2);
+            } else {
+                store(to + i, g0);
+                store(to + row + i, g1);
+                store(to + 2 * row + i, g2);
+            }
+        }
+        to += (b.stride == 1 ? 4 : 3) * row;
+    }
+}
+
 template <typename Scalar>
 void transform_weights(const ConvTask<Scalar>& t, int block, bool back) {
+    if (block == 0) return transform_first(t);
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t group = (back ? b.vectors_back : b.vectors) * kLanes<Scalar>;
     const Scalar* weight = t.at(back ? t.layout->weight_back : b.weight);
@@ -1080,12 +1274,6 @@ void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, cons
     }
 }
 
-// NaN stays NaN, as in torch.
-template <typename Scalar>
-inline Vector<Scalar> relu(Vector<Scalar> y) {
-    return y < 0 ? Vector<Scalar>{} : y;
-}
-
 // Where BatchNorm reads and the halved gradient belongs: the winners, or without pooling the raw values.
 template <typename Scalar>
 struct Winners {
@@ -1133,46 +1321,166 @@ void normalise(const ConvTask<Scalar>& t, int block, std::int64_t example) {
     }
 }
 
-// raw <- rows of a block's convolution
+// raw <- rows of a later block's convolution
 template <typename Scalar>
 void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, Scalar* raw, std::int64_t row,
                    Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
-    const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
+    const std::int64_t row_in = (b.in_w + 2) * channels;
     if (b.winograd) {
         const Scalar* x = input_row(t, block, rows.example, rows.first);
-        winograd<Scalar>({raw, row, x, in_row, rows.count, b.out_w, b.inputs, channels}, t.at(t.layout->transformed),
+        winograd<Scalar>({raw, row, x, row_in, rows.count, b.out_w, b.inputs, channels}, t.at(t.layout->transformed),
                          b.vectors, scratch);
         return;
     }
-    const Runs runs = window_runs(in_row, b.input_lanes, b.inputs, group);
+    const Runs runs = window_runs(row_in, channels, b.inputs, group);
     for (std::int64_t first = 0; first < channels; first += group) {
         convolve_grid(raw + first, {channels, row}, input_row(t, block, rows.example, rows.first),
-                      {b.stride * std::int64_t{b.input_lanes}, b.stride * in_row}, rows.count, b.out_w, runs,
+                      {b.stride * channels, b.stride * row_in}, rows.count, b.out_w, runs,
                       t.at(b.weight) + first * 9 * b.inputs, b.vectors);
     }
 }
 
-// Of block 0, whose statistics are known before: its raw values stay in scratch, and the winners are not kept.
+// Pooling windows of block 0 side by side. F(2, 3) takes the outputs of two rows from four rows of values that it makes
+// of the inputs under them: four products for two outputs instead of six. Here they stay in registers until the largest
+// of four is known; the scale in the weights has turned it around where gamma is negative.
+template <typename Scalar>
+struct FirstWindows {
+    const Scalar* inputs;  // [4, plane]
+    std::int64_t plane;
+    std::int64_t channels_in;
+    const Scalar* weight;  // [4, 3 channels_in, group]
+    const Scalar* shift;   // [group]
+    Scalar* halved;
+    std::uint8_t* choices;
+    std::int64_t channels;  // from one window's output to the next
+};
+
+// sums of two planes' products: of every position with kVectors vectors of channels
+template <typename Scalar, int kVectors, int kPositions>
+[[gnu::always_inline]] inline void add_products(Vector<Scalar> (&one)[kPositions][kVectors],
+                                                Vector<Scalar> (&other)[kPositions][kVectors],
+                                                const FirstWindows<Scalar>& w, int one_plane, int other_plane) {
+    constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>;
+    const std::int64_t length = 3 * w.channels_in;
+    const Scalar* x = w.inputs + one_plane * w.plane;
+    const Scalar* other_x = w.inputs + other_plane * w.plane;
+    const Scalar* weight = w.weight + one_plane * length * kGroup;
+    const Scalar* other_weight = w.weight + other_plane * length * kGroup;
+    for (std::int64_t k = 0; k < length; ++k) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kPositions; ++i) {
+            const Vector<Scalar> value = all(x[i * w.channels_in + k]);
+            const Vector<Scalar> other_value = all(other_x[i * w.channels_in + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                one[i][v] += value * load(weight + k * kGroup + v * kLanes<Scalar>);
+                other[i][v] += other_value * load(other_weight + k * kGroup + v * kLanes<Scalar>);
+            }
+        }
+    }
+}
+
+template <typename Scalar, int kVectors, int kWindows>
+void first_windows(const FirstWindows<Scalar>& w) {
+    constexpr int kPositions = 2 * kWindows, kL = kLanes<Scalar>;
+    // Of the upper and the lower row: of two planes first, whose sum and difference the other two are added to.
+    Vector<Scalar> upper[kPositions][kVectors] = {}, lower[kPositions][kVectors] = {};
+    add_products<Scalar, kVectors, kPositions>(upper, lower, w, 1, 2);
+#pragma GCC unroll 4
+    for (int i = 0; i < kPositions; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            const Vector<Scalar> sum = upper[i][v] + lower[i][v];
+            lower[i][v] = upper[i][v] - lower[i][v];
+            upper[i][v] = sum;
+        }
+    }
+    add_products<Scalar, kVectors, kPositions>(upper, lower, w, 0, 3);
+#pragma GCC unroll 2
+    for (int window = 0; window < kWindows; ++window) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            const Vector<Scalar> next[] = {upper[2 * window + 1][v], lower[2 * window][v], lower[2 * window + 1][v]};
+            Vector<Scalar> best = upper[2 * window][v];
+            Mask<Scalar> choice = {};
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) {
+                const Mask<Scalar> better = next[i] > best;
+                best = better ? next[i] : best;
+                choice = better ? Mask<Scalar>{} + (i + 1) : choice;
+            }
+            const std::int64_t to = window * w.channels + v * kL;
+            store_choice<Scalar>(w.choices + to, choice);
+            store(w.halved + to, relu<Scalar>(best + load(w.shift + v * kL)));
+        }
+    }
+}
+
+// A row of windows.
+template <typename Scalar, int kVectors>
+void first_windows(FirstWindows<Scalar> w, std::int64_t windows) {
+    constexpr int kWindows = kRegisters == 32 && kVectors <= 2 ? 2 : 1;
+    for (std::int64_t x = 0; x < windows; x += kWindows) {
+        const bool whole = windows - x >= kWindows;
+        (whole ? first_windows<Scalar, kVectors, kWindows> : first_windows<Scalar, kVectors, 1>)(w);
+        w.inputs += kWindows * 2 * w.channels_in;
+        w.halved += kWindows * w.channels;
+        w.choices += kWindows * w.channels;
+    }
+}
+
+template <typename Scalar>
+void first_windows(const FirstWindows<Scalar>& w, std::int64_t windows, int vectors) {
+    if constexpr (kMostVectors == 4) {
+        if (vectors == 4) return first_windows<Scalar, 4>(w, windows);
+        if (vectors == 3) return first_windows<Scalar, 3>(w, windows);
+    }
+    return vectors == 2 ? first_windows<Scalar, 2>(w, windows) : first_windows<Scalar, 1>(w, windows);
+}
+
+// Of block 0, whose statistics are known before: neither its raw values nor the winners are kept.
+template <typename Scalar>
+void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, c = b.inputs;
+    const std::int64_t row = (b.in_w + 2) * c, plane = pieces(row, kLanes<Scalar>) * kLanes<Scalar>;
+    for (std::int64_t y = rows.first / 2; y < least((rows.first + rows.count) / 2, b.half_h); ++y) {
+        const Scalar* x = input_row(t, 0, rows.example, 2 * y);
+        for (std::int64_t i = 0; i < row; i += kLanes<Scalar>) {  // lanes beyond the row: nobody reads them
+            const Vector<Scalar> d0 = load_loose(x + i), d1 = load_loose(x + row + i);
+            const Vector<Scalar> d2 = load_loose(x + 2 * row + i), d3 = load_loose(x + 3 * row + i);
+            store(scratch + i, d0 - d2);
+            store(scratch + plane + i, d1 + d2);
+            store(scratch + 2 * plane + i, d2 - d1);
+            store(scratch + 3 * plane + i, d1 - d3);
+        }
+        for (std::int64_t first = 0; first < channels; first += group) {
+            first_windows<Scalar>({scratch, plane, c, t.at(t.layout->first_weight) + first * 12 * c,
+                                   t.vector(0, kShift) + first, halved_row(t, 0, rows.example, y) + first,
+                                   choices_of(t, 0, rows.example) + y * b.half_w * channels + first, channels},
+                                  b.half_w, b.vectors);
+        }
+    }
+}
+
 template <typename Scalar>
 void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
+    if (b.stride == 1) return forward_first_pooled(t, item, scratch);
     const Rows rows = raw_rows(t, 0, item);
-    const std::int64_t channels = t.layout->channels, row = b.out_w * channels;
-    convolve_rows(t, 0, rows, scratch, row, scratch);
-    if (b.stride == 1) {
-        const Scalar* scale = t.vector(0, kScale);
-        const Scalar* shift = t.vector(0, kShift);
-        choose_winners(t, 0, rows, scratch, row,
-                       [&](std::int64_t y, std::int64_t x, std::int64_t c, Vector<Scalar> winner) {
-                           store(halved_row(t, 0, rows.example, y) + x * channels + c,
-                                 relu<Scalar>(load(scale + c) * winner + load(shift + c)));
-                       });
-        return;
-    }
-    for (std::int64_t y = 0; y < rows.count; ++y) {
-        normalise_row(t, 0, scratch + y * row, halved_row(t, 0, rows.example, rows.first + y));
+    const std::int64_t group = b.vectors * kLanes<Scalar>;
+    const std::int64_t row_in = (b.in_w + 2) * std::int64_t{b.inputs};
+    const Runs runs = window_runs(row_in, b.inputs, b.inputs, group);
+    for (std::int64_t first = 0; first < t.layout->channels; first += group) {
+        const Rectified<Scalar> to(in_row(t.layout->channels), t.vector(0, kShift) + first);
+        for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+            convolve_row(halved_row(t, 0, rows.example, y) + first, to, input_row(t, 0, rows.example, y),
+                         b.stride * std::int64_t{b.inputs}, b.out_w, runs,
+                         t.at(t.layout->first_weight) + first * 9 * b.inputs, b.vectors);
+        }
     }
 }
 

@@ -34,8 +34,8 @@ struct ConvStages {
     void (*pack_image)(const ConvTask<Scalar>&, const Scalar* x, std::int64_t example);
     // partial[item] <- sum of the patches of layer 1 over the item
     void (*patch_sum)(const ConvTask<Scalar>&, std::int64_t item);
-    // partial[item] <- sum of outer products of the patches' deviations from patch_mean: tiles of columns, of which rows
-    // below the diagonal are left out
+    // partial[item] <- sum of outer products of the patches' deviations from patch_mean: tiles of columns, of which
+    // rows below the diagonal are left out
     void (*patch_covariance)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
 
     // weight <- the block's tensor in theta, [filters, inputs, 3, 3]
@@ -44,7 +44,8 @@ struct ConvStages {
     void (*unpack_weights)(const ConvTask<Scalar>&, int block, const Scalar* packed, Scalar* theta);
     // weight_back <- weight, of a block after the first
     void (*pack_back)(const ConvTask<Scalar>&, int block);
-    // transformed <- weight or, for the data gradient, weight_back, where the block multiplies so
+    // transformed <- weight or, for the data gradient, weight_back, where the block multiplies so. Of block 0:
+    // first_weight <- weight, after its statistics
     void (*transform_weights)(const ConvTask<Scalar>&, int block, bool back);
     // raw <- convolution; winner, choice <- its largest or smallest of four, by gamma's sign; partial[item] <- mean and
     // squared deviations. Block 0, whose statistics are known before, leaves `halved` and choice alone.

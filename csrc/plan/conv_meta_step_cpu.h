@@ -83,9 +83,9 @@ constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w
     return larger(1, kConvSharedPairs / (larger(1, out_h / 2) * larger(1, out_w / 2)));
 }
 
-// Of inputs or gradients and products, or of inputs and gradients.
+// Of inputs or gradients, or of both.
 constexpr std::int64_t conv_shared_scratch(std::int64_t channels) {
-    return larger(2 * kConvSharedPositions * channels, 2 * kConvOuterPositions * (channels + kConvOuterGap));
+    return larger(kConvSharedPositions * channels, 2 * kConvOuterPositions * (channels + kConvOuterGap));
 }
 
 // One block: [n, in_h, in_w, inputs] -> convolution [n, out_h, out_w, filters] -> halved [n, half_h, half_w, filters].
@@ -147,12 +147,14 @@ struct ConvCpuLayout {
     std::int64_t classifier_bias;  // [ways]
     std::int64_t classifier_bias_grad;
     // Of one block at a time, of those after the first.
-    std::int64_t weight_back;  // [groups, 9, filters, group], window and channels exchanged
-    std::int64_t transformed;  // weights: [16, filters, channels] for F(2x2, 3x3), or sums [groups, 7, filters, group]
-    std::int64_t products;     // [16, groups, filters, group], of which the weight gradient is made
-    std::int64_t logits;       // [n, ways]
-    std::int64_t logits_grad;  // [n, ways]
-    std::int64_t partial;      // what items leave to be added up: [items of all images, partial_size]
+    std::int64_t first_weight;  // block 0's with BatchNorm's scale: [groups, 9 inputs, group], or where it pools
+                                // [groups, 4, 3 inputs, group] for F(2, 3)
+    std::int64_t weight_back;   // [groups, 9, filters, group], window and channels exchanged
+    std::int64_t transformed;   // weights: [16, filters, channels] for F(2x2, 3x3), or sums [groups, 7, filters, group]
+    std::int64_t products;      // [16, groups, filters, group], of which the weight gradient is made
+    std::int64_t logits;        // [n, ways]
+    std::int64_t logits_grad;   // [n, ways]
+    std::int64_t partial;       // what items leave to be added up: [items of all images, partial_size]
     std::int64_t partial_size;
     std::int64_t patch_mean;      // [kConvLargestPatch] double
     std::int64_t covariance;      // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
@@ -273,6 +275,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.classifier_grad = places.take(shape.ways * layout.features);
     layout.classifier_bias = places.take(shape.ways);
     layout.classifier_bias_grad = places.take(shape.ways);
+    layout.first_weight = places.take((pools ? 12 : 9) * shape.channels * channels);
     const std::int64_t matrix = shape.blocks > 1 ? shape.filters * channels : 0;  // of one tap
     layout.weight_back = places.take(9 * matrix);
     layout.transformed = places.take(winograd_scratch > 0 ? 16 * matrix : pools ? 0 : 7 * matrix);
@@ -287,12 +290,14 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
-    // A thread keeps to itself block 0's rows of an item: raw values, their gradient, or patches, of which the last
-    // ends within a vector; or the tiles of F(2x2, 3x3). And what is copied for shared products.
+    // A thread keeps to itself block 0's rows of an item: their gradient, patches, of which the last ends within a
+    // vector, or what F(2, 3) makes of the inputs; or the tiles of F(2x2, 3x3). And what is copied for shared products.
     const ConvBlockPlan& first = layout.blocks[0];
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
     layout.first_grad = layout.first_grad_in_scratch ? first.half_rows * first.half_w * channels : 0;
-    const std::int64_t of_first = first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes;
+    const std::int64_t of_first =
+        larger(first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes,
+               4 * ceil_div((shape.width + 2) * shape.channels, unit.lanes) * unit.lanes);
     places.take(larger(larger(of_first, winograd_scratch),
                        layout.first_grad_in_scratch ? layout.blocks[1].data_grad_items * layout.first_grad : 0));
     layout.shared_scratch = pools ? 0 : places.at - layout.size;
