@@ -2207,6 +2207,29 @@ void copy_windows(const ConvTask<Scalar>& t, std::int64_t example, std::int64_t 
     }
 }
 
+// Three taps of a channel's row, from every input: sums over windows of the winners' inputs times the gradient.
+template <typename Scalar, int kInputs>
+void pick_row(Scalar* out, std::int64_t group, const Scalar* windows, const Mask<Scalar>* corners, int first_tap,
+              const Scalar* grads, std::int64_t channels, std::int64_t positions) {
+    Vector<Scalar> sum[3][kInputs] = {};
+    for (std::int64_t i = 0; i < positions; ++i, windows += kInputs * kLanes<Scalar>, grads += channels) {
+        const Vector<Scalar> grad = load(grads);
+        const Mask<Scalar> corner = corners[i] + first_tap;
+#pragma GCC unroll 3
+        for (int tap = 0; tap < 3; ++tap) {
+#pragma GCC unroll 3
+            for (int input = 0; input < kInputs; ++input) {
+                sum[tap][input] += picked<Scalar>(load(windows + input * kLanes<Scalar>), corner + tap) * grad;
+            }
+        }
+    }
+#pragma GCC unroll 3
+    for (int tap = 0; tap < 3; ++tap) {
+#pragma GCC unroll 3
+        for (int input = 0; input < kInputs; ++input) store(out + (tap * kInputs + input) * group, sum[tap][input]);
+    }
+}
+
 // partial <- sums over pooling windows of their winners' patches times the gradient
 template <typename Scalar>
 void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
@@ -2225,19 +2248,11 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
             corners[i] = choice + (choice & 2);
         }
         Scalar* out = t.partial(item) + 2 * channels + c / group * group * 9 * inputs + c % group;
-        for (std::int64_t input = 0; input < inputs; ++input) {
-            Vector<Scalar> sum[9] = {};
-            for (std::int64_t i = 0; i < positions; ++i) {
-                const Vector<Scalar> window = load(scratch + (i * inputs + input) * kLanes<Scalar>);
-                const Vector<Scalar> grad = load(grads + i * channels + c);
-                const Mask<Scalar> corner = corners[i];
-#pragma GCC unroll 9
-                for (int tap = 0; tap < 9; ++tap) {
-                    sum[tap] += picked<Scalar>(window, corner + (tap / 3 * 4 + tap % 3)) * grad;
-                }
-            }
-#pragma GCC unroll 9
-            for (int tap = 0; tap < 9; ++tap) store(out + (tap * inputs + input) * group, sum[tap]);
+        const auto pick = inputs == 3   ? pick_row<Scalar, 3>
+                          : inputs == 2 ? pick_row<Scalar, 2>
+                                        : pick_row<Scalar, 1>;
+        for (int dy = 0; dy < 3; ++dy) {
+            pick(out + dy * 3 * inputs * group, group, scratch, corners, 4 * dy, grads + c, channels, positions);
         }
     }
 }
