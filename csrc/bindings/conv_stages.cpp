@@ -76,7 +76,8 @@ class ConvStageRunner {
         const bool first = block == 0;
         if (stage == "patch_sum" && first) return each(items, [this](auto item) { stages_.patch_sum(task_, item); });
         if (stage == "patch_covariance" && first) {
-            return each(items, [this, scratch](auto item) { stages_.patch_covariance(task_, item, scratch); });
+            return each(task_.examples,
+                        [this, scratch](auto example) { stages_.patch_covariance(task_, example, scratch); });
         }
         if (stage == "forward") {
             return [this, block, items, scratch] { stages_.forward(task_, block, 0, items, scratch); };

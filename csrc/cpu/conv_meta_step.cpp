@@ -267,16 +267,21 @@ class ConvTeam {
         }
         for (std::int64_t j = 0; j < patch; ++j) mean[j] /= positions;
 
-        each_with_scratch(items,
-                          [&](std::int64_t item, Scalar* scratch) { stages_.patch_covariance(task_, item, scratch); });
+        each_with_scratch(set.count, [&](std::int64_t example, Scalar* scratch) {
+            stages_.patch_covariance(task_, example, scratch);
+        });
         auto* covariance = reinterpret_cast<double*>(task_.at(layout_.covariance));
-        const std::int64_t columns = stages_.covariance_columns;
+        const auto from_middle = [&](std::int64_t i) {
+            return mean[i] - static_cast<double>(static_cast<Scalar>(mean[4 * b.inputs + i % b.inputs]));
+        };
         for (std::int64_t i = 0; i < patch; ++i) {
             for (std::int64_t j = i; j < patch; ++j) {
-                const std::int64_t place = j / columns * columns * patch + i * columns + j % columns;
                 double sum = 0;
-                for (std::int64_t item = 0; item < items; ++item) sum += task_.partial(item)[place];
-                covariance[i * kConvLargestPatch + j] = covariance[j * kConvLargestPatch + i] = sum / positions;
+                for (std::int64_t example = 0; example < set.count; ++example) {
+                    sum += task_.partial(example)[i * patch + j];
+                }
+                covariance[i * kConvLargestPatch + j] = covariance[j * kConvLargestPatch + i] =
+                    sum / positions - from_middle(i) * from_middle(j);
             }
         }
     }

@@ -275,7 +275,7 @@ void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
             for (std::int64_t i = 0; i < p.positions; ++i, x += p.x_step, grad += p.grad_step) {
                 Vector<Scalar> row[kVectors];
 #pragma GCC unroll 8
-                for (int v = 0; v < kVectors; ++v) row[v] = load(grad + v * kL);
+                for (int v = 0; v < kVectors; ++v) row[v] = load_loose(grad + v * kL);
 #pragma GCC unroll 16
                 for (int j = 0; j < kRows; ++j) {
                     const Vector<Scalar> value = all(x[j]);
@@ -1016,45 +1016,87 @@ void patch_sum(const ConvTask<Scalar>& t, std::int64_t item) {
     }
 }
 
-// Vectors of columns that a tile of the covariance has: it is symmetric, and narrow tiles compute less of it twice.
-template <typename Scalar>
-constexpr int kCovarianceVectors = kLanes<Scalar> < 16 ? 2 : 1;
+// The rows of padded images by the rows of the window that meet them: bit k of a number from 1 to 7 is for row k. Those
+// of one number are `stride` apart.
+struct MetRows {
+    std::int64_t first[8] = {}, count[8] = {};
+};
 
+inline MetRows met_rows(std::int64_t in, std::int64_t out, std::int64_t stride) {
+    MetRows met;
+    for (std::int64_t y = in + 1; y >= 0; --y) {
+        int by = 0;
+        for (int row = 0; row < 3; ++row) {
+            const std::int64_t from = y - row;
+            if (from >= 0 && from % stride == 0 && from / stride < out) by |= 1 << row;
+        }
+        met.first[by] = y;
+        ++met.count[by];
+    }
+    return met;
+}
+
+// A patch's rows are those of images, and what two of them have in common depends on how far they are apart: products
+// of rows are added up once for all windows that have both. Scratch: the example, centred, and sums [8, 3 apart,
+// columns / kColumns, 3 inputs, kColumns] by MetRows.
 template <typename Scalar>
-void patch_covariance(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+void patch_covariance(const ConvTask<Scalar>& t, std::int64_t example, Scalar* scratch) {
+    constexpr std::int64_t kL = kLanes<Scalar>;
+    constexpr int kVectors = kL < 16 ? 2 : 1;
+    constexpr std::int64_t kColumns = kVectors * kL;
     const ConvBlockPlan& b = t.block(0);
-    const Rows rows = raw_rows(t, 0, item);
-    const std::int64_t c = b.inputs, patch = 9 * c;
-    const auto* mean = reinterpret_cast<const double*>(t.at(t.layout->patch_mean));
-    constexpr int kVectors = kCovarianceVectors<Scalar>, kL = kLanes<Scalar>;
-    Scalar center[kConvPatchRow + kL] = {};
-    for (std::int64_t j = 0; j < patch; ++j) center[j] = static_cast<Scalar>(mean[j]);
-    Scalar* to = scratch;
-    for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
-        const Scalar* x = input_row(t, 0, rows.example, y);
-        for (std::int64_t i = 0; i < b.out_w; ++i, x += b.stride * c, to += kConvPatchRow) {
-            // Whole vectors: what a row of the window leaves behind it, the next one overwrites. Behind the patch it
-            // makes columns that nobody reads.
-            for (std::int64_t dy = 0; dy < 3; ++dy) {
-                const Scalar* from = x + dy * (b.in_w + 2) * c;
-                for (std::int64_t j = 0; j < 3 * c; j += kL) {
-                    store_loose(to + dy * 3 * c + j, load_loose(from + j) - load_loose(center + dy * 3 * c + j));
+    const std::int64_t c = b.inputs, row = (b.in_w + 2) * c, size = (b.in_h + 2) * row, of_patch = 3 * c;
+    const auto* middle = reinterpret_cast<const double*>(t.at(t.layout->patch_mean)) + 4 * c;
+    Scalar centers[kConvChannels * kL];  // whole pixels and whole vectors
+    for (std::int64_t i = 0; i < c * kL; ++i) centers[i] = static_cast<Scalar>(middle[i % c]);
+    const Scalar* image = t.at(t.layout->images) + example * size;
+    for (std::int64_t i = 0; i < size; i += c * kL) {
+        for (std::int64_t j = 0; j < c * kL; j += kL) {
+            store(scratch + i + j, load_loose(image + i + j) - load_loose(centers + j));
+        }
+    }
+    Scalar* all_sums = scratch + conv_centred(size);
+    const std::int64_t sums_size = pieces(of_patch, kColumns) * of_patch * kColumns;
+    const auto sums_of = [&](int by, int apart) { return all_sums + (by * 3 + apart) * sums_size; };
+    const MetRows met = met_rows(b.in_h, b.out_h, b.stride);
+    const std::int64_t at_once = most(1, kLongSum / b.out_w);
+    Products<Scalar> products;
+    products.x_step = products.grad_step = b.stride * c;
+    products.x_row = products.grad_row = b.stride * row;
+    products.positions = b.out_w;
+    for (int by = 1; by < 8; ++by) {
+        for (int apart = 0; apart < 3; ++apart) {
+            if ((by & ((1 << (3 - apart)) - 1)) == 0) continue;  // no window has both
+            for (std::int64_t y = 0; y < met.count[by]; y += at_once) {
+                products.rows = least(at_once, met.count[by] - y);
+                const Scalar* first = scratch + (met.first[by] + y * b.stride) * row;
+                for (std::int64_t column = 0; column < of_patch; column += kColumns) {
+                    const std::int64_t tiles = pieces(of_patch, most_rows(kVectors));
+                    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+                        const std::int64_t j = start_of(tile, of_patch, tiles);
+                        products.x = first + j;
+                        products.grad = first + apart * row + column;
+                        outer_tile_of<Scalar>(kVectors, start_of(tile + 1, of_patch, tiles) - j)(
+                            sums_of(by, apart) + column * of_patch + j * kColumns, products, y > 0);
+                    }
                 }
             }
         }
     }
-    Products<Scalar> products;
-    products.x_step = products.grad_step = kConvPatchRow;
-    products.positions = rows.count * b.out_w;
-    for (std::int64_t column = 0; column < patch; column += kVectors * kL) {
-        const std::int64_t end = least(patch, column + kVectors * kL), tiles = pieces(end, most_rows(kVectors));
-        for (std::int64_t tile = 0; tile < tiles; ++tile) {
-            const std::int64_t j = start_of(tile, end, tiles), count = start_of(tile + 1, end, tiles) - j;
-            products.x = scratch + j;
-            products.grad = scratch + column;
-            // Columns of one tile lie together, as channels of a group do.
-            outer_tile_of<Scalar>(kVectors, count)(t.partial(item) + column * patch + j * kVectors * kL, products,
-                                                   false);
+    for (int row_of_window = 0; row_of_window < 3; ++row_of_window) {
+        for (int apart = 0; row_of_window + apart < 3; ++apart) {
+            Scalar* to =
+                t.partial(example) + row_of_window * of_patch * 3 * of_patch + (row_of_window + apart) * of_patch;
+            for (std::int64_t i = 0; i < of_patch; ++i, to += 3 * of_patch) {
+                for (std::int64_t j = 0; j < of_patch; ++j) {
+                    const std::int64_t place = j / kColumns * kColumns * of_patch + i * kColumns + j % kColumns;
+                    Scalar sum = 0;
+                    for (int by = 1; by < 8; ++by) {
+                        if ((by >> row_of_window & 1) != 0 && met.count[by] > 0) sum += sums_of(by, apart)[place];
+                    }
+                    to[j] = sum;
+                }
+            }
         }
     }
 }
@@ -2248,9 +2290,7 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
             corners[i] = choice + (choice & 2);
         }
         Scalar* out = t.partial(item) + 2 * channels + c / group * group * 9 * inputs + c % group;
-        const auto pick = inputs == 3   ? pick_row<Scalar, 3>
-                          : inputs == 2 ? pick_row<Scalar, 2>
-                                        : pick_row<Scalar, 1>;
+        const auto pick = inputs == 3 ? pick_row<Scalar, 3> : inputs == 2 ? pick_row<Scalar, 2> : pick_row<Scalar, 1>;
         for (int dy = 0; dy < 3; ++dy) {
             pick(out + dy * 3 * inputs * group, group, scratch, corners, 4 * dy, grads + c, channels, positions);
         }
@@ -2376,7 +2416,6 @@ bool gradient_step(Scalar* __restrict params, const Scalar* __restrict grads, Sc
 template <typename Scalar>
 constexpr ConvStages<Scalar> table() {
     return {{kLanes<Scalar>, 2, kMostVectors},
-            kCovarianceVectors<Scalar> * kLanes<Scalar>,
             pack_image<Scalar>,
             patch_sum<Scalar>,
             patch_covariance<Scalar>,

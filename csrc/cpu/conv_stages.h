@@ -28,15 +28,14 @@ struct ConvTask {
 template <typename Scalar>
 struct ConvStages {
     ConvUnit unit;
-    std::int64_t covariance_columns;  // of a tile of patch_covariance
 
     // images[example] <- x [channels, height, width]
     void (*pack_image)(const ConvTask<Scalar>&, const Scalar* x, std::int64_t example);
     // partial[item] <- sum of the patches of layer 1 over the item
     void (*patch_sum)(const ConvTask<Scalar>&, std::int64_t item);
-    // partial[item] <- sum of outer products of the patches' deviations from patch_mean: tiles of columns, of which
-    // rows below the diagonal are left out
-    void (*patch_covariance)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
+    // partial[example] <- [patch, patch] sums of outer products of the example's patches less what its pixels have on
+    // average, which patch_mean says of the middle tap; each row from that of its window's row on
+    void (*patch_covariance)(const ConvTask<Scalar>&, std::int64_t example, Scalar* scratch);
 
     // weight <- the block's tensor in theta, [filters, inputs, 3, 3]
     void (*pack_weights)(const ConvTask<Scalar>&, int block, const Scalar* theta);

@@ -35,7 +35,9 @@ constexpr std::int32_t conv_group_vectors(int filters, std::int64_t row, ConvUni
 
 // Values of an image under one 3x3 window.
 inline constexpr int kConvLargestPatch = 9 * kConvChannels;
-inline constexpr int kConvPatchRow = 32;  // the same, in whole vectors
+// An image of which the patches' covariance is made, in whole vectors and with one beyond; and sums for it.
+constexpr std::int64_t conv_centred(std::int64_t image) { return ceil_div(image, 64) * 64 + 64; }
+inline constexpr std::int64_t kConvCovarianceSums = 8 * 3 * 3 * kConvChannels * 16;
 // Positions that the rows of one item should have together at least: fewer would spend more on the item than on its
 // convolution, more would leave the first-level cache before their statistics are taken.
 inline constexpr std::int64_t kConvItemPositions = 128;
@@ -284,7 +286,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.logits_grad = places.take(n * shape.ways);
     // An item leaves two vectors of channels and its part of layer 1's weight gradient; or of the patches' covariance.
     const std::int64_t patch = 9 * shape.channels;
-    layout.partial_size = 2 * channels + patch * larger(channels, kConvPatchRow);
+    layout.partial_size = 2 * channels + larger(patch * channels, ceil_div(patch * patch, unit.lanes) * unit.lanes);
     layout.partial = places.take(n * items * layout.partial_size);
     const std::int64_t doubles = std::int64_t{sizeof(double)} / scalar_bytes;
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
@@ -295,9 +297,10 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     const ConvBlockPlan& first = layout.blocks[0];
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
     layout.first_grad = layout.first_grad_in_scratch ? first.half_rows * first.half_w * channels : 0;
+    const std::int64_t first_row = (shape.width + 2) * shape.channels;
     const std::int64_t of_first =
-        larger(first.rows * first.out_w * larger(channels, kConvPatchRow) + unit.lanes,
-               4 * ceil_div((shape.width + 2) * shape.channels, unit.lanes) * unit.lanes);
+        larger(larger(first.rows * first.out_w * channels, 4 * ceil_div(first_row, unit.lanes) * unit.lanes),
+               conv_centred((shape.height + 2) * first_row) + kConvCovarianceSums);
     places.take(larger(larger(of_first, winograd_scratch),
                        layout.first_grad_in_scratch ? layout.blocks[1].data_grad_items * layout.first_grad : 0));
     layout.shared_scratch = pools ? 0 : places.at - layout.size;
