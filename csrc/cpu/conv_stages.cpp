@@ -174,7 +174,7 @@ struct InRows {
     }
 };
 
-// there with a shift and ReLU,
+// there with a shift and ReLU, of sums that are no longer than kLongSum,
 template <typename Scalar>
 struct Rectified : InRows {
     const Scalar* shift;
@@ -364,7 +364,7 @@ void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_ste
     }
 }
 
-constexpr InRows in_row(std::int64_t step) { return {{step, kTileWidth * step}}; }
+constexpr InRows one_row(std::int64_t step) { return {{step, kTileWidth * step}}; }
 
 // Rows of positions. Rows of two or three go in pairs: alone they would leave half of the registers idle, and the
 // weights, which come from the second-level cache, would be read twice as often.
@@ -372,7 +372,7 @@ template <typename Scalar>
 void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::int64_t rows, std::int64_t positions,
                    const Runs& runs, const Scalar* weight, int vectors) {
     if (positions == 1) {
-        convolve_row(out, in_row(to_out.row), x, to_x.row, rows, runs, weight, vectors);
+        convolve_row(out, one_row(to_out.row), x, to_x.row, rows, runs, weight, vectors);
         return;
     }
     const bool pairs = positions <= 3 && 2 * positions <= most_rows(vectors);
@@ -384,7 +384,7 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
                 positions == 3 ? convolve_tile_of<Scalar, InRows>(vectors, 6) : pair_tile_of<Scalar>(vectors);
             tile(to, {to_out}, from, to_x, runs, weight);
         } else {
-            convolve_row(to, in_row(to_out.step), from, to_x.step, positions, runs, weight, vectors);
+            convolve_row(to, one_row(to_out.step), from, to_x.step, positions, runs, weight, vectors);
         }
     }
 }
@@ -665,7 +665,7 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scr
                     winograd_columns<Scalar, kVectors>(to, inputs + i * kB, tiles, runs, of_value,
                                                        4 * channels * conv.inputs);
                 } else {
-                    convolve_row(to, in_row(kValues * kGroup), inputs + i * kB, 16 * kB, tiles, runs, of_value,
+                    convolve_row(to, one_row(kValues * kGroup), inputs + i * kB, 16 * kB, tiles, runs, of_value,
                                  kVectors);
                 }
             }
@@ -1517,7 +1517,7 @@ void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch
     const std::int64_t row_in = (b.in_w + 2) * std::int64_t{b.inputs};
     const Runs runs = window_runs(row_in, b.inputs, b.inputs, group);
     for (std::int64_t first = 0; first < t.layout->channels; first += group) {
-        const Rectified<Scalar> to(in_row(t.layout->channels), t.vector(0, kShift) + first);
+        const Rectified<Scalar> to(one_row(t.layout->channels), t.vector(0, kShift) + first);
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
             convolve_row(halved_row(t, 0, rows.example, y) + first, to, input_row(t, 0, rows.example, y),
                          b.stride * std::int64_t{b.inputs}, b.out_w, runs,

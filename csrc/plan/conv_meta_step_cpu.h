@@ -284,7 +284,8 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.products = places.take(16 * matrix);
     layout.logits = places.take(n * shape.ways);
     layout.logits_grad = places.take(n * shape.ways);
-    // An item leaves two vectors of channels and its part of layer 1's weight gradient; or of the patches' covariance.
+    // An item leaves two vectors of channels and its part of layer 1's weight gradient; or an example that of the
+    // patches' covariance.
     const std::int64_t patch = 9 * shape.channels;
     layout.partial_size = 2 * channels + larger(patch * channels, ceil_div(patch * patch, unit.lanes) * unit.lanes);
     layout.partial = places.take(n * items * layout.partial_size);
@@ -292,8 +293,9 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
-    // A thread keeps to itself block 0's rows of an item: their gradient, patches, of which the last ends within a
-    // vector, or what F(2, 3) makes of the inputs; or the tiles of F(2x2, 3x3). And what is copied for shared products.
+    // A thread keeps to itself of block 0: an item's gradient, with the inputs under its windows; what F(2, 3) makes of
+    // two rows' inputs; or the example of which the covariance is made. Or the tiles of F(2x2, 3x3); and what is copied
+    // for shared products.
     const ConvBlockPlan& first = layout.blocks[0];
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
     layout.first_grad = layout.first_grad_in_scratch ? first.half_rows * first.half_w * channels : 0;
