@@ -161,13 +161,13 @@ inline Vector<Scalar> relu(Vector<Scalar> y) {
 // Where sums go: to rows of positions,
 struct InRows {
     Steps steps;
-    std::int64_t start = 0;
 
     static constexpr int targets = 1;
     static constexpr bool add = false;
-    std::int64_t target(int) const { return start; }
-    std::int64_t place(int i, int width) const { return i / width * steps.row + i % width * steps.step; }
-    InRows from(std::int64_t first) const { return {steps, start + first * steps.step}; }
+    std::int64_t target(int) const { return 0; }
+    std::int64_t place(std::int64_t first, int i, int width) const {
+        return first * steps.step + i / width * steps.row + i % width * steps.step;
+    }
     template <typename Value>
     Value finished(Value sum, std::int64_t) const {
         return sum;
@@ -180,7 +180,6 @@ struct Rectified : InRows {
     const Scalar* shift;
 
     Rectified(InRows rows, const Scalar* by) : InRows(rows), shift(by) {}
-    Rectified from(std::int64_t first) const { return {InRows::from(first), shift}; }
     Vector<Scalar> finished(Vector<Scalar> sum, std::int64_t channel) const {
         return relu<Scalar>(sum + load(shift + channel));
     }
@@ -194,22 +193,18 @@ struct Scattered {
     bool add = false;
 
     std::int64_t target(int i) const { return all_targets[i]; }
-    std::int64_t place(int i, int) const { return places[i]; }
-    Scattered from(std::int64_t first) const {
-        Scattered later = *this;
-        later.places += first;
-        return later;
-    }
+    std::int64_t place(std::int64_t first, int i, int) const { return places[first + i]; }
     template <typename Value>
     Value finished(Value sum, std::int64_t) const {
         return sum;
     }
 };
 
-// out[target + place of position i + channels] (+)= sum over runs and k of x[of position i + run.input + k] *
+// out[target + place of position first + i + channels] (+)= sum over runs and k of x[of position i + run.input + k] *
 // weight[run.weight + k rows], for rows of kWidth positions.
 template <typename Scalar, typename To, int kVectors, int kRows, int kWidth>
-void convolve_tile(Scalar* out, const To& to, const Scalar* x, Steps to_x, const Runs& runs, const Scalar* weight) {
+void convolve_tile(Scalar* out, const To& to, std::int64_t first, const Scalar* x, Steps to_x, const Runs& runs,
+                   const Scalar* weight) {
     constexpr int kL = kLanes<Scalar>;
     Vector<Scalar> sum[kRows][kVectors] = {};
     bool add = to.add;
@@ -235,7 +230,7 @@ void convolve_tile(Scalar* out, const To& to, const Scalar* x, Steps to_x, const
         for (int target = 0; target < to.targets; ++target) {
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i) {
-                Scalar* at = out + to.target(target) + to.place(i, kWidth);
+                Scalar* at = out + to.target(target) + to.place(first, i, kWidth);
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v) {
                     store(at + v * kL, to.finished(add ? load(at + v * kL) + sum[i][v] : sum[i][v], v * kL));
@@ -296,7 +291,7 @@ void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
 }
 
 template <typename Scalar, typename To>
-using ConvolveTile = void (*)(Scalar*, const To&, const Scalar*, Steps, const Runs&, const Scalar*);
+using ConvolveTile = void (*)(Scalar*, const To&, std::int64_t, const Scalar*, Steps, const Runs&, const Scalar*);
 template <typename Scalar>
 using OuterTile = void (*)(Scalar*, const Products<Scalar>&, bool);
 
@@ -359,7 +354,7 @@ void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_ste
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t first = start_of(tile, positions, tiles);
         const std::int64_t last = start_of(tile + 1, positions, tiles);
-        convolve_tile_of<Scalar, To>(vectors, last - first)(out, to.from(first), x + first * x_step,
+        convolve_tile_of<Scalar, To>(vectors, last - first)(out, to, first, x + first * x_step,
                                                             {x_step, kTileWidth * x_step}, runs, weight);
     }
 }
@@ -382,7 +377,7 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
         if (pairs && y + 1 < rows) {
             const auto tile =
                 positions == 3 ? convolve_tile_of<Scalar, InRows>(vectors, 6) : pair_tile_of<Scalar>(vectors);
-            tile(to, {to_out}, from, to_x, runs, weight);
+            tile(to, {to_out}, 0, from, to_x, runs, weight);
         } else {
             convolve_row(to, one_row(to_out.step), from, to_x.step, positions, runs, weight, vectors);
         }
