@@ -506,6 +506,21 @@ struct Convolution {
     std::int64_t inputs, channels;
 };
 
+// sum += an input of every tile times its weights
+template <typename Scalar, int kVectors, int kTiles>
+[[gnu::always_inline]] inline void add_input(Vector<Scalar> (&sum)[kTiles][kVectors], const Scalar* x,
+                                             const Scalar* weight) {
+    Vector<Scalar> row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = load(weight + v * kLanes<Scalar>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTiles; ++i) {
+        const Vector<Scalar> value = all(x[i * 16 * kBlock<Scalar>]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
+    }
+}
+
 // Of some tiles the products of one of four columns, joined to both rows of outputs: the middle rows' sum and
 // difference, to which the outer rows' products are added. out [tiles, kValues, group] and inputs
 // [inputs / kBlock, tiles, 16, kBlock], from the column on; weight [4, inputs, group], `plane` from one to the next.
@@ -523,23 +538,8 @@ void winograd_tiles(Scalar* out, const Scalar* inputs, const Runs& runs, const S
             const Scalar* w = weight + runs.run[r].weight + one * plane;
             const Scalar* other_w = weight + runs.run[r].weight + other * plane;
             for (std::int64_t k = 0; k < runs.length; ++k, w += kGroup, other_w += kGroup) {
-                Vector<Scalar> row[kVectors];
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kL);
-#pragma GCC unroll 16
-                for (int i = 0; i < kTiles; ++i) {
-                    const Vector<Scalar> value = all(x[i * 16 * kB + k]);
-#pragma GCC unroll 4
-                    for (int v = 0; v < kVectors; ++v) upper[i][v] += value * row[v];
-                }
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) row[v] = load(other_w + v * kL);
-#pragma GCC unroll 16
-                for (int i = 0; i < kTiles; ++i) {
-                    const Vector<Scalar> value = all(other_x[i * 16 * kB + k]);
-#pragma GCC unroll 4
-                    for (int v = 0; v < kVectors; ++v) lower[i][v] += value * row[v];
-                }
+                add_input<Scalar, kVectors, kTiles>(upper, x + k, w);
+                add_input<Scalar, kVectors, kTiles>(lower, other_x + k, other_w);
             }
         }
         if (outer == 0) {
