@@ -390,6 +390,37 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
 // equal stays equal, and max-pooling takes the first of them as it does after a direct convolution.
 // The 3 x 3 weights' gradient comes from the same tiles of inputs and 2 x 2 gradients, out of 16 products too.
 
+// sum += a value of every position, `step` apart, times its weights
+template <typename Scalar, int kVectors, int kPositions>
+[[gnu::always_inline]] inline void add_value(Vector<Scalar> (&sum)[kPositions][kVectors], const Scalar* x,
+                                             std::int64_t step, const Scalar* weight) {
+    Vector<Scalar> row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = load(weight + v * kLanes<Scalar>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kPositions; ++i) {
+        const Vector<Scalar> value = all(x[i * step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
+    }
+}
+
+// upper, lower <- their sum and their difference: of the middle two of four rows of products, what both rows of outputs
+// have of them
+template <typename Scalar, int kVectors, int kPositions>
+[[gnu::always_inline]] inline void join_middle(Vector<Scalar> (&upper)[kPositions][kVectors],
+                                               Vector<Scalar> (&lower)[kPositions][kVectors]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kPositions; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            const Vector<Scalar> sum = upper[i][v] + lower[i][v];
+            lower[i][v] = upper[i][v] - lower[i][v];
+            upper[i][v] = sum;
+        }
+    }
+}
+
 // to [16, groups, inputs, group] <- `weight` [groups, 9, inputs, group], transformed; the last row of four turned
 // around
 template <typename Scalar>
@@ -506,21 +537,6 @@ struct Convolution {
     std::int64_t inputs, channels;
 };
 
-// sum += an input of every tile times its weights
-template <typename Scalar, int kVectors, int kTiles>
-[[gnu::always_inline]] inline void add_input(Vector<Scalar> (&sum)[kTiles][kVectors], const Scalar* x,
-                                             const Scalar* weight) {
-    Vector<Scalar> row[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load(weight + v * kLanes<Scalar>);
-#pragma GCC unroll 16
-    for (int i = 0; i < kTiles; ++i) {
-        const Vector<Scalar> value = all(x[i * 16 * kBlock<Scalar>]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
-    }
-}
-
 // Of some tiles the products of one of four columns, joined to both rows of outputs: the middle rows' sum and
 // difference, to which the outer rows' products are added. out [tiles, kValues, group] and inputs
 // [inputs / kBlock, tiles, 16, kBlock], from the column on; weight [4, inputs, group], `plane` from one to the next.
@@ -538,20 +554,12 @@ void winograd_tiles(Scalar* out, const Scalar* inputs, const Runs& runs, const S
             const Scalar* w = weight + runs.run[r].weight + one * plane;
             const Scalar* other_w = weight + runs.run[r].weight + other * plane;
             for (std::int64_t k = 0; k < runs.length; ++k, w += kGroup, other_w += kGroup) {
-                add_input<Scalar, kVectors, kTiles>(upper, x + k, w);
-                add_input<Scalar, kVectors, kTiles>(lower, other_x + k, other_w);
+                add_value<Scalar, kVectors, kTiles>(upper, x + k, 16 * kB, w);
+                add_value<Scalar, kVectors, kTiles>(lower, other_x + k, 16 * kB, other_w);
             }
         }
         if (outer == 0) {
-#pragma GCC unroll 16
-            for (int i = 0; i < kTiles; ++i) {
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) {
-                    const Vector<Scalar> sum = upper[i][v] + lower[i][v];
-                    lower[i][v] = upper[i][v] - lower[i][v];
-                    upper[i][v] = sum;
-                }
-            }
+            join_middle<Scalar, kVectors, kTiles>(upper, lower);
             if (!apart) continue;
         }
         const bool add = apart && outer == 1;
@@ -1406,16 +1414,8 @@ template <typename Scalar, int kVectors, int kPositions>
     const Scalar* weight = w.weight + one_plane * length * kGroup;
     const Scalar* other_weight = w.weight + other_plane * length * kGroup;
     for (std::int64_t k = 0; k < length; ++k) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kPositions; ++i) {
-            const Vector<Scalar> value = all(x[i * w.channels_in + k]);
-            const Vector<Scalar> other_value = all(other_x[i * w.channels_in + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-                one[i][v] += value * load(weight + k * kGroup + v * kLanes<Scalar>);
-                other[i][v] += other_value * load(other_weight + k * kGroup + v * kLanes<Scalar>);
-            }
-        }
+        add_value<Scalar, kVectors, kPositions>(one, x + k, w.channels_in, weight + k * kGroup);
+        add_value<Scalar, kVectors, kPositions>(other, other_x + k, w.channels_in, other_weight + k * kGroup);
     }
 }
 
@@ -1425,15 +1425,7 @@ void first_windows(const FirstWindows<Scalar>& w) {
     // Of the upper and the lower row: of two planes first, whose sum and difference the other two are added to.
     Vector<Scalar> upper[kPositions][kVectors] = {}, lower[kPositions][kVectors] = {};
     add_products<Scalar, kVectors, kPositions>(upper, lower, w, 1, 2);
-#pragma GCC unroll 4
-    for (int i = 0; i < kPositions; ++i) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            const Vector<Scalar> sum = upper[i][v] + lower[i][v];
-            lower[i][v] = upper[i][v] - lower[i][v];
-            upper[i][v] = sum;
-        }
-    }
+    join_middle<Scalar, kVectors, kPositions>(upper, lower);
     add_products<Scalar, kVectors, kPositions>(upper, lower, w, 0, 3);
 #pragma GCC unroll 2
     for (int window = 0; window < kWindows; ++window) {
