@@ -181,7 +181,8 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     const ConvUnit unit = conv_unit(scalar_bytes);
     const ConvCpuPlan plan = plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, unit, threads);
-    const ConvCpuLayout layout = conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit);
+    const ConvCpuLayout layout =
+        conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit, /*alone=*/plan.side_by_side > 0);
     py::list blocks;
     for (int i = 0; i < shape.blocks; ++i) {
         const ConvBlockPlan& b = layout.blocks[i];

@@ -27,7 +27,7 @@ class ConvStageRunner {
         if (examples < 1 || examples > 1 << 20) {
             throw std::invalid_argument("examples: expected 1 to 1048576, found " + std::to_string(examples));
         }
-        layout_ = conv_cpu_layout(shape_, examples, sizeof(float), stages_.unit);
+        layout_ = conv_cpu_layout(shape_, examples, sizeof(float), stages_.unit, /*alone=*/false);
         memory_.resize(static_cast<std::size_t>(layout_.size + layout_.scratch) + 16);
         const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
         task_ = {&shape_, &layout_, memory_.data() + ((address + 63) / 64 * 64 - address) / sizeof(float), examples};

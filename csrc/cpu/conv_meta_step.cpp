@@ -182,19 +182,22 @@ class ConvTeam {
     // Zeros around the images that convolutions read, in either direction: nothing else writes there.
     void clear_borders() {
         const ConvShape& shape = p_.shape;
-        clear_border(layout_.images, shape.height, shape.width, shape.channels);
+        const std::int64_t examples = std::max(p_.support.count, p_.query.count);
+        clear_border(layout_.images, examples, shape.height, shape.width, shape.channels);
         for (int i = 0; i < shape.blocks; ++i) {
             const ConvBlockPlan& b = layout_.blocks[i];
-            if (i > 0) clear_border(b.raw, b.out_h, b.out_w, layout_.channels);
-            if (b.pad > 0) clear_border(b.halved, b.half_h, b.half_w, layout_.channels);
+            const std::int64_t kept = i == 0 ? layout_.first_kept : examples;
+            if (i > 0) clear_border(b.raw, examples, b.out_h, b.out_w, layout_.channels);
+            if (b.pad > 0) clear_border(b.halved, kept, b.half_h, b.half_w, layout_.channels);
             clear(b.halved + b.halved_size, b.halved_beyond);
         }
     }
 
     // Of images [n, height + 2, width + 2, channels].
-    void clear_border(std::int64_t place, std::int64_t height, std::int64_t width, std::int64_t channels) {
+    void clear_border(std::int64_t place, std::int64_t n, std::int64_t height, std::int64_t width,
+                      std::int64_t channels) {
         const std::int64_t row = (width + 2) * channels, image = (height + 2) * row;
-        for (std::int64_t example = 0; example < std::max(p_.support.count, p_.query.count); ++example) {
+        for (std::int64_t example = 0; example < n; ++example) {
             const std::int64_t first = place + example * image;
             // The end of a row and the start of the next lie together.
             clear(first, row + channels);
@@ -324,14 +327,23 @@ class ConvTeam {
 
     // Blocks 0 and 1, a few images at a time: block 1 finds them in the second-level cache.
     void forward_both(std::int64_t examples) {
-        const ConvBlockPlan &zero = layout_.blocks[0], &one = layout_.blocks[1];
+        const ConvBlockPlan& one = layout_.blocks[1];
         ranges_with_scratch(examples, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
             for (std::int64_t first = begin; first < end; first += one.forward_items) {
                 const std::int64_t last = std::min(first + one.forward_items, end);
-                stages_.forward(task_, 0, first * zero.items, last * zero.items, scratch);
+                forward_first(first, last, scratch);
                 stages_.forward(task_, 1, first * one.items, last * one.items, scratch);
             }
         });
+    }
+
+    bool keeps_first() const { return layout_.first_kept >= task_.examples; }
+
+    // Block 0, whose output takes the place of other examples' where that of all is not kept.
+    void forward_first(std::int64_t first, std::int64_t last, Scalar* scratch) {
+        const std::int64_t items = layout_.blocks[0].items;
+        task_.first_held = keeps_first() ? 0 : first;
+        stages_.forward(task_, 0, first * items, last * items, scratch);
     }
 
     const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
@@ -445,7 +457,7 @@ class ConvTeam {
             }
             // One thread goes from stage to stage with a few examples, while the second-level cache has them. The last
             // come first: halved_grad of the block before takes the place of this one's, and is larger.
-            const std::int64_t at_once = threads_ > 1 ? task_.examples : stages_.weight_images(task_, i);
+            const std::int64_t at_once = threads_ > 1 ? task_.examples : b.weight_images;
             for (std::int64_t first = (task_.examples - 1) / at_once * at_once; first >= 0; first -= at_once) {
                 convolution_grads(i, first, std::min(first + at_once, task_.examples), wanted(own.weight), i > lowest);
             }
@@ -456,6 +468,11 @@ class ConvTeam {
     // Of a block after the first, over some examples: of its raw values, its weights and the block before.
     void convolution_grads(int block, std::int64_t first, std::int64_t last, bool of_weights, bool of_data) {
         const ConvBlockPlan& b = layout_.blocks[block];
+        if (block == 1 && !keeps_first() && task_.first_held != first) {
+            ranges_with_scratch(last - first, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
+                forward_first(first + begin, first + end, scratch);
+            });
+        }
         each((last - first) * b.items,
              [&](std::int64_t item) { stages_.raw_grad(task_, block, first * b.items + item); });
         if (of_weights) {
@@ -567,14 +584,14 @@ template <typename Scalar>
 void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scalar>& wanted, int threads) {
     if (p.tasks == 0) return;
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
-    const ConvCpuLayout layout =
-        conv_cpu_layout(p.shape, larger(p.support.count, p.query.count), sizeof(Scalar), stages.unit);
+    const std::int64_t examples = larger(p.support.count, p.query.count);
     const ConvCpuPlan plan =
         plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, sizeof(Scalar), stages.unit, threads);
     const Tensors tensors(p.shape);
     Scalar* memory = aligned<Scalar>(p.workspace);
     OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, p.parameters, 1, plan.mean_rows);
     if (plan.side_by_side > 0) {
+        const ConvCpuLayout layout = conv_cpu_layout(p.shape, examples, sizeof(Scalar), stages.unit, /*alone=*/true);
         std::atomic<std::int64_t> next{0};
         // An item is a team, whose memory nobody else uses; it takes tasks until none is left.
         parallel_for(plan.teams, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -587,6 +604,7 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
         });
     }
     if (plan.side_by_side < p.tasks) {
+        const ConvCpuLayout layout = conv_cpu_layout(p.shape, examples, sizeof(Scalar), stages.unit, /*alone=*/false);
         ConvTeam<Scalar> team(p, layout, stages, tensors, mean, memory, threads);
         for (std::int64_t task = plan.side_by_side; task < p.tasks; ++task) team.run(task);
     }

@@ -99,6 +99,40 @@ inline Vector<Scalar> interleaved(Vector<Scalar> a, Vector<Scalar> b) {
 #endif
 }
 
+// Lanes 0, 2, 4, ... of a and then of b.
+template <typename Scalar>
+inline Vector<Scalar> every_other(Vector<Scalar> a, Vector<Scalar> b) {
+    constexpr int kL = kLanes<Scalar>;
+#if defined(__clang__)
+    Vector<Scalar> result{};
+    for (int i = 0; i < kL; ++i) result[i] = 2 * i < kL ? a[2 * i] : b[2 * i - kL];
+    return result;
+#else
+    Mask<Scalar> which{};
+#pragma GCC unroll 16
+    for (int i = 0; i < kL; ++i) which[i] = 2 * i;
+    return __builtin_shuffle(a, b, which);
+#endif
+}
+
+// By halves: each round adds what lies that far away.
+template <typename Scalar>
+inline Scalar sum_of_lanes(Vector<Scalar> v) {
+    constexpr int kL = kLanes<Scalar>;
+#pragma GCC unroll 4
+    for (int half = kL / 2; half > 0; half /= 2) {
+#if defined(__clang__)
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+#else
+        Mask<Scalar> which{};
+#pragma GCC unroll 16
+        for (int i = 0; i < kL; ++i) which[i] = (i + half) % kL;
+        v += __builtin_shuffle(v, which);
+#endif
+    }
+    return v[0];
+}
+
 // A square of vectors, transposed: each round halves the distance of what belongs together. As in mlp_stages.cpp: files
 // of an instruction set share no inline code.
 template <typename Scalar>
@@ -156,6 +190,12 @@ struct Steps {
 template <typename Scalar>
 inline Vector<Scalar> relu(Vector<Scalar> y) {
     return y < 0 ? Vector<Scalar>{} : y;
+}
+
+// The gradient of what relu was given, or of what it gave. "not <=" lets the gradient of a NaN through, as torch does.
+template <typename Scalar>
+inline Vector<Scalar> passed_by_relu(Vector<Scalar> y, Vector<Scalar> grad) {
+    return y <= 0 ? Vector<Scalar>{} : grad;
 }
 
 // Where sums go: to rows of positions,
@@ -990,6 +1030,7 @@ const Scalar* input_row(const ConvTask<Scalar>& t, int block, std::int64_t examp
     const ConvBlockPlan& b = t.block(block);
     const Scalar* base = t.at(block == 0 ? t.layout->images : t.block(block - 1).halved);
     const std::int64_t row = (b.in_w + 2) * std::int64_t{b.input_lanes};
+    if (block == 1) example -= t.first_held;
     return base + (example * (b.in_h + 2) + y * b.stride) * row;
 }
 
@@ -1039,11 +1080,62 @@ inline MetRows met_rows(std::int64_t in, std::int64_t out, std::int64_t stride) 
     return met;
 }
 
+// Of images of one channel: positions side by side fill vectors. Scratch: the values of a stretch of rows under the
+// three columns of a window, centred, [rows, 3, lanes].
+template <typename Scalar>
+void patch_covariance_gray(const ConvTask<Scalar>& t, std::int64_t example, Scalar* scratch) {
+    constexpr std::int64_t kL = kLanes<Scalar>, kRowsAtOnce = 32;
+    static_assert((2 * kRowsAtOnce + 1) * 3 * kL <= kConvCovarianceSums, "a stretch of rows fits");
+    const ConvBlockPlan& b = t.block(0);
+    const std::int64_t stride = b.stride, row = b.in_w + 2;
+    const Vector<Scalar> center =
+        all(static_cast<Scalar>(reinterpret_cast<const double*>(t.at(t.layout->patch_mean))[4]));
+    Scalar* to = t.partial(example);
+    for (int i = 0; i < 81; ++i) to[i] = 0;
+    for (std::int64_t left = 0; left < b.out_w; left += kL) {
+        Mask<Scalar> met{};
+        for (std::int64_t lane = 0; lane < least(kL, b.out_w - left); ++lane) met[lane] = -1;
+        for (std::int64_t top = 0; top < b.out_h; top += kRowsAtOnce) {
+            const std::int64_t rows = least(kRowsAtOnce, b.out_h - top);
+            for (std::int64_t y = 0; y < (rows - 1) * stride + 3; ++y) {
+                const Scalar* x = input_row(t, 0, example, top) + y * row + left * stride;
+                for (int column = 0; column < 3; ++column, ++x) {  // lanes beyond the image: nobody reads them
+                    const Vector<Scalar> value =
+                        stride == 1 ? load_loose(x) : every_other<Scalar>(load_loose(x), load_loose(x + kL));
+                    store(scratch + (y * 3 + column) * kL, met ? value - center : Vector<Scalar>{});
+                }
+            }
+            for (int one = 0; one < 3; ++one) {
+                for (int other = one; other < 3; ++other) {
+                    Vector<Scalar> sum[3][3] = {};
+                    for (std::int64_t y = 0; y < rows; ++y) {
+                        const Scalar* a = scratch + (y * stride + one) * 3 * kL;
+                        const Scalar* of_other = scratch + (y * stride + other) * 3 * kL;
+#pragma GCC unroll 3
+                        for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 3
+                            for (int j = 0; j < 3; ++j) sum[i][j] += load(a + i * kL) * load(of_other + j * kL);
+                        }
+                    }
+#pragma GCC unroll 3
+                    for (int i = 0; i < 3; ++i) {
+#pragma GCC unroll 3
+                        for (int j = 0; j < 3; ++j) {
+                            to[(one * 3 + i) * 9 + other * 3 + j] += sum_of_lanes<Scalar>(sum[i][j]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 // A patch's rows are those of images, and what two of them have in common depends on how far they are apart: products
 // of rows are added up once for all windows that have both. Scratch: the example, centred, and sums [8, 3 apart,
 // columns / kColumns, 3 inputs, kColumns] by MetRows.
 template <typename Scalar>
 void patch_covariance(const ConvTask<Scalar>& t, std::int64_t example, Scalar* scratch) {
+    if (t.block(0).inputs == 1) return patch_covariance_gray(t, example, scratch);
     constexpr std::int64_t kL = kLanes<Scalar>;
     constexpr int kVectors = kL < 16 ? 2 : 1;
     constexpr std::int64_t kColumns = kVectors * kL;
@@ -1340,6 +1432,7 @@ template <typename Scalar>
 Scalar* halved_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, row = (b.half_w + 2 * b.pad) * channels;
+    if (block == 0) example -= t.first_held;
     return t.at(b.halved) + (example * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
 }
 
@@ -1495,10 +1588,41 @@ void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* 
     }
 }
 
+// Whether block 0 with stride 2 reads images of one channel, whose windows' weights fit the registers.
+template <typename Scalar>
+bool first_is_gray(const ConvTask<Scalar>& t) {
+    return t.block(0).stride == 2 && t.block(0).inputs == 1;
+}
+
+template <typename Scalar>
+void forward_first_gray(const ConvTask<Scalar>& t, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, row = b.in_w + 2;
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        const Scalar* from = t.at(t.layout->first_weight) + c / group * group * 9 + c % group;
+        const Vector<Scalar> shift = load(t.vector(0, kShift) + c);
+        Vector<Scalar> weight[9];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) weight[tap] = load(from + tap * group);
+        for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+            const Scalar* x = input_row(t, 0, rows.example, y);
+            Scalar* to = halved_row(t, 0, rows.example, y) + c;
+            for (std::int64_t i = 0; i < b.out_w; ++i, x += 2, to += channels) {
+                Vector<Scalar> sum = {};
+#pragma GCC unroll 9
+                for (int tap = 0; tap < 9; ++tap) sum += all(x[tap / 3 * row + tap % 3]) * weight[tap];
+                store(to, relu<Scalar>(sum + shift));
+            }
+        }
+    }
+}
+
 template <typename Scalar>
 void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
     if (b.stride == 1) return forward_first_pooled(t, item, scratch);
+    if (first_is_gray(t)) return forward_first_gray(t, item);
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t group = b.vectors * kLanes<Scalar>;
     const std::int64_t row_in = (b.in_w + 2) * std::int64_t{b.inputs};
@@ -1653,6 +1777,7 @@ Scalar* halved_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t examp
 // Of block 0, where ReLU's output tells all: its gradient in gamma comes from that in the weights, see finish_first.
 template <typename Scalar>
 void halved_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    if (first_is_gray(t)) return;  // first_weight_grad_gray does it
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
     const std::int64_t channels = t.layout->channels;
@@ -1662,8 +1787,7 @@ void halved_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
             const Scalar* halved = halved_row(t, 0, rows.example, y) + c;
             Scalar* grad = halved_grad_row(t, 0, rows.example, y, scratch) + c;
             for (std::int64_t x = 0; x < b.half_w; ++x, halved += channels, grad += channels) {
-                // "not <=" lets the gradient of a NaN through, as torch does.
-                const Vector<Scalar> passed = load(halved) <= 0 ? Vector<Scalar>{} : load(grad);
+                const Vector<Scalar> passed = passed_by_relu<Scalar>(load(halved), load(grad));
                 store(grad, passed);
                 sum += passed;
             }
@@ -1689,7 +1813,7 @@ void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar
             Scalar* grad = halved_grad_row(t, block, rows.example, y, scratch) + c;
             for (std::int64_t x = 0; x < b.half_w; ++x, z += channels, grad += channels) {
                 const Vector<Scalar> value = load(z);
-                const Vector<Scalar> passed = scale * value + shift <= 0 ? Vector<Scalar>{} : load(grad);
+                const Vector<Scalar> passed = passed_by_relu<Scalar>(scale * value + shift, load(grad));
                 store(grad, passed);
                 sum += passed;
                 product += passed * (value - mean);
@@ -1757,23 +1881,6 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
             }
         }
     }
-}
-
-// Bytes of inputs and gradients of which all matrices of products are made before the next: they stay in the
-// second-level cache.
-constexpr std::int64_t kChunkBytes = 352 * 1024;
-
-// Rows of a block's convolution that are handled together; an even number, or all.
-template <typename Scalar>
-std::int64_t weight_rows(const ConvTask<Scalar>& t, int block) {
-    const ConvBlockPlan& b = t.block(block);
-    const std::int64_t scalars = (b.out_w + 2 + b.stride * (b.in_w + 2)) * std::int64_t{t.layout->channels};
-    return most(2, kChunkBytes / (scalars * std::int64_t{sizeof(Scalar)}) / 2 * 2);
-}
-
-template <typename Scalar>
-std::int64_t weight_images(const ConvTask<Scalar>& t, int block) {
-    return most(1, weight_rows(t, block) / t.block(block).out_h);
 }
 
 struct Range {
@@ -1987,7 +2094,8 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
 template <typename Scalar>
 void weight_products(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last,
                      std::int64_t first_product, std::int64_t last_product, Scalar* scratch) {
-    const std::int64_t height = t.block(block).out_h, rows = weight_rows(t, block), images = weight_images(t, block);
+    const ConvBlockPlan& b = t.block(block);
+    const std::int64_t height = b.out_h, rows = b.weight_rows, images = b.weight_images;
     for (std::int64_t i = (last - 1) / images * images; i >= first; i -= images) {
         const std::int64_t count = least(images, t.examples - i);
         for (std::int64_t top = 0; top < height; top += rows) {
@@ -2284,8 +2392,35 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
     }
 }
 
+// With what halved_sums does elsewhere.
+template <typename Scalar>
+void first_weight_grad_gray(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    const ConvBlockPlan& b = t.block(0);
+    const Rows rows = raw_rows(t, 0, item);
+    const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, row = b.in_w + 2;
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        Vector<Scalar> sum = {}, products[9] = {};
+        for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
+            const Scalar* x = input_row(t, 0, rows.example, y);
+            const Scalar* halved = halved_row(t, 0, rows.example, y) + c;
+            const Scalar* grad = halved_grad_row(t, 0, rows.example, y, scratch) + c;
+            for (std::int64_t i = 0; i < b.out_w; ++i, x += 2, halved += channels, grad += channels) {
+                const Vector<Scalar> passed = passed_by_relu<Scalar>(load(halved), load(grad));
+                sum += passed;
+#pragma GCC unroll 9
+                for (int tap = 0; tap < 9; ++tap) products[tap] += all(x[tap / 3 * row + tap % 3]) * passed;
+            }
+        }
+        store(t.partial(item) + c, sum);
+        Scalar* to = t.partial(item) + 2 * channels + c / group * group * 9 + c % group;
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) store(to + tap * group, products[tap]);
+    }
+}
+
 template <typename Scalar>
 void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+    if (first_is_gray(t)) return first_weight_grad_gray(t, item, scratch);
     const ConvBlockPlan& b = t.block(0);
     if constexpr (kPicksPatches<Scalar>) {
         if (b.stride == 1) return first_weight_grad_by_picking(t, item, scratch);
@@ -2378,9 +2513,7 @@ Scalar dot(const Scalar* a, const Scalar* b, std::int64_t n) {
         for (int s = 0; s < 4; ++s) sums[s] += load_loose(a + i + s * kL) * load_loose(b + i + s * kL);
     }
     for (; i + kL <= n; i += kL) sums[0] += load_loose(a + i) * load_loose(b + i);
-    const Vector<Scalar> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    Scalar sum = 0;
-    for (int lane = 0; lane < kL; ++lane) sum += total[lane];
+    Scalar sum = sum_of_lanes<Scalar>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < n; ++i) sum += a[i] * b[i];
     return sum;
 }
@@ -2416,7 +2549,6 @@ constexpr ConvStages<Scalar> table() {
             halved_sums<Scalar>,
             norm_grads<Scalar>,
             raw_grad<Scalar>,
-            weight_images<Scalar>,
             weight_products<Scalar>,
             weight_grad<Scalar>,
             data_grad<Scalar>,

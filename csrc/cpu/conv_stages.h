@@ -14,8 +14,9 @@ template <typename Scalar>
 struct ConvTask {
     const ConvShape* shape;
     const ConvCpuLayout* layout;
-    Scalar* memory;         // as the layout says
-    std::int64_t examples;  // n of the set at hand
+    Scalar* memory;               // as the layout says
+    std::int64_t examples;        // n of the set at hand
+    std::int64_t first_held = 0;  // the example with which block 0's output starts, where not that of all is kept
 
     const ConvBlockPlan& block(int i) const { return layout->blocks[i]; }
     Scalar* at(std::int64_t place) const { return memory + place; }
@@ -61,11 +62,9 @@ struct ConvStages {
     void (*norm_grads)(const ConvTask<Scalar>&, int block);
     // raw <- its own gradient
     void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
-    // The weight gradient of a block after the first: how many examples it takes at once, some of the kConvProducts
-    // matrices of products that it consists of, and their sums. Examples [first, last) go from the last to the first:
-    // those up to the set's end start the sums, to which the others add. `first`, and `last` but for the end, are
-    // multiples of weight_images.
-    std::int64_t (*weight_images)(const ConvTask<Scalar>&, int block);
+    // The weight gradient of a block after the first: some of the kConvProducts matrices of products that it consists
+    // of, and their sums. Examples [first, last) go from the last to the first: those up to the set's end start the
+    // sums, to which the others add. `first`, and `last` but for the end, are multiples of weight_images.
     void (*weight_products)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last,
                             std::int64_t first_product, std::int64_t last_product, Scalar* scratch);
     void (*weight_grad)(const ConvTask<Scalar>&, int block);

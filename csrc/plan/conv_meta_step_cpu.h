@@ -80,6 +80,12 @@ inline constexpr std::int64_t kConvOuterPositions = 128;
 inline constexpr std::int64_t kConvSharedPairs = 36;
 // Images whose gradient of block 0's output a thread keeps at once.
 inline constexpr std::int64_t kConvFirstGrads = 4;
+// Bytes of inputs and gradients of which all matrices of a weight gradient's products are made before the next: they
+// stay in the second-level cache.
+inline constexpr std::int64_t kConvWeightBytes = 352 * 1024;
+// Bytes of block 0's output that a thread with a task to itself keeps in a network with stride 2. Of more images it
+// makes the output twice, a few at a time in the second-level cache: memory would take longer.
+inline constexpr std::int64_t kConvFirstBytes = 512 * 1024;
 
 constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w) {
     return larger(1, kConvSharedPairs / (larger(1, out_h / 2) * larger(1, out_w / 2)));
@@ -106,6 +112,8 @@ struct ConvBlockPlan {
     std::int32_t half_items;       // of an image
     std::int32_t forward_items;    // that are convolved together: 1, or of several images that are one item each
     std::int32_t data_grad_items;  // likewise in the data gradient: items of the block before
+    std::int64_t weight_rows;      // convolution rows that the weight gradient takes at once: an even number
+    std::int64_t weight_images;    // images that it takes at once
     std::int32_t pad;              // zeros around the halved output: 1 where a convolution follows, else 0
     // Places in a task's memory, in scalars.
     std::int64_t weight;       // [groups, 9, inputs, group]
@@ -115,7 +123,8 @@ struct ConvBlockPlan {
     std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else, and of
                                // block 0, none
     std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
-    std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU, and zeros
+    std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU, and zeros;
+                               // of block 0 [first_kept, ...]
     std::int64_t halved_size, halved_beyond;
 };
 
@@ -167,6 +176,7 @@ struct ConvCpuLayout {
     // it.
     bool first_grad_in_scratch;
     std::int64_t first_grad;  // then from one item to the next
+    std::int64_t first_kept;  // images whose output of block 0 is kept at once: all, or some
 };
 
 constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
@@ -198,7 +208,8 @@ struct ConvPlaces {
     }
 };
 
-constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int64_t h, std::int64_t w, ConvUnit unit) {
+constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int64_t h, std::int64_t w, int scalar_bytes,
+                                        ConvUnit unit) {
     const bool pools = shape.halving == Halving::kMaxPool;
     const std::int32_t channels = conv_channels(shape.filters, unit);
     ConvBlockPlan block{};
@@ -222,11 +233,15 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
     const auto together = static_cast<std::int32_t>(conv_shared_images(block.out_h, block.out_w));
     block.forward_items = block.shared && block.items == 1 ? together : 1;
     block.pad = i + 1 < shape.blocks ? 1 : 0;
+    const std::int64_t row = (block.out_w + 2 + block.stride * (w + 2)) * channels * scalar_bytes;
+    block.weight_rows = larger(2, kConvWeightBytes / row / 2 * 2);
+    block.weight_images = larger(1, block.weight_rows / block.out_h);
     return block;
 }
 
-constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t examples, int scalar_bytes,
-                                        ConvUnit unit) {
+// alone: one thread works on the task.
+constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t examples, int scalar_bytes, ConvUnit unit,
+                                        bool alone) {
     const bool pools = shape.halving == Halving::kMaxPool;
     const std::int64_t n = examples, channels = conv_channels(shape.filters, unit);
     ConvCpuLayout layout{};
@@ -234,7 +249,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     std::int64_t h = shape.height, w = shape.width, items = 1, largest_half = 0;
     std::int64_t winograd_scratch = 0;
     for (int i = 0; i < shape.blocks; ++i) {
-        ConvBlockPlan& block = layout.blocks[i] = conv_block_plan(shape, i, h, w, unit);
+        ConvBlockPlan& block = layout.blocks[i] = conv_block_plan(shape, i, h, w, scalar_bytes, unit);
         block.data_grad_items = 1;
         if (block.shared && layout.blocks[i - 1].half_items == 1) {
             block.data_grad_items = static_cast<std::int32_t>(conv_shared_images(block.out_h, block.out_w));
@@ -247,6 +262,13 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         if (block.winograd) winograd_scratch = larger(conv_winograd_scratch(channels), conv_outer_scratch(channels));
     }
     layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
+    layout.first_kept = n;
+    if (alone && !pools && shape.blocks > 1) {
+        const ConvBlockPlan &zero = layout.blocks[0], &one = layout.blocks[1];
+        const std::int64_t bytes = std::int64_t{zero.half_h + 2} * (zero.half_w + 2) * channels * scalar_bytes;
+        const std::int64_t at_once = larger(one.weight_images, one.forward_items);
+        layout.first_kept = smaller(n, larger(at_once, kConvFirstBytes / bytes));
+    }
 
     ConvPlaces places{64 / scalar_bytes, 0};
     // Convolutions read the borders of these, where zeros are before the first task and stay.
@@ -257,7 +279,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         const std::int64_t half = std::int64_t{block.half_h + 2 * block.pad} * (block.half_w + 2 * block.pad);
         block.raw = i > 0 ? places.take(n * out * channels) : -1;
         // Tiles of F(2x2, 3x3) over an odd image reach one row and one position beyond the last border.
-        block.halved_size = n * half * channels;
+        block.halved_size = (i == 0 ? layout.first_kept : n) * half * channels;
         block.halved_beyond = block.pad > 0 && pools ? (block.half_w + 3) * channels : 0;
         block.halved = places.take(block.halved_size + block.halved_beyond);
     }
@@ -323,11 +345,12 @@ struct ConvCpuPlan {
 
 constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64_t tasks, std::int64_t support,
                                               std::int64_t query, int scalar_bytes, ConvUnit unit, int threads) {
-    const ConvCpuLayout layout = conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit);
-    const std::int64_t side_by_side = tasks / threads * threads;
+    const std::int64_t examples = larger(support, query), side_by_side = tasks / threads * threads;
+    const ConvCpuLayout alone = conv_cpu_layout(shape, examples, scalar_bytes, unit, /*alone=*/true);
+    const ConvCpuLayout together = conv_cpu_layout(shape, examples, scalar_bytes, unit, /*alone=*/false);
     const std::int64_t teams = side_by_side > 0 ? threads : 1;
-    const std::int64_t one = layout.size + layout.scratch;
-    const std::int64_t large_team = layout.size + threads * layout.scratch;
+    const std::int64_t one = side_by_side > 0 ? alone.size + alone.scratch : 0;
+    const std::int64_t large_team = side_by_side < tasks ? together.size + threads * together.scratch : 0;
     // The first place is moved up to a multiple of 64 bytes.
     return {side_by_side, teams, one, larger(teams * one, large_team) * scalar_bytes + 64, mean_slots(tasks, threads)};
 }
