@@ -294,20 +294,21 @@ class ConvTeam {
         if (features_stale) {
             stages_.statistics(task_, 0);
             stages_.transform_weights(task_, 0, /*back=*/false);
-            const bool first_with_second = threads_ == 1 && p_.shape.blocks > 1;
-            for (int i = first_with_second ? 1 : 0; i < p_.shape.blocks; ++i) {
-                const ConvBlockPlan& b = layout_.blocks[i];
+            const bool alone = threads_ == 1;
+            const int last = p_.shape.blocks - 1;
+            for (int i = alone && last > 0 ? 1 : 0; i <= last; ++i) {
                 if (i > 0) stages_.transform_weights(task_, i, /*back=*/false);
-                if (i == 1 && first_with_second) {
-                    forward_both(set.count);
+                if (alone) {
+                    forward_with_input(i, set.count);
                 } else {
-                    ranges_with_scratch(set.count * b.items,
+                    ranges_with_scratch(set.count * layout_.blocks[i].items,
                                         [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
                                             stages_.forward(task_, i, begin, end, scratch);
                                         });
                 }
                 if (i == 0) continue;
                 stages_.statistics(task_, i);
+                if (alone && i < last) continue;
                 each(set.count, [&](std::int64_t example) { stages_.normalise(task_, i, example); });
             }
             if (p_.shape.readout == Readout::kMean) average();
@@ -325,14 +326,16 @@ class ConvTeam {
         return cross_entropy(set, task);
     }
 
-    // Blocks 0 and 1, a few images at a time: block 1 finds them in the second-level cache.
-    void forward_both(std::int64_t examples) {
-        const ConvBlockPlan& one = layout_.blocks[1];
+    // The output of the block before and with it this block, a few images at a time: it finds them in the second-level
+    // cache.
+    void forward_with_input(int block, std::int64_t examples) {
+        const ConvBlockPlan& b = layout_.blocks[block];
         ranges_with_scratch(examples, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
-            for (std::int64_t first = begin; first < end; first += one.forward_items) {
-                const std::int64_t last = std::min(first + one.forward_items, end);
-                forward_first(first, last, scratch);
-                stages_.forward(task_, 1, first * one.items, last * one.items, scratch);
+            for (std::int64_t first = begin; first < end; first += b.forward_items) {
+                const std::int64_t last = std::min(first + b.forward_items, end);
+                if (block == 1) forward_first(first, last, scratch);
+                for (std::int64_t i = first; i < last && block > 1; ++i) stages_.normalise(task_, block - 1, i);
+                stages_.forward(task_, block, first * b.items, last * b.items, scratch);
             }
         });
     }

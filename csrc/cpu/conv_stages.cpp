@@ -390,12 +390,13 @@ OuterTile<Scalar> outer_tile_of(int vectors, std::int64_t rows) {
 template <typename Scalar, typename To>
 void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, std::int64_t positions,
                   const Runs& runs, const Scalar* weight, int vectors) {
-    const std::int64_t tiles = pieces(positions, most_rows(vectors));
-    for (std::int64_t tile = 0; tile < tiles; ++tile) {
-        const std::int64_t first = start_of(tile, positions, tiles);
-        const std::int64_t last = start_of(tile + 1, positions, tiles);
-        convolve_tile_of<Scalar, To>(vectors, last - first)(out, to, first, x + first * x_step,
-                                                            {x_step, kTileWidth * x_step}, runs, weight);
+    const std::int64_t tiles = pieces(positions, most_rows(vectors)), least_rows = positions / tiles;
+    const std::int64_t longer = positions % tiles;
+    for (std::int64_t tile = 0, first = 0; tile < tiles; ++tile) {
+        const std::int64_t rows = least_rows + (tile < longer ? 1 : 0);
+        convolve_tile_of<Scalar, To>(vectors, rows)(out, to, first, x + first * x_step, {x_step, kTileWidth * x_step},
+                                                    runs, weight);
+        first += rows;
     }
 }
 
@@ -914,9 +915,12 @@ void set_places(std::int64_t* places, const SharedConvolution<Scalar>& conv, con
 // The weights of a term's products with another's, `to_sums` from the weights of the same group to its sums.
 inline void choose_weights(Runs& runs, const AxisTerm& rows, const AxisTerm& columns, std::int64_t tap,
                            std::int64_t to_sums) {
-    for (int i = 0; i < runs.count; ++i) {
-        const int y = rows.product[i / columns.products].weight, x = columns.product[i % columns.products].weight;
-        runs.run[i].weight = y < 3 && x < 3 ? (y * 3 + x) * tap : to_sums + sum_of_weights(y, x) * tap;
+    Run* run = runs.run;
+    for (int i = 0; i < rows.products; ++i) {
+        for (int j = 0; j < columns.products; ++j, ++run) {
+            const int y = rows.product[i].weight, x = columns.product[j].weight;
+            run->weight = y < 3 && x < 3 ? (y * 3 + x) * tap : to_sums + sum_of_weights(y, x) * tap;
+        }
     }
 }
 
@@ -937,10 +941,12 @@ void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows
         const Box box{least(at_once, conv.images - first), rows.count, columns.count, rows.x_step, columns.x_step};
         Images<Scalar> from = conv.x;
         from.first += first * from.image;
-        for (int i = 0; i < runs.count; ++i) {
-            runs.run[i].input = i * box.count() * channels;
-            copy_blended(scratch + runs.run[i].input, channels, from, rows.product[i / columns.products].x,
-                         columns.product[i % columns.products].x, box);
+        std::int64_t input = 0;
+        for (int i = 0; i < rows.products; ++i) {
+            for (int j = 0; j < columns.products; ++j, input += box.count() * channels) {
+                runs.run[i * columns.products + j].input = input;
+                copy_blended(scratch + input, channels, from, rows.product[i].x, columns.product[j].x, box);
+            }
         }
         set_places(places, conv, rows, columns, first, box.images);
         for (std::int64_t c = 0; c < channels; c += group) {
