@@ -743,7 +743,7 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors
 //     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s,  s = (g0 + g1) x1,
 // where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0 and
 // 1 of images too small for F(2x2, 3x3). At the image's edge an output is on its own where that leaves the border's
-// zeros out.
+// zeros out; of two outputs each is, and nothing is shared.
 
 // Along one axis: x[at] + sign * x[other], or without a sign x[at].
 struct Blend {
@@ -775,11 +775,16 @@ struct Axis {
     }
 };
 
+// Outputs [first, last) of an axis: whether the first is on its own. `meets_end`: a tap of the last is over the border.
+constexpr bool has_lead(std::int64_t first, std::int64_t last, bool meets_end) {
+    return first == 0 && (last % 2 == 1 || last == 2 || meets_end);
+}
+
 // Outputs [first, last) of an axis with stride 2. Positions count from the border's zero.
 inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in, std::int64_t out) {
     const std::int64_t count = last - first;
     const bool meets_end = last == out && in % 2 == 1;  // tap 2 of the last output is over the border
-    const std::int64_t lead = first == 0 && (count % 2 == 1 || meets_end) ? 1 : 0;
+    const std::int64_t lead = has_lead(first, last, meets_end) ? 1 : 0;
     const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
     const std::int64_t x = 2 * (first + lead), end = 2 * (last - 1);
     Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
@@ -795,12 +800,14 @@ inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in,
 // Inputs [first, last) of such an axis, whose gradient comes from that of the outputs; `first` is even. An even input
 // is under tap 1 of one output, an odd one under taps 2 and 0 of two: taps 0 and 2 of the exchanged window.
 inline Axis gathering_axis(std::int64_t first, std::int64_t last, std::int64_t out) {
-    const std::int64_t odd = (last - first) / 2, pairs = odd / 2, g = first / 2 + 1, end = g + 2 * pairs;
+    const std::int64_t odd = (last - first) / 2, pairs = out > 2 ? odd / 2 : 0, g = first / 2 + 1;
     Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
     axis.add({(last - first + 1) / 2, 1, 0, 2, -1, 1, {{alone(g), 1}}});
     axis.add({pairs, 2, 1, 4, -1, 1, {{{g, g + 1, -1}, 0}}});
     axis.add({pairs, 2, 3, 4, -1, 1, {{{g + 2, g + 1, -1}, 2}}});
-    axis.add({odd % 2, 0, 4 * pairs + 1, 0, -1, end + 1 > out ? 1 : 2, {{alone(end), 0}, {alone(end + 1), 2}}});
+    for (std::int64_t i = 2 * pairs; i < odd; ++i) {
+        axis.add({1, 0, 2 * i + 1, 0, -1, g + i + 1 > out ? 1 : 2, {{alone(g + i), 0}, {alone(g + i + 1), 2}}});
+    }
     axis.add({pairs, 2, 1, 4, 3, 1, {{alone(g + 1), 3}}});
     return axis;
 }
@@ -984,7 +991,7 @@ inline OuterAxis outer_axis(std::int64_t first, std::int64_t last, std::int64_t 
                             std::int64_t stride) {
     const std::int64_t count = last - first;
     const bool meets_end = last == out && out * stride > in;  // tap `stride` of the last output is over the border
-    const std::int64_t lead = first == 0 && (count % 2 == 1 || meets_end) ? 1 : 0;
+    const std::int64_t lead = has_lead(first, last, meets_end) ? 1 : 0;
     const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
     const std::int64_t g = first + lead, x = stride * g, end = stride * (last - 1), single = 3 - stride;
     const bool single_meets_end = last == out && (out - 1) * stride + single > in;
@@ -1337,7 +1344,7 @@ void transform_weights(const ConvTask<Scalar>& t, int block, bool back) {
     const Scalar* weight = t.at(back ? t.layout->weight_back : b.weight);
     if (b.winograd) {
         transform_kernels(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
-    } else if (b.shared) {
+    } else if (b.shared && (b.out_h > 2 || b.out_w > 2)) {  // else no axis shares products
         sum_weights(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
     }
 }
