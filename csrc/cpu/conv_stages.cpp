@@ -911,10 +911,12 @@ Scattered targets_of(const SharedConvolution<Scalar>& conv, const AxisTerm& rows
 template <typename Scalar>
 void set_places(std::int64_t* places, const SharedConvolution<Scalar>& conv, const AxisTerm& rows,
                 const AxisTerm& columns, std::int64_t first, std::int64_t images) {
+    const std::int64_t row_step = rows.out_step * conv.out_row, step = columns.out_step * conv.x.channels;
     for (std::int64_t image = first; image < first + images; ++image) {
-        for (std::int64_t y = 0; y < rows.count; ++y) {
-            const std::int64_t row = image * conv.out_image + y * rows.out_step * conv.out_row;
-            for (std::int64_t x = 0; x < columns.count; ++x) *places++ = row + x * columns.out_step * conv.x.channels;
+        std::int64_t row = image * conv.out_image;
+        for (std::int64_t y = 0; y < rows.count; ++y, row += row_step) {
+            std::int64_t place = row;
+            for (std::int64_t x = 0; x < columns.count; ++x, place += step) *places++ = place;
         }
     }
 }
