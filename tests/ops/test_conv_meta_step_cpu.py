@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -170,13 +170,11 @@ def test_rates_by_tensor_and_step() -> None:
         assert distance(own[name], gradient) < 1e-10, name
 
 
-@pytest.mark.parametrize("pooling", ["max", "stride", "mean"])
-def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> None:
-    model, batch = net(size=19, filters=24, layers=3, pooling=pooling).float(), data(size=19, tasks=5)
+def same_for_any_number_of_threads(model: nn.Module, batch: Data, numbers: Sequence[int]) -> None:
     batch = tuple(value.float() if value.is_floating_point() else value for value in batch)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3, 7):
+        for threads in numbers:
             torch.set_num_threads(threads)
             model.zero_grad(set_to_none=True)
             result = meta_step(model, *batch, inner_lr=0.01, inner_steps=2, backend="cpu")
@@ -185,6 +183,38 @@ def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> N
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ["max", "stride", "mean"])
+def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> None:
+    model = net(size=19, filters=24, layers=3, pooling=pooling).float()
+    same_for_any_number_of_threads(model, data(size=19, tasks=5), (1, 2, 3, 7))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bitwise_the_same_where_the_first_block_is_made_twice(isa: str, channels: int) -> None:
+    model, sizes = net(channels=channels, size=33, filters=64, pooling="stride").float(), {"channels": channels}
+    kept, made_twice = {"support": 2, "query": 3}, {"support": 13, "query": 18}
+    for counts in (kept, made_twice, {"support": 3, "query": 18}):
+        same_for_any_number_of_threads(model, data(**sizes, **counts, size=33, tasks=3), (1, 2, 4))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(5, 70), (66, 4), (8, 8), (37, 35)])
+def test_covariance_of_the_first_windows(isa: str, channels: int, size: tuple[int, int]) -> None:
+    """Rows and columns beyond one stretch of them, and images smaller than a vector."""
+    for pooling in ("max", "stride"):
+        model = net(channels=channels, size=8, pooling=pooling, layers=1)
+        height, width = size
+        halves = (height // 2 * (width // 2)) if pooling == "max" else (height + 1) // 2 * ((width + 1) // 2)
+        model.classifier = nn.Linear(8 * halves, 3).double()
+        support, support_y, query, query_y = data(channels=channels, size=8)
+        batch = (support.new_empty(2, 4, channels, *size), support_y, query.new_empty(2, 5, channels, *size), query_y)
+        for images in (batch[0], batch[2]):
+            images.normal_(mean=3.0)
+        _, own, _, expected = both(model, batch, inner_lr=0.01, inner_steps=1)
+        for name, gradient in expected.items():
+            assert distance(own[name], gradient) < 1e-10, name
 
 
 @pytest.mark.parametrize("pooling", ["max", "stride"])
