@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", type=int, help="T, one or several; default: the workload's")
     parser.add_argument("--steps", nargs="+", type=int, default=[5], help="K, one or several")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="implementations whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=30, help="time for the rounds of one T and K")
+    parser.add_argument("--seconds", type=float, default=30, help="time for the 5 or more rounds of one T and K")
     parser.add_argument("--quick", action="store_true", help="3 rounds; without torch.compile and memory")
     parser.add_argument("--no-compile", action="store_true", help="leave peers out that compile for minutes")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
@@ -359,7 +359,7 @@ def main() -> None:
                     steps=steps,
                     device=device,
                     seconds=0 if arguments.quick else arguments.seconds,
-                    least=3,
+                    least=3 if arguments.quick else 5,
                     wanted=wanted,
                     left_out=left_out,
                     with_memory=with_memory,
