@@ -92,7 +92,8 @@ def stages(workload: str) -> dict[str, tuple[str, int, float, float]]:
         else:
             found["patch_covariance, block 1"] = ("patch_covariance", 0, 0, 4 * images * net.channels * net.size**2)
             found["conv_weight_grad at the winners, block 1"] = ("weight_grad", 0, 0, 2 * half)
-        found[f"halved_sums, block {i + 1}"] = ("halved_sums", i, 0, 3 * half)
+        if i or net.halving == "max" or net.channels > 1:  # else block 1's weight gradient does it on its way
+            found[f"halved_sums, block {i + 1}"] = ("halved_sums", i, 0, 3 * half)
     return found
 
 

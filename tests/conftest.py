@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
-
-# Most tensors here are so small that torch's threads take longer to meet than to compute. Tests of threads choose how
-# many.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 
 from helpers import backends
+from helpers.one_thread import one_thread  # noqa: F401 (of all tests)
 
 
 @pytest.fixture(autouse=True)

@@ -333,8 +333,11 @@ class ConvTeam {
         ranges_with_scratch(examples, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
             for (std::int64_t first = begin; first < end; first += b.forward_items) {
                 const std::int64_t last = std::min(first + b.forward_items, end);
-                if (block == 1) forward_first(first, last, scratch);
-                for (std::int64_t i = first; i < last && block > 1; ++i) stages_.normalise(task_, block - 1, i);
+                if (block == 1) {
+                    forward_first(first, last, scratch);
+                } else if (block > 1) {
+                    for (std::int64_t i = first; i < last; ++i) stages_.normalise(task_, block - 1, i);
+                }
                 stages_.forward(task_, block, first * b.items, last * b.items, scratch);
             }
         });

@@ -775,17 +775,27 @@ struct Axis {
     }
 };
 
-// Outputs [first, last) of an axis: whether the first is on its own. `meets_end`: a tap of the last is over the border.
-constexpr bool has_lead(std::int64_t first, std::int64_t last, bool meets_end) {
-    return first == 0 && (last % 2 == 1 || last == 2 || meets_end);
+// Whether an axis with so many outputs shares products.
+constexpr bool shares_products(std::int64_t out) { return out > 2; }
+
+// Outputs of an axis, in turn: one on its own at the image's edge, pairs, and what is left.
+struct Pairing {
+    std::int64_t lead, pairs, tail;
+};
+
+// Of outputs [first, last) of `out`. `meets_end`: a tap of the last is over the border.
+constexpr Pairing pairing_of(std::int64_t first, std::int64_t last, std::int64_t out, bool meets_end) {
+    const std::int64_t count = last - first;
+    const bool leads = first == 0 && (count % 2 == 1 || meets_end || !shares_products(out));
+    const std::int64_t rest = count - (leads ? 1 : 0);
+    return {count - rest, rest / 2, rest % 2};
 }
 
 // Outputs [first, last) of an axis with stride 2. Positions count from the border's zero.
 inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in, std::int64_t out) {
     const std::int64_t count = last - first;
     const bool meets_end = last == out && in % 2 == 1;  // tap 2 of the last output is over the border
-    const std::int64_t lead = has_lead(first, last, meets_end) ? 1 : 0;
-    const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
+    const auto [lead, pairs, tail] = pairing_of(first, last, out, meets_end);
     const std::int64_t x = 2 * (first + lead), end = 2 * (last - 1);
     Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
     axis.add({pairs, 4, lead, 2, -1, 2, {{{x, x + 2, -1}, 0}, {alone(x + 1), 1}}});
@@ -800,7 +810,7 @@ inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in,
 // Inputs [first, last) of such an axis, whose gradient comes from that of the outputs; `first` is even. An even input
 // is under tap 1 of one output, an odd one under taps 2 and 0 of two: taps 0 and 2 of the exchanged window.
 inline Axis gathering_axis(std::int64_t first, std::int64_t last, std::int64_t out) {
-    const std::int64_t odd = (last - first) / 2, pairs = out > 2 ? odd / 2 : 0, g = first / 2 + 1;
+    const std::int64_t odd = (last - first) / 2, pairs = shares_products(out) ? odd / 2 : 0, g = first / 2 + 1;
     Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
     axis.add({(last - first + 1) / 2, 1, 0, 2, -1, 1, {{alone(g), 1}}});
     axis.add({pairs, 2, 1, 4, -1, 1, {{{g, g + 1, -1}, 0}}});
@@ -993,8 +1003,7 @@ inline OuterAxis outer_axis(std::int64_t first, std::int64_t last, std::int64_t 
                             std::int64_t stride) {
     const std::int64_t count = last - first;
     const bool meets_end = last == out && out * stride > in;  // tap `stride` of the last output is over the border
-    const std::int64_t lead = has_lead(first, last, meets_end) ? 1 : 0;
-    const std::int64_t pairs = (count - lead) / 2, tail = (count - lead) % 2;
+    const auto [lead, pairs, tail] = pairing_of(first, last, out, meets_end);
     const std::int64_t g = first + lead, x = stride * g, end = stride * (last - 1), single = 3 - stride;
     const bool single_meets_end = last == out && (out - 1) * stride + single > in;
     OuterAxis axis;  // of stretches: x, grad; count; x_step, grad_step
@@ -1114,7 +1123,7 @@ void patch_covariance_gray(const ConvTask<Scalar>& t, std::int64_t example, Scal
             const std::int64_t rows = least(kRowsAtOnce, b.out_h - top);
             for (std::int64_t y = 0; y < (rows - 1) * stride + 3; ++y) {
                 const Scalar* x = input_row(t, 0, example, top) + y * row + left * stride;
-                for (int column = 0; column < 3; ++column, ++x) {  // lanes beyond the image: nobody reads them
+                for (int column = 0; column < 3; ++column, ++x) {  // lanes beyond the row are made 0
                     const Vector<Scalar> value =
                         stride == 1 ? load_loose(x) : every_other<Scalar>(load_loose(x), load_loose(x + kL));
                     store(scratch + (y * 3 + column) * kL, met ? value - center : Vector<Scalar>{});
@@ -1346,7 +1355,7 @@ void transform_weights(const ConvTask<Scalar>& t, int block, bool back) {
     const Scalar* weight = t.at(back ? t.layout->weight_back : b.weight);
     if (b.winograd) {
         transform_kernels(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
-    } else if (b.shared && (b.out_h > 2 || b.out_w > 2)) {  // else no axis shares products
+    } else if (b.shared && (shares_products(b.out_h) || shares_products(b.out_w))) {
         sum_weights(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
     }
 }
@@ -1603,7 +1612,8 @@ void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* 
     }
 }
 
-// Whether block 0 with stride 2 reads images of one channel, whose windows' weights fit the registers.
+// Whether block 0 with stride 2 reads images of one channel: a window's nine weights, or their gradients, then fit the
+// registers.
 template <typename Scalar>
 bool first_is_gray(const ConvTask<Scalar>& t) {
     return t.block(0).stride == 2 && t.block(0).inputs == 1;
@@ -1792,7 +1802,7 @@ Scalar* halved_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t examp
 // Of block 0, where ReLU's output tells all: its gradient in gamma comes from that in the weights, see finish_first.
 template <typename Scalar>
 void halved_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
-    if (first_is_gray(t)) return;  // first_weight_grad_gray does it
+    if (first_is_gray(t)) return;  // first_weight_grad has it on its way
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
     const std::int64_t channels = t.layout->channels;
@@ -2407,7 +2417,7 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
     }
 }
 
-// With what halved_sums does elsewhere.
+// And the sum of what ReLU passes, for which the others have halved_sums.
 template <typename Scalar>
 void first_weight_grad_gray(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);

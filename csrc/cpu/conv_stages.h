@@ -56,7 +56,8 @@ struct ConvStages {
     // halved <- relu(scale * winner + shift), of one example
     void (*normalise)(const ConvTask<Scalar>&, int block, std::int64_t example);
 
-    // halved_grad <- 0 where ReLU was; partial[item] <- its sum and, after block 0, its sum times the normalised value
+    // halved_grad <- 0 where ReLU was; partial[item] <- its sum and, after block 0, its sum times the normalised value.
+    // Of block 0 with stride 2 and gray images nothing: first_weight_grad leaves the sum.
     void (*halved_sums)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // kBetaGrad and kGammaGrad from partial; kSlope and kOffset from them. Of a block after the first
     void (*norm_grads)(const ConvTask<Scalar>&, int block);

@@ -1,7 +1,6 @@
-"""For tests whose networks are tiny: a second thread costs more than it gives, above all where cores are shared.
+"""For all tests: most networks are tiny, and a second thread costs more than it gives, above all on shared cores.
 
-A conftest.py that imports the fixture has it for all tests of its folder. What forks a process needs it too: torch's
-other threads do not come along.
+What forks a process needs it too: torch's other threads do not come along. Tests of threads choose how many.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

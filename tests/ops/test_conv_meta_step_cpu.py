@@ -193,10 +193,10 @@ def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> N
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bitwise_the_same_where_the_first_block_is_made_twice(isa: str, channels: int) -> None:
-    model, sizes = net(channels=channels, size=33, filters=64, pooling="stride").float(), {"channels": channels}
-    kept, made_twice = {"support": 2, "query": 3}, {"support": 13, "query": 18}
-    for counts in (kept, made_twice, {"support": 3, "query": 18}):
-        same_for_any_number_of_threads(model, data(**sizes, **counts, size=33, tasks=3), (1, 2, 4))
+    model = net(channels=channels, size=33, filters=64, pooling="stride").float()
+    for support, query in ((2, 3), (13, 18), (3, 18)):  # kept, made twice, and one after the other
+        batch = data(channels=channels, size=33, tasks=3, support=support, query=query)
+        same_for_any_number_of_threads(model, batch, (1, 2, 4))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
