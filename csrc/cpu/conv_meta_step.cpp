@@ -186,9 +186,8 @@ class ConvTeam {
         clear_border(layout_.images, examples, shape.height, shape.width, shape.channels);
         for (int i = 0; i < shape.blocks; ++i) {
             const ConvBlockPlan& b = layout_.blocks[i];
-            const std::int64_t kept = i == 0 ? layout_.first_kept : examples;
             if (i > 0) clear_border(b.raw, examples, b.out_h, b.out_w, layout_.channels);
-            if (b.pad > 0) clear_border(b.halved, kept, b.half_h, b.half_w, layout_.channels);
+            if (b.pad > 0) clear_border(b.halved, b.kept, b.half_h, b.half_w, layout_.channels);
             clear(b.halved + b.halved_size, b.halved_beyond);
         }
     }
@@ -333,23 +332,23 @@ class ConvTeam {
         ranges_with_scratch(examples, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
             for (std::int64_t first = begin; first < end; first += b.forward_items) {
                 const std::int64_t last = std::min(first + b.forward_items, end);
-                if (block == 1) {
-                    forward_first(first, last, scratch);
-                } else if (block > 1) {
-                    for (std::int64_t i = first; i < last; ++i) stages_.normalise(task_, block - 1, i);
-                }
+                if (block > 0) make_output(block - 1, first, last, scratch);
                 stages_.forward(task_, block, first * b.items, last * b.items, scratch);
             }
         });
     }
 
-    bool keeps_first() const { return layout_.first_kept >= task_.examples; }
+    bool keeps_all(int block) const { return layout_.blocks[block].kept >= task_.examples; }
 
-    // Block 0, whose output takes the place of other examples' where that of all is not kept.
-    void forward_first(std::int64_t first, std::int64_t last, Scalar* scratch) {
-        const std::int64_t items = layout_.blocks[0].items;
-        task_.first_held = keeps_first() ? 0 : first;
-        stages_.forward(task_, 0, first * items, last * items, scratch);
+    // A block's output, which takes the place of other examples' where that of all is not kept.
+    void make_output(int block, std::int64_t first, std::int64_t last, Scalar* scratch) {
+        task_.held[block] = keeps_all(block) ? 0 : first;
+        if (block == 0) {
+            const std::int64_t items = layout_.blocks[0].items;
+            stages_.forward(task_, 0, first * items, last * items, scratch);
+            return;
+        }
+        for (std::int64_t i = first; i < last; ++i) stages_.normalise(task_, block, i);
     }
 
     const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
@@ -474,9 +473,9 @@ class ConvTeam {
     // Of a block after the first, over some examples: of its raw values, its weights and the block before.
     void convolution_grads(int block, std::int64_t first, std::int64_t last, bool of_weights, bool of_data) {
         const ConvBlockPlan& b = layout_.blocks[block];
-        if (block == 1 && !keeps_first() && task_.first_held != first) {
+        if (!keeps_all(block - 1) && task_.held[block - 1] != first) {
             ranges_with_scratch(last - first, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
-                forward_first(first + begin, first + end, scratch);
+                make_output(block - 1, first + begin, first + end, scratch);
             });
         }
         each((last - first) * b.items,

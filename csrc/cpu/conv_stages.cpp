@@ -181,10 +181,24 @@ struct Runs {
 // Longer sums are sums of some runs each: in float32 one long sum would be less exact than torch's.
 constexpr std::int64_t kLongSum = 128;
 
-// Where positions lie: `step` from one to the next, and `row` from one row of them to the next.
+// Where positions lie: `step` from one to the next, and `row` from one row of them to the next;
 struct Steps {
     std::int64_t step, row;
+
+    // Row `i` of a tile, from its first on.
+    std::int64_t place(int, std::int64_t, int i) const { return i * row; }
 };
+
+// or each of a run's at a place of its own.
+struct Places {
+    static constexpr std::int64_t step = 0;
+    const std::int64_t* of_run[kConvSharedRuns];
+
+    std::int64_t place(int run, std::int64_t first, int i) const { return of_run[run][first + i]; }
+};
+
+// A row of positions is handled in rows of three, so that few pointers and constant multiples of a step reach them all.
+constexpr int kTileWidth = 3;
 
 // NaN stays NaN, as in torch.
 template <typename Scalar>
@@ -200,11 +214,14 @@ inline Vector<Scalar> passed_by_relu(Vector<Scalar> y, Vector<Scalar> grad) {
 
 // Where sums go: to rows of positions,
 struct InRows {
+    using From = Steps;
+    static constexpr int row_width = kTileWidth;
     Steps steps;
 
     static constexpr int targets = 1;
     static constexpr bool add = false;
     std::int64_t target(int) const { return 0; }
+    static constexpr int sign(int) { return 1; }
     std::int64_t place(std::int64_t first, int i, int width) const {
         return first * steps.step + i / width * steps.row + i % width * steps.step;
     }
@@ -225,14 +242,18 @@ struct Rectified : InRows {
     }
 };
 
-// or every position's to a place of its own, from each target on, or added to what is there.
+// or every position's to a place of its own, from each target on, or added there with the target's sign.
 struct Scattered {
+    using From = Places;
+    static constexpr int row_width = 1;
     const std::int64_t* places = nullptr;
-    std::int64_t all_targets[4] = {};
+    std::int64_t all_targets[9] = {};
+    int signs[9] = {};
     int targets = 0;
     bool add = false;
 
     std::int64_t target(int i) const { return all_targets[i]; }
+    int sign(int i) const { return signs[i]; }
     std::int64_t place(std::int64_t first, int i, int) const { return places[first + i]; }
     template <typename Value>
     Value finished(Value sum, std::int64_t) const {
@@ -243,8 +264,8 @@ struct Scattered {
 // out[target + place of position first + i + channels] (+)= sum over runs and k of x[of position i + run.input + k] *
 // weight[run.weight + k rows], for rows of kWidth positions.
 template <typename Scalar, typename To, int kVectors, int kRows, int kWidth>
-void convolve_tile(Scalar* out, const To& to, std::int64_t first, const Scalar* x, Steps to_x, const Runs& runs,
-                   const Scalar* weight) {
+void convolve_tile(Scalar* out, const To& to, std::int64_t first, const Scalar* x, const typename To::From& from,
+                   const Runs& runs, const Scalar* weight) {
     constexpr int kL = kLanes<Scalar>;
     Vector<Scalar> sum[kRows][kVectors] = {};
     bool add = to.add;
@@ -253,14 +274,14 @@ void convolve_tile(Scalar* out, const To& to, std::int64_t first, const Scalar* 
         const Scalar* w = weight + runs.run[r].weight;
         const Scalar* in[(kRows + kWidth - 1) / kWidth];
 #pragma GCC unroll 8
-        for (int i = 0; i < (kRows + kWidth - 1) / kWidth; ++i) in[i] = x + runs.run[r].input + i * to_x.row;
+        for (int i = 0; i < (kRows + kWidth - 1) / kWidth; ++i) in[i] = x + runs.run[r].input + from.place(r, first, i);
         for (std::int64_t k = 0; k < runs.length; ++k, w += kVectors * kL) {
             Vector<Scalar> row[kVectors];
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) row[v] = load(w + v * kL);
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i) {
-                const Vector<Scalar> value = all(in[i / kWidth][i % kWidth * to_x.step + k]);
+                const Vector<Scalar> value = all(in[i / kWidth][i % kWidth * from.step + k]);
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v) sum[i][v] += value * row[v];
             }
@@ -268,12 +289,13 @@ void convolve_tile(Scalar* out, const To& to, std::int64_t first, const Scalar* 
         terms += runs.length;
         if (r + 1 < runs.count && terms + runs.length <= kLongSum) continue;
         for (int target = 0; target < to.targets; ++target) {
+            const Vector<Scalar> sign = all(static_cast<Scalar>(to.sign(target)));
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; ++i) {
                 Scalar* at = out + to.target(target) + to.place(first, i, kWidth);
 #pragma GCC unroll 8
                 for (int v = 0; v < kVectors; ++v) {
-                    store(at + v * kL, to.finished(add ? load(at + v * kL) + sum[i][v] : sum[i][v], v * kL));
+                    store(at + v * kL, to.finished(add ? load(at + v * kL) + sign * sum[i][v] : sum[i][v], v * kL));
                 }
             }
         }
@@ -331,20 +353,18 @@ void outer_tile(Scalar* out, const Products<Scalar>& p, bool add) {
 }
 
 template <typename Scalar, typename To>
-using ConvolveTile = void (*)(Scalar*, const To&, std::int64_t, const Scalar*, Steps, const Runs&, const Scalar*);
+using ConvolveTile = void (*)(Scalar*, const To&, std::int64_t, const Scalar*, const typename To::From&, const Runs&,
+                              const Scalar*);
 template <typename Scalar>
 using OuterTile = void (*)(Scalar*, const Products<Scalar>&, bool);
-
-// A row of positions is handled in rows of three, so that few pointers and constant multiples of a step reach them all.
-constexpr int kTileWidth = 3;
 
 // The tile of so many vectors and positions, out of those that fit the registers.
 template <typename Scalar, typename To, int kVectors, int kRows = most_rows(kVectors)>
 ConvolveTile<Scalar, To> convolve_tile_of(std::int64_t rows) {
     if constexpr (kRows == 1) {
-        return convolve_tile<Scalar, To, kVectors, 1, kTileWidth>;
+        return convolve_tile<Scalar, To, kVectors, 1, To::row_width>;
     } else {
-        return rows == kRows ? convolve_tile<Scalar, To, kVectors, kRows, kTileWidth>
+        return rows == kRows ? convolve_tile<Scalar, To, kVectors, kRows, To::row_width>
                              : convolve_tile_of<Scalar, To, kVectors, kRows - 1>(rows);
     }
 }
@@ -386,18 +406,23 @@ OuterTile<Scalar> outer_tile_of(int vectors, std::int64_t rows) {
     return vectors == 2 ? outer_tile_of<Scalar, 2>(rows) : outer_tile_of<Scalar, 1>(rows);
 }
 
-// A row of positions, in tiles as even as can be.
+// Positions in tiles as even as can be: a tile that starts with position i reads from x + i * x_step on.
 template <typename Scalar, typename To>
-void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, std::int64_t positions,
-                  const Runs& runs, const Scalar* weight, int vectors) {
+void convolve_positions(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, const typename To::From& from,
+                        std::int64_t positions, const Runs& runs, const Scalar* weight, int vectors) {
     const std::int64_t tiles = pieces(positions, most_rows(vectors)), least_rows = positions / tiles;
     const std::int64_t longer = positions % tiles;
     for (std::int64_t tile = 0, first = 0; tile < tiles; ++tile) {
         const std::int64_t rows = least_rows + (tile < longer ? 1 : 0);
-        convolve_tile_of<Scalar, To>(vectors, rows)(out, to, first, x + first * x_step, {x_step, kTileWidth * x_step},
-                                                    runs, weight);
+        convolve_tile_of<Scalar, To>(vectors, rows)(out, to, first, x + first * x_step, from, runs, weight);
         first += rows;
     }
+}
+
+template <typename Scalar, typename To>
+void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, std::int64_t positions,
+                  const Runs& runs, const Scalar* weight, int vectors) {
+    convolve_positions(out, to, x, x_step, Steps{x_step, kTileWidth * x_step}, positions, runs, weight, vectors);
 }
 
 constexpr InRows one_row(std::int64_t step) { return {{step, kTileWidth * step}}; }
@@ -735,12 +760,15 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors
 }
 
 // ---- shared products ------------------------------------------------------------------------------------------------
-// Two neighbouring outputs of a filter with two taps a and b, over x0, x1 and x2, take three products instead of four:
-//     y0 = a x0 + b x1 = a (x0 - x1) + s,  y1 = a x1 + b x2 = b (x2 - x1) + s,  s = (a + b) x1    (Winograd's F(2, 2))
-// With stride 2 the taps 0 and 2 of an axis are such a filter over every other position, and tap 1 is on its own: 25
-// products instead of 36 for 2 x 2 outputs of a 3x3 window. The gradient of the inputs has the same form. So have the
-// gradients of the two taps,
-//     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s,  s = (g0 + g1) x1,
+// Three neighbouring outputs of a filter with two taps a and b, over x0 to x3, take four products instead of six, and
+// two take three instead of four (Winograd's F(3, 2) and F(2, 2)):
+//     y0 = a (x0 - x2) + s + d,  y1 = s - d,  y2 = b (x3 - x1) + s + d
+//         with s = (a + b) / 2 (x1 + x2),  d = (a - b) / 2 (x2 - x1);
+//     y0 = a (x0 - x1) + s,  y1 = b (x2 - x1) + s  with s = (a + b) / 2 (x1 + x1)
+// With stride 2 the taps 0 and 2 of an axis are such a filter over every other position, and tap 1 is on its own: 49
+// products instead of 81 for 3 x 3 outputs of a 3x3 window. The gradient of the inputs has the same form. The gradients
+// of the two taps share the products of two outputs,
+//     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s  with s = (g0 + g1) x1,
 // where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0 and
 // 1 of images too small for F(2x2, 3x3). At the image's edge an output is on its own where that leaves the border's
 // zeros out; of two outputs each is, and nothing is shared.
@@ -753,21 +781,28 @@ struct Blend {
 
 constexpr Blend alone(std::int64_t at) { return {at, at, 0}; }
 
-// Some outputs of an axis, each a sum of few products. Weights are numbered by tap; 3 is the sum of taps 0 and 2.
+// Some outputs of an axis, or two or three at a time. Weights are numbered by tap; 3 and 4 are half of taps 0 and 2's
+// sum and of their difference.
 struct AxisTerm {
     struct Product {
         Blend x;
         int weight;
     };
-    std::int64_t count, x_step;  // outputs, and inputs from one to the next
-    std::int64_t out, out_step;
-    std::int64_t shared_with;  // an output to which the same is added, or -1: then this is the first that out gets
+    struct Target {
+        std::int64_t out;
+        int sign;
+    };
+    std::int64_t count, x_step;  // how often, and inputs from one time to the next
+    std::int64_t out_step;
+    bool adds;  // to what other terms leave; else it is the first that its outputs get, with sign 1
+    int targets;
+    Target target[3];
     int products;
     Product product[3];
 };
 
 struct Axis {
-    AxisTerm term[5];
+    AxisTerm term[10];
     int terms = 0;
 
     void add(const AxisTerm& next) {
@@ -791,34 +826,67 @@ constexpr Pairing pairing_of(std::int64_t first, std::int64_t last, std::int64_t
     return {count - rest, rest / 2, rest % 2};
 }
 
+// Outputs of an axis in groups that share products, and how many of the last are left.
+struct Grouping {
+    std::int64_t triples, pairs, rest;
+};
+
+// As few products as can be: beside tap 1's four for three outputs, three for two and two for one.
+constexpr Grouping grouping_of(std::int64_t count) {
+    const std::int64_t triples = count > 1 && count % 3 == 1 ? count / 3 - 1 : count / 3;
+    return {triples, (count - 3 * triples) / 2, (count - 3 * triples) % 2};
+}
+
 // Outputs [first, last) of an axis with stride 2. Positions count from the border's zero.
 inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in, std::int64_t out) {
-    const std::int64_t count = last - first;
+    const std::int64_t count = last - first, lead = first == 0 ? 1 : 0;
     const bool meets_end = last == out && in % 2 == 1;  // tap 2 of the last output is over the border
-    const auto [lead, pairs, tail] = pairing_of(first, last, out, meets_end);
-    const std::int64_t x = 2 * (first + lead), end = 2 * (last - 1);
-    Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
-    axis.add({pairs, 4, lead, 2, -1, 2, {{{x, x + 2, -1}, 0}, {alone(x + 1), 1}}});
-    axis.add({pairs, 4, lead + 1, 2, -1, 2, {{{x + 4, x + 2, -1}, 2}, {alone(x + 3), 1}}});
-    axis.add({lead, 0, 0, 0, -1, in > 1 ? 2 : 1, {{alone(1), 1}, {alone(2), 2}}});
-    axis.add(
-        {tail, 0, count - 1, 0, -1, meets_end ? 2 : 3, {{alone(end), 0}, {alone(end + 1), 1}, {alone(end + 2), 2}}});
-    axis.add({pairs, 4, lead, 2, lead + 1, 1, {{alone(x + 2), 3}}});
+    // Then it is on its own, but for two that share.
+    const std::int64_t ends = meets_end && count - lead != 2 && count > lead ? 1 : 0;
+    const auto [triples, pairs, rest] = grouping_of(count - lead - ends);
+    const std::int64_t tail = rest + ends, end = 2 * (last - 1);
+    const std::int64_t t = lead, p = t + 3 * triples, x = 2 * (first + t), z = 2 * (first + p);
+    Axis axis;  // of terms: count, x_step; out_step, adds, targets; products
+    axis.add({triples, 6, 3, false, 1, {{t, 1}}, 2, {{{x, x + 4, -1}, 0}, {alone(x + 1), 1}}});
+    axis.add({triples, 6, 3, false, 1, {{t + 1, 1}}, 1, {{alone(x + 3), 1}}});
+    axis.add({triples, 6, 3, false, 1, {{t + 2, 1}}, 2, {{{x + 6, x + 2, -1}, 2}, {alone(x + 5), 1}}});
+    axis.add({pairs, 4, 2, false, 1, {{p, 1}}, 2, {{{z, z + 2, -1}, 0}, {alone(z + 1), 1}}});
+    axis.add({pairs, 4, 2, false, 1, {{p + 1, 1}}, 2, {{{z + 4, z + 2, -1}, 2}, {alone(z + 3), 1}}});
+    axis.add({lead, 0, 0, false, 1, {{0, 1}}, in > 1 ? 2 : 1, {{alone(1), 1}, {alone(2), 2}}});
+    axis.add({tail,
+              0,
+              0,
+              false,
+              1,
+              {{count - 1, 1}},
+              meets_end ? 2 : 3,
+              {{alone(end), 0}, {alone(end + 1), 1}, {alone(end + 2), 2}}});
+    axis.add({triples, 6, 3, true, 3, {{t, 1}, {t + 1, 1}, {t + 2, 1}}, 1, {{{x + 2, x + 4, 1}, 3}}});
+    axis.add({triples, 6, 3, true, 3, {{t, 1}, {t + 1, -1}, {t + 2, 1}}, 1, {{{x + 4, x + 2, -1}, 4}}});
+    axis.add({pairs, 4, 2, true, 2, {{p, 1}, {p + 1, 1}}, 1, {{{z + 2, z + 2, 1}, 3}}});
     return axis;
 }
 
 // Inputs [first, last) of such an axis, whose gradient comes from that of the outputs; `first` is even. An even input
 // is under tap 1 of one output, an odd one under taps 2 and 0 of two: taps 0 and 2 of the exchanged window.
 inline Axis gathering_axis(std::int64_t first, std::int64_t last, std::int64_t out) {
-    const std::int64_t odd = (last - first) / 2, pairs = shares_products(out) ? odd / 2 : 0, g = first / 2 + 1;
-    Axis axis;  // of terms: count, x_step; out, out_step; shared_with; products
-    axis.add({(last - first + 1) / 2, 1, 0, 2, -1, 1, {{alone(g), 1}}});
-    axis.add({pairs, 2, 1, 4, -1, 1, {{{g, g + 1, -1}, 0}}});
-    axis.add({pairs, 2, 3, 4, -1, 1, {{{g + 2, g + 1, -1}, 2}}});
-    for (std::int64_t i = 2 * pairs; i < odd; ++i) {
-        axis.add({1, 0, 2 * i + 1, 0, -1, g + i + 1 > out ? 1 : 2, {{alone(g + i), 0}, {alone(g + i + 1), 2}}});
+    const std::int64_t odd = (last - first) / 2, g = first / 2 + 1;
+    const std::int64_t ends = g + odd > out ? 1 : 0;  // the last is under one output alone
+    const auto [triples, pairs, rest] = grouping_of(odd - ends);
+    const std::int64_t p = 6 * triples + 1, h = g + 3 * triples;
+    Axis axis;  // of terms: count, x_step; out_step, adds, targets; products
+    axis.add({(last - first + 1) / 2, 1, 2, false, 1, {{0, 1}}, 1, {{alone(g), 1}}});
+    axis.add({triples, 3, 6, false, 3, {{1, 1}, {3, 1}, {5, 1}}, 1, {{{g + 1, g + 2, 1}, 3}}});
+    axis.add({triples, 3, 6, true, 3, {{1, 1}, {3, -1}, {5, 1}}, 1, {{{g + 2, g + 1, -1}, 4}}});
+    axis.add({triples, 3, 6, true, 1, {{1, 1}}, 1, {{{g, g + 2, -1}, 0}}});
+    axis.add({triples, 3, 6, true, 1, {{5, 1}}, 1, {{{g + 3, g + 1, -1}, 2}}});
+    axis.add({pairs, 2, 4, false, 2, {{p, 1}, {p + 2, 1}}, 1, {{{h + 1, h + 1, 1}, 3}}});
+    axis.add({pairs, 2, 4, true, 1, {{p, 1}}, 1, {{{h, h + 1, -1}, 0}}});
+    axis.add({pairs, 2, 4, true, 1, {{p + 2, 1}}, 1, {{{h + 2, h + 1, -1}, 2}}});
+    for (std::int64_t i = odd - rest - ends; i < odd; ++i) {
+        const int products = g + i + 1 > out ? 1 : 2;
+        axis.add({1, 0, 0, false, 1, {{2 * i + 1, 1}}, products, {{alone(g + i), 0}, {alone(g + i + 1), 2}}});
     }
-    axis.add({pairs, 2, 1, 4, 3, 1, {{alone(g + 1), 3}}});
     return axis;
 }
 
@@ -870,23 +938,35 @@ void copy_blended(Scalar* to, std::int64_t to_step, const Images<Scalar>& from, 
     copy(to, to_step, from, rows, columns, box);
 }
 
-// Sums of weights: taps 0 and 2 of the rows with each column and with its sum; then of the columns with each row.
-inline std::int64_t sum_of_weights(int row, int column) { return row == 3 ? column : 4 + row; }
+// Where the weights of a row's number and a column's are among mixed weights: one of the two is 3 or 4.
+inline std::int64_t mixed_place(int row, int column) { return row < 3 ? 2 * row + column - 3 : 5 * row + column - 9; }
 
-// to [groups, 7, inputs, group] <- sums of `weight` [groups, 9, inputs, group]
+// Scalars of a matrix that are mixed before the next matrix's: a processor follows only some streams of memory.
+constexpr std::int64_t kMixedStretch = 512;
+
+// half sum, half difference <- of a and b
 template <typename Scalar>
-void sum_weights(Scalar* to, const Scalar* weight, std::int64_t inputs, std::int64_t channels, std::int64_t group) {
+void mix(Scalar* sum, Scalar* difference, const Scalar* a, const Scalar* b, std::int64_t count) {
+    const Vector<Scalar> half = all(Scalar(0.5));
+    for (std::int64_t i = 0; i < count; i += kLanes<Scalar>) {
+        const Vector<Scalar> one = load(a + i), other = load(b + i);
+        store(sum + i, half * (one + other));
+        store(difference + i, half * (one - other));
+    }
+}
+
+// to [groups, 16, inputs, group] <- half sums and half differences of `weight` [groups, 9, inputs, group]
+template <typename Scalar>
+void mix_weights(Scalar* to, const Scalar* weight, std::int64_t inputs, std::int64_t channels, std::int64_t group) {
     const std::int64_t tap = inputs * group;
-    for (std::int64_t first = 0; first < channels; first += group, weight += 9 * tap, to += 7 * tap) {
-        for (std::int64_t i = 0; i < tap; i += kLanes<Scalar>) {
-            Vector<Scalar> of_rows[3];
-#pragma GCC unroll 3
-            for (int k = 0; k < 3; ++k) {
-                of_rows[k] = load(weight + k * tap + i) + load(weight + (6 + k) * tap + i);
-                store(to + k * tap + i, of_rows[k]);
-                store(to + (4 + k) * tap + i, load(weight + 3 * k * tap + i) + load(weight + (3 * k + 2) * tap + i));
-            }
-            store(to + 3 * tap + i, of_rows[0] + of_rows[2]);
+    for (std::int64_t first = 0; first < channels; first += group, weight += 9 * tap, to += 16 * tap) {
+        for (std::int64_t i = 0; i < tap; i += kMixedStretch) {
+            const std::int64_t count = least(kMixedStretch, tap - i);
+            const auto of = [&](int row, int column) { return weight + (3 * row + column) * tap + i; };
+            const auto mixed = [&](int row, int column) { return to + mixed_place(row, column) * tap + i; };
+            for (int x = 0; x < 3; ++x) mix(mixed(3, x), mixed(4, x), of(0, x), of(2, x), count);
+            for (int y = 0; y < 3; ++y) mix(mixed(y, 3), mixed(y, 4), of(y, 0), of(y, 2), count);
+            for (int y = 3; y < 5; ++y) mix<Scalar>(mixed(y, 3), mixed(y, 4), mixed(y, 0), mixed(y, 2), count);
         }
     }
 }
@@ -899,7 +979,7 @@ struct SharedConvolution {
     Images<Scalar> x;
     std::int64_t images, inputs;
     const Scalar* weight;  // [groups, 9, inputs, group]
-    const Scalar* sums;    // [groups, 7, inputs, group], in the same memory
+    const Scalar* mixed;   // [groups, 16, inputs, group], in the same memory
     int vectors;
 };
 
@@ -907,71 +987,85 @@ struct SharedConvolution {
 template <typename Scalar>
 Scattered targets_of(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns) {
     Scattered to;
-    to.add = rows.shared_with >= 0 || columns.shared_with >= 0;
-    const std::int64_t all_y[] = {rows.out, rows.shared_with}, all_x[] = {columns.out, columns.shared_with};
-    for (const std::int64_t y : all_y) {
-        for (const std::int64_t x : all_x) {
-            if (y >= 0 && x >= 0) to.all_targets[to.targets++] = y * conv.out_row + x * conv.x.channels;
+    to.add = rows.adds || columns.adds;
+    for (int y = 0; y < rows.targets; ++y) {
+        for (int x = 0; x < columns.targets; ++x) {
+            const AxisTerm::Target row = rows.target[y], column = columns.target[x];
+            to.signs[to.targets] = row.sign * column.sign;
+            to.all_targets[to.targets++] = row.out * conv.out_row + column.out * conv.x.channels;
         }
     }
     return to;
 }
 
-// Places of a term's outputs, one after another, of images from `first` on.
-template <typename Scalar>
-void set_places(std::int64_t* places, const SharedConvolution<Scalar>& conv, const AxisTerm& rows,
-                const AxisTerm& columns, std::int64_t first, std::int64_t images) {
-    const std::int64_t row_step = rows.out_step * conv.out_row, step = columns.out_step * conv.x.channels;
-    for (std::int64_t image = first; image < first + images; ++image) {
-        std::int64_t row = image * conv.out_image;
-        for (std::int64_t y = 0; y < rows.count; ++y, row += row_step) {
-            std::int64_t place = row;
-            for (std::int64_t x = 0; x < columns.count; ++x, place += step) *places++ = place;
+// Of positions of images, from one to the next.
+struct PlaceSteps {
+    std::int64_t image, row, position;
+};
+
+inline void set_places(std::int64_t* places, const PlaceSteps& steps, const Box& box) {
+    for (std::int64_t image = 0; image < box.images; ++image) {
+        for (std::int64_t y = 0; y < box.rows; ++y) {
+            std::int64_t place = image * steps.image + y * steps.row;
+            for (std::int64_t x = 0; x < box.columns; ++x, place += steps.position) *places++ = place;
         }
     }
 }
 
-// The weights of a term's products with another's, `to_sums` from the weights of the same group to its sums.
+// The weights of a term's products with another's, `to_mixed` from the weights of the same group to the mixed ones.
 inline void choose_weights(Runs& runs, const AxisTerm& rows, const AxisTerm& columns, std::int64_t tap,
-                           std::int64_t to_sums) {
+                           std::int64_t to_mixed) {
     Run* run = runs.run;
     for (int i = 0; i < rows.products; ++i) {
         for (int j = 0; j < columns.products; ++j, ++run) {
             const int y = rows.product[i].weight, x = columns.product[j].weight;
-            run->weight = y < 3 && x < 3 ? (y * 3 + x) * tap : to_sums + sum_of_weights(y, x) * tap;
+            run->weight = y < 3 && x < 3 ? (y * 3 + x) * tap : to_mixed + mixed_place(y, x) * tap;
         }
     }
 }
 
-// scratch: conv_shared_scratch scalars.
+// What is not blended is read where it is. scratch: conv_shared_scratch scalars.
 template <typename Scalar>
 void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns,
                      Scalar* scratch) {
     const std::int64_t channels = conv.x.channels, group = conv.vectors * kLanes<Scalar>, tap = conv.inputs * group;
     const std::int64_t positions = rows.count * columns.count;
     Scattered to = targets_of(conv, rows, columns);
-    std::int64_t places[kConvSharedPositions];
+    std::int64_t places[kConvSharedPositions], of_x[kConvSharedPositions], of_copies[kConvSharedPositions];
     to.places = places;
+    Places from;
     Runs runs{};
     runs.count = rows.products * columns.products;
     runs.length = conv.inputs;
     const std::int64_t at_once = most(1, kConvSharedPositions / (positions * runs.count));
     for (std::int64_t first = 0; first < conv.images; first += at_once) {
         const Box box{least(at_once, conv.images - first), rows.count, columns.count, rows.x_step, columns.x_step};
-        Images<Scalar> from = conv.x;
-        from.first += first * from.image;
-        std::int64_t input = 0;
+        Images<Scalar> x = conv.x;
+        x.first += first * x.image;
+        std::int64_t copied = 0;
         for (int i = 0; i < rows.products; ++i) {
-            for (int j = 0; j < columns.products; ++j, input += box.count() * channels) {
-                runs.run[i * columns.products + j].input = input;
-                copy_blended(scratch + input, channels, from, rows.product[i].x, columns.product[j].x, box);
+            for (int j = 0; j < columns.products; ++j) {
+                const Blend row = rows.product[i].x, column = columns.product[j].x;
+                const int run = i * columns.products + j;
+                if (row.sign == 0 && column.sign == 0) {
+                    runs.run[run].input = x.first - scratch + row.at * x.row + column.at * channels;
+                    from.of_run[run] = of_x;
+                } else {
+                    runs.run[run].input = copied;
+                    from.of_run[run] = of_copies;
+                    copy_blended(scratch + copied, channels, x, row, column, box);
+                    copied += box.count() * channels;
+                }
             }
         }
-        set_places(places, conv, rows, columns, first, box.images);
+        set_places(places, {conv.out_image, rows.out_step * conv.out_row, columns.out_step * channels}, box);
+        set_places(of_x, {x.image, rows.x_step * x.row, columns.x_step * channels}, box);
+        for (std::int64_t i = 0; i < box.count(); ++i) of_copies[i] = i * channels;
         for (std::int64_t c = 0; c < channels; c += group) {
             const Scalar* weight = conv.weight + c * 9 * conv.inputs;
-            choose_weights(runs, rows, columns, tap, conv.sums + c * 7 * conv.inputs - weight);
-            convolve_row(conv.out + c, to, scratch, channels, box.count(), runs, weight, conv.vectors);
+            choose_weights(runs, rows, columns, tap, conv.mixed + c * 16 * conv.inputs - weight);
+            convolve_positions(conv.out + first * conv.out_image + c, to, scratch, /*x_step=*/0, from, box.count(),
+                               runs, weight, conv.vectors);
         }
     }
 }
@@ -1054,7 +1148,7 @@ const Scalar* input_row(const ConvTask<Scalar>& t, int block, std::int64_t examp
     const ConvBlockPlan& b = t.block(block);
     const Scalar* base = t.at(block == 0 ? t.layout->images : t.block(block - 1).halved);
     const std::int64_t row = (b.in_w + 2) * std::int64_t{b.input_lanes};
-    if (block == 1) example -= t.first_held;
+    if (block > 0) example -= t.held[block - 1];
     return base + (example * (b.in_h + 2) + y * b.stride) * row;
 }
 
@@ -1356,7 +1450,7 @@ void transform_weights(const ConvTask<Scalar>& t, int block, bool back) {
     if (b.winograd) {
         transform_kernels(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
     } else if (b.shared && (shares_products(b.out_h) || shares_products(b.out_w))) {
-        sum_weights(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
+        mix_weights(t.at(t.layout->transformed), weight, t.shape->filters, t.layout->channels, group);
     }
 }
 
@@ -1456,8 +1550,7 @@ template <typename Scalar>
 Scalar* halved_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, row = (b.half_w + 2 * b.pad) * channels;
-    if (block == 0) example -= t.first_held;
-    return t.at(b.halved) + (example * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
+    return t.at(b.halved) + ((example - t.held[block]) * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
 }
 
 // One row of a block's halved output from the row's winners.
@@ -1670,10 +1763,11 @@ Scalar* raw_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std:
     return t.at(b.raw) + (example * (b.out_h + 2) + y + 1) * row + channels;
 }
 
-// Outputs of an axis that are convolved at once, in both directions: as many pairs of pairs as shared products fit.
-constexpr std::int64_t kSharedColumns = 32;
+// Outputs of an axis that are convolved at once, in both directions: of no two terms there are more products than
+// shared products fit.
+constexpr std::int64_t kSharedColumns = 30;
 constexpr std::int64_t shared_rows(std::int64_t columns) {
-    return 2 * most(1, kConvSharedPositions / 4 / ((columns + 1) / 2));
+    return 2 * most(1, kConvSharedPositions / 8 / ((columns + 1) / 2));
 }
 
 // raw <- convolution of some images' rows
@@ -1871,22 +1965,40 @@ void norm_grads(const ConvTask<Scalar>& t, int block) {
     }
 }
 
-// d raw = scale * d halved at the winners + slope * (raw - mean) + offset everywhere
+// d raw = scale * d halved at the winners + slope * (raw - mean) + offset everywhere; without pooling all are winners.
+template <typename Scalar>
+void raw_grad_strided(const ConvTask<Scalar>& t, int block, std::int64_t item) {
+    const ConvBlockPlan& b = t.block(block);
+    const Rows rows = raw_rows(t, block, item);
+    const std::int64_t channels = t.layout->channels;
+    const std::int64_t half = (rows.example * b.half_h + rows.first) * b.half_w * channels;
+    for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+        const Vector<Scalar> scale = load(t.vector(block, kScale) + c), slope = load(t.vector(block, kSlope) + c);
+        const Vector<Scalar> mean = load(t.vector(block, kMean) + c), offset = load(t.vector(block, kOffset) + c);
+        const Scalar* halved_grad = t.at(t.layout->halved_grad) + half + c;
+        for (std::int64_t y = 0; y < rows.count; ++y) {
+            Scalar* z = raw_row(t, block, rows.example, rows.first + y) + c;
+            for (std::int64_t x = 0; x < b.out_w; ++x, z += channels, halved_grad += channels) {
+                store(z, slope * (load(z) - mean) + offset + scale * load(halved_grad));
+            }
+        }
+    }
+}
+
 template <typename Scalar>
 void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     const ConvBlockPlan& b = t.block(block);
+    if (b.stride == 2) return raw_grad_strided(t, block, item);
     const Rows rows = raw_rows(t, block, item);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
     Scalar* raw = raw_row(t, block, rows.example, rows.first);
     const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
-    const bool pools = b.stride == 1;
-    const std::uint8_t* choices = pools ? choices_of(t, block, rows.example) : nullptr;
-    const std::int64_t size = pools ? 2 : 1;
-    for (std::int64_t y = 0; y < rows.count; y += size) {
-        const std::int64_t half_y = (rows.first + y) / size;
-        for (std::int64_t x = 0; x < b.out_w; x += size) {
-            const std::int64_t half = (half_y * b.half_w + x / size) * channels;
-            const bool counts = half_y < b.half_h && x / size < b.half_w;  // pooling drops an odd last row and column
+    const std::uint8_t* choices = choices_of(t, block, rows.example);
+    for (std::int64_t y = 0; y < rows.count; y += 2) {
+        const std::int64_t half_y = (rows.first + y) / 2;
+        for (std::int64_t x = 0; x < b.out_w; x += 2) {
+            const std::int64_t half = (half_y * b.half_w + x / 2) * channels;
+            const bool counts = half_y < b.half_h && x / 2 < b.half_w;  // pooling drops an odd last row and column
             for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
                 const Vector<Scalar> slope = load(t.vector(block, kSlope) + c);
                 const Vector<Scalar> mean = load(t.vector(block, kMean) + c);
@@ -1895,9 +2007,9 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
                 Mask<Scalar> choice = {};
                 if (counts) {
                     routed = load(t.vector(block, kScale) + c) * load(halved_grad + half + c);
-                    if (pools) choice = load_choice<Scalar>(choices + half + c);
+                    choice = load_choice<Scalar>(choices + half + c);
                 }
-                for (int i = 0; i < size * size; ++i) {
+                for (int i = 0; i < 4; ++i) {
                     if (y + i / 2 >= rows.count || x + i % 2 >= b.out_w) continue;
                     Scalar* z = raw + (y + i / 2) * row + (x + i % 2) * channels + c;
                     const Vector<Scalar> of_winner = choice == i ? routed : Vector<Scalar>{};

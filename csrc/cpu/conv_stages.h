@@ -14,9 +14,9 @@ template <typename Scalar>
 struct ConvTask {
     const ConvShape* shape;
     const ConvCpuLayout* layout;
-    Scalar* memory;               // as the layout says
-    std::int64_t examples;        // n of the set at hand
-    std::int64_t first_held = 0;  // the example with which block 0's output starts, where not that of all is kept
+    Scalar* memory;                       // as the layout says
+    std::int64_t examples;                // n of the set at hand
+    std::int64_t held[kConvBlocks] = {};  // the example with which a block's output starts, where not all is kept
 
     const ConvBlockPlan& block(int i) const { return layout->blocks[i]; }
     Scalar* at(std::int64_t place) const { return memory + place; }

@@ -26,9 +26,9 @@ constexpr std::int32_t conv_channels(int filters, ConvUnit unit) {
 }
 
 // Vectors of a group of channels: the most that divide all of them evenly, so that one tile size serves a whole row.
-constexpr std::int32_t conv_group_vectors(int filters, std::int64_t row, ConvUnit unit) {
+constexpr std::int32_t conv_group_vectors(int filters, bool wide, ConvUnit unit) {
     const std::int32_t all = conv_channels(filters, unit) / unit.lanes;
-    std::int32_t vectors = row < kConvNarrow ? unit.vectors_narrow : unit.vectors_wide;
+    std::int32_t vectors = wide ? unit.vectors_wide : unit.vectors_narrow;
     while (all % vectors != 0) --vectors;
     return vectors;
 }
@@ -73,19 +73,20 @@ constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
 
 // Shared products (conv_stages.cpp) are computed for at most so many positions at once, copied side by side: in the
 // convolutions with stride 2, and in the weight gradients.
-inline constexpr std::int64_t kConvSharedPositions = 192;
-inline constexpr std::int64_t kConvProducts = 16;  // matrices that a weight gradient is made of
+inline constexpr std::int64_t kConvSharedPositions = 384;
+inline constexpr std::int64_t kConvSharedRuns = 9;  // products in one sum: three of a row times three of a column
+inline constexpr std::int64_t kConvProducts = 16;   // matrices that a weight gradient is made of
 inline constexpr std::int64_t kConvOuterPositions = 128;
-// Pairs of outputs, in both directions, that fill register tiles well: so many images are taken together.
-inline constexpr std::int64_t kConvSharedPairs = 36;
+// Two by two outputs that fill register tiles well: so many images are taken together.
+inline constexpr std::int64_t kConvSharedPairs = 54;
 // Images whose gradient of block 0's output a thread keeps at once.
-inline constexpr std::int64_t kConvFirstGrads = 4;
+inline constexpr std::int64_t kConvFirstGrads = 6;
 // Bytes of inputs and gradients of which all matrices of a weight gradient's products are made before the next: they
 // stay in the second-level cache.
-inline constexpr std::int64_t kConvWeightBytes = 352 * 1024;
-// Bytes of block 0's output that a thread with a task to itself keeps in a network with stride 2. Of more images it
+inline constexpr std::int64_t kConvWeightBytes = 448 * 1024;
+// Bytes of a block's output that a thread with a task to itself keeps in a network with stride 2. Of more images it
 // makes the output twice, a few at a time in the second-level cache: memory would take longer.
-inline constexpr std::int64_t kConvFirstBytes = 512 * 1024;
+inline constexpr std::int64_t kConvKeptBytes = 512 * 1024;
 
 constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w) {
     return larger(1, kConvSharedPairs / (larger(1, out_h / 2) * larger(1, out_w / 2)));
@@ -123,8 +124,8 @@ struct ConvBlockPlan {
     std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else, and of
                                // block 0, none
     std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
-    std::int64_t halved;       // [n, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU, and zeros;
-                               // of block 0 [first_kept, ...]
+    std::int64_t kept;         // images whose halved output is kept at once: all, or some
+    std::int64_t halved;       // [kept, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU, and zeros
     std::int64_t halved_size, halved_beyond;
 };
 
@@ -161,7 +162,8 @@ struct ConvCpuLayout {
     std::int64_t first_weight;  // block 0's with BatchNorm's scale: [groups, 9 inputs, group], or where it pools
                                 // [groups, 4, 3 inputs, group] for F(2, 3)
     std::int64_t weight_back;   // [groups, 9, filters, group], window and channels exchanged
-    std::int64_t transformed;   // weights: [16, filters, channels] for F(2x2, 3x3), or sums [groups, 7, filters, group]
+    std::int64_t transformed;   // weights: [16, filters, channels] for F(2x2, 3x3), or mixed ones
+                                // [groups, 16, filters, group] for shared products
     std::int64_t products;      // [16, groups, filters, group], of which the weight gradient is made
     std::int64_t logits;        // [n, ways]
     std::int64_t logits_grad;   // [n, ways]
@@ -176,7 +178,6 @@ struct ConvCpuLayout {
     // it.
     bool first_grad_in_scratch;
     std::int64_t first_grad;  // then from one item to the next
-    std::int64_t first_kept;  // images whose output of block 0 is kept at once: all, or some
 };
 
 constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
@@ -224,8 +225,10 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
     block.half_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
     block.winograd = i > 0 && pools && conv_winograd_pays(block.out_h, block.out_w);
     block.shared = i > 0 && !pools;
-    block.vectors = conv_group_vectors(shape.filters, block.out_w, unit);
-    block.vectors_back = conv_group_vectors(shape.filters, ceil_div(w, block.stride), unit);
+    // Tiles of shared products reach each position by a pointer of its own: they rather have few.
+    block.vectors = conv_group_vectors(shape.filters, !block.shared && block.out_w >= kConvNarrow, unit);
+    block.vectors_back =
+        conv_group_vectors(shape.filters, !block.shared && ceil_div(w, block.stride) >= kConvNarrow, unit);
     block.rows = conv_item_rows(block.out_h, block.out_w, shape.halving);
     block.items = static_cast<std::int32_t>(ceil_div(block.out_h, block.rows));
     block.half_rows = conv_item_rows(larger(1, block.half_h), larger(1, block.half_w), shape.halving);
@@ -262,12 +265,14 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         if (block.winograd) winograd_scratch = larger(conv_winograd_scratch(channels), conv_outer_scratch(channels));
     }
     layout.features = shape.readout == Readout::kMean ? channels : h * w * channels;
-    layout.first_kept = n;
-    if (alone && !pools && shape.blocks > 1) {
-        const ConvBlockPlan &zero = layout.blocks[0], &one = layout.blocks[1];
-        const std::int64_t bytes = std::int64_t{zero.half_h + 2} * (zero.half_w + 2) * channels * scalar_bytes;
-        const std::int64_t at_once = larger(one.weight_images, one.forward_items);
-        layout.first_kept = smaller(n, larger(at_once, kConvFirstBytes / bytes));
+    for (int i = 0; i < shape.blocks; ++i) {
+        ConvBlockPlan& block = layout.blocks[i];
+        block.kept = n;
+        if (!alone || pools || i + 1 == shape.blocks) continue;
+        const std::int64_t bytes = std::int64_t{block.half_h + 2} * (block.half_w + 2) * channels * scalar_bytes;
+        const ConvBlockPlan& reader = layout.blocks[i + 1];
+        const std::int64_t at_once = larger(reader.weight_images, reader.forward_items);
+        block.kept = smaller(n, larger(at_once, kConvKeptBytes / bytes));
     }
 
     ConvPlaces places{64 / scalar_bytes, 0};
@@ -279,7 +284,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         const std::int64_t half = std::int64_t{block.half_h + 2 * block.pad} * (block.half_w + 2 * block.pad);
         block.raw = i > 0 ? places.take(n * out * channels) : -1;
         // Tiles of F(2x2, 3x3) over an odd image reach one row and one position beyond the last border.
-        block.halved_size = (i == 0 ? layout.first_kept : n) * half * channels;
+        block.halved_size = block.kept * half * channels;
         block.halved_beyond = block.pad > 0 && pools ? (block.half_w + 3) * channels : 0;
         block.halved = places.take(block.halved_size + block.halved_beyond);
     }
@@ -302,7 +307,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.first_weight = places.take((pools ? 12 : 9) * shape.channels * channels);
     const std::int64_t matrix = shape.blocks > 1 ? shape.filters * channels : 0;  // of one tap
     layout.weight_back = places.take(9 * matrix);
-    layout.transformed = places.take(winograd_scratch > 0 ? 16 * matrix : pools ? 0 : 7 * matrix);
+    layout.transformed = places.take(winograd_scratch > 0 || !pools ? 16 * matrix : 0);
     layout.products = places.take(16 * matrix);
     layout.logits = places.take(n * shape.ways);
     layout.logits_grad = places.take(n * shape.ways);

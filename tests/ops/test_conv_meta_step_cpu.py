@@ -130,6 +130,15 @@ def test_float64_trajectories_are_those_of_the_reference(isa: str, shape: dict[s
         assert distance(own[name], gradient) < 1e-10, name
 
 
+def test_strided_blocks_of_any_size() -> None:
+    """Outputs of an axis share products by threes and twos, but for what the border and a chunk leave."""
+    for size in [*range(1, 33), 58, 59, 60, 61, 62, 63, 64, 123]:
+        model, batch = net(size=2 * size, pooling="stride"), data(size=2 * size, tasks=1, support=3, query=3)
+        _, own, _, expected = both(model, batch, inner_lr=0.01, inner_steps=0)
+        for name, gradient in expected.items():
+            assert distance(own[name], gradient) < 1e-10, (size, name)
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize(("support", "query"), [(1, 1), (2, 17), (31, 3)])
 @pytest.mark.parametrize("pooling", ["max", "stride"])
@@ -192,9 +201,9 @@ def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> N
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_bitwise_the_same_where_the_first_block_is_made_twice(isa: str, channels: int) -> None:
-    model = net(channels=channels, size=33, filters=64, pooling="stride").float()
-    for support, query in ((2, 3), (13, 18), (3, 18)):  # kept, made twice, and one after the other
+def test_bitwise_the_same_where_outputs_are_made_twice(isa: str, channels: int) -> None:
+    model = net(channels=channels, size=33, filters=64, pooling="stride", layers=3).float()
+    for support, query in ((2, 3), (13, 18), (3, 18), (2, 40)):  # kept, block 0's twice, one after the other; block 1's
         batch = data(channels=channels, size=33, tasks=3, support=support, query=query)
         same_for_any_number_of_threads(model, batch, (1, 2, 4))
 
