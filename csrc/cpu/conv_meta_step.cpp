@@ -473,7 +473,8 @@ class ConvTeam {
     // Of a block after the first, over some examples: of its raw values, its weights and the block before.
     void convolution_grads(int block, std::int64_t first, std::int64_t last, bool of_weights, bool of_data) {
         const ConvBlockPlan& b = layout_.blocks[block];
-        if (!keeps_all(block - 1) && task_.held[block - 1] != first) {
+        const bool reads_input = of_weights || (block == 1 && of_data);  // block 0's ReLU is known by its output
+        if (reads_input && !keeps_all(block - 1) && task_.held[block - 1] != first) {
             ranges_with_scratch(last - first, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
                 make_output(block - 1, first + begin, first + end, scratch);
             });

@@ -273,7 +273,7 @@ void convolve_tile(Scalar* out, const To& to, std::int64_t first, const Scalar* 
     for (int r = 0; r < runs.count; ++r) {
         const Scalar* w = weight + runs.run[r].weight;
         const Scalar* in[(kRows + kWidth - 1) / kWidth];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < (kRows + kWidth - 1) / kWidth; ++i) in[i] = x + runs.run[r].input + from.place(r, first, i);
         for (std::int64_t k = 0; k < runs.length; ++k, w += kVectors * kL) {
             Vector<Scalar> row[kVectors];
@@ -771,7 +771,7 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, int vectors
 //     da = g0 x0 + g1 x1 = g0 (x0 - x1) + s,  db = g0 x1 + g1 x2 = g1 (x2 - x1) + s  with s = (g0 + g1) x1,
 // where a tap that meets only zeros still gets exactly 0, on which the sign depends; with stride 1 too, for taps 0 and
 // 1 of images too small for F(2x2, 3x3). At the image's edge an output is on its own where that leaves the border's
-// zeros out; of two outputs each is, and nothing is shared.
+// zeros out, but for a last one beside one that is left alone; of two outputs each is, and nothing is shared.
 
 // Along one axis: x[at] + sign * x[other], or without a sign x[at].
 struct Blend {
@@ -831,7 +831,7 @@ struct Grouping {
     std::int64_t triples, pairs, rest;
 };
 
-// As few products as can be: beside tap 1's four for three outputs, three for two and two for one.
+// With as few products as can be. Those of tap 1 apart, three outputs take four, two take three and one takes two.
 constexpr Grouping grouping_of(std::int64_t count) {
     const std::int64_t triples = count > 1 && count % 3 == 1 ? count / 3 - 1 : count / 3;
     return {triples, (count - 3 * triples) / 2, (count - 3 * triples) % 2};
@@ -841,7 +841,7 @@ constexpr Grouping grouping_of(std::int64_t count) {
 inline Axis strided_axis(std::int64_t first, std::int64_t last, std::int64_t in, std::int64_t out) {
     const std::int64_t count = last - first, lead = first == 0 ? 1 : 0;
     const bool meets_end = last == out && in % 2 == 1;  // tap 2 of the last output is over the border
-    // Then it is on its own, but for two that share.
+    // Then it is on its own, unless one other is left besides: the two share.
     const std::int64_t ends = meets_end && count - lead != 2 && count > lead ? 1 : 0;
     const auto [triples, pairs, rest] = grouping_of(count - lead - ends);
     const std::int64_t tail = rest + ends, end = 2 * (last - 1);
@@ -976,7 +976,7 @@ template <typename Scalar>
 struct SharedConvolution {
     Scalar* out;
     std::int64_t out_image, out_row;
-    Images<Scalar> x;
+    Images<Scalar> x;  // in the same memory as scratch
     std::int64_t images, inputs;
     const Scalar* weight;  // [groups, 9, inputs, group]
     const Scalar* mixed;   // [groups, 16, inputs, group], in the same memory
@@ -1763,8 +1763,8 @@ Scalar* raw_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std:
     return t.at(b.raw) + (example * (b.out_h + 2) + y + 1) * row + channels;
 }
 
-// Outputs of an axis that are convolved at once, in both directions: of no two terms there are more products than
-// shared products fit.
+// Outputs of an axis that are convolved at once, in both directions: no two terms have more products, times positions,
+// than half of kConvSharedPositions.
 constexpr std::int64_t kSharedColumns = 30;
 constexpr std::int64_t shared_rows(std::int64_t columns) {
     return 2 * most(1, kConvSharedPositions / 8 / ((columns + 1) / 2));

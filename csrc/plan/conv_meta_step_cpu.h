@@ -71,12 +71,12 @@ constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
     return 2 * 16 * kConvOuterTiles * (channels + kConvOuterGap);
 }
 
-// Shared products (conv_stages.cpp) are computed for at most so many positions at once, copied side by side: in the
-// convolutions with stride 2, and in the weight gradients.
+// Shared products (conv_stages.cpp) of a convolution with stride 2 are computed for at most so many positions at once,
+// times the products in one sum: the blended inputs of all lie side by side.
 inline constexpr std::int64_t kConvSharedPositions = 384;
-inline constexpr std::int64_t kConvSharedRuns = 9;  // products in one sum: three of a row times three of a column
-inline constexpr std::int64_t kConvProducts = 16;   // matrices that a weight gradient is made of
-inline constexpr std::int64_t kConvOuterPositions = 128;
+inline constexpr std::int64_t kConvSharedRuns = 9;        // products in one sum: three of a row times three of a column
+inline constexpr std::int64_t kConvProducts = 16;         // matrices that a weight gradient is made of
+inline constexpr std::int64_t kConvOuterPositions = 128;  // that are copied side by side for one of them
 // Two by two outputs that fill register tiles well: so many images are taken together.
 inline constexpr std::int64_t kConvSharedPairs = 54;
 // Images whose gradient of block 0's output a thread keeps at once.
@@ -84,8 +84,9 @@ inline constexpr std::int64_t kConvFirstGrads = 6;
 // Bytes of inputs and gradients of which all matrices of a weight gradient's products are made before the next: they
 // stay in the second-level cache.
 inline constexpr std::int64_t kConvWeightBytes = 448 * 1024;
-// Bytes of a block's output that a thread with a task to itself keeps in a network with stride 2. Of more images it
-// makes the output twice, a few at a time in the second-level cache: memory would take longer.
+// Bytes of a block's output, but for the last block's, that a thread with a task to itself keeps in a network with
+// stride 2, or those of the images that the next block takes at once. Of more images it makes the output twice, a few
+// at a time in the second-level cache: memory would take longer.
 inline constexpr std::int64_t kConvKeptBytes = 512 * 1024;
 
 constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w) {

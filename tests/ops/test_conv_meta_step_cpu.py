@@ -203,7 +203,7 @@ def test_bitwise_the_same_for_any_number_of_threads(isa: str, pooling: str) -> N
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bitwise_the_same_where_outputs_are_made_twice(isa: str, channels: int) -> None:
     model = net(channels=channels, size=33, filters=64, pooling="stride", layers=3).float()
-    for support, query in ((2, 3), (13, 18), (3, 18), (2, 40)):  # kept, block 0's twice, one after the other; block 1's
+    for support, query in ((2, 3), (13, 18), (3, 18), (2, 40)):  # kept, made twice, one after the other, many times
         batch = data(channels=channels, size=33, tasks=3, support=support, query=query)
         same_for_any_number_of_threads(model, batch, (1, 2, 4))
 
