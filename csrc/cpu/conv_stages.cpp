@@ -406,26 +406,27 @@ OuterTile<Scalar> outer_tile_of(int vectors, std::int64_t rows) {
     return vectors == 2 ? outer_tile_of<Scalar, 2>(rows) : outer_tile_of<Scalar, 1>(rows);
 }
 
-// Positions in tiles as even as can be: a tile that starts with position i reads from x + i * x_step on.
+// Positions in tiles as even as can be.
 template <typename Scalar, typename To>
-void convolve_positions(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, const typename To::From& from,
+void convolve_positions(Scalar* out, const To& to, const Scalar* x, const typename To::From& from,
                         std::int64_t positions, const Runs& runs, const Scalar* weight, int vectors) {
     const std::int64_t tiles = pieces(positions, most_rows(vectors)), least_rows = positions / tiles;
     const std::int64_t longer = positions % tiles;
     for (std::int64_t tile = 0, first = 0; tile < tiles; ++tile) {
         const std::int64_t rows = least_rows + (tile < longer ? 1 : 0);
-        convolve_tile_of<Scalar, To>(vectors, rows)(out, to, first, x + first * x_step, from, runs, weight);
+        convolve_tile_of<Scalar, To>(vectors, rows)(out, to, first, x + first * from.step, from, runs, weight);
         first += rows;
     }
 }
 
+constexpr Steps in_threes(std::int64_t step) { return {step, kTileWidth * step}; }
+constexpr InRows one_row(std::int64_t step) { return {in_threes(step)}; }
+
 template <typename Scalar, typename To>
 void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, std::int64_t positions,
                   const Runs& runs, const Scalar* weight, int vectors) {
-    convolve_positions(out, to, x, x_step, Steps{x_step, kTileWidth * x_step}, positions, runs, weight, vectors);
+    convolve_positions(out, to, x, in_threes(x_step), positions, runs, weight, vectors);
 }
-
-constexpr InRows one_row(std::int64_t step) { return {{step, kTileWidth * step}}; }
 
 // Rows of positions. Rows of two or three go in pairs: alone they would leave half of the registers idle, and the
 // weights, which come from the second-level cache, would be read twice as often.
@@ -1029,7 +1030,6 @@ template <typename Scalar>
 void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns,
                      Scalar* scratch) {
     const std::int64_t channels = conv.x.channels, group = conv.vectors * kLanes<Scalar>, tap = conv.inputs * group;
-    const std::int64_t positions = rows.count * columns.count;
     Scattered to = targets_of(conv, rows, columns);
     std::int64_t places[kConvSharedPositions], of_x[kConvSharedPositions], of_copies[kConvSharedPositions];
     to.places = places;
@@ -1037,9 +1037,13 @@ void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows
     Runs runs{};
     runs.count = rows.products * columns.products;
     runs.length = conv.inputs;
-    const std::int64_t at_once = most(1, kConvSharedPositions / (positions * runs.count));
+    const std::int64_t at_once = most(1, kConvSharedPositions / (rows.count * columns.count * runs.count));
+    Box box{least(at_once, conv.images), rows.count, columns.count, rows.x_step, columns.x_step};
+    set_places(places, {conv.out_image, rows.out_step * conv.out_row, columns.out_step * channels}, box);
+    set_places(of_x, {conv.x.image, rows.x_step * conv.x.row, columns.x_step * channels}, box);
+    for (std::int64_t i = 0; i < box.count(); ++i) of_copies[i] = i * channels;
     for (std::int64_t first = 0; first < conv.images; first += at_once) {
-        const Box box{least(at_once, conv.images - first), rows.count, columns.count, rows.x_step, columns.x_step};
+        box.images = least(at_once, conv.images - first);
         Images<Scalar> x = conv.x;
         x.first += first * x.image;
         std::int64_t copied = 0;
@@ -1058,14 +1062,11 @@ void convolve_shared(const SharedConvolution<Scalar>& conv, const AxisTerm& rows
                 }
             }
         }
-        set_places(places, {conv.out_image, rows.out_step * conv.out_row, columns.out_step * channels}, box);
-        set_places(of_x, {x.image, rows.x_step * x.row, columns.x_step * channels}, box);
-        for (std::int64_t i = 0; i < box.count(); ++i) of_copies[i] = i * channels;
         for (std::int64_t c = 0; c < channels; c += group) {
             const Scalar* weight = conv.weight + c * 9 * conv.inputs;
             choose_weights(runs, rows, columns, tap, conv.mixed + c * 16 * conv.inputs - weight);
-            convolve_positions(conv.out + first * conv.out_image + c, to, scratch, /*x_step=*/0, from, box.count(),
-                               runs, weight, conv.vectors);
+            convolve_positions(conv.out + first * conv.out_image + c, to, scratch, from, box.count(), runs, weight,
+                               conv.vectors);
         }
     }
 }
