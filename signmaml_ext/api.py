@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, graphs, spec
+from . import dispatch, graphs, modes, spec
 from .checks import Loss, Problem, Rate, check_problem
 from .dispatch import Explanation
 from .reference import Adaptation, MetaGradients
@@ -77,6 +78,7 @@ def meta_step(
     first_task: int = 0,
     graph: bool | None = None,
     task_state: str = "full",
+    batching: str = "auto",
 ) -> MetaStepResult:
     """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
 
@@ -86,8 +88,17 @@ def meta_step(
     phi_K is the exact meta-gradient at first-order cost. ``"fo-maml"`` steps along g and drops the second order,
     ``"maml"`` (Finn et al. 2017) differentiates through the steps.
 
-    Nothing else changes: no parameter, no buffer, no module mode. BatchNorm buffers are neither read nor written
-    unless ``batch_norm="running"``. Dropout and everything else follow `model.training`.
+    Nothing else changes: no parameter, no buffer, no module mode, not even during the call. Every forward pass runs on
+    a private copy of the module objects with tensors of its own, so what a forward leaves behind (`self.features = h`)
+    is gone afterwards. BatchNorm buffers are neither read nor written unless ``batch_norm="running"``. Dropout and
+    everything else follow `model.training`.
+
+    Hooks: forward and backward hooks of modules run in every pass, on the private copies; a model with such hooks is
+    served task by task, so that they see one task's tensors. Hooks of parameters (`Tensor.register_hook`,
+    `register_post_accumulate_grad_hook`) run once, on the meta-gradient, as after `backward()`; they see no inner step.
+
+    Threads: any number may call on one model at a time, with the results of calls one after the other. `.grad` is
+    added to by one call at a time.
 
     Args:
         model: Any module whose forward takes one tensor `[S, ...]` and returns one tensor. Parameters that require
@@ -138,6 +149,9 @@ def meta_step(
             "torch". phi is rounded twice, whatever K, instead of once a step, so that trajectories agree to rounding
             (float64: to 1e-12 as long as no gradient is that near 0). A NaN gradient is count -128 and stays NaN, as
             in full precision.
+        batching: How tasks run that no whole-meta-step kernel serves. "together": side by side under torch.vmap;
+            a module that vmap refuses is refused. "one-by-one": one after the other, which serves every module in the
+            memory of one task. "auto": what is known to be faster, one by one where vmap refuses; `explain` says which.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
@@ -164,7 +178,7 @@ def meta_step(
         (torch.Size([4]), torch.Size([5, 4]), torch.Size([2, 3]))
     """
     problem = check_problem(**locals())  # exactly the arguments: nothing else is bound yet
-    used, meta = graphs.run(problem)
+    used, meta = modes.undisturbed(lambda: graphs.run(problem))
     _raise_if_asked(problem, meta.nonfinite)
     _accumulate(problem, meta)
     return MetaStepResult(
@@ -196,6 +210,7 @@ def evaluate(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    batching: str = "auto",
 ) -> EvaluateResult:
     """Adapts to T tasks and evaluates their query sets; no meta-gradient, nothing changed.
 
@@ -243,6 +258,7 @@ def adapt(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    batching: str = "auto",
 ) -> Mapping[str, Tensor]:
     """The inner loop alone: every task's adapted parameters; the model itself is not changed.
 
@@ -284,6 +300,7 @@ def explain(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    batching: str = "auto",
     plan: bool = False,
 ) -> Explanation:
     """Which backend would serve this call of `meta_step`, and why the others would not.
@@ -331,7 +348,7 @@ def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _adaptation(problem: Problem) -> tuple[str, Adaptation]:
-    used, adaptation = dispatch.run(problem, lambda chosen, checked: chosen.adapt(checked))
+    used, adaptation = modes.undisturbed(lambda: dispatch.run(problem, lambda chosen, checked: chosen.adapt(checked)))
     _raise_if_asked(problem, adaptation.nonfinite)
     return used, adaptation
 
@@ -342,20 +359,26 @@ def _raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
         raise FloatingPointError(f"a NaN or an Inf in the losses or gradients of tasks {tasks} (nonfinite='raise')")
 
 
+# Several threads may add to the `.grad` of one model: "there is none yet" and "now there is" must not come apart.
+_grad_lock = threading.Lock()
+
+
 def _accumulate(problem: Problem, meta: MetaGradients) -> None:
     """Adds the meta-gradients to `.grad`. The rates go first: only their backward can raise."""
     learnable = problem.rates.learnable()
     pairs = [(rate, gradient) for key, rate in learnable.items() if (gradient := meta.rates[key]) is not None]
-    with torch.inference_mode(False):
+    found = [(problem.params[name], gradient) for name, gradient in meta.params.items() if gradient is not None]
+    with torch.inference_mode(False), _grad_lock:
         if pairs:
             rates, gradients = zip(*pairs, strict=True)
             # A rate computed from others (an exponential, say) passes its gradient on to them.
             torch.autograd.backward(rates, gradients)
+        if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter, _ in found):
+            parameters, gradients = zip(*found, strict=True)
+            torch.autograd.backward(parameters, gradients)  # runs their hooks, as any backward pass does
+            return
         with torch.no_grad():
-            for name, gradient in meta.params.items():
-                if gradient is None:
-                    continue
-                parameter = problem.params[name]
+            for parameter, gradient in found:
                 if parameter.grad is None:
                     parameter.grad = gradient.clone()
                 else:

@@ -1,4 +1,7 @@
-"""A module's forward as a chain of layers, read by torch.fx: what counts is the computation, not the class."""
+"""A module's forward as a chain of layers, read by torch.fx: what counts is the computation, not the class.
+
+What is found out about a module is remembered as long as the module stays as it is. What that means, see structure.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import functional, modes
+from . import modes, structure
+from .replica import Replicas
+from .structure import Reads
 
 Answer = TypeVar("Answer")
 
@@ -40,11 +45,21 @@ class Layer:
 
 @dataclass
 class Known:
-    """What was found out about a module, good for as long as its structure stays the same."""
+    """What was found out about a module, good for as long as it stays as it is.
+
+    Attributes:
+        structure: Of the module, see `structure.of_module`.
+        answers: By question, see `remembered`.
+        computed: What its numbers were held against, see `computes`.
+        reads: What its forward read while it was traced.
+        values: What that was, see `structure.of_reads`.
+    """
 
     structure: Hashable
-    answers: dict[str, Any] = field(default_factory=dict)  # by question, see `remembered`
-    computed: set[Hashable] = field(default_factory=set)  # what its numbers were held against, see `computes`
+    answers: dict[Hashable, Any] = field(default_factory=dict)
+    computed: set[Hashable] = field(default_factory=set)
+    reads: Reads = frozenset()
+    values: Hashable = None
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
@@ -75,16 +90,17 @@ def of_module(model: nn.Module) -> Known:
 
 
 def _of_module(model: nn.Module) -> Known:
-    structure = _structure(model)
+    present = structure.of_module(model)
     known = _known.get(model)
-    if known is None or known.structure != structure:
-        known = Known(structure)
+    if known is None or known.structure != present or structure.of_reads(model, known.reads) != known.values:
+        known = Known(present)
+        known.values = structure.of_reads(model, known.reads)
         _known[model] = known
     return known
 
 
 def remembered(model: nn.Module, question: str, find: Callable[[nn.Module], Answer]) -> Answer:
-    """What `find` says about a module; asked once, and again when the module's structure has changed."""
+    """What `find` says about a module; asked once, and again when the module has changed."""
     answers = of_module(model).answers
     if question not in answers:
         answers[question] = find(model)
@@ -94,50 +110,7 @@ def remembered(model: nn.Module, question: str, find: Callable[[nn.Module], Answ
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...] | str:
     """The chain that a module's forward is, or why it is none."""
-    return remembered(model, "layers", lambda model: _why_untraceable(model) or _trace(model))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Structure: all that the trace of a module may depend on, cheap to compare
-
-
-def _structure(model: nn.Module) -> Hashable:
-    """One flat tuple: most of what a call costs on the host is spent here."""
-    found: list[Any] = []
-    for name, module in model.named_modules():
-        attributes = vars(module)
-        found.extend((name, type(module), len(attributes)))
-        for key, value in attributes.items():
-            found.append(key)
-            if type(value) in _PLAIN:
-                found.append(value)
-            elif isinstance(value, dict) and not value:
-                found.append(dict)  # most of them, such as hooks of all kinds
-            else:
-                _add(found, value)
-    return tuple(found)
-
-
-_PLAIN = frozenset((bool, int, float, str, type(None)))
-
-
-def _add(found: list[Any], value: object) -> None:
-    """A plain value itself; else which object it is. Dictionaries hold parameters, buffers, submodules and hooks."""
-    if isinstance(value, dict):
-        found.extend((dict, len(value)))
-        for key, item in value.items():
-            found.append(key)
-            _add(found, item)
-    elif isinstance(value, Tensor):
-        found.extend((id(value), value.shape))
-    elif isinstance(value, (tuple, list)):
-        found.extend((type(value), len(value)))
-        for item in value:
-            _add(found, item)
-    elif isinstance(value, (bool, int, float, str, type(None))):
-        found.append(value)
-    else:
-        found.append(id(value))
+    return remembered(model, "layers", lambda model: _why_untraceable(model) or _traced(model))
 
 
 _HOOKS = {
@@ -173,16 +146,41 @@ class _Refused(Exception):
     """The module is no chain of known layers; the message says why."""
 
 
-def _trace(model: nn.Module) -> tuple[Layer, ...] | str:
+def _traced(model: nn.Module) -> tuple[Layer, ...] | str:
+    known = of_module(model)
+    answer, reads = _trace(model)
+    known.reads, known.values = reads, structure.of_reads(model, reads)
+    return answer
+
+
+def _trace(model: nn.Module) -> tuple[tuple[Layer, ...] | str, Reads]:
+    """The chain or why there is none, and what the forward read on the way there.
+
+    torch.fx's own `symbolic_trace` replaces `nn.Module.__call__` for the whole process while it runs. Here a private
+    copy of the module runs instead, whose layers record their calls.
+    """
+    graph = torch.fx.Graph()
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+    copy = Replicas(model).make({})
+    reads = structure.Watched(copy)
+    for path, module in list(copy.named_modules()):
+        if structure.is_layer(module):
+            vars(module)["forward"] = _recording(tracer, path)
     try:
-        with modes.buffers_kept(model):
-            graph = torch.fx.symbolic_trace(model).graph
-    except Exception as error:  # tracing runs the caller's forward on proxies: anything may go wrong
-        return f"torch.fx cannot trace it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        with torch.no_grad():
+            output = copy(tracer.create_proxy("placeholder", "x", (), {}))
+        graph.output(tracer.create_arg(output))
+    except Exception as error:  # the caller's forward runs on proxies: anything may go wrong
+        reason = f"torch.fx cannot trace it: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return reason, reads.found()
     try:
-        return _Reader(dict(model.named_modules())).read(graph)
+        return _Reader(dict(model.named_modules())).read(graph), reads.found()
     except _Refused as refusal:
-        return str(refusal)
+        return str(refusal), reads.found()
+
+
+def _recording(tracer: torch.fx.proxy.TracerBase, path: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: tracer.create_proxy("call_module", path, args, kwargs)
 
 
 class _Reader:
@@ -388,10 +386,15 @@ def computes(
     are random ones of the shape of `x` `[S, ...]`, with BatchNorm on the batch: real examples may be constant, or not
     finite. The answer makes the host wait for the device.
     """
+    if modes.is_capturing(x.device):
+        raise RuntimeError(
+            "signmaml_ext: expected a call of this model before the CUDA graph is captured (the first call verifies "
+            "what it found out about the model, which a graph cannot hold), found the first one inside the capture"
+        )
     generator = torch.Generator().manual_seed(0)
     examples = torch.randn(3, *x.shape[1:], generator=generator)
-    normalising = modes.batch_norm_mode(model, "batch")
-    with torch.inference_mode(False), torch.enable_grad(), modes.buffers_kept(model), normalising:
+    copies = Replicas(model, "batch")
+    with torch.inference_mode(False), torch.enable_grad():
         for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
             parameters = {
                 name: parameter.detach().to(dtype, copy=True).requires_grad_(name in names)
@@ -400,7 +403,7 @@ def computes(
             inputs = examples.to(x.device, dtype)
             try:
                 expected = forward(parameters, inputs)
-                found = functional.call(model, parameters, inputs)
+                found = copies.make(parameters)(inputs)
             except Exception:  # examples that do not fit, say: the reference will meet it again and raise
                 return False
             if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:

@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 NONFINITE = ("propagate", "raise", "skip")
 BATCH_NORM = ("batch", "running")
 TASK_STATES = ("full", "int8")
+BATCHINGS = ("auto", "together", "one-by-one")
 MOST_COUNTED_STEPS = 127  # what an int8 counts
 BACKENDS = ("auto", "torch", "cpu", "cuda")
 
@@ -135,6 +136,7 @@ class Problem:
         graph: Whether the call replays a CUDA graph: True, False, or None where its kernels are made for it.
         keyed: Whether forward passes that run task by task draw from streams of their own; False inside a graph.
         task_state: One of `TASK_STATES`.
+        batching: One of `BATCHINGS`.
     """
 
     model: nn.Module
@@ -157,6 +159,7 @@ class Problem:
     graph: bool | None = None
     keyed: bool = True
     task_state: str = "full"
+    batching: str = "auto"
 
     @property
     def tasks(self) -> int:
@@ -204,6 +207,7 @@ def check_problem(
     first_task: int = 0,
     graph: bool | None = None,
     task_state: str = "full",
+    batching: str = "auto",
     with_query: bool = True,
 ) -> Problem:
     """Checks all arguments of `meta_step`, `evaluate` or (without query) `adapt` and returns the problem."""
@@ -213,6 +217,7 @@ def check_problem(
     _check_choice("backend", backend, BACKENDS)
     _check_choice("nonfinite", nonfinite, NONFINITE)
     _check_choice("batch_norm", batch_norm, BATCH_NORM)
+    _check_choice("batching", batching, BATCHINGS)
     if isinstance(loss, str):
         _check_choice("loss", loss, LOSSES)
     elif not callable(loss):
@@ -224,6 +229,7 @@ def check_problem(
     if graph is not None and not isinstance(graph, bool):
         refuse("graph", "True, False or None", describe(graph), TypeError)
 
+    _check_served(model)
     params = _check_parameters(model)
     device, dtype = _device_and_dtype(params)
     _check_precision(precision, device, dtype)
@@ -266,6 +272,7 @@ def check_problem(
         first_task=first_task,
         graph=graph,
         task_state=task_state,
+        batching=batching,
     )
 
 
@@ -327,6 +334,36 @@ def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 def _listing(words: Sequence[str]) -> str:
     return ", ".join(repr(word) for word in words)
+
+
+# Wrappers by the name of their class, and what takes their place.
+_WRAPPERS = {
+    "DistributedDataParallel": "which averages gradients in a backward pass of its own that meta_step never runs",
+    "DataParallel": "which spreads one batch over devices; tasks are spread over processes instead",
+    "FullyShardedDataParallel": "which holds only a part of every parameter",
+    "FSDPModule": "which holds only a part of every parameter",
+}
+
+
+def _check_served(model: nn.Module) -> None:
+    """Modules whose parameters or gradients are not their own."""
+    for name, module in model.named_modules():
+        where = f"{type(module).__name__} (module {name!r})" if name else type(module).__name__
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+                refuse(
+                    "model",
+                    "the module itself, such as wrapper.module, with each process's tasks numbered by `first_task` and "
+                    "its gradients weighed by `live_tasks` before an all_reduce (signmaml.pieces.MetaStep and "
+                    "signmaml.distributed.join do that)",
+                    f"{where}, {_WRAPPERS[kind.__name__]}",
+                )
+        if isinstance(module, torch.jit.ScriptModule):
+            refuse("model", "modules whose parameters can be replaced", f"{where}, whose parameters lie in TorchScript")
+        if isinstance(module, nn.SyncBatchNorm):
+            refuse(
+                "model", "statistics of one task's set (nn.BatchNorm)", f"{where}, which mixes those of all processes"
+            )
 
 
 def _check_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -194,7 +194,7 @@ def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:
             family, families[name] = backend.family_for(problem)
             reasons[name] = None if family else _joined(families[name])
     chosen, family = choose(problem)
-    one_by_one = reference.why_not_batched(problem.model, problem.device)
+    one_by_one = reference.why_not_batched(problem)
     if family.fused:
         how = "all tasks in one native call"
     else:

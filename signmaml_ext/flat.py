@@ -40,7 +40,7 @@ def why_not(problem: Problem, device_type: str) -> str | None:
         return "the parameters have several dtypes"
     if problem.rates.learnable():
         return "inner_lr requires grad, which the pure PyTorch backend serves"
-    reason = why_not_batched(problem.model, problem.device)
+    reason = why_not_batched(problem)
     return None if reason is None else f"it runs all tasks together, but {reason}"
 
 
@@ -147,16 +147,15 @@ def _rates_by_step(problem: Problem, layout: FlatParams) -> list[tuple[Tensor, T
 def _inner_loop(run: Run, layout: FlatParams, nonfinite: Tensor) -> Tensor:
     """Moves `layout.buffer` through the K steps; returns the support loss `[K, T]`."""
     problem = run.problem
-    shared = {name: p.detach() for name, p in problem.params.items() if name not in problem.adapted}
     losses = []
     adapted_part = layout.buffer[:, : layout.adapted_size]
     moved = adapted_part.contiguous()  # the buffer itself when everything adapts
     for step, (lr, offsets) in enumerate(_rates_by_step(problem, layout)):
         views = _adapted_views(problem, layout, moved)
-        loss, _ = run.loss_and_prediction(views, shared, problem.support_x, problem.support_y, first_task=0, step=step)
+        loss, _ = run.loss_and_prediction(views, problem.support_x, problem.support_y, first_task=0, step=step)
         losses.append(loss.detach())
         gradients = gradients_of(loss, views)
-        grads = layout.gather(gradients, list(problem.adapted), run.dead)
+        grads = layout.gather(gradients, list(problem.adapted), run.dead(step))
         if layout.counts is None:
             ops.sign_step_(moved, grads, lr, segment_offsets=offsets, nonfinite=nonfinite)
         else:
@@ -183,13 +182,13 @@ def _meta_gradients(run: Run) -> MetaGradients:
     support_loss = _inner_loop(run, layout, nonfinite)
     views = layout.views(layout.buffer)
     loss, prediction = run.loss_and_prediction(
-        views, {}, problem.query_x, problem.query_y, first_task=0, step=problem.steps
+        views, problem.query_x, problem.query_y, first_task=0, step=problem.steps
     )
     gradients = gradients_of(loss, views)
     nonfinite |= ~loss.detach().isfinite()
     skip = problem.nonfinite == "skip"
     mean = layout.buffer.new_zeros(layout.buffer.shape[1])
-    grads = layout.gather(gradients, layout.names, run.dead)
+    grads = layout.gather(gradients, layout.names, run.dead(problem.steps))
     ops.meta_accumulate_(mean, grads, nonfinite=nonfinite, skip_nonfinite=skip)
     parts = zip(layout.names, layout.shapes, mean.split(layout.sizes), strict=True)
     means = {name: None if gradients[name] is None else part.view(shape) for name, shape, part in parts}
@@ -213,10 +212,8 @@ def _adapt(run: Run) -> Adaptation:
     params = {name: view.detach() for name, view in layout.views(layout.buffer).items()}
     loss = prediction = accuracy = None
     if problem.query_x is not None and problem.query_y is not None:
-        with torch.no_grad():
-            loss, prediction = run.loss_and_prediction(
-                params, {}, problem.query_x, problem.query_y, first_task=0, step=problem.steps
-            )
+        found = run.loss_and_prediction(params, problem.query_x, problem.query_y, first_task=0, step=problem.steps)
+        loss, prediction = (value.detach() for value in found)
         nonfinite |= ~loss.isfinite()
         accuracy = accuracy_of(prediction, problem.query_y)
     adapted: Mapping[str, Tensor] = {name: params[name] for name in problem.adapted}

@@ -1,87 +1,147 @@
-"""What is set for the duration of a call and put back after it: BatchNorm's mode, randomness, precision."""
+"""What holds for the duration of a call: precision, the form of attention, streams of random numbers.
+
+All of it belongs to the thread that calls, but for what torch has one of a process: its CPU generator, its switches for
+TF32 and for kinds of attention. Calls of several threads share these in turn, see `Turns`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import TracebackType
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from .checks import Problem
 
-# BatchNorm of any dimension.
-BatchNorm = nn.modules.batchnorm._BatchNorm
+Result = TypeVar("Result")
 
 
 @contextmanager
 def call_modes(problem: Problem) -> Iterator[None]:
-    """All modes of a problem, restored at the end, also after an error."""
+    """All modes of a problem, put back at the end, also after an error."""
     with ExitStack() as stack:
-        stack.enter_context(batch_norm_mode(problem.model, problem.batch_norm))
-        if problem.method == "maml":
-            # Only the plain form of attention has a second derivative in torch.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_attention.of(problem.method == "maml"))
         if problem.device.type == "cuda":
-            stack.enter_context(_tf32(problem.precision == "tf32"))
+            stack.enter_context(_tf32.of(problem.precision == "tf32"))
         yield
 
 
-@contextmanager
-def batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """BatchNorm on the statistics of the batch at hand ("batch") or on its running ones, in train and eval alike.
+class Turns:
+    """Calls of several threads that agree on something share a turn; others wait until the turn is over.
 
-    With `track_running_stats` off, torch's forward neither reads nor writes the running buffers.
+    A thread that is inside goes on inside, whatever a call within its call asks for.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    before = [(norm.training, norm.track_running_stats) for norm in norms]
-    try:
-        for norm in norms:
-            norm.training = mode == "batch"
-            norm.track_running_stats = mode == "running"
-        yield
-    finally:
-        for norm, (training, track_running_stats) in zip(norms, before, strict=True):
-            norm.training = training
-            norm.track_running_stats = track_running_stats
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.RLock())
+        self._value: object = None
+        self._inside: dict[object, int] = {}  # thread by ticket
+        self._waiting = 0
+
+    @contextmanager
+    def of(self, value: object) -> Iterator[None]:
+        """A turn for calls whose value equals this one."""
+        ticket, thread = object(), threading.get_ident()
+        try:
+            with self._changed:
+                if thread not in self._inside.values():
+                    self._wait_for(value)
+                starts = not self._inside
+                self._inside[ticket] = thread
+                if starts:
+                    self._value = value
+                    self.begin(value)
+            yield
+        finally:
+            self.leave([ticket])
+
+    def _wait_for(self, value: object) -> None:
+        first = True  # who comes while others wait queues up behind them
+        self._waiting += 1
+        try:
+            while self._inside and (self._value != value or (first and self._waiting > 1)):
+                self._changed.wait()
+                first = False
+        finally:
+            self._waiting -= 1
+
+    def tickets(self) -> list[object]:
+        """The tickets of this thread."""
+        thread = threading.get_ident()
+        return [ticket for ticket, holder in list(self._inside.items()) if holder == thread]
+
+    def leave(self, tickets: list[object]) -> None:
+        """Gives tickets back; the last one ends the turn."""
+        with self._changed:
+            for ticket in tickets:
+                if self._inside.pop(ticket, None) is not None and not self._inside:
+                    self.end()
+                    self._changed.notify_all()
+
+    def begin(self, value: object) -> None:
+        """At the start of a turn."""
+
+    def end(self) -> None:
+        """At its end."""
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Whatever the model's forward does to its buffers is forgotten at the end."""
-    before = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        for module, buffers in before:
-            for name, buffer in buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.clone()
-        yield
-    finally:
-        for module, buffers in before:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+# What reads a switch, what sets it, and what it should be.
+_Switch = tuple[Callable[[], Any], Callable[[Any], None], Any]
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+class _Switches(Turns):
+    """Settings of the process: a turn's first call sets them, its last one puts the caller's back.
+
+    Args:
+        wanted: The switches for the value of a turn.
+    """
+
+    def __init__(self, wanted: Callable[[object], list[_Switch]]) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self._before: list[tuple[Callable[[Any], None], Any]] = []
+
+    def begin(self, value: object) -> None:
+        switches = self._wanted(value)
+        self._before = [(write, read()) for read, write, _ in switches]
+        for _, write, setting in switches:
+            write(setting)
+
+    def end(self) -> None:
+        for write, setting in self._before:
+            write(setting)
+        self._before = []
+
+
+def _precision(allowed: object) -> list[_Switch]:
     """Strict float32 (or TF32) convolutions and matrix products on CUDA; torch's default mixes the two."""
-    flags: list[Any]
-    attribute, value = "allow_tf32", cast(Any, allowed)
     if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; reading the older flags may raise there
-        flags = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
-        attribute, value = "fp32_precision", "tf32" if allowed else "ieee"
+        flags: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+        name, setting = "fp32_precision", cast(Any, "tf32" if allowed else "ieee")
     else:
-        flags = [torch.backends.cudnn, torch.backends.cuda.matmul]
-    before = [getattr(flag, attribute) for flag in flags]
-    try:
-        for flag in flags:
-            setattr(flag, attribute, value)
-        yield
-    finally:
-        for flag, old in zip(flags, before, strict=True):
-            setattr(flag, attribute, old)
+        flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        name, setting = "allow_tf32", bool(allowed)
+    return [(partial(getattr, flag, name), partial(setattr, flag, name), setting) for flag in flags]
+
+
+def _plain_attention(only: object) -> list[_Switch]:
+    """Only the plain form of attention has a second derivative in torch."""
+    cuda = torch.backends.cuda
+    switches: list[_Switch] = [
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
+    ]
+    return switches if only else []
+
+
+_attention, _tf32 = _Switches(_plain_attention), _Switches(_precision)
 
 
 def autocast(problem: Problem) -> AbstractContextManager[object]:
@@ -99,6 +159,58 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Whatever ends a call
+
+
+def undisturbed(call: Callable[[], Result]) -> Result:
+    """Runs a call; whatever ends it, torch's settings of this thread are afterwards what they were.
+
+    Context managers do that too, but for an exception that arrives between two of their own lines, as Ctrl-C may. The
+    settings are put back twice: an interrupt in the first attempt leaves the second.
+    """
+    put_back = _settings()
+    try:
+        try:
+            return call()
+        finally:
+            put_back()
+    finally:
+        put_back()
+
+
+def _settings() -> Callable[[], None]:
+    """What puts torch's settings of this thread back to what they are now."""
+    functorch, hooks = torch._C._functorch, torch._C._autograd
+    depth = functorch.get_dynamic_layer_stack_depth()
+    grad_mode = torch.is_grad_enabled()
+    no_saved_hooks = hooks._saved_tensors_hooks_get_disabled_error_message()
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
+    tickets = [(turns, turns.tickets()) for turns in (_attention, _tf32, _drawing)]
+
+    def put_back() -> None:
+        for turns, held in tickets:
+            turns.leave([ticket for ticket in turns.tickets() if ticket not in held])
+        if functorch.get_dynamic_layer_stack_depth() > depth:
+            functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        torch.set_grad_enabled(grad_mode)
+        for kind, (enabled, dtype) in autocast.items():
+            if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
+        if hooks._saved_tensors_hooks_get_disabled_error_message() != no_saved_hooks:
+            if no_saved_hooks is None:
+                hooks._saved_tensors_hooks_enable()
+            else:
+                hooks._saved_tensors_hooks_disable(no_saved_hooks)
+
+    return put_back
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+
+
 def generators(device: torch.device) -> list[torch.Generator]:
     """torch's own generators that a forward pass on a device may draw from."""
     found = [torch.default_generator]
@@ -114,72 +226,106 @@ class PlainRandomness:
     A graph cannot read or set a generator; whatever is captured draws from torch's CUDA generator at every replay.
     """
 
-    def __enter__(self) -> PlainRandomness:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to put back."""
-
     def at(self, task: int, step: int) -> AbstractContextManager[object]:
         """No stream of its own for any forward pass."""
         return nullcontext()
 
 
-def randomness(problem: Problem) -> KeyedRandomness | PlainRandomness:
-    """Where the forward passes of a call that runs task by task draw from."""
-    if not problem.keyed or is_capturing(problem.device):
-        return PlainRandomness()
-    return KeyedRandomness(problem.seed, problem.device)
-
-
 class KeyedRandomness:
     """Gives every (task, step) forward pass a random stream of its own, whatever ran before it.
 
-    torch's generators on the CPU and on `device` are put back at the end, so the caller's stream is not disturbed.
-    Without a seed, one is derived from the CPU generator; only then, and only if a forward pass drew a number, that
-    generator is advanced by one draw, so that the next call has other masks.
+    Args:
+        seed: Keys the streams, with task and step.
+        device: Where the model is; forward passes draw from torch's generators there and on the CPU.
+
+    Attributes:
+        drawn: Whether a forward pass drew a number so far.
     """
 
-    def __init__(self, seed: int | None, device: torch.device) -> None:
-        if is_capturing(device):
-            raise RuntimeError(
-                "signmaml_ext: expected a call of this model before the CUDA graph is captured (the first call looks "
-                "at the model, which a graph cannot hold), found the first one inside the capture"
-            )
-        self._advance = seed is None
+    def __init__(self, seed: int, device: torch.device) -> None:
         self._generators = generators(device)
-        if seed is None:
-            twin = torch.Generator("cpu")
-            twin.set_state(torch.default_generator.get_state())
-            seed = int(torch.randint(2**62, (), generator=twin, device="cpu"))
         self._seed = seed
-        self._drawn = False
-
-    def __enter__(self) -> KeyedRandomness:
-        self._before = [generator.get_state() for generator in self._generators]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for generator, state in zip(self._generators, self._before, strict=True):
-            generator.set_state(state)
-        if self._advance and self._drawn and kind is None:
-            torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
+        self.drawn = False
 
     @contextmanager
     def at(self, task: int, step: int) -> Iterator[None]:
         """The stream of one task's forward pass at one step (the query pass counts as step K)."""
         for generator in self._generators:
             generator.manual_seed(_mix(self._seed, task, step))
-        watch = self._advance and not self._drawn
-        fresh = [generator.get_state() for generator in self._generators] if watch else []
+        fresh = [] if self.drawn else _states(self._generators)
         yield
-        if watch:
-            pairs = zip(self._generators, fresh, strict=True)
-            self._drawn = any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
+        if not self.drawn:
+            self.drawn = _moved(self._generators, fresh)
+
+
+Randomness = KeyedRandomness | PlainRandomness
+
+# There is one generator on the CPU for all threads: who sets it must be alone, who leaves it alone need not be.
+_drawing = Turns()
+
+
+def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], draws: bool) -> tuple[Result, bool]:
+    """`compute`, every forward pass with a stream of random numbers of its own if the model draws any.
+
+    Whether it does, trying tells: when torch's generators are afterwards where they were, nothing was drawn and the
+    result stands. Else all is computed again with streams, alone among the threads' calls. The generators end where
+    they started, but for one draw of the CPU's where the caller gave no seed, so that the next call has other masks.
+
+    Args:
+        problem: The call.
+        compute: What runs its forward passes.
+        draws: Whether the model is thought to draw; only how soon the answer is found depends on it.
+
+    Returns:
+        What `compute` returned, and whether the model drew.
+    """
+    if not problem.keyed or is_capturing(problem.device):
+        return compute(PlainRandomness()), draws
+    found = generators(problem.device)
+    before = None
+    if not draws:
+        with _drawing.of("nobody sets a generator"):
+            before = _states(found)
+            try:
+                result = compute(PlainRandomness())
+            except BaseException:
+                _put_back(found, before)
+                raise
+            if not _moved(found, before):
+                return result, False
+    with _drawing.of(object()):
+        now = _states(found)
+        start = now if before is None else before
+        seed = _derived_seed(start[0]) if problem.seed is None else problem.seed
+        randomness = KeyedRandomness(seed, problem.device)
+        try:
+            result = compute(randomness)
+        finally:
+            # If nothing was drawn here, it was another thread that moved the generators on.
+            _put_back(found, start if randomness.drawn else now)
+        if problem.seed is None and randomness.drawn:
+            torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
+        return result, randomness.drawn
+
+
+def _derived_seed(state: Tensor) -> int:
+    twin = torch.Generator("cpu")
+    twin.set_state(state)
+    return int(torch.randint(2**62, (), generator=twin, device="cpu"))
+
+
+def _states(found: list[torch.Generator]) -> list[Tensor]:
+    return [generator.get_state() for generator in found]
+
+
+def _moved(found: list[torch.Generator], before: list[Tensor]) -> bool:
+    pairs = zip(found, before, strict=True)
+    return any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
+
+
+def _put_back(found: list[torch.Generator], states: list[Tensor]) -> None:
+    for generator, state in zip(found, states, strict=True):
+        generator.set_state(state)
 
 
 def _mix(*words: int) -> int:

@@ -12,17 +12,16 @@ The same graph gives the exact gradient of the inner rates, -sum_k <g_query, dir
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import functional, modes, spec
+from . import chain, modes
 from .checks import (
     ForwardError,
     InnerRates,
@@ -32,7 +31,10 @@ from .checks import (
     check_loss,
     check_prediction,
     describe,
+    refuse,
 )
+from .replica import Replicas
+from .watch import Facts, Watch
 
 Result = TypeVar("Result")
 TaskParams = dict[str, Tensor]  # name -> [t, *shape]: a parameter of t tasks
@@ -178,23 +180,55 @@ def meta_accumulate(out: Tensor, grads: Tensor, live: Tensor) -> Tensor:
 # Chunks of tasks: all at once under vmap, or one by one
 
 
-# Models whose forward torch.func.vmap could not batch, with the reason, by training mode: dropout draws in one only.
-_not_batchable: weakref.WeakKeyDictionary[nn.Module, dict[bool, str]] = weakref.WeakKeyDictionary()
-
-
-def why_not_batched(model: nn.Module, device: torch.device) -> str | None:
+def why_not_batched(problem: Problem) -> str | None:
     """None if the tasks of a call run together under vmap, else why they run one by one."""
-    if (reason := _not_batchable.get(model, {}).get(model.training)) is not None:
+    if problem.batching == "one-by-one":
+        return "batching is 'one-by-one'"
+    if (reason := _refused_by_vmap(problem.model)) is not None:
         return reason
-    if device.type == "cpu" and any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+    if (hooked := _hooked(problem.model)) is not None:
+        return f"{hooked} has hooks, and what they see should be the tensors of one task"
+    if problem.batching == "together":
+        return None
+    if problem.device.type == "cpu" and any(isinstance(m, nn.modules.conv._ConvNd) for m in problem.model.modules()):
         # Per-task weights make a convolution a grouped one, slow on a CPU: measured 0.4 to 1.3 times the speed of task
         # by task for Conv4 at 28 to 84 pixels. Without convolutions: 2 (T = 4) to 50 times (T = 1000).
         return "batched convolutions with per-task weights are slow on a CPU"
     return None
 
 
+def _hooked(model: nn.Module) -> str | None:
+    """A module with hooks of the user's; those by which torch.nn.utils computes weights do not count."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds):
+        return "every module"
+    for name, module in model.named_modules():
+        for kind in kinds:
+            for hook in getattr(module, kind).values():
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    return f"module {name!r}" if name else "it"
+    return None
+
+
+# What is remembered of a model, as long as its structure stays (see `chain`): by which way to try first. Whatever is
+# tried, its result is exact.
+_REFUSED, _OWN_BUFFERS, _DRAWS = "vmap refused it", "its tasks have buffers of their own", "it draws random numbers"
+
+
+def _refused_by_vmap(model: nn.Module) -> str | None:
+    return chain.of_module(model).answers.get((_REFUSED, model.training))
+
+
 class NotBatchable(Exception):
-    """The tasks of this call cannot run together under vmap; the message says why."""
+    """The tasks of this call cannot run together under vmap; the message says why.
+
+    Attributes:
+        lasts: Whether that holds for the next call of the model too, as long as it stays as it is.
+    """
+
+    def __init__(self, message: str, *, lasts: bool) -> None:
+        super().__init__(message)
+        self.lasts = lasts
 
 
 def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
@@ -203,25 +237,55 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     Raises:
         NotBatchable: If that is known not to work or not to pay, or turns out not to work.
     """
-    reason = why_not_batched(problem.model, problem.device)
+    reason = why_not_batched(problem)
     if reason is not None:
-        raise NotBatchable(reason)
-    try:
-        with _call(problem) as dead:
-            return compute(Run(problem, dead, batched=True))
-    except torch.OutOfMemoryError as error:
-        raise NotBatchable("all tasks together do not fit in memory") from error
-    except Exception as error:
-        # vmap refuses random draws, data-dependent control flow, in-place writes and operators without a batching
-        # rule, each with its own exception type. If the fault is the caller's, task by task meets it again.
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotBatchable(f"vmap refused it: {first_line}") from error
+        raise NotBatchable(reason, lasts=False)
+    answers, question = chain.of_module(problem.model).answers, (_OWN_BUFFERS, problem.model.training)
+    ways = (False, True) if next(problem.model.buffers(), None) is not None else (False,)
+    # Tasks share the buffers while no forward writes to them: what a task writes, vmap refuses to put into one for all.
+    for own_buffers in ways if question not in answers else (answers[question],):
+        try:
+            with modes.call_modes(problem), no_saved_tensor_hooks():
+                result = compute(Run(problem, batched=True, own_buffers=own_buffers))
+            answers[question] = own_buffers
+            return result
+        except NotBatchable:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise NotBatchable("all tasks together do not fit in memory", lasts=False) from error
+        except Exception as error:
+            # vmap refuses random draws, data-dependent control flow, in-place writes and operators without a batching
+            # rule, each with its own exception type. If the fault is the caller's, task by task meets it again.
+            refusal = error
+    first_line = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+    raise NotBatchable(f"vmap refused it: {first_line}", lasts=True) from refusal
+
+
+@contextmanager
+def no_saved_tensor_hooks() -> Iterator[None]:
+    """Refuses activation checkpointing and the like.
+
+    What is recomputed in the backward pass is computed outside vmap, on tensors that vmap no longer knows: a wrong
+    gradient, without a word.
+    """
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        yield  # they are refused already
+        return
+    with torch.autograd.graph.disable_saved_tensors_hooks("it saves tensors in a way of its own (checkpointing)"):
+        yield
 
 
 def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     """`compute` on one task after the other: works for every module."""
-    with _call(problem) as dead, modes.randomness(problem) as randomness:
-        return compute(Run(problem, dead, batched=False, randomness=randomness))
+    answers, question = chain.of_module(problem.model).answers, (_DRAWS, problem.model.training)
+
+    def with_streams(randomness: modes.Randomness) -> Result:
+        with modes.call_modes(problem):
+            return compute(Run(problem, batched=False, randomness=randomness))
+
+    result, draws = modes.with_randomness(problem, with_streams, answers.get(question, False))
+    answers[question] = draws
+    return result
 
 
 def _batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result:
@@ -229,41 +293,36 @@ def _batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Resul
         return run_batched(problem, compute)
     except NotBatchable as error:
         refusal = error
+    if problem.batching == "together":
+        refuse("batching", "'auto' or 'one-by-one' for this call", f"'together': {refusal}")
     # Outside the except clause: an error of the caller's own should not come with the refusal in its trace.
     result = run_task_by_task(problem, compute)
     # Remembered only now: had the call itself been at fault, the line above would have raised.
-    if not isinstance(refusal.__cause__, torch.OutOfMemoryError):
-        _not_batchable.setdefault(problem.model, {})[problem.model.training] = str(refusal)
+    if refusal.lasts:
+        chain.of_module(problem.model).answers[_REFUSED, problem.model.training] = str(refusal)
     return result
-
-
-@contextmanager
-def _call(problem: Problem) -> Iterator[frozenset[str]]:
-    """Sets the modes of a call; gives the names of the parameters whose gradient is exactly 0."""
-    with torch.enable_grad():
-        dead = spec.dead_biases(problem) if problem.zero_dead_bias else frozenset()
-        with modes.call_modes(problem):
-            yield dead
 
 
 @dataclass
 class Run:
-    """One pass over the tasks of a problem."""
+    """One pass over the tasks of a problem.
+
+    Attributes:
+        problem: The call.
+        batched: Whether tasks run together under vmap.
+        own_buffers: Whether tasks that run together have buffers of their own, which their forwards may write to.
+        randomness: Where forward passes one by one draw from.
+    """
 
     problem: Problem
-    dead: frozenset[str]  # parameters whose gradient is exactly 0
     batched: bool
-    randomness: modes.KeyedRandomness | modes.PlainRandomness | None = None
-    labels_checked: bool = False
+    own_buffers: bool = False
+    randomness: modes.Randomness = field(default_factory=modes.PlainRandomness)
 
     def __post_init__(self) -> None:
-        # BatchNorm's buffers are not even passed: `modes` makes it use the batch. Any other buffer is a copy.
-        norms = {f"{n}." for n, m in self.problem.model.named_modules() if isinstance(m, modes.BatchNorm)}
-        self.buffers = {
-            name: buffer
-            for name, buffer in self.problem.model.named_buffers()
-            if not any(name.startswith(norm) for norm in norms)
-        }
+        self.replicas = Replicas(self.problem.model, self.problem.batch_norm)
+        self.buffers = self.replicas.own_buffers() if self.own_buffers else {}
+        self._facts: dict[bool, Facts] = {}  # by whether it is the query pass
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the task axis."""
@@ -273,36 +332,44 @@ class Run:
         else:
             yield from (slice(t, t + 1) for t in range(tasks))
 
+    def dead(self, step: int) -> frozenset[str]:
+        """Parameters whose gradient is exactly 0; known after the first pass of the kind."""
+        return self._facts[step == self.problem.steps].dead_biases
+
     def loss_and_prediction(
-        self, params: TaskParams, shared: Mapping[str, Tensor], x: Tensor, y: Tensor, *, first_task: int, step: int
+        self, params: TaskParams, x: Tensor, y: Tensor, *, first_task: int, step: int
     ) -> tuple[Tensor, Tensor]:
-        """Loss `[t]` and prediction `[t, S, ...]` of t tasks with parameters `params` of their own."""
+        """Loss `[t]` and prediction `[t, S, ...]` of t tasks.
+
+        Args:
+            params: Parameters of the tasks' own, `[t, *shape]`. All others are as in the model.
+            x: `[t, S, ...]`.
+            y: `[t, S, ...]`.
+            first_task: Number of the first of these tasks.
+            step: Inner step; the query pass counts as step K.
+        """
+        is_first = not self._facts
         if self.batched:
             buffers = {name: b.expand(x.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
-            in_dims = (0, None, 0, 0, 0)
-            loss, prediction = torch.vmap(self._one_task, in_dims)(params, shared, buffers, x, y)
+            loss, prediction = torch.vmap(self._one_task, (0, 0, 0, None))({**params, **buffers}, x, y, step)
         else:
-            buffers = {name: b.clone() for name, b in self.buffers.items()}
-            assert self.randomness is not None
             with self.randomness.at(self.problem.first_task + first_task, step):
                 own = {name: p[0] for name, p in params.items()}
-                loss, prediction = (v[None] for v in self._one_task(own, shared, buffers, x[0], y[0]))
-        if self.problem.loss == "cross_entropy" and not self.labels_checked:
+                loss, prediction = (v[None] for v in self._one_task(own, x[0], y[0], step))
+        if self.problem.loss == "cross_entropy" and is_first:
             check_labels(self.problem, prediction.shape[-1])
-            self.labels_checked = True
         return loss, prediction
 
-    def _one_task(
-        self,
-        own: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        x: Tensor,
-        y: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def _one_task(self, own: Mapping[str, Tensor], x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        is_query = step == self.problem.steps
+        watch = None
+        copy = self.replicas.make(own)
+        if is_query not in self._facts:
+            find_dead = self.problem.zero_dead_bias and self.problem.batch_norm == "batch"
+            watch = Watch(copy, {name: own[name] for name in own if name in self.problem.params}, find_dead)
         with modes.autocast(self.problem):
             try:
-                prediction = functional.call(self.problem.model, {**own, **shared, **buffers}, x)
+                prediction = copy(x)
             except RuntimeError as error:
                 # Out of memory and faults of a device are subclasses; what vmap refuses is tried again task by task.
                 if self.batched or type(error) is not RuntimeError:
@@ -311,7 +378,22 @@ class Run:
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)
-        return task_loss(self.problem.loss, prediction, y), prediction
+        loss = task_loss(self.problem.loss, prediction, y)
+        if watch is not None:
+            self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
+        return loss, prediction
+
+    def _checked(self, facts: Facts) -> Facts:
+        if facts.reached is not None:
+            raise ForwardError(
+                "model: expected a forward that reaches its parameters through the module it is called on, found one "
+                f"that takes {facts.reached!r} from elsewhere (a global, say)"
+            )
+        if facts.pads and self.batched:
+            raise NotBatchable(
+                "torch's gradient of an embedding with padding_idx is wrong for tasks side by side", lasts=True
+            )
+        return facts
 
 
 def task_loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
@@ -349,18 +431,18 @@ def inner_loop(
     problem = run.problem
     second_order = problem.method == "maml"
     x, y = problem.support_x[tasks], problem.support_y[tasks]
-    # Parameters that the inner loop leaves alone stay one for all tasks: cheaper than a copy each.
-    shared = {name: p.detach() for name, p in problem.params.items() if name not in problem.adapted}
     compact = problem.task_state == "int8"
     phi, losses = dict(theta), []
     counts = {name: torch.zeros_like(theta[name], dtype=torch.int8) for name in problem.adapted} if compact else {}
     for step in range(problem.steps):
         moving = {name: phi[name] for name in problem.adapted}
-        loss, _ = run.loss_and_prediction(moving, shared, x, y, first_task=tasks.start, step=step)
+        # What the inner loop leaves alone is one for all tasks, cheaper than a copy each; but where the steps are
+        # differentiated, how they depend on it counts.
+        loss, _ = run.loss_and_prediction(phi if second_order else moving, x, y, first_task=tasks.start, step=step)
         losses.append(loss.detach())
         nonfinite |= ~loss.detach().isfinite()
         for name, gradient in gradients_of(loss, moving, create_graph=second_order).items():
-            if gradient is None or name in run.dead:
+            if gradient is None or name in run.dead(step):
                 continue
             nonfinite |= ~all_finite(gradient.detach())
             if compact:
@@ -387,7 +469,8 @@ def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
     """Theta and the learnable rates, one view a task, as leaves of a new graph."""
 
     def leaf(value: Tensor) -> Tensor:
-        return value.detach().expand(count, *value.shape).requires_grad_()
+        # A copy: an Embedding with max_norm writes to the weight that it is given.
+        return value.detach().clone().expand(count, *value.shape).requires_grad_()
 
     theta = {name: leaf(p) for name, p in run.problem.params.items()}
     return theta, {key: leaf(rate) for key, rate in run.problem.rates.learnable().items()}
@@ -403,11 +486,11 @@ def _meta_gradients(run: Run) -> MetaGradients:
         nonfinite = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         theta, rates = _start(run, x.shape[0])
         phi, support_loss, _ = inner_loop(run, tasks, theta, rates, nonfinite)
-        loss, prediction = run.loss_and_prediction(phi, {}, x, y, first_task=tasks.start, step=problem.steps)
+        loss, prediction = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
         nonfinite |= ~loss.detach().isfinite()
         gradients = gradients_of(loss, theta | {_rate_key(key): rate for key, rate in rates.items()})
         for name, gradient in gradients.items():
-            if name in run.dead and gradient is not None:
+            if name in run.dead(problem.steps) and gradient is not None:
                 gradients[name] = torch.zeros_like(gradient)
             elif gradient is not None:
                 nonfinite |= ~all_finite(gradient)
@@ -461,8 +544,9 @@ def _adapt(run: Run) -> Adaptation:
         loss = prediction = accuracy = None
         if problem.query_x is not None and problem.query_y is not None:
             x, y = problem.query_x[tasks], problem.query_y[tasks]
-            with torch.no_grad():
-                loss, prediction = run.loss_and_prediction(phi, {}, x, y, first_task=tasks.start, step=problem.steps)
+            # With gradients allowed: a forward may take one of its own, for a force, say. None reaches phi.
+            found = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
+            loss, prediction = (value.detach() for value in found)
             nonfinite |= ~loss.isfinite()
             accuracy = accuracy_of(prediction, y)
         adapted = counts or {name: phi[name] for name in problem.adapted}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import re
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -35,6 +38,7 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, object]]]
     "functional": (libraries.Functional, images(2, 16), {"channels": 2}),
     "pools first": (libraries.PoolsFirst, images(1, 16), {"readout": "mean"}),
     "the tests' own": (lambda: nets.conv4(filters=8), images(1, 16), {}),
+    "a second input with a default": (lambda: TwoInputs(), images(1, 16), {"halving": "max"}),
 }
 
 
@@ -204,14 +208,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two outputs": (lambda: Around(after=lambda y: (y, y)), "it returns something else"),
     "only in training": (OnlyInTraining, "it uses mul"),
     "skip connection": (Skips, "no plain chain"),
-    "two inputs": (TwoInputs, "its forward takes several arguments"),
     "control flow": (LooksAtTheData, "torch.fx cannot trace it"),
     "tied": (tied, "layers '4' and '8' share parameters"),
     "reused": (reused, "layer '4' is used twice"),
     "forward hook": (hooked, "module '0' has forward hooks"),
     "parametrised": (parametrised, "module '4' is parametrised|it uses Parametrized"),
     "monkeypatched": (monkeypatched, "the forward of Conv2d was replaced"),
-    "subclass": (put(4, lambda: type("MyConv", (nn.Conv2d,), {})(8, 8, 3, padding=1, bias=False)), "no plain chain"),
+    "subclass": (put(4, lambda: type("MyConv", (nn.Conv2d,), {})(8, 8, 3, padding=1, bias=False)), "it uses conv2d"),
 }  # fmt: skip
 
 
@@ -353,31 +356,98 @@ def test_reading_a_module_again_is_cheap(monkeypatch):
     assert len(traces) == 1
 
 
+class Configured(nn.Module):
+    """Its forward reads its own attributes, a configuration, a global and what a closure holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+        self.number, self.table, self.listed, self.function = 1, {}, [1, 2], torch.relu
+        self.config = argparse.Namespace(inner=argparse.Namespace(act="relu"), widths=[3, 3])
+        self.unread = 0
+        self.register_buffer("flag", torch.zeros(()))
+        slope = [0.5]
+        self.closed = lambda x: x if slope else -x
+        self.slope = slope
+
+    @property
+    def depth(self) -> int:
+        return len(self.listed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = getattr(self, "count", 0) + 1
+        plain = self.number and not self.table and self.depth and self.config.inner.act == "relu" and GLOBAL
+        return self.body(self.closed(x)) if plain and not bool(self.flag) else self.function(x)
+
+
+GLOBAL = [True]
+
+
+def another_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return self.body(x)
+
+
 CHANGES = {
-    "mode": lambda m: m.eval(),
+    "mode": lambda m: m.body.eval(),
     "an attribute": lambda m: setattr(m, "number", 2),
-    "an attribute more": lambda m: setattr(m, "more", None),
     "an attribute less": lambda m: delattr(m, "number"),
     "nothing in place of an empty dictionary": lambda m: setattr(m, "table", None),
     "an entry of a dictionary": lambda m: m.table.update(a=1),
     "an item of a list": lambda m: m.listed.append(3),
     "a tuple in place of a list": lambda m: setattr(m, "listed", tuple(m.listed)),
-    "a function": lambda m: setattr(m, "function", lambda x: x),
-    "a parameter": lambda m: setattr(m[1], "weight", nn.Parameter(m[1].weight.detach().clone())),
-    "a parameter's shape": lambda m: setattr(m[1].bias, "data", torch.zeros(1)),
-    "a frozen layer's place": lambda m: m.__setitem__(1, nn.Linear(3, 3)),
-    "the order of layers": lambda m: m._modules.update({"1": m[2], "2": m[1]}),
-    "a hook": lambda m: m[2].register_forward_hook(lambda *_: None),
+    "a word deep in a configuration": lambda m: setattr(m.config.inner, "act", "tanh"),
+    "another configuration": lambda m: setattr(m, "config", argparse.Namespace(inner=m.config.inner)),
+    "a buffer's value": lambda m: m.flag.fill_(1),
+    "what a closure holds": lambda m: m.slope.clear(),
+    "another closure": lambda m: setattr(m, "closed", lambda x: x),
+    "a setting of a layer": lambda m: setattr(m.body[0], "in_features", 4),
+    "a parameter": lambda m: setattr(m.body[0], "weight", nn.Parameter(m.body[0].weight.detach().clone())),
+    "a parameter's shape": lambda m: setattr(m.body[0].bias, "data", torch.zeros(1)),
+    "a layer": lambda m: m.body.__setitem__(0, nn.Linear(3, 3)),
+    "the order of layers": lambda m: m.body._modules.update({"0": m.body[1], "1": m.body[0]}),
+    "a hook": lambda m: m.body[1].register_forward_hook(lambda *_: None),
     "a buffer": lambda m: m.register_buffer("offset", torch.zeros(3)),
+    "the forward of one module": lambda m: setattr(m, "forward", types.MethodType(another_forward, m)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_structure_is_noticed(change):
+def test_a_change_that_a_forward_can_see_is_noticed(change):
     """Once more the same is known again; after any change nothing is."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    model.number, model.table, model.listed, model.function = 1, {}, [1, 2], torch.relu
+    model = Configured()
+    assert isinstance(chain.layers_of(model), tuple)
     known = chain.of_module(model)
     assert chain.of_module(model) is known
     CHANGES[change](model)
     assert chain.of_module(model) is not known
+
+
+@pytest.mark.parametrize("name", ["forward", "depth"])
+def test_a_change_of_the_class_is_noticed(monkeypatch, name):
+    """A notebook that loads a module's source again does this."""
+    model = Configured()
+    chain.layers_of(model)
+    known = chain.of_module(model)
+    other = another_forward if name == "forward" else property(lambda self: 1)
+    monkeypatch.setattr(Configured, name, other)
+    assert chain.of_module(model) is not known
+
+
+def test_a_global_that_a_forward_reads_is_noticed(monkeypatch):
+    model = Configured()
+    chain.layers_of(model)
+    known = chain.of_module(model)
+    monkeypatch.setattr(sys.modules[Configured.__module__], "GLOBAL", [])
+    assert chain.of_module(model) is not known
+
+
+def test_what_no_forward_reads_may_change(monkeypatch):
+    """A counter, an epoch, a trainer that keeps its state on the module: no new trace."""
+    model, traces = Configured(), []
+    monkeypatch.setattr(chain, "_trace", lambda m, original=chain._trace: traces.append(1) or original(m))
+    for number in range(4):
+        model.unread, model.body.note = number, number
+        setattr(model, f"more_{number}", number)
+        chain.layers_of(model)
+    assert len(traces) == 1
+    assert not hasattr(model, "count")  # nor did tracing leave anything behind
