@@ -3,8 +3,9 @@
 A graph repeats what was launched while it was recorded. Python does not run again, so a graph is right only for calls
 that would launch the same. What decides that is the *key* of a recorded call:
 
-- the model (a weak reference), the type, training mode, hooks and plain attributes (numbers, words, tuples of them) of
-  each of its modules, and the address, shape, strides and dtype of every parameter and buffer;
+- the model (a weak reference), all that its forward may depend on (structure.py: modules, settings, hooks, code, and
+  the attributes of each module; of a chain of layers only those that its forward reads), and the address, shape,
+  strides and dtype of every parameter and buffer;
 - shape, strides, dtype and device of the data and of `inner_lr` tensors, and the value of an `inner_lr` float;
 - every other argument but `seed`, and torch's settings of autocast, determinism and cuDNN.
 
@@ -13,8 +14,8 @@ Hence these rules. **Not rebuilt:** for other data, for weights or buffers chang
 anything in the key is new: another shape, another float rate (a rate that changes often belongs in a tensor), a
 parameter that was replaced, moved or frozen, `train()` against `eval()`, another function object as `loss`. The last
 `LIMIT` graphs are kept, so models and shapes alternate without rebuilding; graphs of a model that is gone are dropped.
-**Not seen:** what a forward or a loss reads from elsewhere, such as tensors that are no buffers, globals, a rewritten
-`forward`. After changing such a thing call `clear()`. **Refused,** with a ValueError: a model that draws random
+**Not seen:** what a loss reads from elsewhere, or a forward through more than a few levels of objects. After changing
+such a thing call `clear()`. **Refused,** with a ValueError: a model that draws random
 numbers, a model or loss that makes the host wait, ``nonfinite="raise"`` (which makes it wait in every call), an
 `inner_lr` that requires grad, a loss that cannot be hashed, and devices other than CUDA.
 
@@ -26,20 +27,20 @@ Memory: a graph keeps its inputs, its results and everything in between in a poo
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
-from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, modes
+from . import chain, dispatch, modes, structure
 from .checks import Problem, check_problem
 from .reference import MetaGradients
 
@@ -266,17 +267,16 @@ def _refusing_random_draws(device: torch.device) -> Iterator[None]:
 # Keys
 
 
-_PLAIN = frozenset((int, float, bool, str, type(None)))
+def _what_it_is(model: nn.Module) -> Hashable:
+    """What the forward of a model depends on besides the numbers in its tensors.
 
-
-def _module_key(module: nn.Module) -> tuple[object, ...]:
-    """Type, hooks and plain attributes (training mode, eps, sizes, ...) of one module."""
-    plain = []
-    for value in vars(module).values():
-        kind = type(value)
-        if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
-            plain.append(value)
-    return (type(module), tuple(module._forward_pre_hooks), tuple(module._forward_hooks), *plain)
+    Of a chain of layers it is known what its forward reads, so that a counter or an epoch kept on the model is not part
+    of it; of another model everything is.
+    """
+    if isinstance(chain.layers_of(model), tuple):
+        known = chain.of_module(model)
+        return known.structure, known.values
+    return structure.of_module(model), structure.of_attributes(model)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -303,7 +303,7 @@ _BY_VALUE = tuple(
 def key_of(problem: Problem) -> tuple[object, ...]:
     """Everything that the launches of a call depend on; see the module."""
     model, device = problem.model, problem.device
-    tensors = chain(
+    tensors = itertools.chain(
         model.named_parameters(remove_duplicate=False),
         model.named_buffers(remove_duplicate=False),
     )
@@ -311,7 +311,7 @@ def key_of(problem: Problem) -> tuple[object, ...]:
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return (
         id(model),
-        tuple(_module_key(module) for module in model.modules()),
+        _what_it_is(model),
         tuple((name, *_place(tensor)) for name, tensor in tensors),
         device,
         tuple(_kind(value) for value in _data_of(problem).values()),

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -185,6 +186,7 @@ def _settings() -> Callable[[], None]:
     depth = functorch.get_dynamic_layer_stack_depth()
     grad_mode = torch.is_grad_enabled()
     no_saved_hooks = hooks._saved_tensors_hooks_get_disabled_error_message()
+    saved_hooks = hooks._top_saved_tensors_default_hooks(False)
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
     tickets = [(turns, turns.tickets()) for turns in (_attention, _tf32, _drawing)]
 
@@ -193,6 +195,8 @@ def _settings() -> Callable[[], None]:
             turns.leave([ticket for ticket in turns.tickets() if ticket not in held])
         if functorch.get_dynamic_layer_stack_depth() > depth:
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        while (top := hooks._top_saved_tensors_default_hooks(False)) is not None and top != saved_hooks:
+            hooks._pop_saved_tensors_default_hooks()
         torch.set_grad_enabled(grad_mode)
         for kind, (enabled, dtype) in autocast.items():
             if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
@@ -319,8 +323,8 @@ def _states(found: list[torch.Generator]) -> list[Tensor]:
 
 
 def _moved(found: list[torch.Generator], before: list[Tensor]) -> bool:
-    pairs = zip(found, before, strict=True)
-    return any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
+    pairs = zip(_states(found), before, strict=True)  # on the host, whatever the device
+    return any(not np.array_equal(now.numpy(), state.numpy()) for now, state in pairs)
 
 
 def _put_back(found: list[torch.Generator], states: list[Tensor]) -> None:

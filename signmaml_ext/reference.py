@@ -256,9 +256,19 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
         except Exception as error:
             # vmap refuses random draws, data-dependent control flow, in-place writes and operators without a batching
             # rule, each with its own exception type. If the fault is the caller's, task by task meets it again.
+            _raise_interrupt(error)
             refusal = error
     first_line = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
     raise NotBatchable(f"vmap refused it: {first_line}", lasts=True) from refusal
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raises the Ctrl-C that an error came out of: torch's own cleaning up may fail when it arrives in the middle."""
+    before = error.__context__
+    while before is not None:
+        if not isinstance(before, Exception):
+            raise before
+        before = before.__context__
 
 
 @contextmanager

@@ -36,6 +36,9 @@ _HOOKS = (
 # What every module keeps; `training` is a setting like others.
 _KEPT = frozenset(vars(nn.Module())) - {"training"}
 
+# What Python keeps on a class, which no forward reads.
+_UNREAD = frozenset(vars(type("_", (), {}))) | {"__annotations__", "__firstlineno__", "__static_attributes__"}
+
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one of torch's own layers, which computes with its settings and tensors alone."""
@@ -73,6 +76,18 @@ def of_reads(model: nn.Module, reads: Reads) -> Hashable:
         return ()
     modules = dict(model.named_modules())
     return tuple(of_value(_attribute(modules.get(path), name)) for path, name in sorted(reads))
+
+
+def of_attributes(model: nn.Module) -> Hashable:
+    """Everything that the user's modules and their classes hold, whether a forward reads it or not."""
+    found: list[Hashable] = []
+    for module in model.modules():
+        if not is_layer(module):
+            own = {name: value for name, value in vars(module).items() if name not in _KEPT}
+            classes = [vars(kind) for kind in type(module).__mro__ if kind not in nn.Module.__mro__]
+            for held in (own, *classes):
+                found.append(tuple((name, of_value(value)) for name, value in held.items() if name not in _UNREAD))
+    return tuple(found)
 
 
 def _attribute(module: nn.Module | None, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 from dataclasses import fields
 
@@ -294,22 +295,49 @@ def test_clear_drops_the_graphs_of_one_model_or_of_all(cache):
     assert graphs.info().builds == 3
 
 
-def test_what_a_forward_reads_elsewhere_needs_clear(cache, monkeypatch):
-    """The documented limit, and the way out of it."""
+class Elsewhere(nn.Linear):
+    """Its forward reads what is no tensor of its own."""
+
+    scales = (1.0,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scales[0] * numbers_of_a_loss[0]
+
+
+numbers_of_a_loss = [1.0]
+
+
+def scaled(prediction: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(prediction, target) * numbers_of_a_loss[0]
+
+
+@pytest.mark.parametrize("owner", [Elsewhere, sys.modules[__name__]], ids=["class", "global"])
+def test_what_a_forward_reads_elsewhere_is_noticed(cache, monkeypatch, owner):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", FixedRecorder)
-
-    class Elsewhere(nn.Linear):
-        scales = [1.0]  # noqa: RUF012 (changed from outside on purpose)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * self.scales[0]
-
     model, data = Elsewhere(4, 3).double(), nets.vector_tasks()
     first = meta_step(model, *data, **OPTIONS, graph=True).query_loss
-    monkeypatch.setattr(Elsewhere, "scales", [5.0])
-    assert torch.equal(meta_step(model, *data, **OPTIONS, graph=True).query_loss, first)
-    graphs.clear(model)
+    monkeypatch.setattr(owner, "scales" if owner is Elsewhere else "numbers_of_a_loss", [5.0])
     assert not torch.equal(meta_step(model, *data, **OPTIONS, graph=True).query_loss, first)
+    assert graphs.info().builds == 2
+
+
+def test_what_a_loss_reads_elsewhere_needs_clear(cache, monkeypatch):
+    """The documented limit, and the way out of it."""
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", FixedRecorder)
+    model, data = nets.mlp().double(), nets.vector_tasks()
+    first = meta_step(model, *data, **OPTIONS, graph=True, loss=scaled).query_loss
+    monkeypatch.setattr(sys.modules[__name__], "numbers_of_a_loss", [5.0])
+    assert torch.equal(meta_step(model, *data, **OPTIONS, graph=True, loss=scaled).query_loss, first)
+    graphs.clear(model)
+    assert not torch.equal(meta_step(model, *data, **OPTIONS, graph=True, loss=scaled).query_loss, first)
+
+
+def test_a_counter_on_a_chain_of_layers_records_nothing_anew(cache):
+    model, data = nets.mlp(), nets.vector_tasks(dtype=torch.float32)
+    for number in range(3):
+        model.epoch = number
+        meta_step(model, *data, **OPTIONS, graph=True)
+    assert graphs.info().builds == 1
 
 
 @pytest.mark.parametrize("make", [nets.FunctionalDropout, lambda: nets.Attention(dropout=0.1)])

@@ -1,0 +1,559 @@
+"""The user's module is not touched, not even during a call: threads, interrupts, what forwards and hooks leave."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import signmaml_ext
+from helpers import definition, nets
+from signmaml_ext import evaluate, meta_step, modes
+from signmaml_ext.replica import Replicas
+
+OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}
+METHODS = ("sign-maml", "fo-maml", "maml")
+
+
+class Checkpointed(nn.Module):
+    """As Hugging Face's models do with gradient checkpointing on."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.activation, self.saves = activation, True
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.activation(self.b(self.activation(self.a(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(checkpoint(self.body, x, use_reentrant=False) if self.saves else self.body(x))
+
+
+class Leaves(nn.Module):
+    """Leaves tensors behind on itself, in a list and in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.seen: list[Tensor] = []
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = torch.tanh(self.body(x))
+        self.seen.append(self.features)
+        self.calls += 1
+        return self.head(self.features)
+
+
+def old_weight_norm() -> nn.Module:
+    return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 8)), nn.GELU(), nn.Linear(8, 3))
+
+
+def old_spectral_norm() -> nn.Module:
+    return nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 8)), nn.GELU(), nn.Linear(8, 3))
+
+
+def with_batch_norm_and_dropout() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def images_group_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """All that a call must leave alone, by identity and value."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {
+        "objects": {name: id(tensor) for name, tensor in tensors.items()},
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+        "modes": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
+    now = state_of(model)
+    values, found = before.pop("values"), now.pop("values")
+    assert now == before
+    assert all(torch.equal(found[name], values[name]) for name in values)
+    before["values"] = values
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    assert torch.is_grad_enabled()
+    assert not any(turns.tickets() for turns in (modes._drawing, modes._attention, modes._tf32))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("activation", [F.gelu, torch.relu], ids=["generic", "recognised"])
+def test_activation_checkpointing_is_exact(activation, method):
+    """What the backward pass computes again, it computes with the parameters of its own step."""
+    model, data = Checkpointed(activation).double(), nets.vector_tasks()
+    model.saves = False
+    expected, *_ = definition.meta_gradient(model, *data, **OPTIONS, method=method)
+    model.saves = True
+    result = meta_step(model, *data, **OPTIONS, method=method)
+    for name, gradient in nets.grads(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+    assert (result.backend == "torch") == (activation is F.gelu or method == "maml")
+    with pytest.raises(ValueError, match=r"batching: .*checkpointing"):
+        meta_step(model, *data, **OPTIONS, method=method, batching="together", backend="torch")
+
+
+@pytest.mark.parametrize("make", [Leaves, old_weight_norm, old_spectral_norm, with_batch_norm_and_dropout])
+@pytest.mark.parametrize("batching", ["auto", "one-by-one"])
+def test_what_a_forward_leaves_is_gone(make, batching):
+    model, data = make().double(), nets.vector_tasks()
+    before = state_of(model)
+    for method in METHODS:
+        meta_step(model, *data, **OPTIONS, method=method, batching=batching)
+    evaluate(model, *data, **OPTIONS, batching=batching)
+    assert_untouched(model, before)
+    assert not getattr(model, "seen", [])
+    torch.save(model.state_dict(), io.BytesIO())
+    if make is Leaves:
+        copy.deepcopy(model)
+        torch.save(model, io.BytesIO())
+
+
+def test_module_hooks_run_and_what_they_collect_can_be_read():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    collected: list[Tensor] = []
+    model[0].register_forward_hook(lambda module, args, output: collected.append(output))
+    assert "has hooks" in signmaml_ext.explain(model, *data, **OPTIONS).how
+    evaluate(model, *data, **OPTIONS)
+    assert len(collected) == 3 * (3 + 1)
+    assert all(torch.isfinite(value.detach()).all() for value in collected)
+    torch.save(collected, io.BytesIO())
+    assert [tuple(value.shape) for value in collected[:4]] == [(6, 8)] * 3 + [(9, 8)]
+
+
+def test_a_hook_changes_the_forward():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    meta_step(model, *data, **OPTIONS)
+    expected, *_ = definition.meta_gradient(model, *data, **OPTIONS, method="sign-maml")
+    for name, gradient in nets.grads(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_hooks_of_parameters_run_on_the_meta_gradient():
+    """Once, as after `backward()`: the gradient hook may change it, the other sees what was added up."""
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    meta_step(model, *data, **OPTIONS)
+    plain = nets.grads(model)
+    seen: list[Tensor] = []
+    model[0].weight.register_hook(lambda gradient: gradient * 3)
+    model[2].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
+    for round_ in (1, 2):
+        meta_step(model, *data, **OPTIONS)
+        assert len(seen) == round_
+        assert torch.equal(seen[-1], model[2].weight.grad)
+    tripled = {name: 6 * value if name == "0.weight" else 2 * value for name, value in plain.items()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(found, tripled, rtol=1e-12, atol=0)
+    evaluate(model, *data, **OPTIONS)
+    assert len(seen) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads
+
+THREADED = {
+    "recognised": (nets.mlp, nets.vector_tasks),
+    "together": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks),
+    "BatchNorm and dropout": (with_batch_norm_and_dropout, nets.vector_tasks),
+    "convolutions": (images_group_norm, nets.image_tasks),
+    "hand-made checkpointing": (Checkpointed, nets.vector_tasks),
+}
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_threads_give_what_calls_in_turn_give(name):
+    make, tasks = THREADED[name]
+    model, data = make().double(), tasks()
+    before = state_of(model)
+    calls = [(seed, method) for seed in range(4) for method in ("sign-maml", "maml")]
+
+    def call(seed: int, method: str) -> Tensor:
+        evaluated = evaluate(model, *data, **OPTIONS, seed=seed, method=method)
+        return torch.cat([evaluated.query_loss, evaluated.support_loss.flatten(), evaluated.logits.flatten()])
+
+    expected = [call(*arguments) for arguments in calls]
+    wrong: list[object] = []
+
+    def work() -> None:
+        for arguments, value in zip(calls, expected, strict=True):
+            try:
+                if not torch.equal(call(*arguments), value):
+                    wrong.append(arguments)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert_untouched(model, before)
+
+
+def test_meta_steps_of_threads_add_up_in_grad():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    meta_step(model, *data, **OPTIONS)
+    one = nets.grads(model)
+    threads = [threading.Thread(target=lambda: meta_step(model, *data, **OPTIONS)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, gradient in nets.grads(model).items():
+        torch.testing.assert_close(gradient, 8 * one[name], rtol=1e-12, atol=0)
+
+
+def test_calls_that_disagree_take_turns():
+    """Those that want the same setting share it; it is the caller's own again when the last has left."""
+    setting, log = ["caller's"], []
+    turns = modes._Switches(lambda value: [(lambda: setting[0], lambda v: setting.__setitem__(0, v), value)])
+    inside = threading.Barrier(2)
+
+    def agree() -> None:
+        with turns.of("a"):
+            inside.wait(10)
+            log.append(setting[0])
+            inside.wait(10)
+
+    def disagree() -> None:
+        with turns.of("b"):
+            log.append(setting[0])
+            with turns.of("a"):  # a call within a call goes on under the outer one's setting
+                log.append(setting[0])
+
+    first = [threading.Thread(target=agree) for _ in range(2)]
+    for thread in first:
+        thread.start()
+    last = threading.Thread(target=disagree)
+    last.start()
+    for thread in (*first, last):
+        thread.join(10)
+    assert log == ["a", "a", "b", "b"]
+    assert setting == ["caller's"]
+
+
+def test_dropout_leaves_the_callers_stream_but_for_one_draw():
+    model, data = with_batch_norm_and_dropout(), nets.vector_tasks(dtype=torch.float32)
+    for seed, draws in ((3, 0), (None, 1)):
+        for _ in range(2):  # the first time is the one that finds out that the model draws
+            torch.manual_seed(7)
+            evaluate(model, *data, **OPTIONS, seed=seed)
+            found = torch.rand(())
+            torch.manual_seed(7)
+            for _ in range(draws):
+                torch.randint(2**62, ())
+            assert found == torch.rand(())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupts
+
+
+def interrupted_at(line: int, call: Callable[[], object]) -> bool:
+    """Runs a call; at its n-th line of Python, whoever's, Ctrl-C arrives. Whether it got that far."""
+    count = 0
+
+    def trace(frame, event, argument):  # type: ignore[no-untyped-def]
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+INTERRUPTED = {
+    "recognised": (nets.mlp, nets.vector_tasks, "sign-maml"),
+    "together": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks, "sign-maml"),
+    "second order": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks, "maml"),
+    "random": (with_batch_norm_and_dropout, nets.vector_tasks, "fo-maml"),
+    "checkpointed": (Checkpointed, nets.vector_tasks, "sign-maml"),
+}
+
+
+def lines_of(call: Callable[[], object]) -> int:
+    count = 0
+
+    def trace(frame, event, argument):  # type: ignore[no-untyped-def]
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def interrupt(name: str, points: int) -> None:
+    make, tasks, method = INTERRUPTED[name]
+    model, data = make().double(), tasks()
+
+    def call() -> Tensor:
+        return evaluate(model, *data, **OPTIONS, method=method, seed=1).query_loss
+
+    expected, before = call(), state_of(model)
+    lines = lines_of(call)
+    happened = 0
+    for number in range(points):
+        happened += interrupted_at(1 + number * lines // points, call)
+        assert_untouched(model, before)
+    assert happened >= 0.8 * points  # some arrive while Python cleans up, and are ignored there
+    assert torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_ctrl_c_leaves_everything_as_it_was(name):
+    interrupt(name, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_hundreds_of_interrupts(name):
+    interrupt(name, 300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Private copies
+
+
+class References(nn.Module):
+    """Reaches its parts in ways that no dictionary of modules knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+        self.steps = [self.a, (self.b, {"c": self.c})]
+        self.scaled = lambda x: x * self.scale
+        self.shifted = self._shifted
+        self.again = functools.partial(F.linear, weight=self.a.weight)
+        self.parent = weakref.ref(self)
+        self.helper = Helper(self)
+        self.head = nn.Linear(4, 3)
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.steps[1][1]["c"](torch.tanh(self.steps[1][0](self.steps[0](x))))
+        x = self.parent().again(torch.tanh(self.shifted(self.scaled(x))))
+        return self.helper.run(x)
+
+
+class Helper:
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.owner.head(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_are_reached_by_every_way(method):
+    model, data = References().double(), nets.vector_tasks()
+    before = state_of(model)
+    reference = ByName(model)
+    meta_step(model, *data, **OPTIONS, method=method)
+    found = nets.grads(model)
+    expected, *_ = definition.meta_gradient(reference, *data, **OPTIONS, method=method)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+    assert_untouched(model, before)
+    assert model.parent() is model and model.helper.owner is model and model.steps[0] is model.a
+
+
+class ByName(nn.Module):
+    """What `References` computes, with every part under its name."""
+
+    def __init__(self, like: References) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = (copy.deepcopy(part) for part in (like.a, like.b, like.c, like.head))
+        self.scale, self.shift = nn.Parameter(like.scale.detach().clone()), nn.Parameter(like.shift.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(torch.tanh(self.b(self.a(x)))) * self.scale + self.shift
+        return self.head(F.linear(torch.tanh(x), self.a.weight))
+
+
+def test_buffers_are_copied_once_and_again_when_written():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(4.0))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * self.table
+
+    model = Writes()
+    replicas = Replicas(model)
+    first, second = replicas.make({}), None
+    for _ in range(3):
+        first(torch.ones(4))
+        second = replicas.make({})
+        assert second.table is first.table
+        assert second.calls is not first.calls and second.calls == 0
+    assert model.calls == 0 and second.table is not model.table
+
+
+def test_an_embedding_that_renormalises_its_weight_leaves_the_users():
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(7, 4, max_norm=0.5), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x).mean(1))
+
+    model = Words().double()
+    x, y = torch.randint(7, (3, 6, 5)), torch.randint(3, (3, 6))
+    before = state_of(model)
+    for adapt in (None, ["head.*"]):
+        meta_step(model, x, y, x, y, **OPTIONS, adapt=adapt)
+    assert_untouched(model, before)
+
+
+HIDDEN = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+
+def test_a_parameter_that_is_reached_past_the_module_is_refused():
+    """A copy cannot take its place, so the gradient would be another one."""
+
+    class Global(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = HIDDEN, nn.Linear(4, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(x @ HIDDEN))
+
+    model, data = Global(), nets.vector_tasks()
+    with pytest.raises(ValueError, match=r"model: expected a forward that reaches its parameters .* takes 'hidden'"):
+        meta_step(model, *data, **OPTIONS)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_compiled_model_is_served_as_the_module_it_wraps():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    meta_step(model, *data, **OPTIONS)
+    expected = nets.grads(model)
+    result = meta_step(torch.compile(model, backend="eager"), *data, **OPTIONS)
+    assert result.backend == "cpu"
+    torch.testing.assert_close(nets.grads(model), expected, rtol=1e-12, atol=0)
+    model.compile(backend="eager")
+    meta_step(model, *data, **OPTIONS)
+    torch.testing.assert_close(nets.grads(model), expected, rtol=1e-12, atol=0)
+
+
+def one_process_group(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def test_wrapped_models_are_refused_with_the_way_to_go(tmp_path):
+    data = nets.vector_tasks(dtype=torch.float32)
+    one_process_group(tmp_path)
+    try:
+        wrapped = [nn.parallel.DistributedDataParallel(nets.mlp())]
+    finally:
+        torch.distributed.destroy_process_group()
+    wrapped += [nn.DataParallel(nets.mlp()), nn.Sequential(nn.DataParallel(nets.mlp()))]
+    for model in wrapped:
+        with pytest.raises(ValueError, match=r"model: expected the module itself.*first_task.*found .*DataParallel"):
+            meta_step(model, *data, **OPTIONS)
+    with pytest.raises(ValueError, match=r"model: .*found .*whose parameters lie in TorchScript"):
+        meta_step(torch.jit.script(nets.mlp()), *data, **OPTIONS)
+    with pytest.raises(ValueError, match=r"model: .*found SyncBatchNorm \(module '1'\)"):
+        meta_step(nn.Sequential(nn.Linear(4, 8), nn.SyncBatchNorm(8), nn.Linear(8, 3)), *data, **OPTIONS)
+
+
+def test_maml_that_adapts_the_head_alone_counts_how_its_steps_depend_on_the_body():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    names = [name for name, _ in model.named_parameters() if not name.startswith("4.")]
+    for batching in ("together", "one-by-one"):
+        meta_step(model, *data, **OPTIONS, method="maml", adapt=["4.*"], batching=batching)
+        expected, *_ = definition.meta_gradient(model, *data, **OPTIONS, method="maml", still=tuple(names))
+        for name, gradient in nets.grads(model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_padding_row_stays_in_every_task(method):
+    class Text(nn.Module):
+        def __init__(self, bag: bool) -> None:
+            super().__init__()
+            self.bag = bag
+            self.words = (nn.EmbeddingBag if bag else nn.Embedding)(11, 8, padding_idx=3)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            found = self.words(tokens)
+            return self.head(torch.tanh(found if self.bag else found.mean(1)))
+
+    x, y = torch.randint(11, (4, 6, 5)), torch.randint(3, (4, 6))
+    for bag in (False, True):
+        if bag and method == "maml":
+            continue  # torch has no second derivative of it
+        model = Text(bag).double()
+        with torch.no_grad():
+            model.words.weight[3] = 0.25
+        adapted = signmaml_ext.adapt(model, x, y, **OPTIONS, method=method)["words.weight"]
+        assert (adapted[:, 3] == 0.25).all()
+        meta_step(model, x, y, x, y, **OPTIONS, method=method)
+        assert (nets.grads(model)["words.weight"][3] == 0).all()
+        with pytest.raises(ValueError, match="found 'together': "):
+            meta_step(model, x, y, x, y, **OPTIONS, method=method, batching="together", backend="torch")
+
+
+def test_a_model_that_differentiates_inside_its_forward():
+    class Force(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+    model = Force().double()
+    x, y = torch.randn(3, 8, 2, dtype=torch.float64), torch.randn(3, 8, 2, dtype=torch.float64)
+    result = meta_step(model, x, y, x, y, **OPTIONS, loss="mse")
+    evaluated = evaluate(model, x, y, x, y, **OPTIONS, loss="mse")
+    torch.testing.assert_close(evaluated.query_loss, result.query_loss, rtol=1e-12, atol=0)
+    assert not evaluated.logits.requires_grad and not x.requires_grad
