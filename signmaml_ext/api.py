@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, graphs, modes, spec
-from .checks import Loss, Problem, Rate, check_problem
+from .checks import Problem, Rate, check_problem
 from .dispatch import Explanation
+from .inputs import Inputs, Output
+from .losses import Loss
 from .reference import Adaptation, MetaGradients
 
 
@@ -21,7 +23,8 @@ class MetaStepResult:
 
     Attributes:
         query_loss: `[T]`, mean loss of each task's query set at its adapted parameters.
-        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores.
+        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores. Labels
+            that the loss leaves out (`ignore_index`) do not count; NaN where none counts.
         support_loss: `[K, T]`, loss of each task's support set before each inner step.
         nonfinite: `[T]` bool, tasks that met a NaN or an Inf in a loss or a gradient.
         live_tasks: `[]` int64, tasks in the mean: T, or with `nonfinite="skip"` the finite ones.
@@ -42,8 +45,10 @@ class EvaluateResult:
 
     Attributes:
         query_loss: `[T]`.
-        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores.
-        logits: `[T, Q, ...]`, the adapted models' output for the query sets.
+        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores. Labels
+            that the loss leaves out (`ignore_index`) do not count; NaN where none counts.
+        logits: `[T, Q, ...]`, the adapted models' output for the query sets; `[T, 0]` where that is several tensors of
+            which no `output=` names one.
         support_loss: `[K, T]`, loss of each task's support set before each inner step.
         nonfinite: `[T]` bool, tasks that met a NaN or an Inf.
         backend: The backend that served the call.
@@ -59,9 +64,9 @@ class EvaluateResult:
 
 def meta_step(
     model: nn.Module,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
-    query_x: Tensor,
+    query_x: Inputs,
     query_y: Tensor,
     *,
     inner_lr: Rate | Mapping[str, Rate],
@@ -79,6 +84,7 @@ def meta_step(
     graph: bool | None = None,
     task_state: str = "full",
     batching: str = "auto",
+    output: Output | None = None,
 ) -> MetaStepResult:
     """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
 
@@ -101,11 +107,13 @@ def meta_step(
     added to by one call at a time.
 
     Args:
-        model: Any module whose forward takes one tensor `[S, ...]` and returns one tensor. Parameters that require
-            grad are float32 or float64, on one device. Others are never moved and get no gradient. Tied parameters
-            count once.
+        model: Any module whose forward takes tensors `[S, ...]`. Parameters that require grad are float32 or float64,
+            on one device. Others are never moved and get no gradient. Tied parameters count once. Not a wrapper such as
+            DistributedDataParallel: pass the module in it.
         support_x: `[T, S, ...]`, the model's inputs to adapt on, on the model's device; if floating point, in its
-            dtype.
+            dtype. For a model of several inputs a tuple of such tensors, or a dict by the names of its forward's
+            arguments. Tasks of different sizes do not stack: make one call a task, numbered by `first_task`, and
+            divide `.grad` by their number.
         support_y: `[T, S]` int64 labels for "cross_entropy"; `[T, S, ...]` of the predictions' shape and dtype for
             "mse"; `[T, S, ...]` of any dtype for a callable.
         query_x: `[T, Q, ...]`, like `support_x`.
@@ -117,8 +125,10 @@ def meta_step(
         inner_steps: K >= 0. With 0 this is joint training on the query sets.
         method: "sign-maml", "fo-maml" or "maml".
         loss: "cross_entropy" (mean over examples), "mse" (mean over all elements), or a callable
-            `(prediction [S, ...], target [S, ...]) -> scalar tensor`, called once for each task. A sign step ignores
-            the scale of the loss.
+            `(prediction [S, ...], target [S, ...]) -> scalar tensor`, called once for each task. `F.cross_entropy`,
+            `nn.CrossEntropyLoss()`, `F.mse_loss` and `nn.MSELoss()` as they are count as the named ones, which the
+            native kernels know. (On CUDA, where labels are not looked at, a label of -100 then makes the loss of its
+            task NaN instead of being left out.) A sign step ignores the scale of the loss.
         adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
             ``["classifier.*"]`` (ANIL); all others still get the meta-gradient. None: all that require grad.
         backend: "auto", or one of "cuda", "cpu" (native: whole meta-steps of Conv-N networks and multilayer
@@ -130,7 +140,10 @@ def meta_step(
             the mean. "raise": FloatingPointError, which makes the host wait for the device. In every case
             `result.nonfinite` flags the task.
         batch_norm: "batch": BatchNorm normalises each set by its own statistics, in training and evaluation, task by
-            task. "running": by its running statistics, which stay as they are.
+            task (transductive: what is predicted for a query depends on the other queries). "support": queries by the
+            statistics of their task's support set at the adapted parameters (inductive), with gradients through them.
+            "running": by its running statistics, which stay as they are; a warning says so, once, if they were never
+            written.
         seed: Integer >= 0 that, with task and step, keys the dropout masks; vary it from call to call. None: one is
             taken from torch's CPU generator, which advances by one draw, if the model draws random numbers at all.
         zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics has its true gradient, 0. False
@@ -149,6 +162,8 @@ def meta_step(
             "torch". phi is rounded twice, whatever K, instead of once a step, so that trajectories agree to rounding
             (float64: to 1e-12 as long as no gradient is that near 0). A NaN gradient is count -128 and stays NaN, as
             in full precision.
+        output: Which part of what the model returns is the prediction: a key or an attribute ("logits"), a number, or a
+            callable `(returned) -> tensor`. None: all of it, which a named loss wants to be one tensor.
         batching: How tasks run that no whole-meta-step kernel serves. "together": side by side under torch.vmap;
             a module that vmap refuses is refused. "one-by-one": one after the other, which serves every module in the
             memory of one task. "auto": what is known to be faster, one by one where vmap refuses; `explain` says which.
@@ -193,9 +208,9 @@ def meta_step(
 
 def evaluate(
     model: nn.Module,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
-    query_x: Tensor,
+    query_x: Inputs,
     query_y: Tensor,
     *,
     inner_lr: Rate | Mapping[str, Rate],
@@ -211,6 +226,7 @@ def evaluate(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     batching: str = "auto",
+    output: Output | None = None,
 ) -> EvaluateResult:
     """Adapts to T tasks and evaluates their query sets; no meta-gradient, nothing changed.
 
@@ -243,7 +259,7 @@ def evaluate(
 
 def adapt(
     model: nn.Module,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
     *,
     inner_lr: Rate | Mapping[str, Rate],
@@ -259,6 +275,7 @@ def adapt(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     batching: str = "auto",
+    output: Output | None = None,
 ) -> Mapping[str, Tensor]:
     """The inner loop alone: every task's adapted parameters; the model itself is not changed.
 
@@ -267,7 +284,11 @@ def adapt(
     Returns:
         name -> `[T, *shape]` for each adapted parameter, detached; a dict, or with ``task_state="int8"`` a
         `CompactParams`, which holds step counts and computes a parameter when it is asked for. One task's model is
-        ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``.
+        ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``. There BatchNorm does
+        what the model's mode says: after ``model.train()`` it normalises by the batch, as ``batch_norm="batch"`` does,
+        and writes its running statistics. With ``batch_norm="support"`` the result also holds the statistics of each
+        task's support set, under the names of the running ones, `[T, C]`: with them, and after ``model.eval()``, that
+        call predicts one query at a time what `evaluate` predicts.
 
     Example:
         >>> import torch, signmaml_ext
@@ -278,14 +299,15 @@ def adapt(
         {'weight': (4, 2, 3), 'bias': (4, 2)}
     """
     problem = check_problem(query_x=None, query_y=None, with_query=False, **locals())
-    return _adaptation(problem)[1].params
+    adaptation = _adaptation(problem)[1]
+    return {**adaptation.params, **adaptation.statistics} if adaptation.statistics else adaptation.params
 
 
 def explain(
     model: nn.Module,
-    support_x: Tensor | None = None,
+    support_x: Inputs | None = None,
     support_y: Tensor | None = None,
-    query_x: Tensor | None = None,
+    query_x: Inputs | None = None,
     query_y: Tensor | None = None,
     *,
     inner_lr: Rate | Mapping[str, Rate] = 0.01,
@@ -301,6 +323,7 @@ def explain(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     batching: str = "auto",
+    output: Output | None = None,
     plan: bool = False,
 ) -> Explanation:
     """Which backend would serve this call of `meta_step`, and why the others would not.

@@ -6,30 +6,35 @@ Nothing here reads a tensor's values on an accelerator: that would make the host
 
 from __future__ import annotations
 
+import numbers
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from . import inputs, losses
+from .inputs import Inputs, Output
+from .losses import Loss
+
 METHODS = ("sign-maml", "fo-maml", "maml")
-LOSSES = ("cross_entropy", "mse")
+LOSSES = losses.NAMES
 PRECISIONS = ("fp32", "tf32", "bf16")
 NONFINITE = ("propagate", "raise", "skip")
-BATCH_NORM = ("batch", "running")
+BATCH_NORM = ("batch", "support", "running")
 TASK_STATES = ("full", "int8")
 BATCHINGS = ("auto", "together", "one-by-one")
 MOST_COUNTED_STEPS = 127  # what an int8 counts
 BACKENDS = ("auto", "torch", "cpu", "cuda")
 
 Rate = float | Tensor
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-Loss = str | LossFunction
 
 
 class ForwardError(ValueError, RuntimeError):
@@ -119,9 +124,9 @@ class Problem:
         model: The module; its parameters are the start of every task's inner loop.
         params: Every parameter that requires grad, by its first name; tied parameters once.
         adapted: Names of the parameters that the inner loop moves, a subset of `params`.
-        support_x: `[T, S, ...]`.
+        support_x: `[T, S, ...]`, or several such tensors.
         support_y: `[T, S, ...]`.
-        query_x: `[T, Q, ...]`; None where only the inner loop is asked for.
+        query_x: `[T, Q, ...]`, or several; None where only the inner loop is asked for.
         query_y: `[T, Q, ...]`; None likewise.
         rates: Inner learning rates.
         method: One of `METHODS`.
@@ -137,14 +142,15 @@ class Problem:
         keyed: Whether forward passes that run task by task draw from streams of their own; False inside a graph.
         task_state: One of `TASK_STATES`.
         batching: One of `BATCHINGS`.
+        output: What of the model's output is the prediction; None: all of it.
     """
 
     model: nn.Module
     params: dict[str, Tensor]
     adapted: tuple[str, ...]
-    support_x: Tensor
+    support_x: Inputs
     support_y: Tensor
-    query_x: Tensor | None
+    query_x: Inputs | None
     query_y: Tensor | None
     rates: InnerRates
     method: str
@@ -160,11 +166,12 @@ class Problem:
     keyed: bool = True
     task_state: str = "full"
     batching: str = "auto"
+    output: Output | None = None
 
     @property
     def tasks(self) -> int:
         """T."""
-        return self.support_x.shape[0]
+        return self.support_y.shape[0]
 
     @property
     def steps(self) -> int:
@@ -174,7 +181,7 @@ class Problem:
     @property
     def device(self) -> torch.device:
         """The device of the data and the parameters."""
-        return self.support_x.device
+        return self.support_y.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,9 +195,9 @@ class Problem:
 
 def check_problem(
     model: nn.Module,
-    support_x: Tensor,
+    support_x: Inputs,
     support_y: Tensor,
-    query_x: Tensor | None,
+    query_x: Inputs | None,
     query_y: Tensor | None,
     *,
     inner_lr: Rate | Mapping[str, Rate],
@@ -208,6 +215,7 @@ def check_problem(
     graph: bool | None = None,
     task_state: str = "full",
     batching: str = "auto",
+    output: Output | None = None,
     with_query: bool = True,
 ) -> Problem:
     """Checks all arguments of `meta_step`, `evaluate` or (without query) `adapt` and returns the problem."""
@@ -224,6 +232,12 @@ def check_problem(
         refuse(
             "loss", f"one of {_listing(LOSSES)} or a callable (prediction, target) -> scalar", describe(loss), TypeError
         )
+    elif isinstance(loss, nn.Module) and any(parameter.requires_grad for parameter in loss.parameters()):
+        name = next(name for name, parameter in loss.named_parameters() if parameter.requires_grad)
+        found = f"parameter {name!r} that requires grad in {type(loss).__name__}"
+        refuse("loss", "a loss without trainable parameters (make them part of the model, or frozen)", found)
+    if output is not None and not isinstance(output, (str, int)) and not callable(output):
+        refuse("output", "None, a name, a number or a callable (returned) -> tensor", describe(output), TypeError)
     if not isinstance(zero_dead_bias, bool):
         refuse("zero_dead_bias", "True or False", describe(zero_dead_bias), TypeError)
     if graph is not None and not isinstance(graph, bool):
@@ -241,24 +255,23 @@ def check_problem(
     adapted = _check_adapt(model, params, adapt)
     rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device)
     _check_task_state(task_state, method, rates, params)
+    if not with_query and batch_norm == "support" and task_state == "int8":
+        refuse("task_state", "'full' with batch_norm 'support' (counts hold no statistics)", repr(task_state))
 
+    loss = losses.named(loss, [support_y, query_y])
     _check_set("support", support_x, support_y, loss, device, dtype)
     if with_query:
         _check_set("query", query_x, query_y, loss, device, dtype)
         assert query_x is not None
-        if query_x.shape[0] != support_x.shape[0]:
-            refuse("query_x", f"{support_x.shape[0]} tasks as in support_x", f"{query_x.shape[0]} tasks")
-        if query_x.shape[2:] != support_x.shape[2:]:
-            expected = f"examples of shape {list(support_x.shape[2:])} as in support_x"
-            refuse("query_x", expected, f"shape {list(query_x.shape[2:])}")
+        _check_alike(support_x, query_x)
 
     return Problem(
         model=model,
         params=params,
         adapted=adapted,
-        support_x=support_x.detach(),
+        support_x=inputs.each(support_x, Tensor.detach),
         support_y=support_y.detach(),
-        query_x=None if query_x is None else query_x.detach(),
+        query_x=None if query_x is None else inputs.each(query_x, Tensor.detach),
         query_y=None if query_y is None else query_y.detach(),
         rates=rates,
         method=method,
@@ -273,6 +286,7 @@ def check_problem(
         graph=graph,
         task_state=task_state,
         batching=batching,
+        output=output,
     )
 
 
@@ -294,7 +308,7 @@ def check_labels(problem: Problem, classes: int) -> None:
     """Refuses labels outside 0..classes-1, naming set and task.
 
     Only on the CPU: elsewhere looking at a value would synchronise, and the loss turns NaN instead (see
-    `reference.cross_entropy`), which flags the task.
+    `losses.cross_entropy`), which flags the task.
     """
     for argument, labels in (("support_y", problem.support_y), ("query_y", problem.query_y)):
         if labels is None or labels.device.type != "cpu":
@@ -307,9 +321,12 @@ def check_labels(problem: Problem, classes: int) -> None:
 
 
 def check_prediction(prediction: object, target: Tensor, loss: Loss) -> None:
-    """The model's output for one task, against what the loss needs."""
+    """The model's output for one task, against what the loss needs; a callable may take anything."""
     if not isinstance(prediction, Tensor):
-        refuse("model", "a forward that returns one tensor", describe(prediction), TypeError)
+        if callable(loss):
+            return
+        expected = "a forward that returns one tensor, or `output=` to say which of several is the prediction"
+        refuse("model", expected, describe(prediction), TypeError)
     shape, examples = list(prediction.shape), target.shape[0]
     if loss == "cross_entropy" and (prediction.ndim != 2 or shape[0] != examples):
         refuse("model", f"a prediction [{examples}, classes] for loss 'cross_entropy'", f"shape {shape}")
@@ -399,12 +416,29 @@ def _check_precision(precision: str, device: torch.device, dtype: torch.dtype) -
         refuse("precision", f"'fp32' or 'bf16' on {device.type} (tf32 is a mode of CUDA devices)", repr(precision))
 
 
+# Models whose running statistics were looked at.
+_looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def _check_batch_norm(model: nn.Module, batch_norm: str) -> None:
     if batch_norm != "running":
         return
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for name, module in norms.items():
+        if module.running_mean is None:
             refuse("batch_norm", "'batch' for a model without running statistics", f"'running' with none in {name!r}")
+    if model in _looked_at or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    _looked_at.add(model)  # once: on a CUDA device, looking makes the host wait
+    for name, module in norms.items():
+        if module.num_batches_tracked is not None and int(module.num_batches_tracked) == 0:
+            warnings.warn(
+                f"batch_norm='running': the running statistics of {name!r} were never written, so it normalises by "
+                "mean 0 and variance 1 (meta_step writes none). batch_norm='support' normalises queries by the "
+                "statistics of their task's support set; or write them first, by forward passes in training mode",
+                stacklevel=4,
+            )
+            return
 
 
 def _check_adapt(
@@ -446,7 +480,7 @@ def _check_rates(
         if isinstance(inner_lr, Tensor) and tuple(inner_lr.shape) not in ((), (1,), (steps,)):
             expected = f"a tensor of shape [] or [{steps}] (one rate a step)"
             refuse("inner_lr", expected, f"shape {list(inner_lr.shape)}")
-        return InnerRates({"": inner_lr}, steps)
+        return InnerRates({"": inner_lr if isinstance(inner_lr, Tensor) else float(inner_lr)}, steps)
     missing = [name for name in adapted if name not in inner_lr]
     if missing:
         refuse("inner_lr", "a rate for every adapted parameter", f"none for {_listing(missing)}")
@@ -456,7 +490,13 @@ def _check_rates(
     for name, parameter in adapted.items():
         _check_rate(f"inner_lr[{name!r}]", inner_lr[name], device)
         _check_rate_shape(name, inner_lr[name], parameter, steps)
-    return InnerRates({name: inner_lr[name] for name in adapted}, steps)
+    rates = {name: inner_lr[name] for name in adapted}
+    return InnerRates({n: rate if isinstance(rate, Tensor) else float(rate) for n, rate in rates.items()}, steps)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """An int, a float, or a scalar of NumPy's."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_rate(argument: str, rate: object, device: torch.device) -> None:
@@ -466,7 +506,7 @@ def _check_rate(argument: str, rate: object, device: torch.device) -> None:
             refuse(argument, expected, describe(rate), TypeError)
         if rate.device != device:
             refuse(argument, f"a tensor on {device} like the model", f"one on {rate.device}")
-    elif isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    elif not _is_number(rate):
         refuse(argument, expected, describe(rate), TypeError)
     elif not 0 <= rate <= sys.float_info.max:  # an int may be beyond any float; nan compares as false
         refuse(argument, expected, rate if isinstance(rate, float) else describe(rate)[:40])
@@ -507,7 +547,8 @@ def _check_set(
 ) -> None:
     """One set of examples, `[T, S, ...]` inputs with their targets."""
     letter = "S" if which == "support" else "Q"
-    for argument, value in ((f"{which}_x", x), (f"{which}_y", y)):
+    named = _named_inputs(f"{which}_x", x)
+    for argument, value in (*named.items(), (f"{which}_y", y)):
         if not isinstance(value, Tensor):
             refuse(argument, "a tensor", describe(value), TypeError)
         if value.ndim < 2:
@@ -518,11 +559,15 @@ def _check_set(
             refuse(argument, f"a tensor on {device} like the model", f"one on {value.device}")
         if value.is_complex():
             refuse(argument, "real values", describe(value), TypeError)
-    assert isinstance(x, Tensor) and isinstance(y, Tensor)
-    if y.shape[:2] != x.shape[:2]:
-        refuse(f"{which}_y", f"[T, {letter}] = {list(x.shape[:2])} as in {which}_x", f"{list(y.shape[:2])}")
-    if x.is_floating_point() and x.dtype != dtype:
-        refuse(f"{which}_x", f"{dtype} like the model's parameters", x.dtype, TypeError)
+    assert isinstance(y, Tensor)
+    axes = list(next(iter(named.values())).shape[:2])
+    for argument, value in named.items():
+        if list(value.shape[:2]) != axes:
+            refuse(argument, f"[T, {letter}] = {axes} as in {next(iter(named))}", f"{list(value.shape[:2])}")
+        if value.is_floating_point() and value.dtype != dtype:
+            refuse(argument, f"{dtype} like the model's parameters", value.dtype, TypeError)
+    if list(y.shape[:2]) != axes:
+        refuse(f"{which}_y", f"[T, {letter}] = {axes} as in {which}_x", f"{list(y.shape[:2])}")
     if loss == "cross_entropy":
         if y.dtype != torch.int64:
             refuse(f"{which}_y", "torch.int64 labels for loss 'cross_entropy'", y.dtype, TypeError)
@@ -530,3 +575,34 @@ def _check_set(
             refuse(f"{which}_y", f"labels [T, {letter}] for loss 'cross_entropy'", f"shape {list(y.shape)}")
     if loss == "mse" and y.dtype != dtype:
         refuse(f"{which}_y", f"{dtype} targets like the model's parameters for loss 'mse'", y.dtype, TypeError)
+
+
+def _named_inputs(argument: str, x: object) -> dict[str, Any]:
+    """The tensors of some inputs, under the names that messages have for them."""
+    if isinstance(x, list):
+        refuse(
+            argument,
+            "a tensor [T, ...] of tasks that are alike, or a tuple or dict of such for a model of several inputs "
+            "(tasks of different sizes: one call a task with `first_task`, then divide .grad by their number)",
+            f"a list of {len(x)}",
+            TypeError,
+        )
+    if not isinstance(x, (tuple, dict)):
+        return {argument: x}
+    if not x or (isinstance(x, dict) and not all(isinstance(name, str) for name in x)):
+        refuse(argument, "at least one tensor, in a dict under the name of the forward's argument", describe(x))
+    pairs = x.items() if isinstance(x, dict) else enumerate(x)
+    return {f"{argument}[{name!r}]": value for name, value in pairs}
+
+
+def _check_alike(support_x: Inputs, query_x: Inputs) -> None:
+    """Both sets have the same tasks, and examples of the same shape."""
+    support, query = _named_inputs("support_x", support_x), _named_inputs("query_x", query_x)
+    if [name.removeprefix("query_x") for name in query] != [name.removeprefix("support_x") for name in support]:
+        refuse("query_x", f"inputs as in support_x ({', '.join(support)})", ", ".join(query))
+    for (of_support, s), (argument, q) in zip(support.items(), query.items(), strict=True):
+        if q.shape[0] != s.shape[0]:
+            refuse(argument, f"{s.shape[0]} tasks as in {of_support}", f"{q.shape[0]} tasks")
+        if q.shape[2:] != s.shape[2:]:
+            expected = f"examples of shape {list(s.shape[2:])} as in {of_support}"
+            refuse(argument, expected, f"shape {list(q.shape[2:])}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import Problem
+from .inputs import take
 from .reference import Adaptation, CompactParams, MetaGradients
 
 # Parameters of so many bytes are in full precision at once; their gradients take as much again, twice while they are
@@ -28,7 +29,7 @@ def chunks(problem: Problem) -> list[Problem]:
 
 def _tasks(problem: Problem, tasks: slice) -> Problem:
     data = {name: getattr(problem, name) for name in ("support_x", "support_y", "query_x", "query_y")}
-    of_tasks = {name: None if value is None else value[tasks] for name, value in data.items()}
+    of_tasks = {name: None if value is None else take(value, tasks) for name, value in data.items()}
     return problem.replace(**of_tasks, first_task=problem.first_task + tasks.start)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _loader, fused, spec
 from .checks import Problem
+from .inputs import only
 from .nvtx import Range
 from .reference import Adaptation, MetaGradients
 
@@ -37,7 +38,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.loss != "cross_entropy":
         return "its loss is cross-entropy, and this is " + ("a callable" if callable(problem.loss) else problem.loss)
     if problem.batch_norm != "batch":
-        return "it normalises by the batch, and batch_norm is 'running'"
+        return f"it normalises by the batch, and batch_norm is {problem.batch_norm!r}"
     if not problem.zero_dead_bias and found.blocks[0].conv_bias is not None:
         return "its convolution biases have gradient 0, and zero_dead_bias=False asks for rounding noise"
     on_cuda = problem.device.type == "cuda"
@@ -50,10 +51,10 @@ def why_not(problem: Problem) -> str | None:
 
 
 def _why_not_images(problem: Problem, found: spec.ConvSpec) -> str | None:
-    x = problem.support_x
+    x = only(problem.support_x)
     if x.ndim != 5 or x.shape[2] != found.channels:
         return f"the images are not [T, S, {found.channels}, H, W]"
-    counts = [x.shape[1]] + ([] if problem.query_x is None else [problem.query_x.shape[1]])
+    counts = [y.shape[1] for y in (problem.support_y, problem.query_y) if y is not None]
     height, width = x.shape[3:]
     for _ in found.blocks:
         if found.halving == "stride":
@@ -85,12 +86,13 @@ def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
 
 def shape_of(problem: Problem, found: spec.ConvSpec) -> dict[str, Any]:
     """The network and its images as the native calls take them."""
+    height, width = only(problem.support_x).shape[3:]
     return {
         "blocks": len(found.blocks),
         "channels": found.channels,
         "filters": found.filters,
-        "height": problem.support_x.shape[3],
-        "width": problem.support_x.shape[4],
+        "height": height,
+        "width": width,
         "ways": found.ways,
         "halving": found.halving,
         "readout": found.readout,

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from . import compact, modes, ops
 from .checks import Problem
+from .losses import accuracy
 from .reference import (
     Adaptation,
     CompactParams,
     MetaGradients,
     Run,
     TaskParams,
-    accuracy_of,
     gradients_of,
     run_batched,
     why_not_batched,
@@ -197,7 +197,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
         params={name: means[name] for name in problem.params},
         rates={},
         query_loss=loss.detach(),
-        query_accuracy=accuracy_of(prediction, problem.query_y),
+        query_accuracy=accuracy(problem.loss, prediction, problem.query_y),
         support_loss=support_loss,
         nonfinite=nonfinite,
         live_tasks=live.sum(),
@@ -210,16 +210,18 @@ def _adapt(run: Run) -> Adaptation:
     nonfinite = torch.zeros(problem.tasks, dtype=torch.bool, device=problem.device)
     support_loss = _inner_loop(run, layout, nonfinite)
     params = {name: view.detach() for name, view in layout.views(layout.buffer).items()}
-    loss = prediction = accuracy = None
+    loss = prediction = shares = None
     if problem.query_x is not None and problem.query_y is not None:
         found = run.loss_and_prediction(params, problem.query_x, problem.query_y, first_task=0, step=problem.steps)
         loss, prediction = (value.detach() for value in found)
         nonfinite |= ~loss.isfinite()
-        accuracy = accuracy_of(prediction, problem.query_y)
+        shares = accuracy(problem.loss, prediction, problem.query_y)
     adapted: Mapping[str, Tensor] = {name: params[name] for name in problem.adapted}
     if layout.counts is not None:
         sizes = layout.sizes[: len(problem.adapted)]
         parts = zip(problem.adapted, layout.shapes, layout.counts.split(sizes, dim=1), strict=False)
         counts = {name: part.reshape(problem.tasks, *shape) for name, shape, part in parts}
         adapted = CompactParams(counts, problem.params, problem.rates)
-    return Adaptation(adapted, support_loss, loss, accuracy, prediction, nonfinite)
+    by_support = problem.batch_norm == "support" and problem.task_state == "full"
+    statistics = run.support_statistics(params) if by_support else {}
+    return Adaptation(adapted, support_loss, loss, shares, prediction, nonfinite, statistics)

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _loader, ops
 from .checks import Problem, check_labels
 from .flat import constant
+from .inputs import Inputs, only
 from .reference import Adaptation, MetaGradients
 from .spec import ConvSpec, MlpSpec
 
@@ -75,6 +76,10 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
     """
     if problem.method == "maml":
         return "maml is second order"
+    if not isinstance(problem.support_x, Tensor):
+        return "the model has several inputs"
+    if problem.output is not None:
+        return "output= selects from what the model returns"
     if problem.task_state != "full":
         return f"task_state {problem.task_state!r} is served by the flat-buffer operators"
     if problem.precision not in precisions:
@@ -84,7 +89,7 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
     if any(id(parameter) not in used for parameter in problem.params.values()):
         return "it has trainable parameters that its layers do not use"
     dtypes = {parameter.dtype for parameter in parameters}
-    if dtypes != {problem.support_x.dtype} or (problem.query_x is not None and problem.query_x.dtype not in dtypes):
+    if dtypes != {x.dtype for x in (problem.support_x, problem.query_x) if isinstance(x, Tensor)}:
         return "parameters and inputs have several dtypes"
     if not dtypes <= set(ops.SCALARS):
         return f"it computes in float32 or float64, and the model is {dtypes.pop()}"
@@ -235,7 +240,7 @@ def _run(
     if gradients is None:
         results["adapted"] = empty(tasks, theta.numel())
         if problem.query_x is not None:
-            results["logits"] = empty(tasks, problem.query_x.shape[1], outputs(spec))
+            results["logits"] = empty(tasks, only(problem.query_x).shape[1], outputs(spec))
     arguments = {
         **(gradients or {}),
         "theta": theta,
@@ -264,10 +269,10 @@ def _rates(problem: Problem, names: tuple[str, ...]) -> Tensor:
     return torch.stack([(zero + value).reshape(()) for value in values])
 
 
-def _set(which: str, x: Tensor | None, y: Tensor | None, classifies: bool) -> dict[str, Tensor]:
+def _set(which: str, x: Inputs | None, y: Tensor | None, classifies: bool) -> dict[str, Tensor]:
     if x is None or y is None:
         return {}
-    return {f"{which}_x": x.contiguous(), f"{which}_{'labels' if classifies else 'target'}": y.contiguous()}
+    return {f"{which}_x": only(x).contiguous(), f"{which}_{'labels' if classifies else 'target'}": y.contiguous()}
 
 
 def addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -277,8 +282,8 @@ def addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 def sizes_of(problem: Problem) -> dict[str, int]:
     """Tasks and examples of a call, by the names of the native arguments."""
-    query = 0 if problem.query_x is None else problem.query_x.shape[1]
-    return {"tasks": problem.tasks, "support": problem.support_x.shape[1], "query": query}
+    query = 0 if problem.query_y is None else problem.query_y.shape[1]
+    return {"tasks": problem.tasks, "support": problem.support_y.shape[1], "query": query}
 
 
 @contextlib.contextmanager

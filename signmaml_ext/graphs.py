@@ -40,7 +40,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import chain, dispatch, modes, structure
+from . import chain, dispatch, inputs, modes, structure
 from .checks import Problem, check_problem
 from .reference import MetaGradients
 
@@ -197,6 +197,8 @@ def why_not(problem: Problem) -> str | None:
         return "nonfinite='raise' makes the host wait for the device"
     if problem.rates.learnable():
         return "inner_lr requires grad"
+    if not isinstance(problem.support_x, Tensor):
+        return "the model has several inputs"
     if callable(problem.loss):
         try:
             hash(problem.loss)
@@ -329,9 +331,9 @@ def key_of(problem: Problem) -> tuple[object, ...]:
 def _data_of(problem: Problem) -> dict[str, Tensor]:
     assert problem.query_x is not None and problem.query_y is not None
     return {
-        "support_x": problem.support_x,
+        "support_x": inputs.only(problem.support_x),
         "support_y": problem.support_y,
-        "query_x": problem.query_x,
+        "query_x": inputs.only(problem.query_x),
         "query_y": problem.query_y,
     }
 

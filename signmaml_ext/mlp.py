@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _loader, fused, spec
 from .checks import Problem
+from .inputs import only
 from .nvtx import Range
 from .reference import Adaptation, MetaGradients
 
@@ -37,9 +38,10 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if problem.loss == "mse" and not _targets_fit(problem, found.widths[-1]):
         return f"the targets are not [T, S, {found.widths[-1]}]"
-    if problem.support_x[0, 0].numel() != found.widths[0]:
+    x = only(problem.support_x)
+    if x[0, 0].numel() != found.widths[0]:
         return f"its first layer takes {found.widths[0]} features"
-    if not spec.verified(found, problem.model, problem.support_x[0]):
+    if not spec.verified(found, problem.model, x[0]):
         return "it does not compute what its structure says"
     return None
 

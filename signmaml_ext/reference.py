@@ -15,17 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import chain, modes
+from . import chain, inputs, modes
 from .checks import (
     ForwardError,
     InnerRates,
-    Loss,
     Problem,
     check_labels,
     check_loss,
@@ -33,6 +32,9 @@ from .checks import (
     describe,
     refuse,
 )
+from .inputs import Inputs
+from .losses import Loss, accuracy, cross_entropy
+from .norms import SupportStatistics
 from .replica import Replicas
 from .watch import Facts, Watch
 
@@ -112,6 +114,7 @@ class Adaptation:
         query_accuracy: `[T]`, None unless the task is a classification.
         logits: `[T, Q, ...]`, the model's output for the query set.
         nonfinite: `[T]` bool.
+        statistics: With ``batch_norm="support"``, BatchNorm's statistics of the support set, buffer name -> `[T, C]`.
     """
 
     params: Mapping[str, Tensor]
@@ -120,6 +123,7 @@ class Adaptation:
     query_accuracy: Tensor | None
     logits: Tensor | None
     nonfinite: Tensor
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def meta_gradients(problem: Problem) -> MetaGradients:
@@ -137,18 +141,6 @@ def adapt(problem: Problem) -> Adaptation:
 def sign(gradient: Tensor) -> Tensor:
     """The three-valued sign, with sign(nan) = nan (`torch.sign` says 0). Kernel: sign_step_kernel."""
     return torch.where(gradient.isnan(), gradient, gradient.sign())
-
-
-def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean softmax cross-entropy of one task; NaN if a label is out of range.
-
-    On a CUDA device torch's own kernel would answer a wrong label by a device assertion, after which the process can
-    no longer use the device. A NaN loss flags the task instead.
-    """
-    classes = prediction.shape[-1]
-    in_range = ((target >= 0) & (target < classes)).all()
-    loss = F.cross_entropy(prediction, target.clamp(0, classes - 1))
-    return loss * torch.where(in_range, 1.0, torch.nan).to(loss.dtype)
 
 
 def sign_step(params: Tensor, grads: Tensor, lr: Tensor | float) -> Tensor:
@@ -330,7 +322,8 @@ class Run:
     randomness: modes.Randomness = field(default_factory=modes.PlainRandomness)
 
     def __post_init__(self) -> None:
-        self.replicas = Replicas(self.problem.model, self.problem.batch_norm)
+        by = "running" if self.problem.batch_norm == "running" else "batch"
+        self.replicas = Replicas(self.problem.model, by)
         self.buffers = self.replicas.own_buffers() if self.own_buffers else {}
         self._facts: dict[bool, Facts] = {}  # by whether it is the query pass
 
@@ -347,7 +340,7 @@ class Run:
         return self._facts[step == self.problem.steps].dead_biases
 
     def loss_and_prediction(
-        self, params: TaskParams, x: Tensor, y: Tensor, *, first_task: int, step: int
+        self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int
     ) -> tuple[Tensor, Tensor]:
         """Loss `[t]` and prediction `[t, S, ...]` of t tasks.
 
@@ -359,39 +352,84 @@ class Run:
             step: Inner step; the query pass counts as step K.
         """
         is_first = not self._facts
+        tasks = slice(first_task, first_task + y.shape[0])
+        # What the statistics of a set's BatchNorm come from: the set itself unless this says another.
+        other = inputs.take(self.problem.support_x, tasks) if self._by_support(step) else None
         if self.batched:
-            buffers = {name: b.expand(x.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
-            loss, prediction = torch.vmap(self._one_task, (0, 0, 0, None))({**params, **buffers}, x, y, step)
+            buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
+            in_dims = (0, 0, 0, None if other is None else 0, None)
+            loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
         else:
             with self.randomness.at(self.problem.first_task + first_task, step):
                 own = {name: p[0] for name, p in params.items()}
-                loss, prediction = (v[None] for v in self._one_task(own, x[0], y[0], step))
+                of_task = None if other is None else inputs.take(other, 0)
+                loss, prediction = (v[None] for v in self._one_task(own, inputs.take(x, 0), y[0], of_task, step))
         if self.problem.loss == "cross_entropy" and is_first:
             check_labels(self.problem, prediction.shape[-1])
         return loss, prediction
 
-    def _one_task(self, own: Mapping[str, Tensor], x: Tensor, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def _by_support(self, step: int) -> bool:
+        return self.problem.batch_norm == "support" and step == self.problem.steps
+
+    def _one_task(
+        self, own: Mapping[str, Tensor], x: Inputs, y: Tensor, other: Inputs | None, step: int
+    ) -> tuple[Tensor, Tensor]:
         is_query = step == self.problem.steps
         watch = None
         copy = self.replicas.make(own)
         if is_query not in self._facts:
-            find_dead = self.problem.zero_dead_bias and self.problem.batch_norm == "batch"
+            find_dead = self.problem.zero_dead_bias and self.problem.batch_norm != "running" and other is None
             watch = Watch(copy, {name: own[name] for name in own if name in self.problem.params}, find_dead)
         with modes.autocast(self.problem):
-            try:
-                prediction = copy(x)
-            except RuntimeError as error:
-                # Out of memory and faults of a device are subclasses; what vmap refuses is tried again task by task.
-                if self.batched or type(error) is not RuntimeError:
-                    raise
-                raise ForwardError(f"model: expected a forward that takes {describe(x)}, found: {error}") from error
+            if other is not None:
+                statistics = SupportStatistics()
+                statistics.record(first := self.replicas.make(own))
+                self._forward(first, other)
+                statistics.use(copy)
+            returned = self._forward(copy, x)
+        prediction = inputs.selected(self.problem.output, returned)
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)
         loss = task_loss(self.problem.loss, prediction, y)
         if watch is not None:
             self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
-        return loss, prediction
+        # What only the loss understands is not among the results.
+        return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)
+
+    def _forward(self, copy: nn.Module, x: Inputs) -> Any:
+        try:
+            return inputs.call(copy, x)
+        except RuntimeError as error:
+            # Out of memory and faults of a device are subclasses; what vmap refuses is tried again task by task.
+            if self.batched or type(error) is not RuntimeError:
+                raise
+            taken = ", ".join(map(describe, inputs.parts(x)))
+            raise ForwardError(f"model: expected a forward that takes {taken}, found: {error}") from error
+
+    def support_statistics(self, params: TaskParams) -> dict[str, Tensor]:
+        """What a BatchNorm's running statistics would be if they were those of a task's support set, `[T, C]` by name.
+
+        Args:
+            params: Parameters of all tasks, `[T, *shape]`.
+        """
+
+        def of_task(own: Mapping[str, Tensor], x: Inputs) -> dict[str, Tensor]:
+            statistics = SupportStatistics()
+            statistics.record(copy := self.replicas.make(own))
+            with modes.autocast(self.problem):
+                self._forward(copy, x)
+            return statistics.buffers(copy)
+
+        if self.batched:
+            buffers = {name: b.expand(self.problem.tasks, *b.shape).clone() for name, b in self.buffers.items()}
+            return torch.vmap(of_task)({**params, **buffers}, self.problem.support_x)
+        found = []
+        for task in range(self.problem.tasks):
+            with self.randomness.at(self.problem.first_task + task, self.problem.steps):
+                own = {name: p[task] for name, p in params.items()}
+                found.append(of_task(own, inputs.take(self.problem.support_x, task)))
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
     def _checked(self, facts: Facts) -> Facts:
         if facts.reached is not None:
@@ -406,7 +444,7 @@ class Run:
         return facts
 
 
-def task_loss(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor:
+def task_loss(loss: Loss, prediction: Any, target: Tensor) -> Tensor:
     """The scalar loss of one task."""
     if loss == "cross_entropy":
         return cross_entropy(prediction, target)
@@ -440,7 +478,7 @@ def inner_loop(
     """
     problem = run.problem
     second_order = problem.method == "maml"
-    x, y = problem.support_x[tasks], problem.support_y[tasks]
+    x, y = inputs.take(problem.support_x, tasks), problem.support_y[tasks]
     compact = problem.task_state == "int8"
     phi, losses = dict(theta), []
     counts = {name: torch.zeros_like(theta[name], dtype=torch.int8) for name in problem.adapted} if compact else {}
@@ -463,8 +501,9 @@ def inner_loop(
             if not second_order:
                 direction = direction.detach()
             phi[name] = phi[name] - problem.rates.at(step, name, phi[name], rates) * direction
-    count = x.shape[0]
-    return phi, torch.stack(losses) if losses else x.new_empty(0, count, dtype=problem.dtype), counts
+    if not losses:
+        return phi, torch.empty(0, y.shape[0], dtype=problem.dtype, device=problem.device), counts
+    return phi, torch.stack(losses), counts
 
 
 def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False) -> dict[str, Tensor | None]:
@@ -492,9 +531,10 @@ def _meta_gradients(run: Run) -> MetaGradients:
     query_losses, accuracies, support_losses, flags = [], [], [], []
     sums: dict[str, Tensor | None] = {}
     for tasks in run.chunks():
-        x, y = problem.query_x[tasks], problem.query_y[tasks]
-        nonfinite = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-        theta, rates = _start(run, x.shape[0])
+        x, y = inputs.take(problem.query_x, tasks), problem.query_y[tasks]
+        count = y.shape[0]
+        nonfinite = torch.zeros(count, dtype=torch.bool, device=problem.device)
+        theta, rates = _start(run, count)
         phi, support_loss, _ = inner_loop(run, tasks, theta, rates, nonfinite)
         loss, prediction = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
         nonfinite |= ~loss.detach().isfinite()
@@ -506,7 +546,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
                 nonfinite |= ~all_finite(gradient)
         _add_live(sums, gradients, ~nonfinite if problem.nonfinite == "skip" else torch.ones_like(nonfinite))
         query_losses.append(loss.detach())
-        accuracies.append(accuracy_of(prediction, y))
+        accuracies.append(accuracy(problem.loss, prediction, y))
         support_losses.append(support_loss)
         flags.append(nonfinite)
 
@@ -546,22 +586,25 @@ def _adapt(run: Run) -> Adaptation:
     problem = run.problem
     chunks: list[Adaptation] = []
     for tasks in run.chunks():
-        count = problem.support_x[tasks].shape[0]
+        count = problem.support_y[tasks].shape[0]
         nonfinite = torch.zeros(count, dtype=torch.bool, device=problem.device)
         theta, _ = _start(run, count)
         phi, support_loss, counts = inner_loop(run, tasks, theta, {}, nonfinite)
         phi = {name: p.detach() for name, p in phi.items()}
-        loss = prediction = accuracy = None
+        loss = prediction = shares = None
         if problem.query_x is not None and problem.query_y is not None:
-            x, y = problem.query_x[tasks], problem.query_y[tasks]
+            x, y = inputs.take(problem.query_x, tasks), problem.query_y[tasks]
             # With gradients allowed: a forward may take one of its own, for a force, say. None reaches phi.
             found = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
             loss, prediction = (value.detach() for value in found)
             nonfinite |= ~loss.isfinite()
-            accuracy = accuracy_of(prediction, y)
+            shares = accuracy(problem.loss, prediction, y)
         adapted = counts or {name: phi[name] for name in problem.adapted}
-        chunks.append(Adaptation(adapted, support_loss, loss, accuracy, prediction, nonfinite))
+        chunks.append(Adaptation(adapted, support_loss, loss, shares, prediction, nonfinite))
     params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted}
+    statistics = {}
+    if problem.batch_norm == "support" and problem.task_state == "full":
+        statistics = run.support_statistics(params)
     return Adaptation(
         params=CompactParams(params, problem.params, problem.rates) if problem.task_state == "int8" else params,
         support_loss=torch.cat([chunk.support_loss for chunk in chunks], dim=1),
@@ -569,6 +612,7 @@ def _adapt(run: Run) -> Adaptation:
         query_accuracy=_cat([chunk.query_accuracy for chunk in chunks]),
         logits=_cat([chunk.logits for chunk in chunks]),
         nonfinite=torch.cat([chunk.nonfinite for chunk in chunks]),
+        statistics=statistics,
     )
 
 
@@ -576,13 +620,6 @@ def all_finite(value: Tensor) -> Tensor:
     """`[t]` bool for `[t, ...]`: no NaN and no Inf."""
     finite = value.isfinite()
     return finite.flatten(1).all(1) if finite.ndim > 1 else finite
-
-
-def accuracy_of(prediction: Tensor, target: Tensor) -> Tensor | None:
-    """Share of right answers `[t]`, if these are class labels and scores."""
-    if target.dtype != torch.int64 or target.ndim != 2 or prediction.ndim != 3:
-        return None
-    return (prediction.detach().argmax(-1) == target).to(torch.float32).mean(1)
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:

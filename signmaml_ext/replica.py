@@ -153,6 +153,8 @@ class Replicas:
             # Without `track_running_stats`, torch's forward neither reads nor writes the running buffers.
             shared["training"] = batch_norm == "batch"
             shared["track_running_stats"] = batch_norm == "running"
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            shared["sparse"] = False  # the same gradient, written out: the sign of 0 is 0
         return _Plan(type(module), id(module), shared, tuple(empty), tuple(members), tuple(referring))
 
     def _refers(self, value: Any, seen: set[int], depth: int = 0) -> bool:

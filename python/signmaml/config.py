@@ -93,7 +93,7 @@ class TrainConfig:
         "propagate", "tasks that turn NaN or Inf: pass on, stop, or leave out", choices=("propagate", "raise", "skip")
     )
     batch_norm: str = _option(
-        "batch", "BatchNorm by statistics of the batch, or running ones", choices=("batch", "running")
+        "batch", "BatchNorm by statistics of each set, or queries by their support set's", choices=("batch", "support")
     )
 
     log_every: int = _option(10, "iterations between lines of metrics.jsonl", least=1, on_resume=True)

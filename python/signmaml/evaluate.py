@@ -52,7 +52,7 @@ class Evaluation:
         test_steps: Inner steps.
         inner_lr: Inner learning rate, or "learned".
         method: "sign-maml", "fo-maml" or "maml".
-        batch_norm: "batch" or "running" statistics.
+        batch_norm: "batch", "support" or "running" statistics.
         rotations: Whether rotated classes counted as classes of their own.
         seed: Seed of the tasks; None if the sampler has none.
         data: Name of the data set.

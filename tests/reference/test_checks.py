@@ -63,7 +63,7 @@ BAD = {
     "adapt": ({"adapt": ["classifier.*"]}, ValueError, r"adapt: expected patterns that match trainable parameters \(0.weight, .*found 'classifier"),
     "adapt empty": ({"adapt": []}, ValueError, "adapt: expected at least one name pattern"),
     "adapt type": ({"adapt": [1]}, TypeError, "adapt: expected None or a list of name patterns"),
-    "support_x type": ({"support_x": [[1.0]]}, TypeError, "support_x: expected a tensor, found list"),
+    "support_x type": ({"support_x": [[1.0]]}, TypeError, r"support_x: expected a tensor .*one call a task with `first_task`.*found a list of 1"),
     "support_x ndim": ({"support_x": torch.zeros(3)}, ValueError, r"support_x: expected a shape \[T, S, ...\], found shape \[3\]"),
     "support_x dtype": ({"support_x": nets.vector_tasks(dtype=torch.float32)[0]}, TypeError, "support_x: expected torch.float64 like the model's parameters, found torch.float32"),
     "support_x complex": ({"support_x": nets.vector_tasks()[0] * 1j}, TypeError, "support_x: expected real values"),
@@ -131,7 +131,9 @@ def test_prediction_of_the_wrong_shape_or_type():
 
     with pytest.raises(ValueError, match=r"model: expected a prediction \[6, classes\] .* found shape \[3\]"):
         call(Wrong(lambda z: z.mean(0)))
-    with pytest.raises(TypeError, match="model: expected a forward that returns one tensor, found tuple"):
+    with pytest.raises(
+        TypeError, match=r"model: expected a forward that returns one tensor, or `output=` .*found tuple"
+    ):
         call(Wrong(lambda z: (z, z)))
 
 

@@ -110,7 +110,7 @@ class Extra(nn.Module):
 CALLS = {
     "maml": (lambda: Conv4(3, 1, 8, 16), {"method": "maml"}, "maml is second order"),
     "a callable loss": (
-        lambda: Conv4(3, 1, 8, 16), {"loss": nn.functional.cross_entropy}, "this is a callable"
+        lambda: Conv4(3, 1, 8, 16), {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "this is a callable"
     ),
     "bf16": (lambda: Conv4(3, 1, 8, 16).float(), {"precision": "bf16"}, "computes in fp32 there"),
     "running statistics": (libraries.MiniImagenetCNN, {"batch_norm": "running"}, "batch_norm is 'running'"),

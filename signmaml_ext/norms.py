@@ -1,0 +1,77 @@
+"""BatchNorm on the statistics of another set: queries normalised by their task's support set.
+
+A prediction then depends on the one query and the support set alone (inductive), not on what else is asked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .checks import refuse
+from .replica import BatchNorm
+
+Moments = tuple[Tensor, Tensor]  # mean and biased variance, `[C]`
+
+
+class SupportStatistics:
+    """What the BatchNorms of a model's private copies saw in one forward pass, for use in another."""
+
+    def __init__(self) -> None:
+        self._seen: defaultdict[str, deque[Moments]] = defaultdict(deque)  # by path: one for each use in the pass
+
+    def record(self, copy: nn.Module) -> None:
+        """Makes a copy's BatchNorms note the statistics of what they normalise."""
+        for path, norm in _norms(copy).items():
+            vars(norm)["forward"] = self._recording(path, norm.forward)
+
+    def use(self, copy: nn.Module) -> None:
+        """Makes a copy's BatchNorms normalise by what was noted, with gradients through it."""
+        for path, norm in _norms(copy).items():
+            vars(norm)["forward"] = self._using(path, norm)
+
+    def buffers(self, copy: nn.Module) -> dict[str, Tensor]:
+        """The statistics under the names of the running ones, with which `model.eval()` normalises by them.
+
+        Also for a norm that keeps no running statistics: `functional_call` puts them in all the same.
+        """
+        found: dict[str, Tensor] = {}
+        for path in _norms(copy):
+            if not self._seen[path]:
+                continue
+            if len(self._seen[path]) > 1:
+                refuse("batch_norm", f"'batch' for a model that uses {path!r} more than once", "'support'")
+            mean, variance = self._seen[path][0]
+            found |= {f"{path}.running_mean": mean.detach(), f"{path}.running_var": variance.detach()}
+        return found
+
+    def _recording(self, path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def normalise(x: Tensor) -> Tensor:
+            axes = _axes(x)
+            self._seen[path].append((x.mean(axes), x.var(axes, unbiased=False)))
+            return forward(x)
+
+        return normalise
+
+    def _using(self, path: str, norm: nn.modules.batchnorm._BatchNorm) -> Callable[[Tensor], Tensor]:
+        def normalise(x: Tensor) -> Tensor:
+            if not self._seen[path]:
+                refuse("batch_norm", f"'batch' for a model whose forward does not always use {path!r}", "'support'")
+            shape = [1, -1] + [1] * (x.ndim - 2)
+            mean, variance = (moment.view(shape) for moment in self._seen[path].popleft())
+            y = (x - mean) * torch.rsqrt(variance + norm.eps)
+            return y * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else y
+
+        return normalise
+
+
+def _norms(copy: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    return {path: module for path, module in copy.named_modules() if isinstance(module, BatchNorm)}
+
+
+def _axes(x: Tensor) -> list[int]:
+    """All axes but the channels'."""
+    return [0, *range(2, x.ndim)]
