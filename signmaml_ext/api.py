@@ -132,8 +132,8 @@ def meta_step(
         adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
             ``["classifier.*"]`` (ANIL); all others still get the meta-gradient. None: all that require grad.
         backend: "auto", or one of "cuda", "cpu" (native: whole meta-steps of Conv-N networks and multilayer
-            perceptrons, sign steps of other modules) and "torch" (pure PyTorch, serves everything). `explain` says
-            which one "auto" takes and why.
+            perceptrons, steps of other modules) and "torch" (pure PyTorch, serves everything). `explain` says which one
+            "auto" takes and why.
         precision: "fp32" (strict, also where torch would allow TF32), "tf32" (CUDA) or "bf16" (autocast). The sign
             is always taken on the parameters' dtype.
         nonfinite: What a NaN or an Inf in a task does. "propagate": NaN in, NaN out. "skip": the task is left out of
@@ -165,8 +165,10 @@ def meta_step(
         output: Which part of what the model returns is the prediction: a key or an attribute ("logits"), a number, or a
             callable `(returned) -> tensor`. None: all of it, which a named loss wants to be one tensor.
         batching: How tasks run that no whole-meta-step kernel serves. "together": side by side under torch.vmap;
-            a module that vmap refuses is refused. "one-by-one": one after the other, which serves every module in the
-            memory of one task. "auto": what is known to be faster, one by one where vmap refuses; `explain` says which.
+            a module that vmap refuses is refused. "one-by-one": by themselves, which serves every module; on a CPU as
+            many at a time as torch has threads. "auto": together where the operators of one task are too small to be
+            worth their calls, as far as the caches hold the tasks, and always on CUDA; one by one where that does not
+            work. The choice depends on the model and on sizes alone, never on a clock; `explain` says which, and why.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
@@ -329,8 +331,8 @@ def explain(
     """Which backend would serve this call of `meta_step`, and why the others would not.
 
     Arguments and errors are those of `meta_step`; without data the answer is for data that fits. A module whose
-    structure is known runs on a few random examples to verify it, once. Others do not run: that a module's forward
-    cannot be batched is known after the first real call.
+    structure is known runs on a few random examples to verify it, once; others run once on the first task's examples,
+    to see how much work a task is. That a module's forward cannot be batched is known after the first real call.
 
     Args:
         plan: Also say what the call would launch on a GPU, launch by launch with modelled work, bytes and time, and how
@@ -343,9 +345,9 @@ def explain(
     Example:
         >>> import torch, signmaml_ext
         >>> print(signmaml_ext.explain(torch.nn.Linear(3, 2), method="maml"))  # doctest: +ELLIPSIS
-        backend: torch, reference (pure PyTorch, any module, any device); all tasks together
+        backend: torch, reference (pure PyTorch, any module, any device); task by task (there is one)
           not cuda: ...
-          not cpu, flat: its steps are sign steps, and the method is 'maml'
+          not cpu, flat: ...'maml' differentiates through them
     """
     arguments = locals().copy()
     del arguments["plan"]

@@ -112,7 +112,7 @@ def _no_cuda_here() -> str | None:
 def _flat(device_type: str) -> Family:
     return Family(
         "flat",
-        "native sign steps on flat buffers, gradients by torch",
+        "steps on flat buffers, gradients by torch, any module",
         lambda problem: flat.why_not(problem, device_type),
         flat.meta_gradients,
         flat.adapt,
@@ -165,23 +165,11 @@ def choose(problem: Problem) -> tuple[Backend, Family]:
 
 
 def run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]) -> tuple[str, reference.Result]:
-    """Computes with the chosen backend; "auto" goes on to pure PyTorch when a module turns out not to batch."""
-    with chain.one_look():
-        return _run(problem, compute)
-
-
-def _run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]) -> tuple[str, reference.Result]:
-    backend, family = choose(problem)
-    try:
-        with torch.inference_mode(False):  # what is computed here outlives the caller's inference mode
-            return backend.name, compute(family, problem)
-    except reference.NotBatchable as error:
-        if problem.backend != "auto":
-            raise ValueError(
-                f"backend: expected one that serves this module, found {problem.backend!r}: {error}"
-            ) from error
-    with torch.inference_mode(False):
-        return "torch", compute(TORCH, problem)
+    """Computes with the chosen backend; its name, and the result."""
+    # What is computed here outlives the caller's inference mode.
+    with chain.one_look(), torch.inference_mode(False):
+        backend, family = choose(problem)
+        return backend.name, compute(family, problem)
 
 
 def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:

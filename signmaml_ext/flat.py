@@ -1,13 +1,16 @@
-"""The flat-buffer family: any module that batches, sign steps and meta-gradient mean by the native kernels.
+"""The flat-buffer family: sign steps and plain steps of any module, its gradients by torch.
 
-All trainable parameters of all tasks are one buffer `[T, P]`, and the model sees views of it. torch computes the
-gradients; `sign_step_` then moves all tensors of all tasks in one launch and `meta_accumulate_` takes the mean.
+All trainable parameters of the tasks at work are one buffer `[t, P]`, and the model sees views of it. torch computes
+the gradients; one operator then moves all tensors of these tasks and flags what is not finite, and one adds up the
+meta-gradients. Tasks run together under vmap or one by one, then several at a time on threads of their own.
 Definition: reference.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compact, modes, ops
+from . import compact, inputs, modes, ops, threads
 from .checks import Problem
 from .losses import accuracy
 from .reference import (
@@ -24,38 +27,37 @@ from .reference import (
     MetaGradients,
     Run,
     TaskParams,
+    all_finite,
+    batched_or_not,
     gradients_of,
-    run_batched,
-    why_not_batched,
 )
 
 
 def why_not(problem: Problem, device_type: str) -> str | None:
-    """None if the flat-buffer kernels of a device type serve this problem, else the reason."""
+    """None if the flat-buffer operators of a device type serve this problem, else the reason."""
     if problem.device.type != device_type:
         return f"the model is on {problem.device}"
-    if problem.method != "sign-maml":
-        return f"its steps are sign steps, and the method is {problem.method!r}"
+    if problem.method == "maml":
+        return "its steps are no part of the graph, and 'maml' differentiates through them"
     if len({parameter.dtype for parameter in problem.params.values()}) > 1:
         return "the parameters have several dtypes"
     if problem.rates.learnable():
         return "inner_lr requires grad, which the pure PyTorch backend serves"
-    reason = why_not_batched(problem)
-    return None if reason is None else f"it runs all tasks together, but {reason}"
+    return None
 
 
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
     if problem.task_state == "int8":
-        return compact.meta_gradients(problem, lambda part: run_batched(part, _meta_gradients))
-    return run_batched(problem, _meta_gradients)
+        return compact.meta_gradients(problem, lambda part: batched_or_not(part, _meta_gradients))
+    return batched_or_not(problem, _meta_gradients)
 
 
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
     if problem.task_state == "int8":
-        return compact.adapt(problem, lambda part: run_batched(part, _adapt))
-    return run_batched(problem, _adapt)
+        return compact.adapt(problem, lambda part: batched_or_not(part, _adapt))
+    return batched_or_not(problem, _adapt)
 
 
 # Constants that a CUDA graph reads, by id. A graph knows them by address only, so they stay for good.
@@ -75,153 +77,307 @@ def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) 
     return tensor
 
 
-class FlatParams:
-    """Trainable parameters of T tasks in one buffer, adapted ones first.
+# Some columns of a row, first and one past the last, and the gradients there `[t, columns]`.
+Stretch = tuple[int, int, Tensor]
+# Elements from which on a tensor is a stretch by itself: copying it takes longer than one more call.
+LARGE = 2**18
+
+
+@dataclass(frozen=True)
+class StepRate:
+    """The rates of one step over the adapted columns, as `sign_step_` takes them.
 
     Attributes:
-        buffer: `[T, P]`, contiguous.
-        adapted_size: Number of leading columns that the inner loop moves.
+        lr: `[1]`, `[G]` (a rate a tensor) or `[P]`.
+        offsets: `[G + 1]` int64, where the columns of each tensor start; None unless `lr` is `[G]`.
+        columns: `lr` written out: a number, `[1]` or `[P]`.
+    """
+
+    lr: Tensor
+    offsets: Tensor | None
+    columns: float | Tensor
+
+    def within(self, first: int, last: int) -> float | Tensor:
+        """The part of `columns` for some of them."""
+        whole = not isinstance(self.columns, Tensor) or self.columns.numel() == 1
+        return self.columns if whole else self.columns[first:last]  # type: ignore[index]
+
+
+class Layout:
+    """Where each trainable parameter lies in a row `[P]`, adapted ones first; shared by all tasks of a call.
+
+    Attributes:
+        names: Of the parameters, in order.
         theta: `[P]`, where all tasks start.
-        counts: `[T, adapted_size]` int8 with `task_state="int8"`, else None.
+        adapted_size: Number of leading columns that the inner loop moves.
+        rates: Of each step.
     """
 
     def __init__(self, problem: Problem) -> None:
         others = [name for name in problem.params if name not in problem.adapted]
+        self.problem = problem
         self.names = [*problem.adapted, *others]
-        self.shapes = [problem.params[name].shape for name in self.names]
-        self.sizes = [shape.numel() for shape in self.shapes]
-        self.adapted_size = sum(self.sizes[: len(problem.adapted)])
-        theta = torch.cat([problem.params[name].detach().reshape(-1) for name in self.names])
-        self.counts: Tensor | None = None
-        if problem.task_state == "int8":
-            self.counts = theta.new_zeros((problem.tasks, self.adapted_size), dtype=torch.int8)
-        self.theta = theta
-        self.buffer = theta.repeat(problem.tasks, 1)
+        self._shapes = [problem.params[name].shape for name in self.names]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.adapted_size = sum(self._sizes[: len(problem.adapted)])
+        self.theta = torch.cat([problem.params[name].detach().reshape(-1) for name in self.names])
+        self.rates = [self._rate(step) for step in range(problem.steps)]
 
-    def views(self, buffer: Tensor) -> TaskParams:
-        """The parameters by name, `[T, *shape]`, as leaves of a new graph."""
-        tasks = buffer.shape[0]
-        parts = zip(self.names, self.shapes, buffer.detach().split(self.sizes, dim=1), strict=True)
-        return {name: part.view(tasks, *shape).requires_grad_() for name, shape, part in parts}
+    def views(self, buffer: Tensor, batched: bool) -> TaskParams:
+        """The parameters in the columns of a buffer `[t, columns]`, as leaves of a new graph.
 
-    def gather(self, gradients: dict[str, Tensor | None], names: list[str], zero: frozenset[str]) -> Tensor:
-        """Gradients as `[T, columns of names]`; 0 for those in `zero` and those that are None."""
-        tasks, columns = self.buffer.shape[0], []
-        for name, size in zip(self.names, self.sizes, strict=True):
-            if name not in names:
+        `[t, *shape]` for tasks together; `[*shape]` for one by itself.
+        """
+        sizes = list(self._sizes_in(buffer.shape[1]))
+        parts = zip(self.names, self._shapes, buffer.detach().split(sizes, dim=1), strict=False)
+        lead = buffer.shape[:1] if batched else ()
+        return {name: part.view(*lead, *shape).requires_grad_() for name, shape, part in parts}
+
+    def gather(
+        self, gradients: Mapping[str, Tensor | None], tasks: int, zero: frozenset[str], whole: bool = False
+    ) -> list[Stretch]:
+        """Gradients as stretches of columns; 0 for those in `zero` and those that are None.
+
+        Of several tasks, and where `whole` says so, all columns are one stretch; of one, a large tensor is a stretch by
+        itself, which spares a copy.
+        """
+        stretches: list[Stretch] = []
+        together: list[Tensor] = []
+        first = last = 0
+
+        def close() -> None:
+            if together:
+                stretches.append((first, last, together[0] if len(together) == 1 else torch.cat(together, dim=1)))
+                together.clear()
+
+        for name, size in zip(self.names, self._sizes, strict=True):
+            if name not in gradients:
                 continue
-            gradient = gradients[name]
-            if gradient is None or name in zero:
-                columns.append(self.buffer.new_zeros(tasks, size))
+            gradient = None if name in zero else gradients[name]
+            of_name = self.theta.new_zeros(tasks, size) if gradient is None else gradient.reshape(tasks, size)
+            if tasks == 1 and not whole and size >= LARGE:
+                close()
+                first = last
+            together.append(of_name)
+            last += size
+            if tasks == 1 and not whole and size >= LARGE:
+                close()
+                first = last
+        close()
+        return stretches
+
+    def by_name(self, row: Tensor) -> dict[str, Tensor]:
+        """The parameters in a row `[P]`, or of a row `[columns]` the leading ones."""
+        parts = zip(self.names, self._shapes, row.split(list(self._sizes_in(row.shape[-1])), dim=-1), strict=False)
+        return {name: part.reshape(*row.shape[:-1], *shape) for name, shape, part in parts}
+
+    def _sizes_in(self, columns: int) -> list[int]:
+        return self._sizes if columns == self.theta.numel() else self._sizes[: len(self.problem.adapted)]
+
+    def _rate(self, step: int) -> StepRate:
+        problem, dtype = self.problem, self.theta.dtype
+        rates = problem.rates
+
+        def as_tensor(value: float | Tensor) -> Tensor:
+            return value.to(dtype) if isinstance(value, Tensor) else constant((value,), dtype, problem.device)
+
+        if "" in rates.values:
+            value = rates.at(step, "", self.theta[None, :1], {})
+            lr = as_tensor(value).reshape(1)
+            return StepRate(lr, None, lr if isinstance(value, Tensor) else value)
+        of = {name: as_tensor(rates.at(step, name, problem.params[name][None], {})) for name in problem.adapted}
+        columns = [rate.expand(1, *problem.params[name].shape).reshape(-1) for name, rate in of.items()]
+        if all(rate.numel() == 1 for rate in of.values()):
+            sizes = self._sizes[: len(problem.adapted)]
+            offsets = constant((0, *accumulate(sizes)), torch.int64, problem.device)
+            return StepRate(torch.cat([rate.reshape(1) for rate in of.values()]), offsets, torch.cat(columns))
+        full = torch.cat(columns)
+        return StepRate(full, None, full)
+
+
+class Tasks:
+    """Some tasks in one buffer, on their way through the inner loop and the query pass.
+
+    Args:
+        run: The pass they belong to.
+        layout: Of their parameters.
+        which: Their slice of the task axis.
+
+    Attributes:
+        buffer: `[t, P]`, their parameters.
+        counts: `[t, adapted columns]` int8 with `task_state="int8"`, else None.
+        nonfinite: `[t]` bool.
+    """
+
+    def __init__(self, run: Run, layout: Layout, which: slice) -> None:
+        self.run, self.layout, self.which = run, layout, which
+        self.number = which.stop - which.start
+        self.buffer = layout.theta.repeat(self.number, 1)
+        self.nonfinite = torch.zeros(self.number, dtype=torch.bool, device=layout.theta.device)
+        self.counts: Tensor | None = None
+        if run.problem.task_state == "int8":
+            self.counts = self.buffer.new_zeros((self.number, layout.adapted_size), dtype=torch.int8)
+
+    def inner_loop(self) -> Tensor:
+        """Moves the parameters through the K steps; returns the support loss `[K, t]`."""
+        problem = self.run.problem
+        x, y = inputs.take(problem.support_x, self.which), problem.support_y[self.which]
+        adapted_part = self.buffer[:, : self.layout.adapted_size]
+        moved = adapted_part.contiguous()  # the buffer itself when everything adapts
+        losses = []
+        for step, rate in enumerate(self.layout.rates):
+            views = self.layout.views(moved, self.run.batched)
+            loss, _ = self._pass(views, x, y, step)
+            losses.append(loss.detach())
+            whole = self.counts is not None  # counts move in one stretch
+            stretches = self.layout.gather(gradients_of(loss, views), self.number, self.run.dead(step), whole)
+            del loss, views
+            for first, last, grads in stretches:
+                self._step(moved, first, last, grads, rate)
+        if moved.data_ptr() != self.buffer.data_ptr():
+            adapted_part.copy_(moved)
+        support_loss = torch.stack(losses) if losses else self.buffer.new_empty(0, self.number)
+        self.nonfinite |= ~support_loss.isfinite().all(0)
+        return support_loss
+
+    def _step(self, moved: Tensor, first: int, last: int, grads: Tensor, rate: StepRate) -> None:
+        flags = self.nonfinite
+        here = moved[:, first:last]
+        if self.run.problem.method != "sign-maml":
+            flags |= ~all_finite(grads)
+            columns = rate.within(first, last)
+            if isinstance(columns, Tensor):
+                here.addcmul_(grads, columns, value=-1)
             else:
-                columns.append(gradient.reshape(tasks, size))
-        return torch.cat(columns, dim=1)
-
-
-def _rates_by_step(problem: Problem, layout: FlatParams) -> list[tuple[Tensor, Tensor | None]]:
-    """`lr` and `segment_offsets` of `sign_step_` for every step, over the adapted columns."""
-    shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    sizes = [shapes[name].numel() for name in problem.adapted]
-    offsets = constant((0, *accumulate(sizes)), torch.int64, problem.device)
-
-    def as_tensor(value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.to(layout.buffer.dtype)
-        return constant((value,), layout.buffer.dtype, problem.device)
-
-    by_step: list[tuple[Tensor, Tensor | None]] = []
-    for step in range(problem.steps):
-        if "" in problem.rates.values:
-            like = layout.buffer[:1, :1]
-            by_step.append((as_tensor(problem.rates.at(step, "", like, {})).reshape(1), None))
-            continue
-        rates = {n: as_tensor(problem.rates.at(step, n, problem.params[n][None], {})) for n in problem.adapted}
-        if all(rate.numel() == 1 for rate in rates.values()):
-            by_step.append((torch.cat([rate.reshape(1) for rate in rates.values()]), offsets))
+                here.sub_(grads, alpha=columns)
+        elif self.counts is not None:
+            theta = self.layout.theta[: self.layout.adapted_size]
+            ops.compact_sign_step_(
+                self.counts, moved, theta, grads, rate.lr, segment_offsets=rate.offsets, nonfinite=flags
+            )
+        elif last - first == moved.shape[1]:
+            ops.sign_step_(moved, grads, rate.lr, segment_offsets=rate.offsets, nonfinite=flags)
         else:
-            full = [rate.expand(1, *shapes[name]).reshape(-1) for name, rate in rates.items()]
-            by_step.append((torch.cat(full), None))
-    return by_step
+            columns = rate.within(first, last)
+            lr = columns if isinstance(columns, Tensor) else rate.lr
+            ops.sign_step_(here, grads, lr.contiguous(), nonfinite=flags)
+
+    def query(self, *, wants_gradients: bool) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Loss `[t]`, prediction `[t, Q, ...]` and, if wanted, the gradient by name."""
+        problem = self.run.problem
+        assert problem.query_x is not None and problem.query_y is not None
+        x, y = inputs.take(problem.query_x, self.which), problem.query_y[self.which]
+        views = self.layout.views(self.buffer, self.run.batched)
+        if not wants_gradients:
+            views = {name: view.detach() for name, view in views.items()}
+        loss, prediction = self._pass(views, x, y, problem.steps)
+        gradients = gradients_of(loss, views) if wants_gradients else {}
+        self.nonfinite |= ~loss.detach().isfinite()
+        return loss.detach(), prediction.detach(), gradients
+
+    def _pass(self, views: TaskParams, x: inputs.Inputs, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        if self.run.batched:
+            return self.run.loss_and_prediction(views, x, y, first_task=self.which.start, step=step)
+        return self.run.of_one_task(views, x, y, task=self.which.start, step=step)
 
 
-def _inner_loop(run: Run, layout: FlatParams, nonfinite: Tensor) -> Tensor:
-    """Moves `layout.buffer` through the K steps; returns the support loss `[K, T]`."""
-    problem = run.problem
-    losses = []
-    adapted_part = layout.buffer[:, : layout.adapted_size]
-    moved = adapted_part.contiguous()  # the buffer itself when everything adapts
-    for step, (lr, offsets) in enumerate(_rates_by_step(problem, layout)):
-        views = _adapted_views(problem, layout, moved)
-        loss, _ = run.loss_and_prediction(views, problem.support_x, problem.support_y, first_task=0, step=step)
-        losses.append(loss.detach())
-        gradients = gradients_of(loss, views)
-        grads = layout.gather(gradients, list(problem.adapted), run.dead(step))
-        if layout.counts is None:
-            ops.sign_step_(moved, grads, lr, segment_offsets=offsets, nonfinite=nonfinite)
-        else:
-            theta = layout.theta[: layout.adapted_size]
-            ops.compact_sign_step_(layout.counts, moved, theta, grads, lr, segment_offsets=offsets, nonfinite=nonfinite)
-    if moved.data_ptr() != layout.buffer.data_ptr():
-        adapted_part.copy_(moved)
-    support_loss = torch.stack(losses) if losses else layout.buffer.new_empty(0, problem.tasks)
-    nonfinite |= ~support_loss.isfinite().all(0)
-    return support_loss
+@dataclass(frozen=True)
+class _Part:
+    """What some tasks' meta-step gave: gradients, names that have one, and results by task."""
 
-
-def _adapted_views(problem: Problem, layout: FlatParams, moved: Tensor) -> TaskParams:
-    count = len(problem.adapted)
-    parts = zip(problem.adapted, layout.shapes, moved.detach().split(layout.sizes[:count], dim=1), strict=False)
-    return {name: part.view(problem.tasks, *shape).requires_grad_() for name, shape, part in parts}
+    grads: list[Stretch]
+    reached: frozenset[str]
+    loss: Tensor
+    accuracy: Tensor | None
+    support_loss: Tensor
+    nonfinite: Tensor
 
 
 def _meta_gradients(run: Run) -> MetaGradients:
-    problem = run.problem
-    assert problem.query_x is not None and problem.query_y is not None
-    layout = FlatParams(problem)
-    nonfinite = torch.zeros(problem.tasks, dtype=torch.bool, device=problem.device)
-    support_loss = _inner_loop(run, layout, nonfinite)
-    views = layout.views(layout.buffer)
-    loss, prediction = run.loss_and_prediction(
-        views, problem.query_x, problem.query_y, first_task=0, step=problem.steps
-    )
-    gradients = gradients_of(loss, views)
-    nonfinite |= ~loss.detach().isfinite()
+    problem, layout = run.problem, Layout(run.problem)
+    assert problem.query_y is not None
     skip = problem.nonfinite == "skip"
-    mean = layout.buffer.new_zeros(layout.buffer.shape[1])
-    grads = layout.gather(gradients, layout.names, run.dead(problem.steps))
-    ops.meta_accumulate_(mean, grads, nonfinite=nonfinite, skip_nonfinite=skip)
-    parts = zip(layout.names, layout.shapes, mean.split(layout.sizes), strict=True)
-    means = {name: None if gradients[name] is None else part.view(shape) for name, shape, part in parts}
-    live = ~nonfinite if skip else torch.ones_like(nonfinite)
+
+    def part_of(which: slice) -> _Part:
+        tasks = Tasks(run, layout, which)
+        support_loss = tasks.inner_loop()
+        loss, prediction, gradients = tasks.query(wants_gradients=True)
+        assert problem.query_y is not None
+        return _Part(
+            grads=layout.gather(gradients, tasks.number, run.dead(problem.steps), whole=skip),
+            reached=frozenset(name for name, gradient in gradients.items() if gradient is not None),
+            loss=loss,
+            accuracy=accuracy(problem.loss, prediction, problem.query_y[which]),
+            support_loss=support_loss,
+            nonfinite=tasks.nonfinite,
+        )
+
+    total = torch.zeros_like(layout.theta)
+    lives, parts, reached = [], [], frozenset[str]()
+    chunks = run.chunks()
+    with closing(threads.map_in_order(part_of, chunks, run.threads())) as found_in_order:
+        for part in found_in_order:
+            reached |= part.reached
+            for first, last, grads in part.grads:
+                _add(total[first:last], grads, part.nonfinite, skip, whole=len(chunks) == 1)
+            lives.append(~part.nonfinite if skip else torch.ones_like(part.nonfinite))
+            # Gradients of tasks that are done take no memory while others are at work.
+            parts.append((part.loss, part.accuracy, part.support_loss, part.nonfinite))
+    losses, accuracies, support_losses, flags = zip(*parts, strict=True)
+    live_tasks = torch.cat(lives).sum()
+    mean = total if len(chunks) == 1 else total / live_tasks.clamp(min=1)
+    found = layout.by_name(mean)
     return MetaGradients(
-        params={name: means[name] for name in problem.params},
+        params={name: found[name] if name in reached else None for name in problem.params},
         rates={},
-        query_loss=loss.detach(),
-        query_accuracy=accuracy(problem.loss, prediction, problem.query_y),
-        support_loss=support_loss,
-        nonfinite=nonfinite,
-        live_tasks=live.sum(),
+        query_loss=torch.cat(losses),
+        query_accuracy=None if accuracies[0] is None else torch.cat(accuracies),
+        support_loss=torch.cat(support_losses, dim=1),
+        nonfinite=torch.cat(flags),
+        live_tasks=live_tasks,
     )
+
+
+def _add(total: Tensor, grads: Tensor, nonfinite: Tensor, skip: bool, whole: bool) -> None:
+    """Adds the sum over some live tasks (of all tasks, their mean), in order, and flags what is not finite."""
+    if whole or grads.shape[0] == 1:  # the mean over one task is its gradient
+        ops.meta_accumulate_(total, grads, nonfinite=nonfinite, skip_nonfinite=skip)
+        return
+    mean = torch.zeros_like(total)
+    ops.meta_accumulate_(mean, grads, nonfinite=nonfinite, skip_nonfinite=skip)
+    total += mean * (~nonfinite).sum() if skip else mean * grads.shape[0]
 
 
 def _adapt(run: Run) -> Adaptation:
-    problem = run.problem
-    layout = FlatParams(problem)
-    nonfinite = torch.zeros(problem.tasks, dtype=torch.bool, device=problem.device)
-    support_loss = _inner_loop(run, layout, nonfinite)
-    params = {name: view.detach() for name, view in layout.views(layout.buffer).items()}
-    loss = prediction = shares = None
-    if problem.query_x is not None and problem.query_y is not None:
-        found = run.loss_and_prediction(params, problem.query_x, problem.query_y, first_task=0, step=problem.steps)
-        loss, prediction = (value.detach() for value in found)
-        nonfinite |= ~loss.isfinite()
+    problem, layout = run.problem, Layout(run.problem)
+
+    def part_of(which: slice) -> tuple[Tasks, Tensor, Tensor | None, Tensor | None]:
+        tasks = Tasks(run, layout, which)
+        support_loss = tasks.inner_loop()
+        if problem.query_x is None:
+            return tasks, support_loss, None, None
+        return tasks, support_loss, *tasks.query(wants_gradients=False)[:2]
+
+    parts = list(threads.map_in_order(part_of, run.chunks(), run.threads()))
+    tasks, support_losses, losses, predictions = zip(*parts, strict=True)
+    phi = torch.cat([of_chunk.buffer[:, : layout.adapted_size] for of_chunk in tasks])
+    adapted: Mapping[str, Tensor] = layout.by_name(phi)
+    statistics: Mapping[str, Tensor] = {}
+    if problem.task_state == "int8":
+        counts = torch.cat([of_chunk.counts for of_chunk in tasks])
+        adapted = CompactParams(layout.by_name(counts), problem.params, problem.rates)
+    elif problem.batch_norm == "support":
+        statistics = run.support_statistics(dict(adapted))
+    prediction = None if problem.query_x is None else torch.cat(predictions)
+    shares = None
+    if prediction is not None and problem.query_y is not None:
         shares = accuracy(problem.loss, prediction, problem.query_y)
-    adapted: Mapping[str, Tensor] = {name: params[name] for name in problem.adapted}
-    if layout.counts is not None:
-        sizes = layout.sizes[: len(problem.adapted)]
-        parts = zip(problem.adapted, layout.shapes, layout.counts.split(sizes, dim=1), strict=False)
-        counts = {name: part.reshape(problem.tasks, *shape) for name, shape, part in parts}
-        adapted = CompactParams(counts, problem.params, problem.rates)
-    by_support = problem.batch_norm == "support" and problem.task_state == "full"
-    statistics = run.support_statistics(params) if by_support else {}
-    return Adaptation(adapted, support_loss, loss, shares, prediction, nonfinite, statistics)
+    return Adaptation(
+        params=adapted,
+        support_loss=torch.cat(support_losses, dim=1),
+        query_loss=None if problem.query_x is None else torch.cat(losses),
+        query_accuracy=shares,
+        logits=prediction,
+        nonfinite=torch.cat([of_chunk.nonfinite for of_chunk in tasks]),
+        statistics=statistics,
+    )

@@ -184,7 +184,7 @@ def _settings() -> Callable[[], None]:
     """What puts torch's settings of this thread back to what they are now."""
     functorch, hooks = torch._C._functorch, torch._C._autograd
     depth = functorch.get_dynamic_layer_stack_depth()
-    grad_mode = torch.is_grad_enabled()
+    grad_mode, threads = torch.is_grad_enabled(), torch.get_num_threads()
     no_saved_hooks = hooks._saved_tensors_hooks_get_disabled_error_message()
     saved_hooks = hooks._top_saved_tensors_default_hooks(False)
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
@@ -198,6 +198,8 @@ def _settings() -> Callable[[], None]:
         while (top := hooks._top_saved_tensors_default_hooks(False)) is not None and top != saved_hooks:
             hooks._pop_saved_tensors_default_hooks()
         torch.set_grad_enabled(grad_mode)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         for kind, (enabled, dtype) in autocast.items():
             if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
                 torch.set_autocast_enabled(kind, enabled)
@@ -310,6 +312,17 @@ def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], d
         if problem.seed is None and randomness.drawn:
             torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
         return result, randomness.drawn
+
+
+def without_drawing(device: torch.device, work: Callable[[], Result]) -> Result:
+    """Runs something, alone among the threads' calls, and puts torch's generators back."""
+    found = generators(device)
+    with _drawing.of(object()):
+        before = _states(found)
+        try:
+            return work()
+        finally:
+            _put_back(found, before)
 
 
 def _derived_seed(state: Tensor) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import chain, inputs, modes
+from . import batching, chain, inputs, modes, threads
 from .checks import (
     ForwardError,
     InnerRates,
@@ -128,14 +128,14 @@ class Adaptation:
 
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks; determinism is that of torch's own kernels."""
-    return _batched_or_not(problem, _meta_gradients)
+    return batched_or_not(problem, _meta_gradients)
 
 
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks and, if the problem has a query set, its evaluation."""
     if problem.method == "maml":
         problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient only
-    return _batched_or_not(problem, _adapt)
+    return batched_or_not(problem, _adapt)
 
 
 def sign(gradient: Tensor) -> Tensor:
@@ -180,13 +180,7 @@ def why_not_batched(problem: Problem) -> str | None:
         return reason
     if (hooked := _hooked(problem.model)) is not None:
         return f"{hooked} has hooks, and what they see should be the tensors of one task"
-    if problem.batching == "together":
-        return None
-    if problem.device.type == "cpu" and any(isinstance(m, nn.modules.conv._ConvNd) for m in problem.model.modules()):
-        # Per-task weights make a convolution a grouped one, slow on a CPU: measured 0.4 to 1.3 times the speed of task
-        # by task for Conv4 at 28 to 84 pixels. Without convolutions: 2 (T = 4) to 50 times (T = 1000).
-        return "batched convolutions with per-task weights are slow on a CPU"
-    return None
+    return None if problem.batching == "together" else batching.why_one_by_one(problem)
 
 
 def _hooked(model: nn.Module) -> str | None:
@@ -200,6 +194,10 @@ def _hooked(model: nn.Module) -> str | None:
                 if not type(hook).__module__.startswith("torch.nn.utils"):
                     return f"module {name!r}" if name else "it"
     return None
+
+
+def _is_torchs(loss: Any) -> bool:
+    return (type(loss) if isinstance(loss, nn.Module) else loss).__module__.startswith("torch.nn")
 
 
 # What is remembered of a model, as long as its structure stays (see `chain`): by which way to try first. Whatever is
@@ -234,11 +232,12 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
         raise NotBatchable(reason, lasts=False)
     answers, question = chain.of_module(problem.model).answers, (_OWN_BUFFERS, problem.model.training)
     ways = (False, True) if next(problem.model.buffers(), None) is not None else (False,)
+    together = batching.chunk(problem)
     # Tasks share the buffers while no forward writes to them: what a task writes, vmap refuses to put into one for all.
     for own_buffers in ways if question not in answers else (answers[question],):
         try:
             with modes.call_modes(problem), no_saved_tensor_hooks():
-                result = compute(Run(problem, batched=True, own_buffers=own_buffers))
+                result = compute(Run(problem, together, own_buffers=own_buffers))
             answers[question] = own_buffers
             return result
         except NotBatchable:
@@ -283,14 +282,19 @@ def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Resu
 
     def with_streams(randomness: modes.Randomness) -> Result:
         with modes.call_modes(problem):
-            return compute(Run(problem, batched=False, randomness=randomness))
+            return compute(Run(problem, randomness=randomness))
 
     result, draws = modes.with_randomness(problem, with_streams, answers.get(question, False))
     answers[question] = draws
     return result
 
 
-def _batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result:
+def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result:
+    """`compute` on tasks together if that works and pays, else on one after the other.
+
+    Raises:
+        ValueError: The call asks for tasks together, and they cannot be.
+    """
     try:
         return run_batched(problem, compute)
     except NotBatchable as error:
@@ -311,13 +315,13 @@ class Run:
 
     Attributes:
         problem: The call.
-        batched: Whether tasks run together under vmap.
+        together: How many tasks run together under vmap at most; 0: they run one by one.
         own_buffers: Whether tasks that run together have buffers of their own, which their forwards may write to.
         randomness: Where forward passes one by one draw from.
     """
 
     problem: Problem
-    batched: bool
+    together: int = 0
     own_buffers: bool = False
     randomness: modes.Randomness = field(default_factory=modes.PlainRandomness)
 
@@ -327,13 +331,15 @@ class Run:
         self.buffers = self.replicas.own_buffers() if self.own_buffers else {}
         self._facts: dict[bool, Facts] = {}  # by whether it is the query pass
 
-    def chunks(self) -> Iterator[slice]:
-        """Slices of the task axis."""
-        tasks = self.problem.tasks
-        if self.batched:
-            yield slice(0, tasks)
-        else:
-            yield from (slice(t, t + 1) for t in range(tasks))
+    @property
+    def batched(self) -> bool:
+        """Whether tasks run together under vmap."""
+        return self.together > 0
+
+    def chunks(self) -> list[slice]:
+        """Slices of the task axis: as many tasks as are at work together."""
+        tasks, size = self.problem.tasks, self.together or 1
+        return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
 
     def dead(self, step: int) -> frozenset[str]:
         """Parameters whose gradient is exactly 0; known after the first pass of the kind."""
@@ -351,25 +357,40 @@ class Run:
             first_task: Number of the first of these tasks.
             step: Inner step; the query pass counts as step K.
         """
-        is_first = not self._facts
-        tasks = slice(first_task, first_task + y.shape[0])
-        # What the statistics of a set's BatchNorm come from: the set itself unless this says another.
-        other = inputs.take(self.problem.support_x, tasks) if self._by_support(step) else None
-        if self.batched:
-            buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
-            in_dims = (0, 0, 0, None if other is None else 0, None)
-            loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
-        else:
-            with self.randomness.at(self.problem.first_task + first_task, step):
-                own = {name: p[0] for name, p in params.items()}
-                of_task = None if other is None else inputs.take(other, 0)
-                loss, prediction = (v[None] for v in self._one_task(own, inputs.take(x, 0), y[0], of_task, step))
-        if self.problem.loss == "cross_entropy" and is_first:
-            check_labels(self.problem, prediction.shape[-1])
+        if not self.batched:
+            # Views, not items: the gradient of an item is written into zeros.
+            own = {name: p.view(p.shape[1:]) for name, p in params.items()}
+            return self.of_one_task(own, x, y, task=first_task, step=step)
+        other = self._statistics_from(slice(first_task, first_task + y.shape[0]), step)
+        buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
+        in_dims = (0, 0, 0, None if other is None else 0, None)
+        loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
         return loss, prediction
 
-    def _by_support(self, step: int) -> bool:
-        return self.problem.batch_norm == "support" and step == self.problem.steps
+    def of_one_task(
+        self, own: Mapping[str, Tensor], x: Inputs, y: Tensor, *, task: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same for one task by itself, whose parameters have no task axis: loss `[1]`, prediction `[1, S, ...]`."""
+        other = self._statistics_from(task, step)
+        with self.randomness.at(self.problem.first_task + task, step):
+            loss, prediction = self._one_task(own, inputs.take(x, 0), y[0], other, step)
+        return loss[None], prediction[None]
+
+    def _statistics_from(self, tasks: slice | int, step: int) -> Inputs | None:
+        """What BatchNorm's statistics come from, if not from the set at hand."""
+        by_support = self.problem.batch_norm == "support" and step == self.problem.steps
+        return inputs.take(self.problem.support_x, tasks) if by_support else None
+
+    def threads(self) -> int:
+        """How many tasks may run at once: as many as torch has threads, unless their order may be seen."""
+        problem = self.problem
+        if self.batched or problem.device.type != "cpu" or not isinstance(self.randomness, modes.PlainRandomness):
+            return 1
+        if callable(problem.loss) and not _is_torchs(problem.loss):
+            return 1  # a loss that keeps a record would keep it in another order
+        if threads.why_one_thread() is not None or _hooked(problem.model) is not None:
+            return 1
+        return torch.get_num_threads() if batching.pays_on_threads(problem) else 1
 
     def _one_task(
         self, own: Mapping[str, Tensor], x: Inputs, y: Tensor, other: Inputs | None, step: int
@@ -391,6 +412,8 @@ class Run:
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)
+        if self.problem.loss == "cross_entropy" and not self._facts:
+            check_labels(self.problem, prediction.shape[-1])
         loss = task_loss(self.problem.loss, prediction, y)
         if watch is not None:
             self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
@@ -447,7 +470,8 @@ class Run:
 def task_loss(loss: Loss, prediction: Any, target: Tensor) -> Tensor:
     """The scalar loss of one task."""
     if loss == "cross_entropy":
-        return cross_entropy(prediction, target)
+        # On a CPU labels were looked at before, see `check_labels`.
+        return F.cross_entropy(prediction, target) if target.is_cpu else cross_entropy(prediction, target)
     if loss == "mse":
         return F.mse_loss(prediction, target)
     assert callable(loss)
@@ -618,8 +642,13 @@ def _adapt(run: Run) -> Adaptation:
 
 def all_finite(value: Tensor) -> Tensor:
     """`[t]` bool for `[t, ...]`: no NaN and no Inf."""
-    finite = value.isfinite()
-    return finite.flatten(1).all(1) if finite.ndim > 1 else finite
+    if value.ndim == 1:
+        return value.isfinite()
+    rows = value.flatten(1)
+    if rows.shape[1] == 0:
+        return torch.ones(rows.shape[0], dtype=torch.bool, device=value.device)
+    # The least and the largest are NaN if any value is; 20 times as fast as `isfinite` of all, or as `aminmax`.
+    return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:

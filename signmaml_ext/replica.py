@@ -31,6 +31,7 @@ DEEPEST = 3
 
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _CONTAINERS = (list, dict, set, deque)
+_EMPTY = frozenset((list, dict, set, OrderedDict))
 # What torch.nn.Module itself keeps, and every copy has its own of.
 _TREE = ("_parameters", "_buffers", "_modules")
 
@@ -61,10 +62,10 @@ class Replicas:
         self._plans: list[_Plan] = []
         self._compiled: list[tuple[int, int]] = []  # a compiled module, and the module that it wraps
         for module in self._modules.values():
-            if isinstance(module, torch._dynamo.OptimizedModule):
+            if _is_compiled(module):
                 if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
                     refuse("model", "hooks on the module itself", "some on what torch.compile made of it")
-                self._compiled.append((id(module), id(module._orig_mod)))
+                self._compiled.append((id(module), id(module._modules["_orig_mod"])))
             else:
                 self._plans.append(self._plan(module, batch_norm))
 
@@ -89,8 +90,8 @@ class Replicas:
         for plan, copy in zip(self._plans, copies, strict=True):
             attributes = vars(copy)
             attributes.update(plan.shared)
-            for key in plan.empty:
-                attributes[key] = OrderedDict()
+            for key, kind in plan.empty:
+                attributes[key] = kind()
             for key, held_here in plan.members:
                 attributes[key] = {name: placed.get(id(value), value) for name, value in held_here.items()}
             for key, value in plan.referring:
@@ -132,7 +133,7 @@ class Replicas:
 
     def _plan(self, module: nn.Module, batch_norm: str | None) -> _Plan:
         shared: dict[str, Any] = {}
-        empty: list[str] = []
+        empty: list[tuple[str, type]] = []
         members: list[tuple[str, dict[str, Any]]] = []
         referring: list[tuple[str, Any]] = []
         for key, value in vars(module).items():
@@ -141,8 +142,8 @@ class Replicas:
                 shared[key] = value
             elif key in _TREE:
                 members.append((key, value))
-            elif kind is OrderedDict and not value:
-                empty.append(key)  # most hooks of most modules; of its own, lest a forward adds one to the user's
+            elif kind in _EMPTY and not value:
+                empty.append((key, kind))  # most hooks of most modules; of its own, lest a forward adds to the user's
             elif isinstance(value, _CONTAINERS) or id(value) in self._held or self._refers(value, set()):
                 referring.append((key, value))
             else:
@@ -246,6 +247,12 @@ class Replicas:
         return self._mapped(value, placed)
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made it; asked without loading the compiler, which takes a second."""
+    kind = type(module)
+    return kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
+
+
 class _Plan:
     """What the copies of one module are made of."""
 
@@ -256,14 +263,14 @@ class _Plan:
         kind: type[nn.Module],
         number: int,
         shared: dict[str, Any],
-        empty: tuple[str, ...],
+        empty: tuple[tuple[str, type], ...],
         members: tuple[tuple[str, dict[str, Any]], ...],
         referring: tuple[tuple[str, Any], ...],
     ) -> None:
         self.kind = kind
         self.number = number  # id of the user's module
         self.shared = shared  # attributes handed on as they are
-        self.empty = empty  # attributes that are empty ordered dictionaries
+        self.empty = empty  # attributes that are empty containers, with their type
         self.members = members  # parameters, buffers, submodules
         self.referring = referring  # attributes that are mapped anew for each copy
 

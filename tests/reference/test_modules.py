@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -55,8 +57,8 @@ def test_trains(name):
 
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
 @pytest.mark.parametrize("make", [nets.Attention, nets.Recurrent])
-def test_modules_that_do_not_batch_equal_those_that_do(make, method):
-    """Task by task and together are the same computation, in float64."""
+def test_a_call_equals_its_tasks_by_themselves(make, method):
+    """Tasks in one call, together or not, and in calls of their own are the same computation, in float64."""
     model, data = make().double(), nets.image_tasks()
     options = {"inner_lr": 0.003, "inner_steps": 2, "method": method}
     meta_step(model, *data, **options)
@@ -67,27 +69,68 @@ def test_modules_that_do_not_batch_equal_those_that_do(make, method):
         for n, gradient in nets.grads(model).items():
             total[n] += gradient / 3
     torch.testing.assert_close(found, total, rtol=1e-9, atol=1e-10)
-    assert "task by task" in signmaml_ext.explain(model, *data, **options).how
 
 
 def test_explain_learns_that_a_module_does_not_batch():
     model, data = nets.Recurrent().double(), nets.image_tasks()
-    before = signmaml_ext.explain(model)
-    assert before.backend == "cpu"
-    result = meta_step(model, *data, inner_lr=0.01, inner_steps=1)
-    after = signmaml_ext.explain(model)
-    assert result.backend == after.backend == "torch"
-    assert "vmap refused it" in str(after)
+    options = {"inner_lr": 0.01, "inner_steps": 1}
+    assert signmaml_ext.explain(model, *data, **options).how == "all tasks together"
+    meta_step(model, *data, **options)
+    assert "vmap refused it" in signmaml_ext.explain(model, *data, **options).how
+    found = nets.grads(model)
+    meta_step(model, *data, **options, batching="one-by-one")
+    for name, gradient in nets.grads(model).items():
+        assert torch.equal(gradient, found[name])
 
 
-def test_backend_that_cannot_serve_says_why():
-    model, data = nets.Recurrent().double(), nets.image_tasks()
-    with pytest.raises(ValueError, match=r"backend: .*found 'cpu': vmap refused it"):
-        meta_step(model, *data, inner_lr=0.01, inner_steps=1, backend="cpu")
-    with pytest.raises(ValueError, match=r"found 'cpu': .*batched convolutions"):
-        meta_step(nets.conv4().double(), *data, inner_lr=0.01, inner_steps=1, backend="cpu")
-    with pytest.raises(ValueError, match=r"found 'cpu': .*its steps are sign steps, and the method is 'maml'"):
-        meta_step(nets.mlp().double(), *nets.vector_tasks(), inner_lr=0.01, inner_steps=1, backend="cpu", method="maml")
+def test_a_backend_that_cannot_serve_says_why():
+    data = nets.vector_tasks()
+    with pytest.raises(ValueError, match=r"found 'cpu': .*'maml' differentiates through them"):
+        meta_step(nets.mlp().double(), *data, inner_lr=0.01, inner_steps=1, backend="cpu", method="maml")
+    rate = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"found 'cpu': .*inner_lr requires grad"):
+        meta_step(nets.mlp().double(), *data, inner_lr=rate, inner_steps=1, backend="cpu")
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("make", [nets.conv4, nets.Attention, nets.Recurrent])
+def test_the_number_of_threads_changes_no_bit(make, method, monkeypatch):
+    """Tasks one by one: each is computed by one thread, however many there are."""
+    from signmaml_ext import batching
+
+    monkeypatch.setattr(batching, "LONG", 0.0)
+    model, data = make(), nets.image_tasks(tasks=7, dtype=torch.float32)
+    options = {"inner_lr": 0.01, "inner_steps": 2, "method": method, "batching": "one-by-one"}
+    found, before = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            result = meta_step(model, *data, **options)
+            logits = signmaml_ext.evaluate(model, *data, **options).logits
+            found.append([*nets.grads(model).values(), result.query_loss, result.support_loss, logits])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_an_error_on_another_thread_reaches_the_caller(monkeypatch):
+    from signmaml_ext import threads
+
+    def failing(item: int) -> int:
+        if item in (3, 5):
+            raise ValueError(f"item {item}")
+        return item
+
+    seen = []
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="item 3"):
+        for result in threads.map_in_order(failing, range(8), 3):
+            seen.append(result)
+    assert seen == [0, 1, 2]
+    assert torch.get_num_threads() == before
+    assert list(threads.map_in_order(lambda item: item * 2, range(20), 4)) == [2 * item for item in range(20)]
 
 
 def test_a_callers_own_error_does_not_count_as_unbatchable():
@@ -105,4 +148,12 @@ def test_explain_prints_all_backends():
     text = str(signmaml_ext.explain(nets.mlp()))
     assert text.startswith("backend: ")
     assert all(name in text for name in ("torch", "cpu", "cuda"))
-    assert "cpu, flat: it runs all tasks together, but batched convolutions" in str(signmaml_ext.explain(nets.conv4()))
+
+
+def test_small_tasks_go_together_and_large_ones_by_themselves():
+    options = {"inner_lr": 0.01, "inner_steps": 2}
+    small = signmaml_ext.explain(nets.mlp(activation=nn.GELU).double(), *nets.vector_tasks(), **options)
+    assert small.how == "all tasks together"
+    wide = nn.Sequential(nn.Linear(64, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 3)).double()
+    large = signmaml_ext.explain(wide, *nets.vector_tasks(inputs=64), **options)
+    assert re.match(r"task by task \(a task's forward pass calls 5 operators for .* MFLOP", large.how)

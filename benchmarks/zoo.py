@@ -1,0 +1,218 @@
+"""Models that no whole-step kernel serves, as people write them, and the plain loop that they would write around them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model with tasks for it.
+
+    Attributes:
+        make: The model.
+        shape: Of one example.
+        ways: Classes; 0: regression.
+        tasks: T.
+        support: Examples of a support set.
+        query: Examples of a query set.
+        tokens: Number of words, if examples are token ids.
+        options: More arguments of `meta_step`.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    ways: int = 5
+    tasks: int = 8
+    support: int = 5
+    query: int = 25
+    tokens: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def data(self) -> Data:
+        """Random tasks."""
+
+        def draw(count: int) -> tuple[Tensor, Tensor]:
+            if self.tokens:
+                x = torch.randint(self.tokens, (self.tasks, count, *self.shape))
+            else:
+                x = torch.randn(self.tasks, count, *self.shape)
+            if not self.ways:
+                return x, torch.sin(x)
+            return x, torch.arange(count).remainder(self.ways).expand(self.tasks, -1).contiguous()
+
+        return (*draw(self.support), *draw(self.query))
+
+    @property
+    def loss(self) -> str:
+        """As `meta_step` takes it."""
+        return "cross_entropy" if self.ways else "mse"
+
+
+def conv4(
+    norm: Callable[[int], nn.Module], activation: Callable[[], nn.Module] = nn.ReLU, filters: int = 32
+) -> nn.Module:
+    """Four blocks of convolution, norm, activation and pooling on 28 x 28 images."""
+    layers: list[nn.Module] = []
+    for block in range(4):
+        inputs = filters if block else 1
+        layers += [nn.Conv2d(inputs, filters, 3, padding=1), norm(filters), activation(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, 5))
+
+
+class Residual(nn.Module):
+    """A block of ResNet-12: three convolutions, a 1x1 shortcut, LeakyReLU, pooling."""
+
+    def __init__(self, inputs: int, filters: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.LeakyReLU(0.1),
+            nn.Conv2d(filters, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters), nn.LeakyReLU(0.1),
+            nn.Conv2d(filters, filters, 3, padding=1, bias=False), nn.BatchNorm2d(filters),
+        )  # fmt: skip
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, filters, 1, bias=False), nn.BatchNorm2d(filters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.leaky_relu(self.layers(x) + self.shortcut(x), 0.1), 2)
+
+
+def resnet12() -> nn.Module:
+    """A narrow one."""
+    widths = (3, 16, 32, 64, 64)
+    blocks = [Residual(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+
+
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Module:
+    """Linear layers; with `norm` a BatchNorm after each but the last."""
+    layers: list[nn.Module] = []
+    for a, b in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-2], widths[-1]))
+
+
+class Transformer(nn.Module):
+    """Token embedding, two encoder layers, mean, head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(100, width)
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.words(x)).mean(1))
+
+
+class Vision(nn.Module):
+    """A small vision transformer: patches of 7 x 7, two encoder layers."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, 7, stride=7)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """A GRU over a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = nn.GRU(16, 32, batch_first=True), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(x)[0][:, -1])
+
+
+class Sine(nn.Module):
+    """The activation of a SIREN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x)
+
+
+ANIL = {"adapt": ["17.*"]}
+WORKLOADS: dict[str, Workload] = {
+    "Conv4-32, GroupNorm": Workload(lambda: conv4(lambda f: nn.GroupNorm(4, f)), (1, 28, 28)),
+    "Conv4-32, no norm": Workload(lambda: conv4(lambda f: nn.Identity()), (1, 28, 28)),
+    "Conv4-32, LeakyReLU": Workload(lambda: conv4(nn.BatchNorm2d, lambda: nn.LeakyReLU(0.1)), (1, 28, 28)),
+    "Conv4-32, GroupNorm, ANIL": Workload(lambda: conv4(lambda f: nn.GroupNorm(4, f)), (1, 28, 28), options=ANIL),
+    "ResNet-12, narrow": Workload(resnet12, (3, 32, 32), tasks=4),
+    "OmniglotFC": Workload(lambda: mlp(784, 256, 128, 64, 64, 5, activation=nn.ReLU, norm=True), (1, 28, 28)),
+    "MLP 20-32-32-5, GELU": Workload(lambda: mlp(20, 32, 32, 5), (20,), tasks=32),
+    "MLP 64-256-256-5, GELU": Workload(lambda: mlp(64, 256, 256, 5), (64,), tasks=32),
+    "MLP 64-1024-1024-5, GELU": Workload(lambda: mlp(64, 1024, 1024, 5), (64,)),
+    "SIREN 1-40-40-1": Workload(lambda: mlp(1, 40, 40, 1, activation=Sine), (1,), ways=0, tasks=100, query=10),
+    "Transformer 32, 16 tokens": Workload(lambda: Transformer(32, 2), (16,), tokens=100),
+    "Transformer 64, 48 tokens": Workload(lambda: Transformer(64, 4), (48,), tokens=100),
+    "ViT 64, 16 patches": Workload(Vision, (1, 28, 28)),
+    "GRU 32, 20 steps": Workload(Recurrent, (20, 16)),
+    "Conv4-32, GroupNorm, learnable rate": Workload(
+        lambda: conv4(lambda f: nn.GroupNorm(4, f)), (1, 28, 28), options={"learns_rate": True}
+    ),
+}
+
+
+def loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: Any, method: str) -> None:
+    """What a user writes: a copy of the model a task, a gradient a step; adds the mean meta-gradient to `.grad`."""
+    if method == "maml" or isinstance(rate, Tensor):
+        with (
+            sdpa_kernel(SDPBackend.MATH) if method == "maml" else nullcontext()
+        ):  # the others have no second derivative
+            _functional_loop(work, model, data, steps, rate, method)
+        return
+    loss = F.cross_entropy if work.ways else F.mse_loss
+    names = [name for name, _ in model.named_parameters()]
+    moving = [i for i, name in enumerate(names) if "adapt" not in work.options or name.startswith("17.")]
+    for sx, sy, qx, qy in zip(*data, strict=True):
+        learner = copy.deepcopy(model)
+        parameters = list(learner.parameters())
+        adapted = [parameters[i] for i in moving]
+        for _ in range(steps):
+            grads = torch.autograd.grad(loss(learner(sx), sy), adapted)
+            with torch.no_grad():
+                for p, g in zip(adapted, grads, strict=True):
+                    p -= rate * (g.sign() if method == "sign-maml" else g)
+        grads = torch.autograd.grad(loss(learner(qx), qy), parameters)
+        _add(list(model.parameters()), grads, work.tasks)
+
+
+def _functional_loop(work: Workload, model: nn.Module, data: Data, steps: int, rate: Any, method: str) -> None:
+    loss = F.cross_entropy if work.ways else F.mse_loss
+    theta = dict(model.named_parameters())
+    moving = [name for name in theta if "adapt" not in work.options or name.startswith("17.")]
+    wanted = [*theta.values(), *([rate] if isinstance(rate, Tensor) else [])]
+    for sx, sy, qx, qy in zip(*data, strict=True):
+        phi = dict(theta)
+        for _ in range(steps):
+            error = loss(functional_call(model, phi, (sx,)), sy)
+            grads = torch.autograd.grad(error, [phi[name] for name in moving], create_graph=method == "maml")
+            for name, g in zip(moving, grads, strict=True):
+                phi[name] = phi[name] - rate * (g.sign() if method == "sign-maml" else g)
+        grads = torch.autograd.grad(loss(functional_call(model, phi, (qx,)), qy), wanted)
+        _add(wanted, grads, work.tasks)
+
+
+def _add(parameters: list[Tensor], grads: tuple[Tensor, ...], tasks: int) -> None:
+    with torch.no_grad():
+        for p, g in zip(parameters, grads, strict=True):
+            if p.grad is None:
+                p.grad = g / tasks
+            else:
+                p.grad.add_(g, alpha=1 / tasks)
