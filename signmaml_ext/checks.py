@@ -115,6 +115,32 @@ class InnerRates:
         missing_axes = [1] * (parameter.ndim - value.ndim)
         return value.reshape(value.shape[0], *missing_axes, *value.shape[1:]).to(parameter.dtype)
 
+    def sum_to_rate(self, key: str, step: int, products: Mapping[str, Tensor], totals: dict[str, Tensor]) -> None:
+        """Adds -sum <gradient, direction> of one step to the gradient of the rate under `key`.
+
+        Args:
+            key: One of `learnable()`.
+            step: Inner step.
+            products: Gradient times direction by parameter, `[t, *shape]`; those that the rate is for.
+            totals: By key, `[t, *rate_shape]`, added to.
+        """
+        rate = self.values[key]
+        assert isinstance(rate, Tensor)
+        for name, product in products.items():
+            count = product.shape[0]
+            if key not in totals:
+                totals[key] = product.new_zeros(count, *rate.shape)
+            into = totals[key]
+            if self.varies_by_step(key, product.ndim - 1):
+                into = into[:, step]
+            if key == "":
+                into.view(count).sub_(product.flatten(1).sum(1))
+            else:
+                missing_axes = [1] * (product.ndim - into.ndim)
+                shape = (count, *missing_axes, *into.shape[1:])
+                into.sub_(product.sum_to_size(shape).reshape(into.shape))
+            assert key in ("", name)
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -50,13 +50,19 @@ def meta_gradients(problem: Problem, compute: Callable[[Problem], MetaGradients]
     live_tasks = torch.stack([part.live_tasks for part in parts]).sum()
     return MetaGradients(
         params={name: None if total is None else total / live_tasks.clamp(min=1) for name, total in sums.items()},
-        rates={},
+        rates={key: _mean(parts, key, live_tasks) for key in problem.rates.learnable()},
         query_loss=torch.cat([part.query_loss for part in parts]),
         query_accuracy=_cat([part.query_accuracy for part in parts]),
         support_loss=torch.cat([part.support_loss for part in parts], dim=1),
         nonfinite=torch.cat([part.nonfinite for part in parts]),
         live_tasks=live_tasks,
     )
+
+
+def _mean(parts: list[MetaGradients], key: str, live_tasks: Tensor) -> Tensor | None:
+    """The gradient of a learnable rate."""
+    found = [part.rates[key] * part.live_tasks for part in parts if part.rates[key] is not None]  # type: ignore[operator]
+    return torch.stack(found).sum(0) / live_tasks.clamp(min=1) if found else None
 
 
 def adapt(problem: Problem, compute: Callable[[Problem], Adaptation]) -> Adaptation:

@@ -30,6 +30,7 @@ from .reference import (
     all_finite,
     batched_or_not,
     gradients_of,
+    sign,
 )
 
 
@@ -41,8 +42,6 @@ def why_not(problem: Problem, device_type: str) -> str | None:
         return "its steps are no part of the graph, and 'maml' differentiates through them"
     if len({parameter.dtype for parameter in problem.params.values()}) > 1:
         return "the parameters have several dtypes"
-    if problem.rates.learnable():
-        return "inner_lr requires grad, which the pure PyTorch backend serves"
     return None
 
 
@@ -202,19 +201,22 @@ class Tasks:
         run: The pass they belong to.
         layout: Of their parameters.
         which: Their slice of the task axis.
+        learns: Whether the gradient of inner rates will be asked for.
 
     Attributes:
         buffer: `[t, P]`, their parameters.
         counts: `[t, adapted columns]` int8 with `task_state="int8"`, else None.
+        directions: `[t, adapted columns]` of each step, if rates learn.
         nonfinite: `[t]` bool.
     """
 
-    def __init__(self, run: Run, layout: Layout, which: slice) -> None:
+    def __init__(self, run: Run, layout: Layout, which: slice, *, learns: bool = False) -> None:
         self.run, self.layout, self.which = run, layout, which
         self.number = which.stop - which.start
         self.buffer = layout.theta.repeat(self.number, 1)
         self.nonfinite = torch.zeros(self.number, dtype=torch.bool, device=layout.theta.device)
         self.counts: Tensor | None = None
+        self.directions: list[Tensor] | None = [] if run.problem.rates.learnable() and learns else None
         if run.problem.task_state == "int8":
             self.counts = self.buffer.new_zeros((self.number, layout.adapted_size), dtype=torch.int8)
 
@@ -229,9 +231,12 @@ class Tasks:
             views = self.layout.views(moved, self.run.batched)
             loss, _ = self._pass(views, x, y, step)
             losses.append(loss.detach())
-            whole = self.counts is not None  # counts move in one stretch
+            whole = self.counts is not None or self.directions is not None  # in one stretch
             stretches = self.layout.gather(gradients_of(loss, views), self.number, self.run.dead(step), whole)
             del loss, views
+            if self.directions is not None:
+                ((_, _, grads),) = stretches
+                self.directions.append(sign(grads) if problem.method == "sign-maml" else grads.clone())
             for first, last, grads in stretches:
                 self._step(moved, first, last, grads, rate)
         if moved.data_ptr() != self.buffer.data_ptr():
@@ -275,10 +280,26 @@ class Tasks:
         self.nonfinite |= ~loss.detach().isfinite()
         return loss.detach(), prediction.detach(), gradients
 
+    def rate_gradients(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The gradient of each learnable rate, `[t, *rate_shape]` by key, from that of the query loss.
+
+        Steps move by constants, so d loss / d rate = -<gradient, direction>, summed over what shares the rate.
+        """
+        rates, totals = self.run.problem.rates, dict[str, Tensor]()
+        for step, direction in enumerate(self.directions or ()):
+            moved_by = self.layout.by_name(direction)
+            products = {
+                name: gradient.reshape(moved_by[name].shape) * moved_by[name]
+                for name, gradient in gradients.items()
+                if gradient is not None and name in moved_by
+            }
+            for key in rates.learnable():
+                of_key = products if key == "" else {name: products[name] for name in products if name == key}
+                rates.sum_to_rate(key, step, of_key, totals)
+        return totals
+
     def _pass(self, views: TaskParams, x: inputs.Inputs, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        if self.run.batched:
-            return self.run.loss_and_prediction(views, x, y, first_task=self.which.start, step=step)
-        return self.run.of_one_task(views, x, y, task=self.which.start, step=step)
+        return self.run.loss_and_prediction(views, x, y, first_task=self.which.start, step=step)
 
 
 @dataclass(frozen=True)
@@ -286,6 +307,7 @@ class _Part:
     """What some tasks' meta-step gave: gradients, names that have one, and results by task."""
 
     grads: list[Stretch]
+    rates: dict[str, Tensor]
     reached: frozenset[str]
     loss: Tensor
     accuracy: Tensor | None
@@ -299,12 +321,13 @@ def _meta_gradients(run: Run) -> MetaGradients:
     skip = problem.nonfinite == "skip"
 
     def part_of(which: slice) -> _Part:
-        tasks = Tasks(run, layout, which)
+        tasks = Tasks(run, layout, which, learns=True)
         support_loss = tasks.inner_loop()
         loss, prediction, gradients = tasks.query(wants_gradients=True)
         assert problem.query_y is not None
         return _Part(
             grads=layout.gather(gradients, tasks.number, run.dead(problem.steps), whole=skip),
+            rates=tasks.rate_gradients(gradients),
             reached=frozenset(name for name, gradient in gradients.items() if gradient is not None),
             loss=loss,
             accuracy=accuracy(problem.loss, prediction, problem.query_y[which]),
@@ -313,6 +336,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
         )
 
     total = torch.zeros_like(layout.theta)
+    rates = {key: torch.zeros_like(rate.detach()) for key, rate in problem.rates.learnable().items()}
     lives, parts, reached = [], [], frozenset[str]()
     chunks = run.chunks()
     with closing(threads.map_in_order(part_of, chunks, run.threads())) as found_in_order:
@@ -320,7 +344,11 @@ def _meta_gradients(run: Run) -> MetaGradients:
             reached |= part.reached
             for first, last, grads in part.grads:
                 _add(total[first:last], grads, part.nonfinite, skip, whole=len(chunks) == 1)
-            lives.append(~part.nonfinite if skip else torch.ones_like(part.nonfinite))
+            live = ~part.nonfinite if skip else torch.ones_like(part.nonfinite)
+            for key, of_tasks in part.rates.items():
+                mask = live.view(-1, *[1] * (of_tasks.ndim - 1))
+                rates[key] += torch.where(mask, of_tasks, torch.zeros_like(of_tasks)).sum(0)
+            lives.append(live)
             # Gradients of tasks that are done take no memory while others are at work.
             parts.append((part.loss, part.accuracy, part.support_loss, part.nonfinite))
     losses, accuracies, support_losses, flags = zip(*parts, strict=True)
@@ -329,7 +357,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
     found = layout.by_name(mean)
     return MetaGradients(
         params={name: found[name] if name in reached else None for name in problem.params},
-        rates={},
+        rates={key: value / live_tasks.clamp(min=1) if problem.steps else None for key, value in rates.items()},
         query_loss=torch.cat(losses),
         query_accuracy=None if accuracies[0] is None else torch.cat(accuracies),
         support_loss=torch.cat(support_losses, dim=1),

@@ -12,7 +12,7 @@ The same graph gives the exact gradient of the inner rates, -sum_k <g_query, dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -351,30 +351,27 @@ class Run:
         """Loss `[t]` and prediction `[t, S, ...]` of t tasks.
 
         Args:
-            params: Parameters of the tasks' own, `[t, *shape]`. All others are as in the model.
+            params: Parameters of the tasks' own, `[t, *shape]` for tasks together and `[*shape]` for one by itself. All
+                others are as in the model.
             x: `[t, S, ...]`.
             y: `[t, S, ...]`.
             first_task: Number of the first of these tasks.
             step: Inner step; the query pass counts as step K.
         """
-        if not self.batched:
-            # Views, not items: the gradient of an item is written into zeros.
-            own = {name: p.view(p.shape[1:]) for name, p in params.items()}
-            return self.of_one_task(own, x, y, task=first_task, step=step)
-        other = self._statistics_from(slice(first_task, first_task + y.shape[0]), step)
-        buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
-        in_dims = (0, 0, 0, None if other is None else 0, None)
-        loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
-        return loss, prediction
-
-    def of_one_task(
-        self, own: Mapping[str, Tensor], x: Inputs, y: Tensor, *, task: int, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same for one task by itself, whose parameters have no task axis: loss `[1]`, prediction `[1, S, ...]`."""
-        other = self._statistics_from(task, step)
-        with self.randomness.at(self.problem.first_task + task, step):
-            loss, prediction = self._one_task(own, inputs.take(x, 0), y[0], other, step)
+        if self.batched:
+            other = self._statistics_from(slice(first_task, first_task + y.shape[0]), step)
+            buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
+            in_dims = (0, 0, 0, None if other is None else 0, None)
+            loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
+            return loss, prediction
+        other = self._statistics_from(first_task, step)
+        with self.randomness.at(self.problem.first_task + first_task, step):
+            loss, prediction = self._one_task(params, inputs.take(x, 0), y[0], other, step)
         return loss[None], prediction[None]
+
+    def by_task(self, values: Iterable[Result]) -> list[Result]:
+        """Tensors of the tasks' own (or None) as `[t, *shape]`, also for a task by itself."""
+        return [value if self.batched or value is None else value[None] for value in values]  # type: ignore[index]
 
     def _statistics_from(self, tasks: slice | int, step: int) -> Inputs | None:
         """What BatchNorm's statistics come from, if not from the set at hand."""
@@ -492,13 +489,14 @@ def inner_loop(
     Args:
         run: The pass this belongs to.
         tasks: Which tasks.
-        theta: All trainable parameters, `[t, *shape]`, where the graph of the result starts.
+        theta: All trainable parameters, `[t, *shape]` for tasks together and `[*shape]` for one by itself, where the
+            graph of the result starts.
         rates: Learnable rates by key, `[t, *rate_shape]`.
         nonfinite: `[t]` bool, set where a task meets a NaN or an Inf.
 
     Returns:
-        The parameters after the last step, the support loss `[K, t]` before each step, and, for `task_state="int8"`,
-        the step counts of the adapted parameters.
+        The parameters after the last step as in `theta`, the support loss `[K, t]` before each step, and, for
+        `task_state="int8"`, the step counts of the adapted parameters.
     """
     problem = run.problem
     second_order = problem.method == "maml"
@@ -506,6 +504,11 @@ def inner_loop(
     compact = problem.task_state == "int8"
     phi, losses = dict(theta), []
     counts = {name: torch.zeros_like(theta[name], dtype=torch.int8) for name in problem.adapted} if compact else {}
+
+    def rate_of(name: str, step: int) -> float | Tensor:
+        rate = problem.rates.at(step, name, phi[name] if run.batched else phi[name][None], rates)
+        return rate[0] if isinstance(rate, Tensor) and not run.batched else rate
+
     for step in range(problem.steps):
         moving = {name: phi[name] for name in problem.adapted}
         # What the inner loop leaves alone is one for all tasks, cheaper than a copy each; but where the steps are
@@ -513,18 +516,23 @@ def inner_loop(
         loss, _ = run.loss_and_prediction(phi if second_order else moving, x, y, first_task=tasks.start, step=step)
         losses.append(loss.detach())
         nonfinite |= ~loss.detach().isfinite()
-        for name, gradient in gradients_of(loss, moving, create_graph=second_order).items():
-            if gradient is None or name in run.dead(step):
+        # Not of what stays where it is: to that, the graph of earlier steps would lead as well.
+        wanted = {name: value for name, value in moving.items() if name not in run.dead(step)}
+        gradients = gradients_of(loss, wanted, create_graph=second_order)
+        nonfinite |= ~all_finite_together(
+            [g.detach() for g in run.by_task(gradients.values()) if g is not None], nonfinite
+        )
+        for name, gradient in gradients.items():
+            if gradient is None:
                 continue
-            nonfinite |= ~all_finite(gradient.detach())
             if compact:
-                rate = problem.rates.at(step, name, phi[name], rates)
+                rate = rate_of(name, step)
                 counts[name], phi[name] = compact_sign_step(counts[name], theta[name], gradient.detach(), rate)
                 continue
             direction = sign(gradient) if problem.method == "sign-maml" else gradient
             if not second_order:
                 direction = direction.detach()
-            phi[name] = phi[name] - problem.rates.at(step, name, phi[name], rates) * direction
+            phi[name] = phi[name] - rate_of(name, step) * direction
     if not losses:
         return phi, torch.empty(0, y.shape[0], dtype=problem.dtype, device=problem.device), counts
     return phi, torch.stack(losses), counts
@@ -542,10 +550,12 @@ def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
     """Theta and the learnable rates, one view a task, as leaves of a new graph."""
 
     def leaf(value: Tensor) -> Tensor:
-        # A copy: an Embedding with max_norm writes to the weight that it is given.
         return value.detach().clone().expand(count, *value.shape).requires_grad_()
 
-    theta = {name: leaf(p) for name, p in run.problem.params.items()}
+    # Copies: an Embedding with max_norm writes to the weight that it is given.
+    params = run.problem.params
+    alone = {} if run.batched else {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    theta = alone or {name: leaf(p) for name, p in params.items()}
     return theta, {key: leaf(rate) for key, rate in run.problem.rates.learnable().items()}
 
 
@@ -563,11 +573,12 @@ def _meta_gradients(run: Run) -> MetaGradients:
         loss, prediction = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
         nonfinite |= ~loss.detach().isfinite()
         gradients = gradients_of(loss, theta | {_rate_key(key): rate for key, rate in rates.items()})
+        for name in theta:
+            gradients[name] = run.by_task([gradients[name]])[0]
         for name, gradient in gradients.items():
             if name in run.dead(problem.steps) and gradient is not None:
                 gradients[name] = torch.zeros_like(gradient)
-            elif gradient is not None:
-                nonfinite |= ~all_finite(gradient)
+        nonfinite |= ~all_finite_together(gradients.values(), nonfinite)
         _add_live(sums, gradients, ~nonfinite if problem.nonfinite == "skip" else torch.ones_like(nonfinite))
         query_losses.append(loss.detach())
         accuracies.append(accuracy(problem.loss, prediction, y))
@@ -615,6 +626,9 @@ def _adapt(run: Run) -> Adaptation:
         theta, _ = _start(run, count)
         phi, support_loss, counts = inner_loop(run, tasks, theta, {}, nonfinite)
         phi = {name: p.detach() for name, p in phi.items()}
+        moved = dict(
+            zip(problem.adapted, run.by_task(counts.values() or [phi[n] for n in problem.adapted]), strict=True)
+        )
         loss = prediction = shares = None
         if problem.query_x is not None and problem.query_y is not None:
             x, y = inputs.take(problem.query_x, tasks), problem.query_y[tasks]
@@ -623,8 +637,7 @@ def _adapt(run: Run) -> Adaptation:
             loss, prediction = (value.detach() for value in found)
             nonfinite |= ~loss.isfinite()
             shares = accuracy(problem.loss, prediction, y)
-        adapted = counts or {name: phi[name] for name in problem.adapted}
-        chunks.append(Adaptation(adapted, support_loss, loss, shares, prediction, nonfinite))
+        chunks.append(Adaptation(moved, support_loss, loss, shares, prediction, nonfinite))
     params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted}
     statistics = {}
     if problem.batch_norm == "support" and problem.task_state == "full":
@@ -649,6 +662,21 @@ def all_finite(value: Tensor) -> Tensor:
         return torch.ones(rows.shape[0], dtype=torch.bool, device=value.device)
     # The least and the largest are NaN if any value is; 20 times as fast as `isfinite` of all, or as `aminmax`.
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
+
+
+# Elements of a task from which on a tensor is looked at by itself: copying it takes longer than one more call.
+LARGE = 2**18
+
+
+def all_finite_together(values: Iterable[Tensor | None], like: Tensor) -> Tensor:
+    """`[t]` bool, as `like`: no NaN and no Inf in any of several tensors `[t, ...]`; None holds none."""
+    rows = [value.detach().reshape(value.shape[0], -1) for value in values if value is not None]
+    small = [value for value in rows if value.shape[1] < LARGE]
+    large = [value for value in rows if value.shape[1] >= LARGE]
+    found = torch.ones_like(like)
+    for value in (*large, *([torch.cat(small, 1)] if small else [])):
+        found &= all_finite(value)
+    return found
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:

@@ -138,16 +138,21 @@ def test_chunks_change_nothing_but_the_last_bits(backend, policy, monkeypatch):
     assert all(torch.equal(again.counts[name], adapted.counts[name]) for name in adapted)
 
 
-def test_exact_gradient_of_a_learnable_rate():
-    """d phi / d alpha = -n: the reference serves it, and its steps are those of full precision."""
+def test_exact_gradient_of_a_learnable_rate(monkeypatch):
+    """d phi / d alpha = -n, whatever keeps n, and in chunks too."""
     model, data = nets.mlp().double(), nets.vector_tasks()
     rates = []
-    for state in ("full", "int8"):
+    for backend, state, chunk in (
+        ("torch", "full", 2**30), ("torch", "int8", 2**30), ("cpu", "full", 2**30), ("cpu", "int8", 2**30),
+        ("cpu", "int8", 1), ("torch", "int8", 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(compact, "CHUNK_BYTES", chunk)
         rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
-        result = meta_step(model, *data, inner_lr=rate, inner_steps=5, task_state=state)
-        assert result.backend == "torch"
+        result = meta_step(model, *data, inner_lr=rate, inner_steps=5, task_state=state, backend=backend)
+        assert result.backend == backend
         rates.append(rate.grad)
-    assert_close(rates[1], rates[0])
+    for found in rates[1:]:
+        assert_close(found, rates[0])
 
 
 def test_task_by_task_on_a_convolutional_network():
