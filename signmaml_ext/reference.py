@@ -13,8 +13,8 @@ The same graph gives the exact gradient of the inner rates, -sum_k <g_query, dir
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -559,44 +559,58 @@ def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
     return theta, {key: leaf(rate) for key, rate in run.problem.rates.learnable().items()}
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What the meta-step of some tasks gave, by task."""
+
+    gradients: dict[str, Tensor | None]
+    loss: Tensor
+    accuracy: Tensor | None
+    support_loss: Tensor
+    nonfinite: Tensor
+
+
 def _meta_gradients(run: Run) -> MetaGradients:
     problem = run.problem
-    assert problem.query_x is not None and problem.query_y is not None
-    query_losses, accuracies, support_losses, flags = [], [], [], []
     sums: dict[str, Tensor | None] = {}
-    for tasks in run.chunks():
-        x, y = inputs.take(problem.query_x, tasks), problem.query_y[tasks]
-        count = y.shape[0]
-        nonfinite = torch.zeros(count, dtype=torch.bool, device=problem.device)
-        theta, rates = _start(run, count)
-        phi, support_loss, _ = inner_loop(run, tasks, theta, rates, nonfinite)
-        loss, prediction = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
-        nonfinite |= ~loss.detach().isfinite()
-        gradients = gradients_of(loss, theta | {_rate_key(key): rate for key, rate in rates.items()})
-        for name in theta:
-            gradients[name] = run.by_task([gradients[name]])[0]
-        for name, gradient in gradients.items():
-            if name in run.dead(problem.steps) and gradient is not None:
-                gradients[name] = torch.zeros_like(gradient)
-        nonfinite |= ~all_finite_together(gradients.values(), nonfinite)
-        _add_live(sums, gradients, ~nonfinite if problem.nonfinite == "skip" else torch.ones_like(nonfinite))
-        query_losses.append(loss.detach())
-        accuracies.append(accuracy(problem.loss, prediction, y))
-        support_losses.append(support_loss)
-        flags.append(nonfinite)
-
-    nonfinite = torch.cat(flags)
+    parts = []
+    with closing(threads.map_in_order(lambda tasks: _part(run, tasks), run.chunks(), run.threads())) as in_order:
+        for part in in_order:
+            _add_live(sums, part.gradients, ~part.nonfinite if problem.nonfinite == "skip" else None)
+            parts.append(replace(part, gradients={}))  # those take no memory while others are at work
+    nonfinite = torch.cat([part.nonfinite for part in parts])
     live_tasks = (~nonfinite).sum() if problem.nonfinite == "skip" else torch.full_like(nonfinite, True).sum()
     means = {name: None if s is None else s / live_tasks.clamp(min=1) for name, s in sums.items()}
     return MetaGradients(
         params={name: means[name] for name in problem.params},
         rates={key: means[_rate_key(key)] for key in problem.rates.learnable()},
-        query_loss=torch.cat(query_losses),
-        query_accuracy=_cat(accuracies),
-        support_loss=torch.cat(support_losses, dim=1),
+        query_loss=torch.cat([part.loss for part in parts]),
+        query_accuracy=_cat([part.accuracy for part in parts]),
+        support_loss=torch.cat([part.support_loss for part in parts], dim=1),
         nonfinite=nonfinite,
         live_tasks=live_tasks,
     )
+
+
+def _part(run: Run, tasks: slice) -> _Part:
+    """The meta-step of some tasks."""
+    problem = run.problem
+    assert problem.query_x is not None and problem.query_y is not None
+    x, y = inputs.take(problem.query_x, tasks), problem.query_y[tasks]
+    count = y.shape[0]
+    nonfinite = torch.zeros(count, dtype=torch.bool, device=problem.device)
+    theta, rates = _start(run, count)
+    phi, support_loss, _ = inner_loop(run, tasks, theta, rates, nonfinite)
+    loss, prediction = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
+    nonfinite |= ~loss.detach().isfinite()
+    gradients = gradients_of(loss, theta | {_rate_key(key): rate for key, rate in rates.items()})
+    for name in theta:
+        gradients[name] = run.by_task([gradients[name]])[0]
+    for name, gradient in gradients.items():
+        if name in run.dead(problem.steps) and gradient is not None:
+            gradients[name] = torch.zeros_like(gradient)
+    nonfinite |= ~all_finite_together(gradients.values(), nonfinite)
+    return _Part(gradients, loss.detach(), accuracy(problem.loss, prediction, y), support_loss, nonfinite)
 
 
 def _rate_key(key: str) -> str:
@@ -604,17 +618,18 @@ def _rate_key(key: str) -> str:
     return f"rate/{key}"
 
 
-def _add_live(sums: dict[str, Tensor | None], gradients: Mapping[str, Tensor | None], live: Tensor) -> None:
-    """Adds the live tasks' gradients, in task order."""
+def _add_live(sums: dict[str, Tensor | None], gradients: Mapping[str, Tensor | None], live: Tensor | None) -> None:
+    """Adds the gradients of the live tasks (None: of all), in task order."""
     for name, gradient in gradients.items():
         if gradient is None:
             sums.setdefault(name, None)
             continue
-        # where, not a product: 0 * nan is nan.
-        mask = live.view(-1, *[1] * (gradient.ndim - 1))
-        chunk_sum = torch.where(mask, gradient, torch.zeros_like(gradient)).sum(0)
+        if live is not None:
+            # where, not a product: 0 * nan is nan.
+            gradient = torch.where(live.view(-1, *[1] * (gradient.ndim - 1)), gradient, torch.zeros_like(gradient))
+        of_part = gradient[0] if gradient.shape[0] == 1 else gradient.sum(0)
         previous = sums.get(name)
-        sums[name] = chunk_sum if previous is None else previous + chunk_sum
+        sums[name] = of_part if previous is None else previous + of_part
 
 
 def _adapt(run: Run) -> Adaptation:
