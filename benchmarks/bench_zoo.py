@@ -1,7 +1,7 @@
 """Models without a kernel of their own against the plain loop: python benchmarks/bench_zoo.py [--threads 1 2] --out DIR
 
-For each model of zoo.py and each method: the time of a meta-step and of the loop that a user would write, in turns, and
-what both take in memory, each in a process of its own.
+For each model of zoo_models.py and each method: the time of a meta-step and of the loop that a user would write, in
+turns, and what both take in memory, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import harness
 import torch
-import zoo
-from zoo import WORKLOADS
+import zoo_models
+from zoo_models import WORKLOADS
 
 import signmaml_ext
 
@@ -44,7 +44,7 @@ class Case:
 
     def loop(self) -> None:
         """By hand."""
-        zoo.loop(self.work, self.model, self.data, steps=STEPS, rate=self.rate, method=self.method)
+        zoo_models.loop(self.work, self.model, self.data, steps=STEPS, rate=self.rate, method=self.method)
 
     def explain(self) -> str:
         """The first line of `explain`."""

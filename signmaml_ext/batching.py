@@ -20,10 +20,10 @@ from . import chain, inputs, modes
 from .checks import Problem
 from .replica import Replicas
 
-# Seconds, fitted to the models of benchmarks/zoo.py on the CPUs of benchmarks/results, and rounded. A forward and
-# backward pass takes PASS and CALL for each operator; a core multiplies and adds at RATE. For tasks side by side an
-# operator takes longer to call, convolutions become grouped ones, and parameters and what is saved for the backward
-# pass no longer stay in the cache, which costs so much a byte.
+# Seconds, fitted to benchmarks/zoo_models.py on the CPUs of benchmarks/results, and rounded. A forward and backward
+# pass takes PASS and CALL for each operator; a core multiplies and adds at RATE. For tasks side by side an operator
+# takes longer to call, convolutions become grouped ones, and parameters and what is saved for the backward pass no
+# longer stay in the cache, which costs so much a byte.
 PASS, CALL = 350e-6, 30e-6
 RATE = 35e9
 TOGETHER_CALL = 1.5

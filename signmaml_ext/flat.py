@@ -130,7 +130,7 @@ class Layout:
         sizes = list(self._sizes_in(buffer.shape[1]))
         parts = zip(self.names, self._shapes, buffer.detach().split(sizes, dim=1), strict=False)
         lead = buffer.shape[:1] if batched else ()
-        return {name: part.view(*lead, *shape).requires_grad_() for name, shape, part in parts}
+        return {name: part.view((*lead, *shape)).requires_grad_() for name, shape, part in parts}
 
     def gather(
         self, gradients: Mapping[str, Tensor | None], tasks: int, zero: frozenset[str], whole: bool = False
@@ -168,7 +168,7 @@ class Layout:
     def by_name(self, row: Tensor) -> dict[str, Tensor]:
         """The parameters in a row `[P]`, or of a row `[columns]` the leading ones."""
         parts = zip(self.names, self._shapes, row.split(list(self._sizes_in(row.shape[-1])), dim=-1), strict=False)
-        return {name: part.reshape(*row.shape[:-1], *shape) for name, shape, part in parts}
+        return {name: part.reshape((*row.shape[:-1], *shape)) for name, shape, part in parts}
 
     def _sizes_in(self, columns: int) -> list[int]:
         return self._sizes if columns == self.theta.numel() else self._sizes[: len(self.problem.adapted)]

@@ -7,7 +7,9 @@ TF32 and for kinds of attention. Calls of several threads share these in turn, s
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -175,9 +177,24 @@ def undisturbed(call: Callable[[], Result]) -> Result:
         try:
             return call()
         finally:
+            _finish_frames()
             put_back()
     finally:
+        _finish_frames()
         put_back()
+
+
+def _finish_frames() -> None:
+    """Lets go of what an interrupt left half done, such as context managers between two of their own lines.
+
+    Whenever Python got round to that, it would put back settings of then.
+    """
+    error = sys.exc_info()[1]
+    if error is None or isinstance(error, Exception):
+        return
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _settings() -> Callable[[], None]:

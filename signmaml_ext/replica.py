@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -31,9 +31,9 @@ DEEPEST = 3
 
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _CONTAINERS = (list, dict, set, deque)
-_EMPTY = frozenset((list, dict, set, OrderedDict))
 # What torch.nn.Module itself keeps, and every copy has its own of.
 _TREE = ("_parameters", "_buffers", "_modules")
+_KEPT = frozenset(key for key, value in vars(nn.Module()).items() if isinstance(value, _CONTAINERS)) - set(_TREE)
 
 
 class Replicas:
@@ -58,6 +58,7 @@ class Replicas:
         self._held: dict[int, Tensor] = {}  # tensors of the tree by id, as the user's modules hold them
         self._copies: dict[int, tuple[Tensor, int]] = {}  # by the same id: the private copy, and its version
         self._modules: dict[int, nn.Module] = {}  # the tree by id, with modules that are in no dictionary of modules
+        self._owned: set[int] = set()  # ids of containers in attributes
         self._gather(model)
         self._plans: list[_Plan] = []
         self._compiled: list[tuple[int, int]] = []  # a compiled module, and the module that it wraps
@@ -128,6 +129,7 @@ class Replicas:
                 for attribute in vars(value).values():
                     self._gather(attribute)
         elif isinstance(value, (*_CONTAINERS, tuple)) and len(value) <= LONGEST:
+            self._owned.add(id(value))
             for part in _parts_of(value):
                 self._gather(part)
 
@@ -142,7 +144,7 @@ class Replicas:
                 shared[key] = value
             elif key in _TREE:
                 members.append((key, value))
-            elif kind in _EMPTY and not value:
+            elif key in _KEPT and not value:
                 empty.append((key, kind))  # most hooks of most modules; of its own, lest a forward adds to the user's
             elif isinstance(value, _CONTAINERS) or id(value) in self._held or self._refers(value, set()):
                 referring.append((key, value))
@@ -162,7 +164,7 @@ class Replicas:
         """Whether a value leads to the tree, so that a copy needs another in its place."""
         if type(value) in _PLAIN or isinstance(value, (type, types.ModuleType)) or id(value) in seen:
             return False
-        if id(value) in self._modules or id(value) in self._names:
+        if id(value) in self._modules or id(value) in self._names or id(value) in self._owned:
             return True
         seen.add(id(value))
         return any(self._refers(part, seen, depth + 1) for part in _parts_of(value, depth))
@@ -190,8 +192,9 @@ class Replicas:
             owner = self._mapped(value.__self__, placed)
             return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
         if isinstance(value, functools.partial):
-            function, arguments = self._mapped(value.func, placed), self._mapped(value.args, placed)
-            return functools.partial(function, *arguments, **self._mapped(value.keywords, placed))
+            arguments = [self._linked(part, placed) for part in value.args]
+            keywords = {key: self._linked(part, placed) for key, part in value.keywords.items()}
+            return functools.partial(self._mapped(value.func, placed), *arguments, **keywords)
         if isinstance(value, types.FunctionType):
             return self._function(value, placed)
         if isinstance(value, weakref.ref):
@@ -238,9 +241,9 @@ class Replicas:
         return copy
 
     def _linked(self, value: Any, placed: dict[int, Any]) -> Any:
-        """A part of a function or plain object: as it is unless it leads to the tree.
+        """A part of a function or plain object: as it is unless it leads to the tree or is an attribute in it.
 
-        What hooks collect in a list of the user's is for the user to read.
+        What hooks collect in a list that the user holds elsewhere is for the user to read.
         """
         if isinstance(value, _CONTAINERS) and not self._refers(value, set()):
             return value

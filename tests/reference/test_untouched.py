@@ -336,11 +336,14 @@ def interrupt(name: str, points: int) -> None:
     assert torch.equal(call(), expected)
 
 
+# One that arrives in a callback of the garbage collector, Python itself ignores.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_ctrl_c_leaves_everything_as_it_was(name):
     interrupt(name, 12)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_hundreds_of_interrupts(name):
@@ -557,3 +560,49 @@ def test_a_model_that_differentiates_inside_its_forward():
     evaluated = evaluate(model, x, y, x, y, **OPTIONS, loss="mse")
     torch.testing.assert_close(evaluated.query_loss, result.query_loss, rtol=1e-12, atol=0)
     assert not evaluated.logits.requires_grad and not x.requires_grad
+
+
+class Collecting(nn.Module):
+    """Hooks fill a dictionary, and the forward reads it there."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.seen: dict[str, Tensor] = {}
+        seen = self.seen
+        hooks = {
+            "closure": lambda module, args, output: seen.update(body=output),
+            "partial": functools.partial(remember, seen),
+            "method": self.keep,
+        }
+        self.body.register_forward_hook(hooks[way])
+
+    def keep(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.seen["body"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.head(torch.tanh(self.seen["body"]))
+
+
+def remember(seen: dict[str, Tensor], module: nn.Module, args: object, output: Tensor) -> None:
+    seen["body"] = output
+
+
+@pytest.mark.parametrize("way", ["closure", "partial", "method"])
+def test_what_hooks_and_forwards_share_they_share_in_a_copy(way):
+    model, data = Collecting(way).double(), nets.vector_tasks()
+    plain = nn.Sequential(model.body, nn.Tanh(), model.head)
+    meta_step(model, *data, **OPTIONS)
+    found = list(nets.grads(model).values())
+    assert model.seen == {}
+    meta_step(plain, *data, **OPTIONS, backend="torch")
+    for gradient, expected in zip(found, nets.grads(plain).values(), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_partials_collect_elsewhere_is_for_the_user():
+    model, data, collected = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks(), {}
+    model[0].register_forward_hook(functools.partial(remember, collected))
+    evaluate(model, *data, **OPTIONS)
+    assert collected["body"].shape == (9, 8)

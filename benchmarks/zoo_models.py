@@ -1,4 +1,4 @@
-"""Models that no whole-step kernel serves, as people write them, and the plain loop that they would write around them."""
+"""Models that no whole-step kernel serves, as people write them, and the plain loop that they write around them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,14 +92,14 @@ class Residual(nn.Module):
 def resnet12() -> nn.Module:
     """A narrow one."""
     widths = (3, 16, 32, 64, 64)
-    blocks = [Residual(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    blocks = [Residual(a, b) for a, b in pairwise(widths)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Module:
     """Linear layers; with `norm` a BatchNorm after each but the last."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths[:-2], widths[1:-1], strict=True):
+    for a, b in pairwise(widths[:-1]):
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-2], widths[-1]))
 

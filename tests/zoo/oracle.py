@@ -1,0 +1,112 @@
+"""The loop that a user would write, in float64: a deep copy of the model a task, one gradient a step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+def meta_gradient(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    inner_lr: float,
+    inner_steps: int,
+    method: str,
+    loss: str = "cross_entropy",
+    adapt: list[str] | None = None,
+) -> tuple[dict[str, Tensor | None], Tensor, Tensor]:
+    """Mean meta-gradient by name, query losses `[T]`, support losses `[K, T]`; None for what nothing depends on.
+
+    BatchNorm normalises by the set at hand, in training and evaluation; every forward finds the model's own buffers.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapted = [name for name in names if adapt is None or any(fnmatchcase(name, pattern) for pattern in adapt)]
+    sums: dict[str, Tensor | None] = dict.fromkeys(names)
+    queries, supports = [], []
+    # Other forms of attention have no second derivative in torch.
+    with sdpa_kernel(SDPBackend.MATH) if method == "maml" else nullcontext():
+        for task in zip(*data, strict=True):
+            gradients, query, support = _task(model, task, adapted, inner_lr, inner_steps, method, LOSSES[loss])
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    gradient, previous = gradient.to_dense(), sums[name]
+                    sums[name] = gradient if previous is None else previous + gradient
+            queries.append(query)
+            supports.append(torch.stack(support) if support else query.new_empty(0))
+    tasks = len(queries)
+    means = {name: None if total is None else total / tasks for name, total in sums.items()}
+    return means, torch.stack(queries), torch.stack(supports, 1)
+
+
+def _task(
+    model: nn.Module,
+    data: tuple[Tensor, ...],
+    adapted: list[str],
+    rate: float,
+    steps: int,
+    method: str,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor | None], Tensor, list[Tensor]]:
+    support_x, support_y, query_x, query_y = data
+    learner = _copy(model)
+    theta = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    phi, losses = dict(theta), []
+    for step in range(steps):
+        if step > 0:
+            # For maml each step has a copy of its own, whose parameters are tensors with a history: a checkpointed
+            # forward reads them again in the backward pass.
+            learner = _with(model, phi, keep_history=method == "maml")
+            if method != "maml":
+                phi = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+        error = loss(learner(support_x), support_y)
+        losses.append(error.detach())
+        moving = [phi[name] for name in adapted]
+        found = torch.autograd.grad(error, moving, create_graph=method == "maml", allow_unused=True)
+        for name, gradient in zip(adapted, found, strict=True):
+            if gradient is not None:
+                gradient = gradient.to_dense()  # of a sparse embedding
+                direction = gradient.sign() if method == "sign-maml" else gradient
+                moved = phi[name] - rate * direction
+                phi[name] = moved if method == "maml" else moved.detach().requires_grad_()
+    learner = _with(model, phi, keep_history=method == "maml")
+    if method != "maml":
+        theta = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    error = loss(learner(query_x), query_y)
+    found = torch.autograd.grad(error, list(theta.values()), allow_unused=True)
+    return dict(zip(theta, found, strict=True)), error.detach(), losses
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    learner = copy.deepcopy(model)
+    for module in learner.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.track_running_stats = False
+    return learner
+
+
+def _with(model: nn.Module, phi: dict[str, Tensor], *, keep_history: bool) -> nn.Module:
+    """A fresh copy with other parameters; by value, or as they are with their history."""
+    learner = _copy(model)
+    if not keep_history:
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                if name in phi:
+                    parameter.copy_(phi[name])
+        return learner
+    placed = {id(p): phi[name] for name, p in learner.named_parameters() if name in phi}
+    for module in learner.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in placed:
+                module._parameters[name] = placed[id(parameter)]
+    return learner

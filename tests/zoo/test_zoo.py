@@ -1,0 +1,105 @@
+"""Every model of the zoo against the plain loop on deep copies, in float64: all methods, together and one by one."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import oracle
+from zoo.cases import CASES, METHODS, Case
+
+import signmaml_ext
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+OPTIONS: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 2}
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """What a call must leave alone."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {
+        "objects": {name: id(tensor) for name, tensor in tensors.items()},
+        "modes": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    now = state_of(model)
+    assert all(now[key] == before[key] for key in ("objects", "modes", "attributes"))
+    assert all(torch.equal(now["values"][name], value) for name, value in before["values"].items())
+
+
+def check(case: Case, method: str, batching: str, backend: str) -> None:
+    model, data = case.model(), case.data()
+    like = case.twin(case.model()) if case.twin else model
+    expected, query_loss, support_loss = oracle.meta_gradient(like, data, **OPTIONS, method=method, **case.options)
+    before = state_of(model)
+    options = {**OPTIONS, "method": method, "batching": batching, "backend": backend, **case.options}
+    if batching == "together" and case.together is not None:
+        with pytest.raises(ValueError, match=f"batching: .*found 'together': .*{case.together}"):
+            signmaml_ext.meta_step(model, *data, **options)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert_untouched(model, before)
+        return
+    result = signmaml_ext.meta_step(model, *data, **options)
+    torch.testing.assert_close(result.query_loss, query_loss, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.support_loss, support_loss, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or expected[name] is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        torch.testing.assert_close(
+            parameter.grad, expected[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert_untouched(model, before)
+    if case.twin is None:
+        copy.deepcopy(model)
+    torch.save(model.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_it_is_called(name: str) -> None:
+    """Sign steps, by whatever serves the model."""
+    check(CASES[name], "sign-maml", "auto", "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["together", "one-by-one"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_way(name: str, method: str, batching: str) -> None:
+    if method not in CASES[name].methods:
+        pytest.skip("torch has no second derivative of it, or a wrong one")
+    check(CASES[name], method, batching, "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference(name: str) -> None:
+    """The readable backend, which all others are held to."""
+    check(CASES[name], "sign-maml", "one-by-one", "torch")
+
+
+def test_predictions_do_not_depend_on_the_way() -> None:
+    """`evaluate` one by one and together, where both work."""
+    compared = 0
+    for case in CASES.values():
+        if case.together is not None:
+            continue
+        model, data = case.model(), case.data()
+        options = {**OPTIONS, **case.options, "method": "fo-maml"}
+        found: list[Tensor] = []
+        for batching in ("together", "one-by-one"):
+            found.append(signmaml_ext.evaluate(model, *data, **options, batching=batching).logits)
+        torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
+        compared += 1
+    assert compared > 60
