@@ -105,7 +105,8 @@ def memory_apart(name: str, method: str, way: str) -> float:
 def rows(results: list[dict[str, Any]]) -> str:
     """A Markdown table: one row a model, one column a method and number of threads."""
     kinds = sorted({(r["threads"], METHODS.index(r["method"])) for r in results})
-    header = ["model", *(f"{METHODS[m]}, {t} thread{'s' * (t > 1)}" for t, m in kinds), "memory / the loop's"]
+    with_memory = any("memory" in r for r in results)
+    header = ["model", *(f"{METHODS[m]}, {t} thread{'s' * (t > 1)}" for t, m in kinds)]
     lines = []
     for name in dict.fromkeys(r["model"] for r in results):
         of_model = {(r["threads"], METHODS.index(r["method"])): r for r in results if r["model"] == name}
@@ -113,11 +114,11 @@ def rows(results: list[dict[str, Any]]) -> str:
         for kind in kinds:
             ratio = of_model[kind]["ratio"] if kind in of_model else None
             cells.append("-" if ratio is None else f"{ratio['median']:.2f}")
-        shares = [
-            f"{r['memory']['ours'] / max(r['memory']['loop'], 0.1):.2f}" for r in of_model.values() if "memory" in r
-        ]
-        lines.append([name, *cells, ", ".join(shares) or "-"])
-    return harness.table(header, lines)
+        if with_memory:
+            both = [r["memory"] for r in of_model.values() if "memory" in r]
+            cells.append(", ".join(f"{one['ours'] / max(one['loop'], 0.1):.2f}" for one in both) or "-")
+        lines.append([name, *cells])
+    return harness.table([*header, *(["memory / the loop's"] if with_memory else [])], lines)
 
 
 def main() -> None:
@@ -146,7 +147,7 @@ def main() -> None:
             print(f"{name}, {method}: {told} times the loop ({of_case[0]['how']})", flush=True)
     print(rows(results))
     if asked.out:
-        harness.write(asked.out / "zoo_cpu.json", {"stamp": stamp, "steps": STEPS, "results": results})
+        harness.write(asked.out / "zoo_cpu.json", {"benchmark": "zoo", **stamp, "steps": STEPS, "results": results})
 
 
 if __name__ == "__main__":

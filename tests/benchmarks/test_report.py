@@ -19,6 +19,14 @@ def test_readme_shows_the_committed_results():
     assert shown == report.section(), "run: python benchmarks/report.py --write"
 
 
+def test_the_page_on_any_module_shows_the_committed_results():
+    import bench_zoo
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "zoo_cpu.json").read_text())["results"]
+    page = (ROOT / "docs" / "any_module.md").read_text(encoding="utf-8")
+    assert bench_zoo.rows(results) in page
+
+
 def test_every_picture_of_the_section_is_there():
     import report
 

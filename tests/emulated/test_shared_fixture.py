@@ -56,8 +56,8 @@ def test_convolutional_networks_are_served_as_on_cuda(launched):
     options = {"inner_lr": 0.01, "inner_steps": 0}
     with backends.selected("emulated"):
         doubled = [value.double() if value.is_floating_point() else value for value in data]
-        reason = signmaml_ext.explain(copy.deepcopy(model).double(), *doubled).reasons["emulated"]
-        assert "conv: it computes in float32 on CUDA" in reason
+        families = signmaml_ext.explain(copy.deepcopy(model).double(), *doubled).families["emulated"]
+        assert "it computes in float32 on CUDA" in families["conv"]
         found = meta_step(model, *data, **options, backend="emulated")
         gradients = nets.grads(model)
         assert launched == ["conv_meta_step_cuda", "meta_accumulate_cuda"]
