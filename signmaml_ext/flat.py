@@ -22,6 +22,7 @@ from . import compact, inputs, modes, ops, threads
 from .checks import Problem
 from .losses import accuracy
 from .reference import (
+    LARGE,
     Adaptation,
     CompactParams,
     MetaGradients,
@@ -78,8 +79,6 @@ def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) 
 
 # Some columns of a row, first and one past the last, and the gradients there `[t, columns]`.
 Stretch = tuple[int, int, Tensor]
-# Elements from which on a tensor is a stretch by itself: copying it takes longer than one more call.
-LARGE = 2**18
 
 
 @dataclass(frozen=True)

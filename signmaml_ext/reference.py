@@ -197,7 +197,8 @@ def _hooked(model: nn.Module) -> str | None:
 
 
 def _is_torchs(loss: Any) -> bool:
-    return (type(loss) if isinstance(loss, nn.Module) else loss).__module__.startswith("torch.nn")
+    module = getattr(type(loss) if isinstance(loss, nn.Module) else loss, "__module__", None)
+    return isinstance(module, str) and module.startswith("torch.nn")
 
 
 # What is remembered of a model, as long as its structure stays (see `chain`): by which way to try first. Whatever is
@@ -248,9 +249,8 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
             # vmap refuses random draws, data-dependent control flow, in-place writes and operators without a batching
             # rule, each with its own exception type. If the fault is the caller's, task by task meets it again.
             _raise_interrupt(error)
-            refusal = error
-    first_line = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-    raise NotBatchable(f"vmap refused it: {first_line}", lasts=True) from refusal
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise NotBatchable(f"vmap refused it: {first_line}", lasts=True)
 
 
 def _raise_interrupt(error: BaseException) -> None:
@@ -298,14 +298,14 @@ def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result
     try:
         return run_batched(problem, compute)
     except NotBatchable as error:
-        refusal = error
+        reason, lasts = str(error), error.lasts  # not the error itself, whose frames hold the tensors of all tasks
     if problem.batching == "together":
-        refuse("batching", "'auto' or 'one-by-one' for this call", f"'together': {refusal}")
+        refuse("batching", "'auto' or 'one-by-one' for this call", f"'together': {reason}")
     # Outside the except clause: an error of the caller's own should not come with the refusal in its trace.
     result = run_task_by_task(problem, compute)
     # Remembered only now: had the call itself been at fault, the line above would have raised.
-    if refusal.lasts:
-        chain.of_module(problem.model).answers[_REFUSED, problem.model.training] = str(refusal)
+    if lasts:
+        chain.of_module(problem.model).answers[_REFUSED, problem.model.training] = reason
     return result
 
 
