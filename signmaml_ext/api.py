@@ -373,6 +373,8 @@ def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def _adaptation(problem: Problem) -> tuple[str, Adaptation]:
+    if problem.method == "maml":
+        problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient alone
     used, adaptation = modes.undisturbed(lambda: dispatch.run(problem, lambda chosen, checked: chosen.adapt(checked)))
     _raise_if_asked(problem, adaptation.nonfinite)
     return used, adaptation

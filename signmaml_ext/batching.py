@@ -84,10 +84,11 @@ def size_of(problem: Problem) -> Size | None:
     """
     x = problem.support_x if problem.query_x is None else problem.query_x
     shapes = tuple((part.shape[1:], part.dtype) for part in inputs.parts(x))
-    key = ("size", problem.model.training, problem.batch_norm, shapes)
+    key = ("size", problem.model.training, problem.batch_norm, problem.precision, tuple(problem.params), shapes)
     answers = chain.of_module(problem.model).answers
     if key not in answers:
-        answers[key] = _measured(problem, inputs.take(x, 0))
+        # A copy of the examples: the forward may work on its input in place.
+        answers[key] = _measured(problem, inputs.each(inputs.take(x, 0), Tensor.clone))
     size: Size | None = answers[key]
     return size
 
@@ -107,9 +108,12 @@ def _measured(problem: Problem, x: inputs.Inputs) -> Size | None:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), counter, modes.autocast(problem):
             inputs.call(copy, x)
 
-    try:
+    def in_modes() -> None:
         with modes.call_modes(problem):
-            modes.without_drawing(problem.device, forward)
+            forward()
+
+    try:
+        modes.without_drawing(problem.device, in_modes)
     except Exception:  # the call itself will meet it, where it can be told
         return None
     parameters = sum(p.nbytes for p in problem.params.values())
@@ -167,9 +171,9 @@ def why_one_by_one(problem: Problem) -> str | None:
     """None if it pays to run tasks together, else the reason; on a CPU by `Size`, elsewhere it always pays."""
     if problem.device.type != "cpu":
         return None
-    size = size_of(problem)
     if problem.tasks == 1:
         return "there is one"
+    size = size_of(problem)
     if size is None:
         return "its forward does not run on such examples, so that nothing is known of it"
     together = min(problem.tasks, size.most_together)

@@ -123,6 +123,8 @@ _HOOKS = {
 
 def _why_untraceable(model: nn.Module) -> str | None:
     """What torch.fx would silently leave out."""
+    if structure.is_layer(model):
+        return "it is a single layer"  # and what is known of a model must not hold the model
     for dictionary, kind in _HOOKS.items():
         if getattr(nn.modules.module, f"_global{dictionary}"):
             return f"global {kind} are registered"

@@ -134,7 +134,7 @@ class InnerRates:
             if self.varies_by_step(key, product.ndim - 1):
                 into = into[:, step]
             if key == "":
-                into.view(count).sub_(product.flatten(1).sum(1))
+                into.view(count).sub_(product.reshape(count, -1).sum(1))
             else:
                 missing_axes = [1] * (product.ndim - into.ndim)
                 shape = (count, *missing_axes, *into.shape[1:])
@@ -447,6 +447,11 @@ _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _check_batch_norm(model: nn.Module, batch_norm: str) -> None:
+    kind = nn.modules.batchnorm._BatchNorm
+    for name, module in model.named_modules() if batch_norm == "support" else ():
+        if isinstance(module, kind) and (type(module).forward is not kind.forward or "forward" in vars(module)):
+            found = f"{type(module).__name__} (module {name!r}) with another"
+            refuse("batch_norm", "'batch', or for 'support' BatchNorms with torch's own forward", found)
     if batch_norm != "running":
         return
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
@@ -624,9 +629,11 @@ def _named_inputs(argument: str, x: object) -> dict[str, Any]:
 def _check_alike(support_x: Inputs, query_x: Inputs) -> None:
     """Both sets have the same tasks, and examples of the same shape."""
     support, query = _named_inputs("support_x", support_x), _named_inputs("query_x", query_x)
-    if [name.removeprefix("query_x") for name in query] != [name.removeprefix("support_x") for name in support]:
+    if {name.removeprefix("query_x") for name in query} != {name.removeprefix("support_x") for name in support}:
         refuse("query_x", f"inputs as in support_x ({', '.join(support)})", ", ".join(query))
-    for (of_support, s), (argument, q) in zip(support.items(), query.items(), strict=True):
+    for of_support, s in support.items():
+        argument = "query_x" + of_support.removeprefix("support_x")
+        q = query[argument]
         if q.shape[0] != s.shape[0]:
             refuse(argument, f"{s.shape[0]} tasks as in {of_support}", f"{q.shape[0]} tasks")
         if q.shape[2:] != s.shape[2:]:

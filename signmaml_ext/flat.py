@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -88,17 +88,28 @@ class StepRate:
     Attributes:
         lr: `[1]`, `[G]` (a rate a tensor) or `[P]`.
         offsets: `[G + 1]` int64, where the columns of each tensor start; None unless `lr` is `[G]`.
-        columns: `lr` written out: a number, `[1]` or `[P]`.
+        sizes: Columns of each of the G tensors.
+        number: The rate where it is one number.
     """
 
     lr: Tensor
-    offsets: Tensor | None
-    columns: float | Tensor
+    offsets: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    number: float | None = None
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """`lr` written out, `[1]` or `[P]`."""
+        if self.offsets is None:
+            return self.lr
+        parts = zip(self.lr.unbind(), self.sizes, strict=True)
+        return torch.cat([rate.expand(size) for rate, size in parts])
 
     def within(self, first: int, last: int) -> float | Tensor:
-        """The part of `columns` for some of them."""
-        whole = not isinstance(self.columns, Tensor) or self.columns.numel() == 1
-        return self.columns if whole else self.columns[first:last]  # type: ignore[index]
+        """The rates of some columns: a number, `[1]` or one each."""
+        if self.number is not None:
+            return self.number
+        return self.columns if self.columns.numel() == 1 else self.columns[first:last]
 
 
 class Layout:
@@ -119,7 +130,11 @@ class Layout:
         self._sizes = [shape.numel() for shape in self._shapes]
         self.adapted_size = sum(self._sizes[: len(problem.adapted)])
         self.theta = torch.cat([problem.params[name].detach().reshape(-1) for name in self.names])
-        self.rates = [self._rate(step) for step in range(problem.steps)]
+        rates = problem.rates
+        ndims = {key: problem.params[key].ndim if key else 0 for key in rates.values}
+        vary = any(rates.varies_by_step(key, ndim) for key, ndim in ndims.items())
+        once = [self._rate(step) for step in range(problem.steps if vary else min(1, problem.steps))]
+        self.rates = once if vary else once * problem.steps
 
     def views(self, buffer: Tensor, batched: bool) -> TaskParams:
         """The parameters in the columns of a buffer `[t, columns]`, as leaves of a new graph.
@@ -181,16 +196,13 @@ class Layout:
 
         if "" in rates.values:
             value = rates.at(step, "", self.theta[None, :1], {})
-            lr = as_tensor(value).reshape(1)
-            return StepRate(lr, None, lr if isinstance(value, Tensor) else value)
+            return StepRate(as_tensor(value).reshape(1), number=None if isinstance(value, Tensor) else value)
         of = {name: as_tensor(rates.at(step, name, problem.params[name][None], {})) for name in problem.adapted}
-        columns = [rate.expand(1, *problem.params[name].shape).reshape(-1) for name, rate in of.items()]
         if all(rate.numel() == 1 for rate in of.values()):
-            sizes = self._sizes[: len(problem.adapted)]
+            sizes = tuple(self._sizes[: len(problem.adapted)])
             offsets = constant((0, *accumulate(sizes)), torch.int64, problem.device)
-            return StepRate(torch.cat([rate.reshape(1) for rate in of.values()]), offsets, torch.cat(columns))
-        full = torch.cat(columns)
-        return StepRate(full, None, full)
+            return StepRate(torch.cat([rate.reshape(1) for rate in of.values()]), offsets, sizes)
+        return StepRate(torch.cat([rate.expand(1, *problem.params[n].shape).reshape(-1) for n, rate in of.items()]))
 
 
 class Tasks:
@@ -393,7 +405,7 @@ def _adapt(run: Run) -> Adaptation:
     if problem.task_state == "int8":
         counts = torch.cat([of_chunk.counts for of_chunk in tasks])
         adapted = CompactParams(layout.by_name(counts), problem.params, problem.rates)
-    elif problem.batch_norm == "support":
+    elif problem.batch_norm == "support" and problem.query_x is None:
         statistics = run.support_statistics(dict(adapted))
     prediction = None if problem.query_x is None else torch.cat(predictions)
     shares = None

@@ -31,7 +31,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -464,7 +464,8 @@ class GraphCache:
         # None: a call that was not asked to be a graph and turned out not to be one.
         self._graphs: OrderedDict[tuple[object, ...], _Recorded | None] = OrderedDict()
         self._models: dict[int, weakref.ref[nn.Module]] = {}
-        # Re-entrant: a model may be collected, and its graphs dropped, at any moment.
+        # Models that were collected, at any moment and in any thread: the next call drops their graphs.
+        self._gone: deque[int] = deque()
         self._lock = threading.RLock()
         self._builds = self._replays = 0
 
@@ -476,6 +477,7 @@ class GraphCache:
             ValueError, TypeError: As the call without a graph.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._drop_gone()
             key = key_of(problem)
             recorded = self._graphs.get(key)
             if recorded is None and (problem.graph or key not in self._graphs):
@@ -500,25 +502,30 @@ class GraphCache:
                 warnings.warn(f"signmaml_ext launches this call without a CUDA graph ({error})", stacklevel=5)
         number = id(problem.model)
         if number not in self._models:
-            self._models[number] = weakref.ref(problem.model, lambda _: self._forget(number))
+            self._models[number] = weakref.ref(problem.model, lambda _: self._gone.append(number))
         self._graphs[key] = recorded
         return recorded
 
+    def _drop_gone(self) -> None:
+        while self._gone:
+            self._forget(self._gone.popleft())
+
     def _forget(self, number: int) -> None:
-        with self._lock:
-            self._models.pop(number, None)
-            for key in [key for key in self._graphs if key[0] == number]:
-                del self._graphs[key]
+        self._models.pop(number, None)
+        for key in [key for key in self._graphs if key[0] == number]:
+            del self._graphs[key]
 
     def clear(self, model: nn.Module | None = None) -> None:
         """Drops the graphs of a model, or all."""
         with self._lock:
+            self._drop_gone()
             for number in [id(model)] if model is not None else list(self._models):
                 self._forget(number)
 
     def info(self) -> GraphInfo:
         """What is kept, and what was done."""
         with self._lock:
+            self._drop_gone()
             kept = sum(recorded is not None for recorded in self._graphs.values())
             return GraphInfo(kept, self._limit, self._builds, self._replays)
 

@@ -37,7 +37,8 @@ def call_modes(problem: Problem) -> Iterator[None]:
 class Turns:
     """Calls of several threads that agree on something share a turn; others wait until the turn is over.
 
-    A thread that is inside goes on inside, whatever a call within its call asks for.
+    A thread that is inside goes on inside, whatever a call within its call asks for. Who takes several turns takes them
+    in the order random numbers, attention, TF32: in two orders, two threads would wait for each other.
     """
 
     def __init__(self) -> None:
@@ -64,7 +65,7 @@ class Turns:
             self.leave([ticket])
 
     def _wait_for(self, value: object) -> None:
-        first = True  # who comes while others wait queues up behind them
+        first = True  # who comes into a turn while others wait for its end waits with them
         self._waiting += 1
         try:
             while self._inside and (self._value != value or (first and self._waiting > 1)):

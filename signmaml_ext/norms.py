@@ -5,7 +5,7 @@ A prediction then depends on the one query and the support set alone (inductive)
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import torch
@@ -21,7 +21,9 @@ class SupportStatistics:
     """What the BatchNorms of a model's private copies saw in one forward pass, for use in another."""
 
     def __init__(self) -> None:
-        self._seen: defaultdict[str, deque[Moments]] = defaultdict(deque)  # by path: one for each use in the pass
+        self._seen: defaultdict[str, list[Moments]] = defaultdict(list)  # by path: one for each use in the pass
+        self._used: Counter[str] = Counter()
+        self._recorded = False
 
     def record(self, copy: nn.Module) -> None:
         """Makes a copy's BatchNorms note the statistics of what they normalise."""
@@ -30,6 +32,7 @@ class SupportStatistics:
 
     def use(self, copy: nn.Module) -> None:
         """Makes a copy's BatchNorms normalise by what was noted, with gradients through it."""
+        self._recorded = True  # what the first pass computes again for its own backward pass is no use of its own
         for path, norm in _norms(copy).items():
             vars(norm)["forward"] = self._using(path, norm)
 
@@ -51,7 +54,9 @@ class SupportStatistics:
     def _recording(self, path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def normalise(x: Tensor) -> Tensor:
             axes = _axes(x)
-            self._seen[path].append((x.mean(axes), x.var(axes, unbiased=False)))
+            moments = x.mean(axes), x.var(axes, unbiased=False)  # also the second time: checkpointing counts tensors
+            if not self._recorded:
+                self._seen[path].append(moments)
             return forward(x)
 
         return normalise
@@ -61,9 +66,18 @@ class SupportStatistics:
             if not self._seen[path]:
                 refuse("batch_norm", f"'batch' for a model whose forward does not always use {path!r}", "'support'")
             shape = [1, -1] + [1] * (x.ndim - 2)
-            mean, variance = (moment.view(shape) for moment in self._seen[path].popleft())
+            # In turn. Once more in the backward pass, for a checkpointed forward: which of several that is, nothing tells.
+            if len(self._seen[path]) > 1 and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+                refuse(
+                    "batch_norm", f"'batch' for a model that uses {path!r} more than once, checkpointed", "'support'"
+                )
+            moments = self._seen[path][self._used[path] % len(self._seen[path])]
+            self._used[path] += 1
+            mean, variance = (moment.view(shape) for moment in moments)
             y = (x - mean) * torch.rsqrt(variance + norm.eps)
-            return y * norm.weight.view(shape) + norm.bias.view(shape) if norm.affine else y
+            if norm.weight is not None:
+                y = y * norm.weight.view(shape)
+            return y if norm.bias is None else y + norm.bias.view(shape)
 
         return normalise
 

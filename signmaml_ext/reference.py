@@ -12,7 +12,8 @@ The same graph gives the exact gradient of the inner rates, -sum_k <g_query, dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import batching, chain, inputs, modes, threads
+from . import batching, chain, inputs, modes, structure, threads
 from .checks import (
     ForwardError,
     InnerRates,
@@ -56,10 +57,11 @@ class CompactParams(Mapping[str, Tensor]):
     """
 
     def __init__(self, counts: TaskParams, theta: Mapping[str, Tensor], rates: InnerRates) -> None:
-        """Theta is copied: training goes on from it."""
+        """Theta and the rates are copied: training goes on from them."""
         self.counts = counts
         self._theta = {name: theta[name].detach().clone() for name in counts}
-        self._rates = rates
+        values = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in rates.values.items()}
+        self._rates = InnerRates(values, rates.steps)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._of(name, self.counts[name])
@@ -176,8 +178,10 @@ def why_not_batched(problem: Problem) -> str | None:
     """None if the tasks of a call run together under vmap, else why they run one by one."""
     if problem.batching == "one-by-one":
         return "batching is 'one-by-one'"
-    if (reason := _refused_by_vmap(problem.model)) is not None:
-        return reason
+    if problem.batching == "auto" and (reason := chain.of_module(problem.model).answers.get(_refusal(problem))):
+        return str(reason)
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "saved-tensor hooks are on around the call"
     if (hooked := _hooked(problem.model)) is not None:
         return f"{hooked} has hooks, and what they see should be the tensors of one task"
     return None if problem.batching == "together" else batching.why_one_by_one(problem)
@@ -206,8 +210,10 @@ def _is_torchs(loss: Any) -> bool:
 _REFUSED, _OWN_BUFFERS, _DRAWS = "vmap refused it", "its tasks have buffers of their own", "it draws random numbers"
 
 
-def _refused_by_vmap(model: nn.Module) -> str | None:
-    return chain.of_module(model).answers.get((_REFUSED, model.training))
+def _refusal(problem: Problem) -> Hashable:
+    """The question whether vmap refused such a call: all in a call that may be the cause."""
+    of_call = (problem.method, problem.batch_norm, problem.precision)
+    return (_REFUSED, problem.model.training, *of_call, structure.of_value((problem.loss, problem.output)))
 
 
 class NotBatchable(Exception):
@@ -279,14 +285,26 @@ def no_saved_tensor_hooks() -> Iterator[None]:
 def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     """`compute` on one task after the other: works for every module."""
     answers, question = chain.of_module(problem.model).answers, (_DRAWS, problem.model.training)
+    most_threads = _threads_for(problem)  # before the turn, in which nobody may set a generator
 
     def with_streams(randomness: modes.Randomness) -> Result:
         with modes.call_modes(problem):
-            return compute(Run(problem, randomness=randomness))
+            return compute(Run(problem, randomness=randomness, most_threads=most_threads))
 
     result, draws = modes.with_randomness(problem, with_streams, answers.get(question, False))
     answers[question] = draws
     return result
+
+
+def _threads_for(problem: Problem) -> int:
+    """How many tasks one by one run at once: as many as torch has threads, unless their order may be seen."""
+    if problem.device.type != "cpu" or problem.tasks <= threads.FEWEST or torch.get_num_threads() == 1:
+        return 1
+    if callable(problem.loss) and not _is_torchs(problem.loss):
+        return 1  # a loss that keeps a record would keep it in another order
+    if threads.why_one_thread() is not None or _hooked(problem.model) is not None:
+        return 1
+    return torch.get_num_threads() if batching.pays_on_threads(problem) else 1
 
 
 def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result:
@@ -305,7 +323,7 @@ def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result
     result = run_task_by_task(problem, compute)
     # Remembered only now: had the call itself been at fault, the line above would have raised.
     if lasts:
-        chain.of_module(problem.model).answers[_REFUSED, problem.model.training] = reason
+        chain.of_module(problem.model).answers[_refusal(problem)] = reason
     return result
 
 
@@ -318,18 +336,29 @@ class Run:
         together: How many tasks run together under vmap at most; 0: they run one by one.
         own_buffers: Whether tasks that run together have buffers of their own, which their forwards may write to.
         randomness: Where forward passes one by one draw from.
+        most_threads: How many tasks one by one may run at once, if none draws random numbers.
     """
 
     problem: Problem
     together: int = 0
     own_buffers: bool = False
     randomness: modes.Randomness = field(default_factory=modes.PlainRandomness)
+    most_threads: int = 1
 
     def __post_init__(self) -> None:
-        by = "running" if self.problem.batch_norm == "running" else "batch"
-        self.replicas = Replicas(self.problem.model, by)
+        self._replicas: dict[int, Replicas] = {}
         self.buffers = self.replicas.own_buffers() if self.own_buffers else {}
         self._facts: dict[bool, Facts] = {}  # by whether it is the query pass
+        self._writes: dict[bool, bool] = {}  # whether a forward writes to its input, likewise
+
+    @property
+    def replicas(self) -> Replicas:
+        """What makes private copies of the model, one for each thread: what a forward writes, no other thread sees."""
+        thread = threading.get_ident()
+        if thread not in self._replicas:
+            by = "running" if self.problem.batch_norm == "running" else "batch"
+            self._replicas[thread] = Replicas(self.problem.model, by)
+        return self._replicas[thread]
 
     @property
     def batched(self) -> bool:
@@ -343,7 +372,12 @@ class Run:
 
     def dead(self, step: int) -> frozenset[str]:
         """Parameters whose gradient is exactly 0; known after the first pass of the kind."""
-        return self._facts[step == self.problem.steps].dead_biases
+        is_query = step == self.problem.steps
+        found = self._facts[is_query].dead_biases
+        if is_query and self.problem.batch_norm == "support" and False in self._facts:
+            # The statistics of the support set hold the bias as those of the query set would.
+            found |= self._facts[False].dead_biases
+        return found
 
     def loss_and_prediction(
         self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int
@@ -358,6 +392,18 @@ class Run:
             first_task: Number of the first of these tasks.
             step: Inner step; the query pass counts as step K.
         """
+        is_query = step == self.problem.steps
+        is_first = is_query not in self._writes
+        # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
+        if is_first or self._writes[is_query]:
+            x = inputs.each(x, Tensor.clone)
+        versions = [part._version for part in inputs.parts(x)]
+        found = self._passed(params, x, y, first_task, step)
+        if is_first:
+            self._writes[is_query] = versions != [part._version for part in inputs.parts(x)]
+        return found
+
+    def _passed(self, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int) -> tuple[Tensor, Tensor]:
         if self.batched:
             other = self._statistics_from(slice(first_task, first_task + y.shape[0]), step)
             buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
@@ -379,15 +425,8 @@ class Run:
         return inputs.take(self.problem.support_x, tasks) if by_support else None
 
     def threads(self) -> int:
-        """How many tasks may run at once: as many as torch has threads, unless their order may be seen."""
-        problem = self.problem
-        if self.batched or problem.device.type != "cpu" or not isinstance(self.randomness, modes.PlainRandomness):
-            return 1
-        if callable(problem.loss) and not _is_torchs(problem.loss):
-            return 1  # a loss that keeps a record would keep it in another order
-        if threads.why_one_thread() is not None or _hooked(problem.model) is not None:
-            return 1
-        return torch.get_num_threads() if batching.pays_on_threads(problem) else 1
+        """How many tasks may run at once."""
+        return self.most_threads if isinstance(self.randomness, modes.PlainRandomness) else 1
 
     def _one_task(
         self, own: Mapping[str, Tensor], x: Inputs, y: Tensor, other: Inputs | None, step: int
@@ -402,7 +441,7 @@ class Run:
             if other is not None:
                 statistics = SupportStatistics()
                 statistics.record(first := self.replicas.make(own))
-                self._forward(first, other)
+                self._forward(first, inputs.each(other, Tensor.clone))
                 statistics.use(copy)
             returned = self._forward(copy, x)
         prediction = inputs.selected(self.problem.output, returned)
@@ -438,12 +477,17 @@ class Run:
             statistics = SupportStatistics()
             statistics.record(copy := self.replicas.make(own))
             with modes.autocast(self.problem):
-                self._forward(copy, x)
+                self._forward(copy, inputs.each(x, Tensor.clone))
             return statistics.buffers(copy)
 
         if self.batched:
-            buffers = {name: b.expand(self.problem.tasks, *b.shape).clone() for name, b in self.buffers.items()}
-            return torch.vmap(of_task)({**params, **buffers}, self.problem.support_x)
+            parts = []
+            for tasks in self.chunks():
+                of_chunk = {name: p[tasks] for name, p in params.items()}
+                count = tasks.stop - tasks.start
+                buffers = {name: b.expand(count, *b.shape).clone() for name, b in self.buffers.items()}
+                parts.append(torch.vmap(of_task)({**of_chunk, **buffers}, inputs.take(self.problem.support_x, tasks)))
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         found = []
         for task in range(self.problem.tasks):
             with self.randomness.at(self.problem.first_task + task, self.problem.steps):
@@ -655,7 +699,7 @@ def _adapt(run: Run) -> Adaptation:
         chunks.append(Adaptation(moved, support_loss, loss, shares, prediction, nonfinite))
     params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted}
     statistics = {}
-    if problem.batch_norm == "support" and problem.task_state == "full":
+    if problem.batch_norm == "support" and problem.query_x is None:
         statistics = run.support_statistics(params)
     return Adaptation(
         params=CompactParams(params, problem.params, problem.rates) if problem.task_state == "int8" else params,

@@ -66,7 +66,7 @@ def of_module(model: nn.Module) -> Hashable:
                     found.append(key)
                     found.append(value if type(value) in _PLAIN else of_value(value))
         else:
-            found.append(attributes.get("forward"))
+            found.append(of_value(attributes.get("forward")))
     return tuple(found)
 
 
@@ -123,7 +123,8 @@ def of_value(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, functools.partial):
         return tuple(of_value(part, depth) for part in (value.func, value.args, value.keywords))
     if isinstance(value, Mapping) and len(value) <= LARGEST and depth <= DEEPEST:
-        return kind, tuple(value), tuple(of_value(part, depth + 1) for part in value.values())
+        keys = tuple(key if type(key) in _PLAIN else id(key) for key in value)
+        return kind, keys, tuple(of_value(part, depth + 1) for part in value.values())
     if isinstance(value, (list, tuple)) and len(value) <= LARGEST and depth <= DEEPEST:
         return kind, tuple(of_value(part, depth + 1) for part in value)
     if isinstance(value, (set, frozenset)) and len(value) <= LARGEST:

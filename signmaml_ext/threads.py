@@ -11,9 +11,12 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Calls that use all cores take turns: with several at once each would be slower, and torch's number of threads is one
-# setting for all.
+# Calls that use all cores take turns: with several at once each would be slower. While one is at work, a thread that
+# uses torch for the first time takes over 1 as its number of torch's threads.
 _cores = threading.RLock()
+
+# So many items or fewer are not worth threads: of several, the first is done alone.
+FEWEST = 2
 
 
 def why_one_thread() -> str | None:
@@ -38,7 +41,7 @@ def map_in_order(
     Raises:
         BaseException: What the function raised for the first item for which it did.
     """
-    if threads < 2 or len(items) < 3:
+    if threads < 2 or len(items) <= FEWEST:
         yield from map(function, items)
         return
     with _cores:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import signmaml_ext
 from helpers import definition, nets
@@ -375,3 +376,112 @@ def test_batching_is_checked():
     with pytest.raises(ValueError, match=r"batching: .*found 'together': vmap refused it"):
         meta_step(model, *nets.image_tasks(), **OPTIONS, batching="together")
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_learnable_rate_and_a_parameter_without_axes(shape, backend):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.tensor(1.5)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(x * self.scale))
+
+    model, data = Scaled().double(), nets.vector_tasks()
+    found = []
+    for which in ("torch", backend):
+        rate = torch.full(shape, 0.01, dtype=torch.float64, requires_grad=True)
+        meta_step(model, *data, inner_lr=rate, inner_steps=3, backend=which)
+        found.append(rate.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_what_one_call_made_impossible_the_next_may_do():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+
+    def looking(prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target) * (1.0 if float(prediction.sum()) < 1e9 else 2.0)
+
+    evaluate(model, *data, **OPTIONS, loss=looking)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        evaluate(model, *data, **OPTIONS)
+    assert signmaml_ext.explain(model, *data, **OPTIONS).how == "all tasks together"
+    evaluate(model, *data, **OPTIONS, batching="together")
+    assert "vmap refused it" in signmaml_ext.explain(model, *data, **OPTIONS, loss=looking).how
+
+
+class TwiceNormed(nn.Module):
+    """BatchNorms at two places, the second of them checkpointed or not; the same one, or each its own."""
+
+    def __init__(self, saves: bool, shares: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+        self.first = self.norm if shares else nn.BatchNorm1d(6)
+        self.saves = saves
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.b(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(self.a(x)))
+        return self.head(checkpoint(self.inner, h, use_reentrant=False) if self.saves else self.inner(h))
+
+
+def test_support_statistics_with_a_norm_used_twice_and_checkpointed():
+    plain, saving = TwiceNormed(False, shares=False).double(), TwiceNormed(True, shares=False).double()
+    data = nets.vector_tasks()
+    saving.load_state_dict(plain.state_dict())
+    options = {**OPTIONS, "batch_norm": "support"}
+    for model in (plain, saving):
+        meta_step(model, *data, **options)
+    expected = nets.grads(plain)
+    for name, gradient in nets.grads(saving).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+    plain, saving = TwiceNormed(False).double(), TwiceNormed(True).double()
+    assert evaluate(plain, *data, **options).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"batch_norm: .*'norm' more than once, checkpointed, found 'support'"):
+        meta_step(saving, *data, **options)
+    with pytest.raises(ValueError, match="batch_norm: expected 'batch' for a model that uses 'norm' more than once"):
+        adapt(plain, *data[:2], **options)
+
+
+def test_biases_in_front_of_a_norm_are_dead_with_support_statistics_too():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Sigmoid(), nn.Linear(6, 3)).double()
+    for batching in ("together", "one-by-one"):
+        meta_step(model, *nets.vector_tasks(), **OPTIONS, batch_norm="support", batching=batching)
+        found = nets.grads(model)
+        assert not found["0.bias"].any() and found["0.weight"].any()
+
+
+def test_a_norm_with_a_forward_of_its_own_has_no_support_statistics():
+    class NormAndActivation(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(super().forward(x))
+
+    model = nn.Sequential(nn.Linear(4, 6), NormAndActivation(6), nn.Linear(6, 3)).double()
+    with pytest.raises(ValueError, match=r"batch_norm: .*torch's own forward, found NormAndActivation \(module '1'\)"):
+        evaluate(model, *nets.vector_tasks(), **OPTIONS, batch_norm="support")
+
+
+def test_counts_keep_the_rates_that_they_were_made_with():
+    model, data = nets.mlp().double(), nets.vector_tasks()
+    rate = torch.tensor(0.02, dtype=torch.float64)
+    adapted = adapt(model, *data[:2], inner_lr=rate, inner_steps=3, task_state="int8")
+    before = {name: value.clone() for name, value in adapted.items()}
+    rate.mul_(10)
+    assert all(torch.equal(adapted[name], value) for name, value in before.items())
+
+
+def test_inputs_by_name_have_no_order():
+    model, ((x, tokens), (qx, q_tokens)), (y, qy), _ = two_inputs()
+    found = evaluate(model, {"x": x, "tokens": tokens}, y, {"tokens": q_tokens, "x": qx}, qy, **OPTIONS).logits
+    assert torch.equal(found, evaluate(model, (x, tokens), y, (qx, q_tokens), qy, **OPTIONS).logits)
+
+
+def test_the_inner_steps_of_maml_are_those_of_fo_maml_whatever_serves_them():
+    model, data = Conv4(3, 1, 8, 16), nets.image_tasks(dtype=torch.float32)
+    second, first = (evaluate(model, *data, **OPTIONS, method=method) for method in ("maml", "fo-maml"))
+    assert second.backend == first.backend == "cpu"
+    assert torch.equal(second.logits, first.logits)

@@ -606,3 +606,88 @@ def test_what_partials_collect_elsewhere_is_for_the_user():
     model[0].register_forward_hook(functools.partial(remember, collected))
     evaluate(model, *data, **OPTIONS)
     assert collected["body"].shape == (9, 8)
+
+
+class CountsInPlace(nn.Module):
+    """Its output depends on a buffer that it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.ones((), dtype=torch.float64))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.head(x) * self.count.clone()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_tasks_on_threads_do_not_see_each_others_buffers(steps, monkeypatch):
+    from signmaml_ext import batching
+
+    monkeypatch.setattr(batching, "LONG", 0.0)
+    model, data = CountsInPlace().double(), nets.vector_tasks(tasks=9)
+    options = {"inner_lr": 0.02, "inner_steps": steps, "batching": "one-by-one"}
+    expected = evaluate(model, *data, **options).logits
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(5):
+            assert torch.equal(evaluate(model, *data, **options).logits, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_that_measure_and_threads_that_differentiate_twice_do_not_wait_for_each_other():
+    """Each takes several turns; a set of a new size is measured first."""
+    model = nets.mlp(activation=nn.GELU).double()
+    done = []
+
+    def measuring() -> None:
+        for shots in range(1, 8):
+            evaluate(model, *nets.vector_tasks(shots=shots, queries=shots), **OPTIONS)
+        done.append("measured")
+
+    def twice() -> None:
+        for _ in range(7):
+            meta_step(model, *nets.vector_tasks(), **OPTIONS, method="maml", batching="one-by-one")
+        done.append("differentiated")
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (measuring, twice)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(done) == ["differentiated", "measured"]
+
+
+@pytest.mark.parametrize("batching", ["auto", "together", "one-by-one"])
+def test_a_forward_that_works_on_its_input_in_place_works_on_a_tasks_own(batching):
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.mul_(2.0))
+
+    model, data = Doubles().double(), nets.vector_tasks()
+    copies = [value.clone() for value in data]
+    first = evaluate(model, *data, **OPTIONS, batching=batching).logits
+    assert all(torch.equal(value, kept) for value, kept in zip(data, copies, strict=True))
+    plain = evaluate(model.head, 2 * data[0], data[1], 2 * data[2], data[3], **OPTIONS).logits
+    torch.testing.assert_close(first, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_nothing_that_is_known_keeps_a_model_alive(patched):
+    import gc
+
+    model = nn.Linear(4, 3).double() if not patched else nets.mlp(activation=nn.GELU).double()
+    if patched:
+        model.forward = model.forward
+    meta_step(model, *nets.vector_tasks(), **OPTIONS)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
