@@ -66,7 +66,8 @@ class SupportStatistics:
             if not self._seen[path]:
                 refuse("batch_norm", f"'batch' for a model whose forward does not always use {path!r}", "'support'")
             shape = [1, -1] + [1] * (x.ndim - 2)
-            # In turn. Once more in the backward pass, for a checkpointed forward: which of several that is, nothing tells.
+            # In turn; for a checkpointed forward once more in the backward pass, and which of several that is, nothing
+            # tells.
             if len(self._seen[path]) > 1 and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
                 refuse(
                     "batch_norm", f"'batch' for a model that uses {path!r} more than once, checkpointed", "'support'"
