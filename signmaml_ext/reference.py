@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import batching, chain, inputs, modes, structure, threads
+from . import batching, chain, inputs, modes, threads
 from .checks import (
     ForwardError,
     InnerRates,
@@ -211,9 +211,14 @@ _REFUSED, _OWN_BUFFERS, _DRAWS = "vmap refused it", "its tasks have buffers of t
 
 
 def _refusal(problem: Problem) -> Hashable:
-    """The question whether vmap refused such a call: all in a call that may be the cause."""
-    of_call = (problem.method, problem.batch_norm, problem.precision)
-    return (_REFUSED, problem.model.training, *of_call, structure.of_value((problem.loss, problem.output)))
+    """The question whether vmap refused such a call: what in a call may be the cause."""
+
+    def kind(value: object) -> Hashable:
+        # The code of a function, not what its closure holds: a loss that is made anew for each call is the same kind.
+        return value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
+
+    of_call = (problem.method, problem.batch_norm, problem.precision, kind(problem.loss), kind(problem.output))
+    return (_REFUSED, problem.model.training, *of_call)
 
 
 class NotBatchable(Exception):
