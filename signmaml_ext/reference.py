@@ -213,10 +213,9 @@ _REFUSED, _OWN_BUFFERS, _DRAWS = "vmap refused it", "its tasks have buffers of t
 def _refusal(problem: Problem) -> Hashable:
     """The question whether vmap refused such a call: what in a call may be the cause."""
 
-    def kind(value: Any) -> Hashable:
+    def kind(value: Any) -> Any:
         # The code of a function, not what its closure holds: a loss that is made anew for each call is the same kind.
-        found: Hashable = value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
-        return found
+        return value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
 
     of_call = (problem.method, problem.batch_norm, problem.precision, kind(problem.loss), kind(problem.output))
     return (_REFUSED, problem.model.training, *of_call)
