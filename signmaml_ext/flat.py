@@ -179,6 +179,15 @@ class Layout:
         close()
         return stretches
 
+    def follow(self, buffer: Tensor, views: TaskParams) -> None:
+        """Takes over parameters of a task to which a forward gave other memory (`weight.data = ...`)."""
+        first, size = 0, buffer.element_size()
+        for view in views.values():
+            columns = view.numel() // buffer.shape[0]
+            if view.data_ptr() != buffer.data_ptr() + first * size and columns:
+                buffer[:, first : first + columns] = view.detach().reshape(buffer.shape[0], columns)
+            first += columns
+
     def by_name(self, row: Tensor) -> dict[str, Tensor]:
         """The parameters in a row `[P]`, or of a row `[columns]` the leading ones."""
         parts = zip(self.names, self._shapes, row.split(list(self._sizes_in(row.shape[-1])), dim=-1), strict=False)
@@ -244,6 +253,7 @@ class Tasks:
             losses.append(loss.detach())
             whole = self.counts is not None or self.directions is not None  # in one stretch
             stretches = self.layout.gather(gradients_of(loss, views), self.number, self.run.dead(step), whole)
+            self.layout.follow(moved, views)
             del loss, views
             if self.directions is not None:
                 ((_, _, grads),) = stretches

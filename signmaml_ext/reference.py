@@ -37,7 +37,7 @@ from .inputs import Inputs
 from .losses import Loss, accuracy, cross_entropy
 from .norms import SupportStatistics
 from .replica import Replicas
-from .watch import Facts, Watch
+from .watch import Facts, Watch, address
 
 Result = TypeVar("Result")
 TaskParams = dict[str, Tensor]  # name -> [t, *shape]: a parameter of t tasks
@@ -438,6 +438,7 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         is_query = step == self.problem.steps
         watch = None
+        places = {name: address(tensor) for name, tensor in own.items()} if is_query not in self._facts else {}
         copy = self.replicas.make(own)
         if is_query not in self._facts:
             find_dead = self.problem.zero_dead_bias and self.problem.batch_norm != "running" and other is None
@@ -457,6 +458,8 @@ class Run:
             check_labels(self.problem, prediction.shape[-1])
         loss = task_loss(self.problem.loss, prediction, y)
         if watch is not None:
+            if self.batched and places != {name: address(tensor) for name, tensor in own.items()}:
+                raise NotBatchable("its forward gives parameters other memory, which vmap forgets", lasts=True)
             self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
         # What only the loss understands is not among the results.
         return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)

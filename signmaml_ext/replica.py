@@ -203,7 +203,12 @@ class Replicas:
         return self._object(value, placed)
 
     def _container(self, value: Any, placed: dict[int, Any]) -> Any:
-        copy = value.copy()
+        copy: Any = value.copy()
+        kind: Any = type(value)
+        if type(copy) is not kind:  # a subclass, such as a dictionary whose keys are attributes
+            plain, copy = copy, kind.__new__(kind)
+            (dict.update if isinstance(value, dict) else list.extend)(copy, plain)
+            vars(copy).update(vars(value))
         placed[id(value)] = copy
         if isinstance(value, dict):
             for key, part in value.items():

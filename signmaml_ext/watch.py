@@ -90,6 +90,13 @@ class Watch:
         return Facts(dead, reached, any(map(_pads, nodes)))
 
 
+def address(tensor: Tensor) -> int:
+    """Where a tensor lies; under vmap, where the tensor of all tasks does."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.data_ptr()
+
+
 def _origin(tensor: Tensor) -> Output | None:
     """Where a tensor comes from in the autograd graph; under vmap, where the tensor of all tasks does."""
     functorch = torch._C._functorch

@@ -691,3 +691,33 @@ def test_nothing_that_is_known_keeps_a_model_alive(patched):
     del model
     gc.collect()
     assert gone() is None
+
+
+class Rebinds(nn.Module):
+    """Gives its weight other memory in each forward, and reads a dictionary of a class of its own."""
+
+    class Settings(dict):
+        __getattr__ = dict.__getitem__
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.settings = self.Settings(decay=0.9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body.weight.data = self.body.weight.data * self.settings.decay
+        return self.head(torch.tanh(self.body(x)))
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+def test_parameters_that_a_forward_gives_other_memory(method):
+    model, data = Rebinds().double(), nets.vector_tasks()
+    before = state_of(model)
+    expected = None
+    for backend, batching in (("torch", "one-by-one"), ("cpu", "one-by-one"), ("auto", "auto"), ("torch", "auto")):
+        meta_step(model, *data, **OPTIONS, method=method, backend=backend, batching=batching)
+        found = nets.grads(model)
+        expected = expected or found
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+    assert_untouched(model, before)
