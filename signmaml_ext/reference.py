@@ -402,7 +402,7 @@ class Run:
         # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
         if is_first or self._writes[is_query]:
             x = inputs.each(x, Tensor.clone)
-        versions = [part._version for part in inputs.parts(x)]
+        versions = [part._version for part in inputs.parts(x)] if is_first else []
         found = self._passed(params, x, y, first_task, step)
         if is_first:
             self._writes[is_query] = versions != [part._version for part in inputs.parts(x)]
