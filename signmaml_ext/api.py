@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, graphs, modes, spec
+from . import dispatch, graphs, modes, spec, threads
 from .checks import Problem, Rate, check_problem
 from .dispatch import Explanation
 from .inputs import Inputs, Output
@@ -387,7 +386,7 @@ def _raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
 
 
 # Several threads may add to the `.grad` of one model: "there is none yet" and "now there is" must not come apart.
-_grad_lock = threading.Lock()
+_grad_lock = threads.reentrant_lock()
 
 
 def _accumulate(problem: Problem, meta: MetaGradients) -> None:

@@ -28,7 +28,6 @@ Memory: a graph keeps its inputs, its results and everything in between in a poo
 from __future__ import annotations
 
 import itertools
-import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -40,7 +39,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import chain, dispatch, inputs, modes, structure
+from . import chain, dispatch, inputs, modes, structure, threads
 from .checks import Problem, check_problem
 from .reference import MetaGradients
 
@@ -466,7 +465,7 @@ class GraphCache:
         self._models: dict[int, weakref.ref[nn.Module]] = {}
         # Models that were collected, at any moment and in any thread: the next call drops their graphs.
         self._gone: deque[int] = deque()
-        self._lock = threading.RLock()
+        self._lock = threads.reentrant_lock()
         self._builds = self._replays = 0
 
     def meta_gradients(self, problem: Problem) -> tuple[str, MetaGradients]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from . import threads
 from .checks import Problem
 
 Result = TypeVar("Result")
@@ -42,7 +43,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threads.reentrant_lock()
+        self._changed = threading.Condition(self._lock)
         self._value: object = None
         self._inside: dict[object, int] = {}  # thread by ticket
         self._waiting = 0
@@ -52,7 +54,7 @@ class Turns:
         """A turn for calls whose value equals this one."""
         ticket, thread = object(), threading.get_ident()
         try:
-            with self._changed:
+            with self._lock:
                 if thread not in self._inside.values():
                     self._wait_for(value)
                 starts = not self._inside
@@ -69,7 +71,7 @@ class Turns:
         self._waiting += 1
         try:
             while self._inside and (self._value != value or (first and self._waiting > 1)):
-                self._changed.wait()
+                threads.wait_for(self._changed, self._lock)
                 first = False
         finally:
             self._waiting -= 1
@@ -81,7 +83,7 @@ class Turns:
 
     def leave(self, tickets: list[object]) -> None:
         """Gives tickets back; the last one ends the turn."""
-        with self._changed:
+        with self._lock:
             for ticket in tickets:
                 if self._inside.pop(ticket, None) is not None and not self._inside:
                     self.end()
@@ -202,22 +204,26 @@ def _settings() -> Callable[[], None]:
     """What puts torch's settings of this thread back to what they are now."""
     functorch, hooks = torch._C._functorch, torch._C._autograd
     depth = functorch.get_dynamic_layer_stack_depth()
-    grad_mode, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    grad_mode, cores = torch.is_grad_enabled(), torch.get_num_threads()
     no_saved_hooks = hooks._saved_tensors_hooks_get_disabled_error_message()
     saved_hooks = hooks._top_saved_tensors_default_hooks(False)
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
     tickets = [(turns, turns.tickets()) for turns in (_attention, _tf32, _drawing)]
+    locks = threads.held_locks()
 
     def put_back() -> None:
         for turns, held in tickets:
-            turns.leave([ticket for ticket in turns.tickets() if ticket not in held])
+            left = [ticket for ticket in turns.tickets() if ticket not in held]
+            if left:
+                turns.leave(left)
+        threads.free_locks(locks)
         if functorch.get_dynamic_layer_stack_depth() > depth:
             functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         while (top := hooks._top_saved_tensors_default_hooks(False)) is not None and top != saved_hooks:
             hooks._pop_saved_tensors_default_hooks()
         torch.set_grad_enabled(grad_mode)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        if torch.get_num_threads() != cores:
+            torch.set_num_threads(cores)
         for kind, (enabled, dtype) in autocast.items():
             if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
                 torch.set_autocast_enabled(kind, enabled)

@@ -1,19 +1,64 @@
-"""Tasks on several threads, each with one of torch's own threads."""
+"""Tasks on several threads, each with one of torch's own threads; and locks that an interrupt cannot leave held."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def reentrant_lock() -> Any:
+    """A `threading.RLock` that `free_locks` knows.
+
+    Use `with` on the lock itself, not on a `threading.Condition` around it: that is entered by lines of Python, and an
+    interrupt between two of them leaves the lock held.
+    """
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
+
+
+def held_locks() -> list[Any]:
+    """The locks that this thread holds."""
+    return [lock for lock in _locks if _is_held(lock)]
+
+
+def free_locks(but: list[Any]) -> None:
+    """Lets go of the locks that this thread holds, but for some: what an interrupt left half done may hold more."""
+    for lock in held_locks():
+        if not any(lock is kept for kept in but):
+            _free(lock)
+
+
+def wait_for(changed: threading.Condition, lock: Any) -> None:
+    """Waits on a condition of a lock that is held; holds it afterwards, also after an interrupt."""
+    try:
+        changed.wait()
+    finally:
+        if not _is_held(lock):
+            lock.acquire()
+
+
+def _is_held(lock: Any) -> bool:
+    return bool(lock._is_owned())
+
+
+def _free(lock: Any) -> None:
+    while _is_held(lock):
+        lock.release()
+
+
 # Calls that use all cores take turns: with several at once each would be slower. While one is at work, a thread that
 # uses torch for the first time takes over 1 as its number of torch's threads.
-_cores = threading.RLock()
+_cores = reentrant_lock()
 
 # So many items or fewer are not worth threads: of several, the first is done alone.
 FEWEST = 2
@@ -59,7 +104,8 @@ class _Team(Generic[Item, Result]):
 
     def __init__(self, function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> None:
         self._function, self._items, self._threads = function, items, min(threads, len(items))
-        self._changed = threading.Condition()
+        self._lock = reentrant_lock()
+        self._changed = threading.Condition(self._lock)
         self._found: dict[int, Result] = {}
         self._errors: dict[int, BaseException] = {}
         self._handed_out = 0
@@ -74,9 +120,9 @@ class _Team(Generic[Item, Result]):
             for number in range(len(self._items)):
                 if number % self._threads == 0:
                     self._do(number)
-                with self._changed:
+                with self._lock:
                     while number not in self._found and number not in self._errors:
-                        self._changed.wait()
+                        wait_for(self._changed, self._lock)
                     if number in self._errors:
                         raise self._errors[number]
                     result = self._found.pop(number)
@@ -84,19 +130,20 @@ class _Team(Generic[Item, Result]):
                     self._changed.notify_all()
                 yield result
         finally:
-            with self._changed:
+            with self._lock:
                 self._stopped = True
                 self._changed.notify_all()
+            _free(self._lock)  # an interrupt may have left it held, and the others wait for it
             for thread in others:
                 thread.join()
 
     def _work(self, first: int) -> None:
         torch.set_num_threads(1)
         for number in range(first, len(self._items), self._threads):
-            with self._changed:
+            with self._lock:
                 # Results wait for their turn; only so many of them, for they take memory.
                 while not self._stopped and number >= self._handed_out + 2 * self._threads:
-                    self._changed.wait()
+                    wait_for(self._changed, self._lock)
                 if self._stopped:
                     return
             self._do(number)
@@ -105,10 +152,10 @@ class _Team(Generic[Item, Result]):
         try:
             result = self._function(self._items[number])
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 self._errors[number] = error
                 self._changed.notify_all()
         else:
-            with self._changed:
+            with self._lock:
                 self._found[number] = result
                 self._changed.notify_all()
