@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, graphs, modes, spec, threads
-from .checks import Problem, Rate, check_problem
+from .checks import Problem, Rate, check_compiled_order, check_problem
 from .dispatch import Explanation
 from .inputs import Inputs, Output
 from .losses import Loss
@@ -83,6 +83,7 @@ def meta_step(
     graph: bool | None = None,
     task_state: str = "full",
     batching: str = "auto",
+    compile: bool = False,
     output: Output | None = None,
 ) -> MetaStepResult:
     """One meta-batch: adapts to T tasks and adds their mean meta-gradient to `.grad`, like `backward()`.
@@ -168,6 +169,11 @@ def meta_step(
             many at a time as torch has threads. "auto": together where the operators of one task are too small to be
             worth their calls, as far as the caches hold the tasks, and always on CUDA; one by one where that does not
             work. The choice depends on the model and on sizes alone, never on a clock; `explain` says which, and why.
+        compile: Whether torch.compile makes the forward and backward passes where no whole-meta-step kernel serves
+            ("conv" and "mlp" have nothing to compile). The first call of a kind takes seconds to minutes. Compiled
+            passes round otherwise than torch's own operators, and draw other dropout masks, repeatably. The query pass
+            of ``batch_norm="support"`` is not compiled. Where there is no compiler, with ``graph=True`` and in a
+            `meta_step` with "maml" (torch.compile has no second derivative) True is refused.
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
@@ -194,6 +200,7 @@ def meta_step(
         (torch.Size([4]), torch.Size([5, 4]), torch.Size([2, 3]))
     """
     problem = check_problem(**locals())  # exactly the arguments: nothing else is bound yet
+    check_compiled_order(problem)
     used, meta = modes.undisturbed(lambda: graphs.run(problem))
     _raise_if_asked(problem, meta.nonfinite)
     _accumulate(problem, meta)
@@ -227,6 +234,7 @@ def evaluate(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     batching: str = "auto",
+    compile: bool = False,
     output: Output | None = None,
 ) -> EvaluateResult:
     """Adapts to T tasks and evaluates their query sets; no meta-gradient, nothing changed.
@@ -276,6 +284,7 @@ def adapt(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     batching: str = "auto",
+    compile: bool = False,
     output: Output | None = None,
 ) -> Mapping[str, Tensor]:
     """The inner loop alone: every task's adapted parameters; the model itself is not changed.
@@ -324,6 +333,7 @@ def explain(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     batching: str = "auto",
+    compile: bool = False,
     output: Output | None = None,
     plan: bool = False,
 ) -> Explanation:
@@ -353,7 +363,9 @@ def explain(
     data = ("support_x", "support_y", "query_x", "query_y")
     if all(arguments[name] is None for name in data):
         arguments |= dict(zip(data, _any_data(model, loss), strict=True))
-    return dispatch.explain(check_problem(**arguments), with_plan=plan)
+    problem = check_problem(**arguments)
+    check_compiled_order(problem)
+    return dispatch.explain(problem, with_plan=plan)
 
 
 def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:

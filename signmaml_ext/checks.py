@@ -169,6 +169,7 @@ class Problem:
         task_state: One of `TASK_STATES`.
         batching: One of `BATCHINGS`.
         output: What of the model's output is the prediction; None: all of it.
+        compile: Whether torch.compile makes the passes that torch computes.
     """
 
     model: nn.Module
@@ -193,6 +194,7 @@ class Problem:
     task_state: str = "full"
     batching: str = "auto"
     output: Output | None = None
+    compile: bool = False
 
     @property
     def tasks(self) -> int:
@@ -241,6 +243,7 @@ def check_problem(
     graph: bool | None = None,
     task_state: str = "full",
     batching: str = "auto",
+    compile: bool = False,
     output: Output | None = None,
     with_query: bool = True,
 ) -> Problem:
@@ -268,6 +271,10 @@ def check_problem(
         refuse("zero_dead_bias", "True or False", describe(zero_dead_bias), TypeError)
     if graph is not None and not isinstance(graph, bool):
         refuse("graph", "True, False or None", describe(graph), TypeError)
+    if not isinstance(compile, bool):
+        refuse("compile", "True or False", describe(compile), TypeError)
+    if compile and graph:
+        refuse("compile", "False with graph=True", "True")
 
     _check_served(model)
     params = _check_parameters(model)
@@ -313,7 +320,14 @@ def check_problem(
         task_state=task_state,
         batching=batching,
         output=output,
+        compile=compile,
     )
+
+
+def check_compiled_order(problem: Problem) -> None:
+    """Refuses a meta-step that would differentiate compiled passes twice."""
+    if problem.compile and problem.method == "maml":
+        refuse("compile", "False with method 'maml' (torch.compile has no second derivative)", "True")
 
 
 def check_count(argument: str, value: int, *, at_least: int) -> int:

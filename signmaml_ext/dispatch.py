@@ -184,9 +184,11 @@ def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:
     chosen, family = choose(problem)
     one_by_one = reference.why_not_batched(problem)
     if family.fused:
-        how = "all tasks in one native call"
+        how = "all tasks in one native call" + (" (nothing to compile)" if problem.compile else "")
     else:
         how = "all tasks together" if one_by_one is None else f"task by task ({one_by_one})"
+        if problem.compile:
+            how += ", by torch.compile"
     return Explanation(
         chosen.name, family.name, family.summary, reasons, families, how, table(problem) if with_plan else None
     )

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from . import batching, chain, inputs, modes, threads
+from . import batching, chain, compiled, inputs, modes, threads
 from .checks import (
     ForwardError,
     InnerRates,
@@ -217,7 +218,8 @@ def _refusal(problem: Problem) -> Hashable:
         # The code of a function, not what its closure holds: a loss that is made anew for each call is the same kind.
         return value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
 
-    of_call = (problem.method, problem.batch_norm, problem.precision, kind(problem.loss), kind(problem.output))
+    of_call: tuple[Hashable, ...] = (problem.method, problem.batch_norm, problem.precision, problem.compile)
+    of_call += (kind(problem.loss), kind(problem.output))
     return (_REFUSED, problem.model.training, *of_call)
 
 
@@ -307,6 +309,8 @@ def _threads_for(problem: Problem) -> int:
         return 1
     if callable(problem.loss) and not _is_torchs(problem.loss):
         return 1  # a loss that keeps a record would keep it in another order
+    if problem.compile:
+        return 1  # what torch.compile makes works on all cores
     if threads.why_one_thread() is not None or _hooked(problem.model) is not None:
         return 1
     return torch.get_num_threads() if batching.pays_on_threads(problem) else 1
@@ -399,6 +403,14 @@ class Run:
         """
         is_query = step == self.problem.steps
         is_first = is_query not in self._writes
+        if is_first and self._compiles(is_query):
+            # A pass of one task whose graph can be read: of what is compiled it cannot.
+            alone = {name: p[:1] if self.batched else p for name, p in params.items()}
+            alone = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in alone.items()}
+            first = inputs.each(inputs.take(x, slice(0, 1)), Tensor.clone)
+            versions = [part._version for part in inputs.parts(first)]
+            self._passed(alone, first, y[:1], first_task, step)
+            self._writes[is_query], is_first = versions != [part._version for part in inputs.parts(first)], False
         # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
         if is_first or self._writes[is_query]:
             x = inputs.each(x, Tensor.clone)
@@ -412,6 +424,9 @@ class Run:
         if self.batched:
             other = self._statistics_from(slice(first_task, first_task + y.shape[0]), step)
             buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
+            is_query = step == self.problem.steps
+            if self._compiles(is_query) and is_query in self._facts:
+                return self._compiled_together({**params, **buffers}, x, y)
             in_dims = (0, 0, 0, None if other is None else 0, None)
             loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
             return loss, prediction
@@ -419,6 +434,20 @@ class Run:
         with self.randomness.at(self.problem.first_task + first_task, step):
             loss, prediction = self._one_task(params, inputs.take(x, 0), y[0], other, step)
         return loss[None], prediction[None]
+
+    def _compiles(self, is_query: bool) -> bool:
+        """Whether passes of a kind are compiled."""
+        return self.problem.compile and not (is_query and self.problem.batch_norm == "support")
+
+    def _compiled_together(self, own: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        forward = compiled.tasks_forward(self.problem)
+        copy = self.replicas.make({name: p.to("meta") for name, p in self.problem.params.items() if name in own})
+        with modes.autocast(self.problem):
+            returned = forward(copy, own, x, self.problem.output)
+        if any(part.is_meta for part in tree_leaves(returned) if isinstance(part, Tensor)):
+            raise NotBatchable("torch.compile misses parameters that its forward does not reach by name", lasts=True)
+        loss, prediction = torch.vmap(self._judged)(returned, y)
+        return loss, prediction
 
     def by_task(self, values: Iterable[Result]) -> list[Result]:
         """Tensors of the tasks' own (or None) as `[t, *shape]`, also for a task by itself."""
@@ -449,18 +478,26 @@ class Run:
                 statistics.record(first := self.replicas.make(own))
                 self._forward(first, inputs.each(other, Tensor.clone))
                 statistics.use(copy)
-            returned = self._forward(copy, x)
-        prediction = inputs.selected(self.problem.output, returned)
+            if watch is None and self._compiles(is_query):
+                prediction = compiled.task_forward(self.problem)(copy, x, self.problem.output)
+            else:
+                prediction = inputs.selected(self.problem.output, self._forward(copy, x))
+        if watch is None:
+            return self._judged(prediction, y)
+        loss, prediction = self._judged(prediction, y)
+        if self.batched and places != {name: address(tensor) for name, tensor in own.items()}:
+            raise NotBatchable("its forward gives parameters other memory, which vmap forgets", lasts=True)
+        self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
+        return loss, prediction
+
+    def _judged(self, prediction: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and prediction of one task."""
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)
         if self.problem.loss == "cross_entropy" and not self._facts:
             check_labels(self.problem, prediction.shape[-1])
         loss = task_loss(self.problem.loss, prediction, y)
-        if watch is not None:
-            if self.batched and places != {name: address(tensor) for name, tensor in own.items()}:
-                raise NotBatchable("its forward gives parameters other memory, which vmap forgets", lasts=True)
-            self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
         # What only the loss understands is not among the results.
         return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)
 

@@ -1,0 +1,283 @@
+"""`compile=True`: the passes that torch computes, through torch.compile.
+
+Most run torch's "aot_eager" backend, which traces and differentiates as Inductor does and compiles no code.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from helpers import nets
+from signmaml_ext import adapt, evaluate, explain, meta_step
+
+OPTIONS = {"inner_lr": 0.02, "inner_steps": 2}
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without Inductor; the functions that it was given."""
+    given = []
+    compile = torch.compile
+
+    def without_inductor(function, **options):
+        given.append(function)
+        return compile(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+    yield given
+    torch._dynamo.reset()
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+
+
+def group_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+class Tied(nn.Module):
+    """Its last weight is its first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.last.weight = self.first.weight
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 0.5, 1.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.last(torch.tanh(self.first(x)) * self.scale)))
+
+
+class Leaves(nn.Module):
+    """Leaves a tensor on itself, which torch.compile refuses under vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = F.gelu(self.body(x))
+        return self.head(self.features)
+
+
+class Past(nn.Module):
+    """Reaches a parameter by another way than by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.again = functools.partial(F.linear, weight=self.body.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.again(torch.tanh(self.body(x)))))
+
+
+MODELS = {
+    "mlp": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks),
+    "batch norm": (batch_norm, nets.vector_tasks),
+    "group norm": (group_norm, nets.image_tasks),
+    "tied": (Tied, nets.vector_tasks),
+}
+
+
+def gradients(model: nn.Module, data: tuple[Tensor, ...], **options: object) -> dict[str, Tensor]:
+    model.zero_grad()
+    meta_step(model, *data, **{**OPTIONS, **options})
+    return nets.grads(model)
+
+
+@pytest.mark.parametrize("batching", ["together", "one-by-one"])
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "mlp")]
+)
+def test_gradients_are_those_of_the_call_that_is_not_compiled(name, method, batching, traced):
+    make, tasks = MODELS[name]
+    model, data = make().double(), tasks()
+    options = {"method": method, "batching": batching}
+    expected = gradients(model, data, **options)
+    found = gradients(model, data, **options, compile=True)
+    assert traced
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], **EXACT)
+        assert torch.equal(found[key] == 0, expected[key] == 0)  # biases in front of a BatchNorm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batching", ["together", "one-by-one"])
+def test_inductor(batching):
+    model, data = batch_norm().double(), nets.vector_tasks()
+    expected = gradients(model, data, batching=batching)
+    found = gradients(model, data, batching=batching, compile=True)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], **EXACT)
+
+
+@pytest.mark.slow
+def test_evaluate_and_adapt(traced):
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    for options in ({"method": "maml"}, {"adapt": "4.*"}, {"task_state": "int8"}, {"backend": "torch"}):
+        expected = evaluate(model, *data, **OPTIONS, **options)
+        found = evaluate(model, *data, **OPTIONS, **options, compile=True)
+        torch.testing.assert_close(found.logits, expected.logits, **EXACT)
+        torch.testing.assert_close(found.support_loss, expected.support_loss, **EXACT)
+        for name, value in adapt(model, *data[:2], **OPTIONS, **options).items():
+            torch.testing.assert_close(
+                adapt(model, *data[:2], **OPTIONS, **options, compile=True)[name], value, **EXACT
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["batch", "support", "running"])
+@pytest.mark.filterwarnings("ignore:batch_norm='running'")
+def test_batch_norm(mode, traced):
+    model, data = batch_norm().double(), nets.vector_tasks()
+    expected = gradients(model, data, batch_norm=mode)
+    for key, found in gradients(model, data, batch_norm=mode, compile=True).items():
+        torch.testing.assert_close(found, expected[key], **EXACT)
+
+
+@pytest.mark.slow
+def test_a_learnable_rate(traced):
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    rates = [torch.tensor(0.02, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    for rate, compile in zip(rates, (False, True), strict=True):
+        gradients(model, data, inner_lr=rate, compile=compile)
+    torch.testing.assert_close(rates[1].grad, rates[0].grad, **EXACT)
+
+
+def test_what_is_compiled_serves_the_next_call(traced):
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    counted = torch._dynamo.utils.counters["stats"]
+    gradients(model, data, compile=True)
+    before = counted["unique_graphs"]
+    for _ in range(3):
+        gradients(model, data, compile=True)
+        with torch.no_grad():
+            model[0].weight.mul_(1.01)
+    assert before and counted["unique_graphs"] == before
+    assert len(traced) == 1
+
+
+@pytest.mark.slow
+def test_a_model_that_changed_is_compiled_anew(traced):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.by = nn.Linear(4, 8), nn.Linear(8, 3), 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.by * torch.tanh(self.body(x)))
+
+    model, data = Scaled().double(), nets.vector_tasks()
+    for change in (lambda: None, lambda: setattr(model, "by", 2.0), lambda: setattr(model, "head", nn.Linear(8, 3))):
+        change()
+        model.double()
+        expected = gradients(model, data)
+        for key, found in gradients(model, data, compile=True).items():
+            torch.testing.assert_close(found, expected[key], **EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Past, Leaves])
+def test_what_is_not_compiled_for_tasks_together_is_for_one(make, traced):
+    model, data = make().double(), nets.vector_tasks()
+    expected = gradients(model, data)
+    for key, found in gradients(model, data, compile=True).items():
+        torch.testing.assert_close(found, expected[key], **EXACT)
+    with pytest.raises(ValueError, match="batching: expected 'auto' or 'one-by-one' for this call"):
+        gradients(model, data, compile=True, batching="together")
+    assert traced and "features" not in vars(model)
+
+
+@pytest.mark.slow
+def test_dropout_repeats_by_the_seed(traced):
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    data = nets.vector_tasks()
+    first, second, other = (gradients(model, data, compile=True, seed=seed)["0.weight"].clone() for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    gradients(model, data, compile=True, seed=1)
+    assert torch.rand(()) == expected
+
+
+@pytest.mark.slow
+def test_several_inputs_and_outputs(traced):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+            return {"logits": torch.tanh(self.a(x)) + self.b(z), "rest": z}
+
+    model, (sx, sy, qx, qy) = Two().double(), nets.vector_tasks()
+    for data in (((sx, sx + 1), sy, (qx, qx + 1), qy), ({"x": sx, "z": sx}, sy, {"x": qx, "z": qx}, qy)):
+        for batching in ("together", "one-by-one"):
+            options = {"output": "logits", "batching": batching}
+            expected = gradients(model, data, **options)
+            for key, found in gradients(model, data, **options, compile=True).items():
+                torch.testing.assert_close(found, expected[key], **EXACT)
+
+
+@pytest.mark.slow
+def test_a_forward_that_cannot_be_traced_in_one_piece_is_served(traced):
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.body(x))
+            return self.head(h if h.sum().item() > 0 else -2 * h)
+
+    model, data = Decides().double(), nets.vector_tasks()
+    expected = gradients(model, data)
+    for key, found in gradients(model, data, compile=True).items():
+        torch.testing.assert_close(found, expected[key], **EXACT)
+
+
+def test_what_is_refused(monkeypatch):
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    with pytest.raises(ValueError, match="compile: expected False with method 'maml'"):
+        gradients(model, data, method="maml", compile=True)
+    with pytest.raises(ValueError, match="compile: expected False with graph=True"):
+        gradients(model, data, graph=True, compile=True)
+    with pytest.raises(TypeError, match="compile: expected True or False"):
+        gradients(model, data, compile="max-autotune")
+
+    def no_compiler(function, **options):
+        def fails(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException("backend raised:\nno C++ compiler")
+
+        return fails
+
+    import torch._dynamo
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    for batching in ("together", "one-by-one", "auto"):
+        with pytest.raises(ValueError, match=r"(?s)for this (call|model).*compiler"):
+            gradients(model, data, compile=True, batching=batching)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_explain_says_so():
+    data = nets.vector_tasks()
+    assert "by torch.compile" in str(explain(nets.mlp(activation=nn.GELU).double(), *data, compile=True))
+    assert "nothing to compile" in str(explain(nets.mlp().double(), *data, compile=True))
