@@ -1,15 +1,18 @@
 """Models without a kernel of their own against the plain loop: python benchmarks/bench_zoo.py [--threads 1 2] --out DIR
 
 For each model of zoo_models.py and each method: the time of a meta-step and of the loop that a user would write, in
-turns, and what both take in memory, each in a process of its own.
+turns, and what both take in memory, each in a process of its own. With --compile instead, for "sign-maml": a meta-step
+with `compile=True`, one without, and the loop whose gradients and steps torch.compile makes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,10 @@ class Case:
         self.rate: Any = torch.tensor(RATE, requires_grad=True) if learns else RATE
         self.options = {**options, "loss": self.work.loss, "method": method}
 
-    def ours(self) -> signmaml_ext.MetaStepResult:
+    def ours(self, compile: bool = False) -> signmaml_ext.MetaStepResult:
         """By the package."""
-        return signmaml_ext.meta_step(self.model, *self.data, inner_lr=self.rate, inner_steps=STEPS, **self.options)
+        options = {**self.options, "inner_lr": self.rate, "inner_steps": STEPS, "compile": compile}
+        return signmaml_ext.meta_step(self.model, *self.data, **options)
 
     def loop(self) -> None:
         """By hand."""
@@ -86,6 +90,30 @@ def measure(name: str, method: str, threads: int, seconds: float) -> dict[str, A
     }
 
 
+def measure_compiled(name: str, threads: int, seconds: float) -> dict[str, Any]:
+    """Times and ratios of `compile=True`."""
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+    case = Case(name, "sign-maml")
+    together = "all tasks together" in case.explain()
+    step = functools.partial(case.ours, compile=True)
+    peer = zoo_models.compiled_loop(case.work, case.model, case.data, steps=STEPS, rate=RATE, together=together)
+    before = time.perf_counter()
+    step()
+    first = time.perf_counter() - before
+    compared = harness.compare(
+        {"compiled loop": peer, "ours": case.ours, "ours, compiled": step}, seconds=seconds, device=CPU, least=5
+    )
+    return {
+        "model": name,
+        "threads": threads,
+        "together": together,
+        "first_call_s": first,
+        "ratios": {other: compared.ratio("ours, compiled", other) for other in ("ours", "compiled loop")},
+        "ms": {key: compared.timing(key) for key in ("compiled loop", "ours", "ours, compiled")},
+    }
+
+
 def memory(name: str, method: str, way: str) -> float:
     """MiB at the peak of the second call, above what was there before the first."""
     torch.set_num_threads(1)
@@ -121,6 +149,19 @@ def rows(results: list[dict[str, Any]]) -> str:
     return harness.table([*header, *(["memory / the loop's"] if with_memory else [])], lines)
 
 
+def compiled_rows(results: list[dict[str, Any]]) -> str:
+    """A Markdown table of `measure_compiled`: one row a model."""
+    threads = sorted({r["threads"] for r in results})
+    many = [f"{t} thread{'s' * (t > 1)}" for t in threads]
+    header = ["model", *(f"over `compile=False`, {t}" for t in many), *(f"over the compiled loop, {t}" for t in many)]
+    lines = []
+    for name in dict.fromkeys(r["model"] for r in results):
+        of_model = {r["threads"]: r for r in results if r["model"] == name}
+        cells = [f"{of_model[t]['ratios'][o]['median']:.2f}" for o in ("ours", "compiled loop") for t in threads]
+        lines.append([name, *cells, f"{of_model[threads[0]]['first_call_s']:.0f} s"])
+    return harness.table([*header, "first call"], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(WORKLOADS), help="names, or parts of names")
@@ -128,6 +169,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=4, help="of timing for each case")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="measure compile=True instead")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--memory", nargs=3, metavar=("MODEL", "METHOD", "WAY"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -137,6 +179,16 @@ def main() -> None:
     names = [name for name in WORKLOADS if any(part in name for part in asked.models)]
     harness.require(bool(names), f"no model is called {asked.models}; there are {', '.join(WORKLOADS)}")
     stamp, results = harness.stamp(CPU), []
+    if asked.compile:
+        for name in (name for name in names if not WORKLOADS[name].options):
+            of_case = [measure_compiled(name, threads, asked.seconds) for threads in asked.threads]
+            results += json.loads(json.dumps(of_case, default=harness.plain))
+            print(compiled_rows(results[-len(asked.threads) :]), flush=True)
+        print(compiled_rows(results))
+        if asked.out:
+            written = {"benchmark": "zoo-compiled", **stamp, "steps": STEPS, "results": results}
+            harness.write(asked.out / "zoo_compiled_cpu.json", written)
+        return
     for name in names:
         for method in asked.methods:
             of_case = [measure(name, method, threads, asked.seconds) for threads in asked.threads]

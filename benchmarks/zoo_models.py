@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -192,6 +192,34 @@ def loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: Any,
                     p -= rate * (g.sign() if method == "sign-maml" else g)
         grads = torch.autograd.grad(loss(learner(qx), qy), parameters)
         _add(list(model.parameters()), grads, work.tasks)
+
+
+def compiled_loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: float, together: bool) -> Callable:
+    """The same by torch.compile, as in peers/compiled.py: gradient and sign step of a task, or of all under vmap."""
+    loss = F.cross_entropy if work.ways else F.mse_loss
+    gradients = grad(lambda phi, x, y: loss(functional_call(model, phi, (x,)), y))
+    if together:
+        gradients = vmap(gradients)
+
+    def step(phi: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        grads = gradients(phi, x, y)
+        return {name: value - rate * grads[name].sign() for name, value in phi.items()}
+
+    compiled_step = torch.compile(step, dynamic=False)
+    compiled_gradients = torch.compile(gradients, dynamic=False)
+
+    def run() -> None:
+        theta = {name: p.detach() for name, p in model.named_parameters()}
+        if together:
+            theta = {name: value.expand(work.tasks, *value.shape).contiguous() for name, value in theta.items()}
+        for sx, sy, qx, qy in (data,) if together else zip(*data, strict=True):
+            phi = theta
+            for _ in range(steps):
+                phi = compiled_step(phi, sx, sy)
+            found = compiled_gradients(phi, qx, qy).values()
+            _add(list(model.parameters()), tuple(g.sum(0) for g in found) if together else tuple(found), work.tasks)
+
+    return run
 
 
 def _functional_loop(work: Workload, model: nn.Module, data: Data, steps: int, rate: Any, method: str) -> None:

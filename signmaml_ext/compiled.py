@@ -1,79 +1,197 @@
-"""Forward passes by torch.compile, and with them their backward passes: for modules without kernels of their own.
+"""Passes of a module through torch.compile: prediction, loss and gradients of a task, or of tasks side by side, in one.
 
-What is compiled takes the private copy of the module as an argument. torch.compile guards all that it reads there, so
-a module that changed is compiled anew. It is kept with what else is known of the model.
+What is compiled takes a private copy of the module as an argument. torch.compile guards all that it reads there, so a
+module that changed is compiled anew. It is kept with what else is known of the module.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value
 
 from . import chain, inputs
-from .checks import Problem, refuse
+from .checks import refuse
 from .inputs import Inputs, Output
+from .losses import Loss
+from .reference import Run, Seen, TaskParams, task_loss
+
+# Loss `[t]`, prediction `[t, S, ...]`, gradients by name.
+Found = tuple[Tensor, Tensor, dict[str, Tensor | None]]
 
 
-def task_forward(problem: Problem) -> Callable[[nn.Module, Inputs, Output | None], Any]:
-    """The compiled twin of `_of_task`."""
-    return _known(problem, _of_task)
-
-
-def tasks_forward(problem: Problem) -> Callable[[nn.Module, Mapping[str, Tensor], Inputs, Output | None], Any]:
-    """The compiled twin of `_of_tasks`."""
-    return _known(problem, _of_tasks)
-
-
-def _of_task(copy: nn.Module, x: Inputs, output: Output | None) -> Any:
-    """The prediction of one task, by a copy that holds its tensors."""
-    return inputs.selected(output, inputs.call(copy, x))
-
-
-def _of_tasks(copy: nn.Module, own: Mapping[str, Tensor], x: Inputs, output: Output | None) -> Any:
-    """The predictions of tasks side by side.
+def run_pass(
+    run: Run, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int, differentiates: bool
+) -> Found:
+    """One pass of t tasks, as `Run.loss_and_prediction` and `gradients_of`, compiled.
 
     Args:
-        copy: A copy whose parameters are on the device "meta": one that its forward reaches by another way than by
-            name fails there, instead of being one for all tasks.
-        own: Parameters and buffers of the tasks' own, `[t, *shape]`.
+        run: The pass over all tasks that it belongs to.
+        params: Parameters of the tasks' own, `[t, *shape]` for tasks together and `[*shape]` for one by itself.
         x: `[t, S, ...]`.
-        output: As in `meta_step`.
+        y: `[t, S, ...]`.
+        first_task: Number of the first of these tasks.
+        step: Inner step; the query pass counts as step K.
+        differentiates: Whether gradients are wanted; there are none otherwise.
+
+    Raises:
+        ValueError: torch.compile cannot do it here; tasks that are together then go one by one.
+    """
+    known, key = chain.of_module(run.problem.model).answers, _kind(run, params, x, y, differentiates, step)
+    while True:
+        compiled = known.get(key)
+        if compiled is None or compiled.times > 1:
+            compiled = _Compiled(_gradients if differentiates else _values, compiled)
+            compiled.seen = run.look(params, x, y, first_task=first_task, step=step)
+            known[key] = compiled
+        run.know(compiled.seen, step)
+        found = _pass_of(run, compiled, params, x, y, first_task, step)
+        if compiled.times <= 1:
+            return found
+        # Something that the forward reads is other than before, and what was seen of it may not hold any more.
+
+
+def _kind(run: Run, params: TaskParams, x: Inputs, y: Tensor, differentiates: bool, step: int) -> Hashable:
+    """What tells passes apart that are compiled each by itself."""
+    problem = run.problem
+    settings: tuple[Hashable, ...] = (
+        problem.model.training,
+        problem.batch_norm,
+        problem.zero_dead_bias,
+        problem.precision,
+    )
+    # The code of functions, not what their closures hold: one that is made anew for each call is of the same kind.
+    called: list[Any] = [problem.loss, problem.output]
+    codes = tuple(v if isinstance(v, (str, int)) else getattr(v, "__code__", type(v)) for v in called)
+    shapes = tuple((part.shape, part.dtype) for part in (*inputs.parts(x), y))
+    return "compiled", run.batched, differentiates, step == problem.steps, *settings, codes, tuple(params), shapes
+
+
+class _Compiled:
+    """What torch.compile made of passes of a kind.
+
+    Args:
+        function: `_values` or `_gradients`.
+        before: What this one takes the place of, because the forward reads something that changed.
+
+    Attributes:
+        seen: What a pass of this kind showed that could be looked into.
+        times: How often it was compiled: more than once if the forward reads something that changed.
     """
 
-    def of_task(tensors: Mapping[str, Tensor], x: Inputs) -> Any:
-        args, keywords = ((), x) if isinstance(x, dict) else (inputs.parts(x), {})
-        return inputs.selected(output, functional_call(copy, dict(tensors), args, keywords))
+    seen: Seen
 
-    return torch.vmap(of_task)(dict(own), x)
-
-
-def _known(problem: Problem, function: Callable[..., Any]) -> Callable[..., Any]:
-    """What torch.compile made of a function, for one kind of call.
-
-    Each kind has code of its own: torch keeps what it compiled with the code, and only so much of it.
-    """
-    sets = (problem.support_x,) if problem.query_x is None else (problem.support_x, problem.query_x)
-    shapes = tuple((part.shape[1:], part.dtype) for x in sets for part in inputs.parts(x))
-    kind = ("compiled", function.__name__, problem.model.training, problem.batch_norm, problem.precision, shapes)
-    answers = chain.of_module(problem.model).answers
-    if kind not in answers:
-        assert isinstance(function, types.FunctionType)
+    def __init__(self, function: Any, before: _Compiled | None) -> None:
+        self._changes: int = 0 if before is None else before._changes + 1
+        if self._changes > MOST_CHANGES:
+            _refuse("a forward that reads something that changes from call to call")
+        # Each has code of its own: torch keeps what it compiled with the code, and only so much of it.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        answers[kind] = _told(lambda: torch.compile(own, dynamic=False))
-    compiled = answers[kind]
-    return lambda *arguments: _told(lambda: compiled(*arguments))
+        self.times = 0
+        self._compiled = _told(lambda: torch.compile(own, dynamic=False, fullgraph=True, backend=self._backend))
+
+    def __call__(self, *arguments: Any) -> Found:
+        found: Found = _told(lambda: self._compiled(*arguments))
+        return found
+
+    def _backend(self, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        self.times += 1
+        made: Callable[..., Any] = torch._dynamo.lookup_backend(BACKEND)(graph, examples)
+        return made
+
+
+# torch's name of what makes code of a traced forward; and how often a model may change.
+BACKEND = "inductor"
+MOST_CHANGES = 32
+
+
+def _pass_of(
+    run: Run, compiled: _Compiled, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int
+) -> Found:
+    detached = {name: value.detach() for name, value in params.items()}
+    # Of the device "meta": a parameter that the forward reaches by another way than by name fails there, instead of
+    # being a constant.
+    copy = run.replicas.make({name: value.to("meta") for name, value in detached.items()})
+    if compiled.seen.writes_input:
+        x = inputs.each(x, Tensor.clone)
+    autocast = run.problem.device.type if run.problem.precision == "bf16" else None
+    how = _How(run.problem.loss, run.problem.output, autocast, run.batched)
+    if run.batched:
+        loss, prediction, gradients = compiled(copy, detached, run.buffers_of(y.shape[0]), x, y, how)
+    else:
+        with run.stream(first_task, step):
+            loss, prediction, gradients = compiled(copy, detached, {}, inputs.take(x, 0), y[0], how)
+        loss, prediction = loss[None], prediction[None]
+    if loss.is_meta:
+        _refuse("a forward that reaches parameters past their names")
+    unused = compiled.seen.facts.unused
+    return loss, prediction, {name: None if name in unused else value for name, value in gradients.items()}
+
+
+class _How(NamedTuple):
+    """What of a call a pass depends on, beside tensors.
+
+    Attributes:
+        loss: As in `meta_step`.
+        output: As in `meta_step`.
+        autocast: Type of the device where forwards run in bfloat16; None: they do not.
+        together: Whether tasks have a leading axis.
+    """
+
+    loss: Loss
+    output: Output | None
+    autocast: str | None
+    together: bool
+
+
+def _values(copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How) -> Found:
+    def of_task(params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_and_prediction(copy, params, buffers, x, y, how)
+
+    return *(torch.vmap(of_task) if how.together else of_task)(params, buffers, x, y), {}
+
+
+def _gradients(copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How) -> Found:
+    def of_task(params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_and_prediction(copy, params, buffers, x, y, how)
+
+    differentiated = grad_and_value(of_task, has_aux=True)
+    gradients, (loss, prediction) = (torch.vmap(differentiated) if how.together else differentiated)(
+        params, buffers, x, y
+    )
+    return loss, prediction, gradients
+
+
+def _loss_and_prediction(
+    copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How
+) -> tuple[Tensor, Tensor]:
+    args, keywords = ((), x) if isinstance(x, dict) else (inputs.parts(x), {})
+    tensors = {**params, **buffers}
+    if how.autocast is None:
+        returned = functional_call(copy, tensors, args, keywords)
+    else:
+        with torch.autocast(how.autocast, dtype=torch.bfloat16):
+            returned = functional_call(copy, tensors, args, keywords)
+    prediction = inputs.selected(how.output, returned)
+    if how.autocast is not None and isinstance(prediction, Tensor):
+        prediction = prediction.float()
+    loss = task_loss(how.loss, prediction, y)
+    return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)
+
+
+def _refuse(reason: str) -> NoReturn:
+    refuse("compile", "False for this model or machine", f"True, and {reason}")
 
 
 def _told(work: Callable[[], Any]) -> Any:
-    """Runs something; what torch.compile cannot do here becomes a refusal.
+    """Runs something; what torch.compile cannot do becomes a refusal.
 
     Raises:
-        ValueError: No compiler is there, or it fails on this module.
+        ValueError: No compiler is there, or it does not serve this module.
     """
     try:
         return work()
@@ -81,5 +199,5 @@ def _told(work: Callable[[], Any]) -> Any:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) and "Dynamo" not in str(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = " ".join(lines[:2])  # the first may only say which part of torch.compile it was
-    refuse("compile", "False for this model or machine", f"True, and torch.compile: {reason}")
+        reason = " ".join(lines[:2])  # the first may only say which part of torch.compile it was
+    _refuse(f"torch.compile: {reason}")

@@ -122,7 +122,11 @@ def _flat(device_type: str) -> Family:
 CONV = Family("conv", "Conv-N networks in native code", conv.why_not, conv.meta_gradients, conv.adapt, fused=True)
 MLP = Family("mlp", "multilayer perceptrons in native code", mlp.why_not, mlp.meta_gradients, mlp.adapt, fused=True)
 TORCH = Family(
-    "reference", "pure PyTorch, any module, any device", lambda problem: None, reference.meta_gradients, reference.adapt
+    "reference",
+    "pure PyTorch, any module, any device",
+    lambda problem: "it compiles nothing" if problem.compile else None,
+    reference.meta_gradients,
+    reference.adapt,
 )
 
 # In order of preference for backend="auto".

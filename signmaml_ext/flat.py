@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compact, inputs, modes, ops, threads
+from . import compact, compiled, inputs, modes, ops, threads
 from .checks import Problem
 from .losses import accuracy
 from .reference import (
@@ -249,12 +249,12 @@ class Tasks:
         losses = []
         for step, rate in enumerate(self.layout.rates):
             views = self.layout.views(moved, self.run.batched)
-            loss, _ = self._pass(views, x, y, step)
-            losses.append(loss.detach())
+            loss, _, gradients = self._pass(views, x, y, step)
+            losses.append(loss)
             whole = self.counts is not None or self.directions is not None  # in one stretch
-            stretches = self.layout.gather(gradients_of(loss, views), self.number, self.run.dead(step), whole)
+            stretches = self.layout.gather(gradients, self.number, self.run.dead(step), whole)
             self.layout.follow(moved, views)
-            del loss, views
+            del gradients, views
             if self.directions is not None:
                 ((_, _, grads),) = stretches
                 self.directions.append(sign(grads) if problem.method == "sign-maml" else grads.clone())
@@ -296,10 +296,9 @@ class Tasks:
         views = self.layout.views(self.buffer, self.run.batched)
         if not wants_gradients:
             views = {name: view.detach() for name, view in views.items()}
-        loss, prediction = self._pass(views, x, y, problem.steps)
-        gradients = gradients_of(loss, views) if wants_gradients else {}
-        self.nonfinite |= ~loss.detach().isfinite()
-        return loss.detach(), prediction.detach(), gradients
+        loss, prediction, gradients = self._pass(views, x, y, problem.steps)
+        self.nonfinite |= ~loss.isfinite()
+        return loss, prediction, gradients
 
     def rate_gradients(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The gradient of each learnable rate, `[t, *rate_shape]` by key, from that of the query loss.
@@ -319,8 +318,18 @@ class Tasks:
                 rates.sum_to_rate(key, step, of_key, totals)
         return totals
 
-    def _pass(self, views: TaskParams, x: inputs.Inputs, y: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self.run.loss_and_prediction(views, x, y, first_task=self.which.start, step=step)
+    def _pass(
+        self, views: TaskParams, x: inputs.Inputs, y: Tensor, step: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Loss, prediction, and gradients of the views if those require grad."""
+        run, first = self.run, self.which.start
+        differentiates = any(view.requires_grad for view in views.values())
+        by_support = run.problem.batch_norm == "support" and step == run.problem.steps
+        if run.problem.compile and not by_support:
+            return compiled.run_pass(run, views, x, y, first_task=first, step=step, differentiates=differentiates)
+        loss, prediction = run.loss_and_prediction(views, x, y, first_task=first, step=step)
+        gradients = gradients_of(loss, views) if differentiates else {}
+        return loss.detach(), prediction.detach(), gradients
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from . import batching, chain, compiled, inputs, modes, threads
+from . import batching, chain, inputs, modes, threads
 from .checks import (
     ForwardError,
     InnerRates,
@@ -218,9 +217,8 @@ def _refusal(problem: Problem) -> Hashable:
         # The code of a function, not what its closure holds: a loss that is made anew for each call is the same kind.
         return value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
 
-    of_call: tuple[Hashable, ...] = (problem.method, problem.batch_norm, problem.precision, problem.compile)
-    of_call += (kind(problem.loss), kind(problem.output))
-    return (_REFUSED, problem.model.training, *of_call)
+    of_call = (problem.method, problem.batch_norm, problem.precision, kind(problem.loss), kind(problem.output))
+    return (_REFUSED, problem.model.training, problem.compile, *of_call)
 
 
 class NotBatchable(Exception):
@@ -336,6 +334,21 @@ def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result
     return result
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is known of passes of a kind.
+
+    Attributes:
+        facts: What the autograd graph showed.
+        writes_input: Whether the forward writes to its input.
+        outputs: Length of the last axis of predictions.
+    """
+
+    facts: Facts
+    writes_input: bool
+    outputs: int
+
+
 @dataclass
 class Run:
     """One pass over the tasks of a problem.
@@ -403,14 +416,6 @@ class Run:
         """
         is_query = step == self.problem.steps
         is_first = is_query not in self._writes
-        if is_first and self._compiles(is_query):
-            # A pass of one task whose graph can be read: of what is compiled it cannot.
-            alone = {name: p[:1] if self.batched else p for name, p in params.items()}
-            alone = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in alone.items()}
-            first = inputs.each(inputs.take(x, slice(0, 1)), Tensor.clone)
-            versions = [part._version for part in inputs.parts(first)]
-            self._passed(alone, first, y[:1], first_task, step)
-            self._writes[is_query], is_first = versions != [part._version for part in inputs.parts(first)], False
         # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
         if is_first or self._writes[is_query]:
             x = inputs.each(x, Tensor.clone)
@@ -423,31 +428,53 @@ class Run:
     def _passed(self, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int) -> tuple[Tensor, Tensor]:
         if self.batched:
             other = self._statistics_from(slice(first_task, first_task + y.shape[0]), step)
-            buffers = {name: b.expand(y.shape[0], *b.shape).clone() for name, b in self.buffers.items()}
-            is_query = step == self.problem.steps
-            if self._compiles(is_query) and is_query in self._facts:
-                return self._compiled_together({**params, **buffers}, x, y)
+            buffers = self.buffers_of(y.shape[0])
             in_dims = (0, 0, 0, None if other is None else 0, None)
             loss, prediction = torch.vmap(self._one_task, in_dims)({**params, **buffers}, x, y, other, step)
             return loss, prediction
         other = self._statistics_from(first_task, step)
-        with self.randomness.at(self.problem.first_task + first_task, step):
+        with self.stream(first_task, step):
             loss, prediction = self._one_task(params, inputs.take(x, 0), y[0], other, step)
         return loss[None], prediction[None]
 
-    def _compiles(self, is_query: bool) -> bool:
-        """Whether passes of a kind are compiled."""
-        return self.problem.compile and not (is_query and self.problem.batch_norm == "support")
+    def look(self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int) -> Seen:
+        """What passes of a kind do, for passes that cannot be looked into.
 
-    def _compiled_together(self, own: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        forward = compiled.tasks_forward(self.problem)
-        copy = self.replicas.make({name: p.to("meta") for name, p in self.problem.params.items() if name in own})
-        with modes.autocast(self.problem):
-            returned = forward(copy, own, x, self.problem.output)
-        if any(part.is_meta for part in tree_leaves(returned) if isinstance(part, Tensor)):
-            raise NotBatchable("torch.compile misses parameters that its forward does not reach by name", lasts=True)
-        loss, prediction = torch.vmap(self._judged)(returned, y)
-        return loss, prediction
+        By a pass of one task that counts for nothing else; arguments as for `loss_and_prediction`.
+
+        Raises:
+            ValueError: They write to their parameters.
+        """
+        self.forget(step)
+        alone = {name: value[:1] if self.batched else value for name, value in params.items()}
+        alone = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in alone.items()}
+        before = [(value.data_ptr(), value._version) for value in alone.values()]
+        first = inputs.take(x, slice(0, 1))
+        _, prediction = self.loss_and_prediction(alone, first, y[:1], first_task=first_task, step=step)
+        if before != [(value.data_ptr(), value._version) for value in alone.values()]:
+            refuse("compile", "False for this model", "True, and a forward that writes to its parameters")
+        is_query = step == self.problem.steps
+        return Seen(self._facts[is_query], self._writes[is_query], prediction.shape[-1])
+
+    def know(self, seen: Seen, step: int) -> None:
+        """Takes over what an earlier call has seen of passes of a kind."""
+        if self.problem.loss == "cross_entropy" and not self._facts:
+            check_labels(self.problem, seen.outputs)
+        is_query = step == self.problem.steps
+        self._facts[is_query], self._writes[is_query] = seen.facts, seen.writes_input
+
+    def forget(self, step: int) -> None:
+        """The opposite."""
+        self._facts.pop(step == self.problem.steps, None)
+        self._writes.pop(step == self.problem.steps, None)
+
+    def buffers_of(self, tasks: int) -> TaskParams:
+        """Buffers of the tasks' own, `[t, *shape]`."""
+        return {name: b.expand(tasks, *b.shape).clone() for name, b in self.buffers.items()}
+
+    def stream(self, task: int, step: int) -> AbstractContextManager[object]:
+        """The random numbers of one task's pass."""
+        return self.randomness.at(self.problem.first_task + task, step)
 
     def by_task(self, values: Iterable[Result]) -> list[Result]:
         """Tensors of the tasks' own (or None) as `[t, *shape]`, also for a task by itself."""
@@ -478,26 +505,18 @@ class Run:
                 statistics.record(first := self.replicas.make(own))
                 self._forward(first, inputs.each(other, Tensor.clone))
                 statistics.use(copy)
-            if watch is None and self._compiles(is_query):
-                prediction = compiled.task_forward(self.problem)(copy, x, self.problem.output)
-            else:
-                prediction = inputs.selected(self.problem.output, self._forward(copy, x))
-        if watch is None:
-            return self._judged(prediction, y)
-        loss, prediction = self._judged(prediction, y)
-        if self.batched and places != {name: address(tensor) for name, tensor in own.items()}:
-            raise NotBatchable("its forward gives parameters other memory, which vmap forgets", lasts=True)
-        self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
-        return loss, prediction
-
-    def _judged(self, prediction: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and prediction of one task."""
+            returned = self._forward(copy, x)
+        prediction = inputs.selected(self.problem.output, returned)
         if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)
         if self.problem.loss == "cross_entropy" and not self._facts:
             check_labels(self.problem, prediction.shape[-1])
         loss = task_loss(self.problem.loss, prediction, y)
+        if watch is not None:
+            if self.batched and places != {name: address(tensor) for name, tensor in own.items()}:
+                raise NotBatchable("its forward gives parameters other memory, which vmap forgets", lasts=True)
+            self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
         # What only the loss understands is not among the results.
         return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)
 

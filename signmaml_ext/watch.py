@@ -31,11 +31,13 @@ class Facts:
         reached: Name of a parameter that the pass took from the user's own module instead of its private copy; None if
             there is none.
         pads: Whether an embedding has a padding row.
+        unused: Names of parameters that the loss does not depend on.
     """
 
     dead_biases: frozenset[str]
     reached: str | None
     pads: bool
+    unused: frozenset[str]
 
 
 class Watch:
@@ -87,7 +89,8 @@ class Watch:
             return bool(outputs) and only_normalised and uses[given[name]] == len(outputs)
 
         dead = frozenset(name for name, output in given.items() if output is not None and is_dead(name))
-        return Facts(dead, reached, any(map(_pads, nodes)))
+        unused = frozenset(name for name, output in given.items() if output is None or not uses[output])
+        return Facts(dead, reached, any(map(_pads, nodes)), unused)
 
 
 def address(tensor: Tensor) -> int:

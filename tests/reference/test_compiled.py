@@ -5,6 +5,7 @@ Most run torch's "aot_eager" backend, which traces and differentiates as Inducto
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import nets
-from signmaml_ext import adapt, evaluate, explain, meta_step
+from signmaml_ext import adapt, compiled, evaluate, explain, meta_step
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 2}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -27,11 +28,12 @@ def traced(monkeypatch):
     given = []
     compile = torch.compile
 
-    def without_inductor(function, **options):
+    def noted(function, **options):
         given.append(function)
-        return compile(function, backend="aot_eager", **options)
+        return compile(function, **options)
 
-    monkeypatch.setattr(torch, "compile", without_inductor)
+    monkeypatch.setattr(torch, "compile", noted)
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     yield given
     torch._dynamo.reset()
 
@@ -84,11 +86,49 @@ class Past(nn.Module):
         return self.head(torch.tanh(self.again(torch.tanh(self.body(x)))))
 
 
+class Decides(nn.Module):
+    """Goes a way that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.body(x))
+        return self.head(h if h.sum().item() > 0 else -2 * h)
+
+
+class Renormalises(nn.Module):
+    """Writes to a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.body.weight.mul_(0.5)
+        return self.head(F.gelu(self.body(x)))
+
+
+class Uses(nn.Module):
+    """Does not use all of its parameters, and has a row of padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(6, 4, padding_idx=0)
+        self.spare, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.words((3 * x).long().clamp(0, 5)).sum(1)))
+
+
 MODELS = {
     "mlp": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks),
     "batch norm": (batch_norm, nets.vector_tasks),
     "group norm": (group_norm, nets.image_tasks),
     "tied": (Tied, nets.vector_tasks),
+    "padding": (Uses, nets.vector_tasks),
 }
 
 
@@ -106,14 +146,15 @@ def gradients(model: nn.Module, data: tuple[Tensor, ...], **options: object) -> 
 def test_gradients_are_those_of_the_call_that_is_not_compiled(name, method, batching, traced):
     make, tasks = MODELS[name]
     model, data = make().double(), tasks()
-    options = {"method": method, "batching": batching}
+    options = {"method": method, "batching": "auto" if name == "padding" else batching}
     expected = gradients(model, data, **options)
     found = gradients(model, data, **options, compile=True)
     assert traced
     assert found.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], **EXACT)
-        assert torch.equal(found[key] == 0, expected[key] == 0)  # biases in front of a BatchNorm
+        if expected[key] is not None:
+            assert torch.equal(found[key] == 0, expected[key] == 0)  # biases in front of a BatchNorm
 
 
 @pytest.mark.slow
@@ -129,7 +170,7 @@ def test_inductor(batching):
 @pytest.mark.slow
 def test_evaluate_and_adapt(traced):
     model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
-    for options in ({"method": "maml"}, {"adapt": "4.*"}, {"task_state": "int8"}, {"backend": "torch"}):
+    for options in ({"method": "maml"}, {"adapt": "4.*"}, {"task_state": "int8"}):
         expected = evaluate(model, *data, **OPTIONS, **options)
         found = evaluate(model, *data, **OPTIONS, **options, compile=True)
         torch.testing.assert_close(found.logits, expected.logits, **EXACT)
@@ -169,7 +210,11 @@ def test_what_is_compiled_serves_the_next_call(traced):
         with torch.no_grad():
             model[0].weight.mul_(1.01)
     assert before and counted["unique_graphs"] == before
-    assert len(traced) == 1
+    assert len(traced) == 2  # support sets and query sets
+    labels = data[1].clone()
+    labels[1, 0] = 3
+    with pytest.raises(ValueError, match="support_y"):
+        gradients(model, (data[0], labels, *data[2:]), compile=True)
 
 
 @pytest.mark.slow
@@ -189,18 +234,6 @@ def test_a_model_that_changed_is_compiled_anew(traced):
         expected = gradients(model, data)
         for key, found in gradients(model, data, compile=True).items():
             torch.testing.assert_close(found, expected[key], **EXACT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [Past, Leaves])
-def test_what_is_not_compiled_for_tasks_together_is_for_one(make, traced):
-    model, data = make().double(), nets.vector_tasks()
-    expected = gradients(model, data)
-    for key, found in gradients(model, data, compile=True).items():
-        torch.testing.assert_close(found, expected[key], **EXACT)
-    with pytest.raises(ValueError, match="batching: expected 'auto' or 'one-by-one' for this call"):
-        gradients(model, data, compile=True, batching="together")
-    assert traced and "features" not in vars(model)
 
 
 @pytest.mark.slow
@@ -237,20 +270,52 @@ def test_several_inputs_and_outputs(traced):
 
 
 @pytest.mark.slow
-def test_a_forward_that_cannot_be_traced_in_one_piece_is_served(traced):
-    class Decides(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+@pytest.mark.parametrize("make", [Past, Leaves, Decides, Renormalises])
+def test_what_torch_compile_cannot_do_is_refused(make, traced):
+    model, data = make().double(), nets.vector_tasks()
+    for batching in ("auto", "together", "one-by-one"):
+        with pytest.raises(ValueError, match=r"(compile|batching): expected .* for this (model|call)"):
+            gradients(model, data, compile=True, batching=batching)
+    assert "features" not in vars(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="it compiles nothing"):
+        gradients(model, data, compile=True, backend="torch")
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = torch.tanh(self.body(x))
-            return self.head(h if h.sum().item() > 0 else -2 * h)
 
-    model, data = Decides().double(), nets.vector_tasks()
-    expected = gradients(model, data)
-    for key, found in gradients(model, data, compile=True).items():
-        torch.testing.assert_close(found, expected[key], **EXACT)
+class Knob:
+    """Where `structure` does not look, and torch.compile does."""
+
+    __slots__ = ("value",)
+
+
+KNOB = Knob()
+
+
+class Turned(nn.Module):
+    """Has a dead bias as long as the knob is at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        return self.head(F.gelu(self.norm(h) if KNOB.value == 0 else KNOB.value * self.norm(h) + h))
+
+
+def test_what_changes_unseen_is_looked_into_again(traced, monkeypatch):
+    model, data = Turned().double(), nets.vector_tasks()
+    monkeypatch.setattr(compiled, "MOST_CHANGES", 3)
+    for KNOB.value in (0, 1, 0, 2):
+        found = gradients(model, data, compile=True, batching="one-by-one")
+        expected = gradients(copy.deepcopy(model), data, batching="one-by-one")
+        assert bool((expected["body.bias"] == 0).all()) == (KNOB.value == 0)
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], **EXACT)
+            assert torch.equal(found[key] == 0, expected[key] == 0)
+    with pytest.raises(ValueError, match="changes from call to call"):
+        for KNOB.value in (3, 4):
+            gradients(model, data, compile=True, batching="one-by-one")
 
 
 def test_what_is_refused(monkeypatch):

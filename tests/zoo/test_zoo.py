@@ -13,6 +13,7 @@ from zoo import oracle
 from zoo.cases import CASES, METHODS, Case
 
 import signmaml_ext
+from signmaml_ext import compiled
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -87,6 +88,29 @@ def test_every_way(name: str, method: str, batching: str) -> None:
 def test_the_reference(name: str) -> None:
     """The readable backend, which all others are held to."""
     check(CASES[name], "sign-maml", "one-by-one", "torch")
+
+
+@pytest.mark.slow
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile serves is exact, and the rest is refused."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    served = 0
+    for name in list(CASES)[::9]:
+        torch._dynamo.reset()
+        case = CASES[name]
+        model, data = case.model(), case.data()
+        like = case.twin(case.model()) if case.twin else model
+        expected = oracle.meta_gradient(like, data, **OPTIONS, method="sign-maml", **case.options)[0]
+        try:
+            signmaml_ext.meta_step(model, *data, **OPTIONS, **case.options, compile=True)
+        except ValueError as error:
+            assert str(error).startswith("compile: expected False for this model"), name
+            continue
+        served += 1
+        for key, parameter in model.named_parameters():
+            if expected[key] is not None and parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-9, atol=1e-9)
+    assert served >= 10
 
 
 def test_predictions_do_not_depend_on_the_way() -> None:
