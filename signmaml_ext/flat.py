@@ -369,7 +369,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
     rates = {key: torch.zeros_like(rate.detach()) for key, rate in problem.rates.learnable().items()}
     lives, parts, reached = [], [], frozenset[str]()
     chunks = run.chunks()
-    with closing(threads.map_in_order(part_of, chunks, run.threads())) as found_in_order:
+    with closing(threads.map_in_order(part_of, chunks, run.threads(), run.stop)) as found_in_order:
         for part in found_in_order:
             reached |= part.reached
             for first, last, grads in part.grads:
@@ -416,7 +416,7 @@ def _adapt(run: Run) -> Adaptation:
             return tasks, support_loss, None, None
         return tasks, support_loss, *tasks.query(wants_gradients=False)[:2]
 
-    parts = list(threads.map_in_order(part_of, run.chunks(), run.threads()))
+    parts = list(threads.map_in_order(part_of, run.chunks(), run.threads(), run.stop))
     tasks, support_losses, losses, predictions = zip(*parts, strict=True)
     phi = torch.cat([of_chunk.buffer[:, : layout.adapted_size] for of_chunk in tasks])
     adapted: Mapping[str, Tensor] = layout.by_name(phi)

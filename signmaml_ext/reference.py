@@ -303,7 +303,7 @@ def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Resu
 
 def _threads_for(problem: Problem) -> int:
     """How many tasks one by one run at once: as many as torch has threads, unless their order may be seen."""
-    if problem.device.type != "cpu" or problem.tasks <= threads.FEWEST or torch.get_num_threads() == 1:
+    if problem.device.type != "cpu" or problem.tasks < 2 or torch.get_num_threads() == 1:
         return 1
     if callable(problem.loss) and not _is_torchs(problem.loss):
         return 1  # a loss that keeps a record would keep it in another order
@@ -372,6 +372,9 @@ class Run:
         self.buffers = self.replicas.own_buffers() if self.own_buffers else {}
         self._facts: dict[bool, Facts] = {}  # by whether it is the query pass
         self._writes: dict[bool, bool] = {}  # whether a forward writes to its input, likewise
+        # The first task's passes find these out; tasks on other threads wait for them.
+        self._found_out = {is_query: threads.Latch() for is_query in (False, True)}
+        self._stopped = False
 
     @property
     def replicas(self) -> Replicas:
@@ -415,6 +418,10 @@ class Run:
             step: Inner step; the query pass counts as step K.
         """
         is_query = step == self.problem.steps
+        if first_task > 0 and self.threads() > 1:
+            self._found_out[is_query].wait()
+            if self._stopped:
+                raise RuntimeError("stopped")
         is_first = is_query not in self._writes
         # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
         if is_first or self._writes[is_query]:
@@ -423,7 +430,14 @@ class Run:
         found = self._passed(params, x, y, first_task, step)
         if is_first:
             self._writes[is_query] = versions != [part._version for part in inputs.parts(x)]
+            self._found_out[is_query].open()
         return found
+
+    def stop(self) -> None:
+        """Ends the passes of tasks that wait for the first one's."""
+        self._stopped = True
+        for latch in self._found_out.values():
+            latch.open()
 
     def _passed(self, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int) -> tuple[Tensor, Tensor]:
         if self.batched:
@@ -682,7 +696,9 @@ def _meta_gradients(run: Run) -> MetaGradients:
     problem = run.problem
     sums: dict[str, Tensor | None] = {}
     parts = []
-    with closing(threads.map_in_order(lambda tasks: _part(run, tasks), run.chunks(), run.threads())) as in_order:
+    with closing(
+        threads.map_in_order(lambda tasks: _part(run, tasks), run.chunks(), run.threads(), run.stop)
+    ) as in_order:
         for part in in_order:
             _add_live(sums, part.gradients, ~part.nonfinite if problem.nonfinite == "skip" else None)
             parts.append(replace(part, gradients={}))  # those take no memory while others are at work

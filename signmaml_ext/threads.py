@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -56,12 +57,30 @@ def _free(lock: Any) -> None:
         lock.release()
 
 
+class Latch:
+    """Holds threads up until it is opened; unlike a `threading.Event` it is whole after an interrupt."""
+
+    def __init__(self) -> None:
+        self._held, self._is_open = threading.Lock(), False
+        self._held.acquire()
+
+    def open(self) -> None:
+        """Lets all through, from now on; the second time it does nothing."""
+        if not self._is_open:
+            if self._held.locked():  # else an interrupt ended the first time here
+                self._held.release()
+            self._is_open = True
+
+    def wait(self) -> None:
+        """Returns once it is open."""
+        if not self._is_open:
+            with self._held:
+                pass
+
+
 # Calls that use all cores take turns: with several at once each would be slower. While one is at work, a thread that
 # uses torch for the first time takes over 1 as its number of torch's threads.
 _cores = reentrant_lock()
-
-# So many items or fewer are not worth threads: of several, the first is done alone.
-FEWEST = 2
 
 
 def why_one_thread() -> str | None:
@@ -76,25 +95,30 @@ def why_one_thread() -> str | None:
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Sequence[Item], threads: int
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int, stop: Callable[[], None]
 ) -> Generator[Result, None, None]:
     """The function's results in the order of the items, computed by several threads; close it to stop them early.
 
-    An item's result does not depend on the number of threads. The first item is done alone: what it finds out about the
-    model, the others use.
+    An item's result does not depend on the number of threads. The caller's thread does the first item, so that others
+    may wait for what that finds out.
+
+    Args:
+        function: What is done.
+        items: With what.
+        threads: How many at most.
+        stop: Ends all waiting in the function; called when the results are not wanted any more.
 
     Raises:
         BaseException: What the function raised for the first item for which it did.
     """
-    if threads < 2 or len(items) <= FEWEST:
+    if threads < 2 or len(items) < 2:
         yield from map(function, items)
         return
     with _cores:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            yield function(items[0])
-            yield from _Team(function, items[1:], threads).results()
+            yield from _Team(function, items, threads, stop).results()
         finally:
             torch.set_num_threads(before)
 
@@ -102,8 +126,11 @@ def map_in_order(
 class _Team(Generic[Item, Result]):
     """Threads that share items: number n of them takes items n, n + threads, ...; number 0 is the caller's own."""
 
-    def __init__(self, function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> None:
+    def __init__(
+        self, function: Callable[[Item], Result], items: Sequence[Item], threads: int, stop: Callable[[], None]
+    ) -> None:
         self._function, self._items, self._threads = function, items, min(threads, len(items))
+        self._stop = stop
         self._lock = reentrant_lock()
         self._changed = threading.Condition(self._lock)
         self._found: dict[int, Result] = {}
@@ -113,29 +140,47 @@ class _Team(Generic[Item, Result]):
 
     def results(self) -> Generator[Result, None, None]:
         """In the order of the items, which the caller's thread works on too."""
-        others = [threading.Thread(target=self._work, args=(number,)) for number in range(1, self._threads)]
-        for thread in others:
-            thread.start()
+        others: list[Latch] = []
         try:
-            for number in range(len(self._items)):
-                if number % self._threads == 0:
-                    self._do(number)
-                with self._lock:
-                    while number not in self._found and number not in self._errors:
-                        wait_for(self._changed, self._lock)
-                    if number in self._errors:
-                        raise self._errors[number]
-                    result = self._found.pop(number)
-                    self._handed_out = number + 1
-                    self._changed.notify_all()
-                yield result
+            try:
+                for number in range(1, self._threads):
+                    ended = Latch()
+                    # Not a `threading.Thread`: an interrupt in the lines of its `start` would leave that half done.
+                    _thread.start_new_thread(self._work_until, (number, ended))
+                    others.append(ended)
+                for number in range(len(self._items)):
+                    if number % self._threads == 0:
+                        self._do(number)
+                    yield self._wait_for_result(number)
+            finally:
+                self._end(others)
         finally:
-            with self._lock:
-                self._stopped = True
-                self._changed.notify_all()
-            _free(self._lock)  # an interrupt may have left it held, and the others wait for it
-            for thread in others:
-                thread.join()
+            self._end(others)  # of an interrupt in the first one
+
+    def _wait_for_result(self, number: int) -> Result:
+        with self._lock:
+            while number not in self._found and number not in self._errors:
+                wait_for(self._changed, self._lock)
+            if number in self._errors:
+                raise self._errors[number]
+            self._handed_out = number + 1
+            self._changed.notify_all()
+            return self._found.pop(number)
+
+    def _end(self, others: list[Latch]) -> None:
+        self._stopped = True
+        self._stop()
+        with self._lock:
+            self._changed.notify_all()
+        _free(self._lock)  # an interrupt may have left it held, and the others wait for it
+        for ended in others:
+            ended.wait()
+
+    def _work_until(self, first: int, ended: Latch) -> None:
+        try:
+            self._work(first)
+        finally:
+            ended.open()
 
     def _work(self, first: int) -> None:
         torch.set_num_threads(1)

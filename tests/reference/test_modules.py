@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import re
+import threading
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import signmaml_ext
 from helpers import nets
@@ -123,11 +126,41 @@ def test_an_error_on_another_thread_reaches_the_caller(monkeypatch):
     seen = []
     before = torch.get_num_threads()
     with pytest.raises(ValueError, match="item 3"):
-        for result in threads.map_in_order(failing, range(8), 3):
+        for result in threads.map_in_order(failing, range(8), 3, lambda: seen.append("stop")):
             seen.append(result)
-    assert seen == [0, 1, 2]
+    assert seen[:3] == [0, 1, 2] and set(seen[3:]) == {"stop"}
     assert torch.get_num_threads() == before
-    assert list(threads.map_in_order(lambda item: item * 2, range(20), 4)) == [2 * item for item in range(20)]
+    doubled = threads.map_in_order(lambda item: item * 2, range(20), 4, lambda: None)
+    assert list(doubled) == [2 * item for item in range(20)]
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 3])
+def test_an_error_in_the_first_task_ends_those_that_wait_for_it(passes, monkeypatch):
+    """They wait for what its first support pass and its query pass find out."""
+    from signmaml_ext import batching
+
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.get_ident() == threading.main_thread().ident:
+                done.append(x)
+                if len(done) > passes:
+                    raise ValueError("the first task")
+            return F.gelu(self.head(x))
+
+    monkeypatch.setattr(batching, "LONG", 0.0)
+    model, data, done = Fails().double(), nets.vector_tasks(tasks=4), []
+    before, alive = torch.get_num_threads(), _thread._count()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="the first task"):
+            meta_step(model, *data, inner_lr=0.01, inner_steps=3, batching="one-by-one")
+    finally:
+        torch.set_num_threads(before)
+    assert _thread._count() <= alive
 
 
 def test_a_callers_own_error_does_not_count_as_unbatchable():

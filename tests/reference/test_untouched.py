@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import signmaml_ext
 from helpers import definition, nets
-from signmaml_ext import evaluate, meta_step, modes
+from signmaml_ext import batching, evaluate, meta_step, modes
 from signmaml_ext.replica import Replicas
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}
@@ -300,7 +300,17 @@ INTERRUPTED = {
     "second order": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks, "maml"),
     "random": (with_batch_norm_and_dropout, nets.vector_tasks, "fo-maml"),
     "checkpointed": (Checkpointed, nets.vector_tasks, "sign-maml"),
+    "on threads": (images_group_norm, nets.image_tasks, "sign-maml"),
 }
+
+
+@pytest.fixture
+def short_tasks_on_threads(monkeypatch):
+    monkeypatch.setattr(batching, "LONG", 0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def lines_of(call: Callable[[], object]) -> int:
@@ -324,7 +334,8 @@ def interrupt(name: str, points: int) -> None:
     model, data = make().double(), tasks()
 
     def call() -> Tensor:
-        return evaluate(model, *data, **OPTIONS, method=method, seed=1).query_loss
+        way = "one-by-one" if name == "on threads" else "auto"
+        return evaluate(model, *data, **OPTIONS, method=method, seed=1, batching=way).query_loss
 
     expected, before = call(), state_of(model)
     lines = lines_of(call)
@@ -344,14 +355,14 @@ def interrupt(name: str, points: int) -> None:
 # One that arrives in a callback of the garbage collector, Python itself ignores.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", INTERRUPTED)
-def test_ctrl_c_leaves_everything_as_it_was(name):
+def test_ctrl_c_leaves_everything_as_it_was(name, short_tasks_on_threads):
     interrupt(name, 12)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERRUPTED)
-def test_hundreds_of_interrupts(name):
+def test_hundreds_of_interrupts(name, short_tasks_on_threads):
     interrupt(name, 300)
 
 
@@ -514,8 +525,8 @@ def test_wrapped_models_are_refused_with_the_way_to_go(tmp_path):
 def test_maml_that_adapts_the_head_alone_counts_how_its_steps_depend_on_the_body():
     model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
     names = [name for name, _ in model.named_parameters() if not name.startswith("4.")]
-    for batching in ("together", "one-by-one"):
-        meta_step(model, *data, **OPTIONS, method="maml", adapt=["4.*"], batching=batching)
+    for way in ("together", "one-by-one"):
+        meta_step(model, *data, **OPTIONS, method="maml", adapt=["4.*"], batching=way)
         expected, *_ = definition.meta_gradient(model, *data, **OPTIONS, method="maml", still=tuple(names))
         for name, gradient in nets.grads(model).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
@@ -628,8 +639,6 @@ class CountsInPlace(nn.Module):
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_tasks_on_threads_do_not_see_each_others_buffers(steps, monkeypatch):
-    from signmaml_ext import batching
-
     monkeypatch.setattr(batching, "LONG", 0.0)
     model, data = CountsInPlace().double(), nets.vector_tasks(tasks=9)
     options = {"inner_lr": 0.02, "inner_steps": steps, "batching": "one-by-one"}
@@ -719,8 +728,8 @@ def test_parameters_that_a_forward_gives_other_memory(method):
     model, data = Rebinds().double(), nets.vector_tasks()
     before = state_of(model)
     expected = None
-    for backend, batching in (("torch", "one-by-one"), ("cpu", "one-by-one"), ("auto", "auto"), ("torch", "auto")):
-        meta_step(model, *data, **OPTIONS, method=method, backend=backend, batching=batching)
+    for backend, way in (("torch", "one-by-one"), ("cpu", "one-by-one"), ("auto", "auto"), ("torch", "auto")):
+        meta_step(model, *data, **OPTIONS, method=method, backend=backend, batching=way)
         found = nets.grads(model)
         expected = expected or found
         for name, gradient in found.items():
