@@ -41,6 +41,7 @@ def run_pass(
     Raises:
         ValueError: torch.compile cannot do it here; tasks that are together then go one by one.
     """
+    run.wait_for_first(first_task, step)
     known, key = chain.of_module(run.problem.model).answers, _kind(run, params, x, y, differentiates, step)
     while True:
         compiled = known.get(key)
@@ -51,6 +52,7 @@ def run_pass(
         run.know(compiled.seen, step)
         found = _pass_of(run, compiled, params, x, y, first_task, step)
         if compiled.times <= 1:
+            run.first_is_done(step)
             return found
         # Something that the forward reads is other than before, and what was seen of it may not hold any more.
 

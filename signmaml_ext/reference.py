@@ -307,8 +307,6 @@ def _threads_for(problem: Problem) -> int:
         return 1
     if callable(problem.loss) and not _is_torchs(problem.loss):
         return 1  # a loss that keeps a record would keep it in another order
-    if problem.compile:
-        return 1  # what torch.compile makes works on all cores
     if threads.why_one_thread() is not None or _hooked(problem.model) is not None:
         return 1
     return torch.get_num_threads() if batching.pays_on_threads(problem) else 1
@@ -417,11 +415,24 @@ class Run:
             first_task: Number of the first of these tasks.
             step: Inner step; the query pass counts as step K.
         """
-        is_query = step == self.problem.steps
-        if first_task > 0 and self.threads() > 1:
-            self._found_out[is_query].wait()
+        self.wait_for_first(first_task, step)
+        found = self._noted(params, x, y, first_task, step)
+        self.first_is_done(step)
+        return found
+
+    def wait_for_first(self, task: int, step: int) -> None:
+        """Holds a task up until the first one's pass of this kind is done."""
+        if task > 0 and self.threads() > 1:
+            self._found_out[step == self.problem.steps].wait()
             if self._stopped:
                 raise RuntimeError("stopped")
+
+    def first_is_done(self, step: int) -> None:
+        """Lets the other tasks begin passes of this kind."""
+        self._found_out[step == self.problem.steps].open()
+
+    def _noted(self, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int) -> tuple[Tensor, Tensor]:
+        is_query = step == self.problem.steps
         is_first = is_query not in self._writes
         # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
         if is_first or self._writes[is_query]:
@@ -430,7 +441,6 @@ class Run:
         found = self._passed(params, x, y, first_task, step)
         if is_first:
             self._writes[is_query] = versions != [part._version for part in inputs.parts(x)]
-            self._found_out[is_query].open()
         return found
 
     def stop(self) -> None:
@@ -464,7 +474,7 @@ class Run:
         alone = {name: value.detach().clone().requires_grad_(value.requires_grad) for name, value in alone.items()}
         before = [(value.data_ptr(), value._version) for value in alone.values()]
         first = inputs.take(x, slice(0, 1))
-        _, prediction = self.loss_and_prediction(alone, first, y[:1], first_task=first_task, step=step)
+        _, prediction = self._noted(alone, first, y[:1], first_task, step)
         if before != [(value.data_ptr(), value._version) for value in alone.values()]:
             refuse("compile", "False for this model", "True, and a forward that writes to its parameters")
         is_query = step == self.problem.steps

@@ -240,7 +240,13 @@ class Replicas:
         """A plain object that holds the tree, as a helper of the model's author may."""
         if not _is_searched(value) or not self._refers(value, set()):
             return value
-        copy = object.__new__(type(value))
+        kind: Any = type(value)
+        try:
+            copy = kind.__new__(kind)
+        except TypeError:
+            # It cannot be made without arguments, as what functools.lru_cache returns. A parameter that the forward
+            # reaches through it is the user's own, and refused.
+            return value
         placed[id(value)] = copy
         vars(copy).update({key: self._linked(part, placed) for key, part in vars(value).items()})
         return copy

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from helpers import nets
 from signmaml_ext import adapt, compiled, evaluate, explain, meta_step
+from signmaml_ext import batching as batching_rules
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 2}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -159,8 +160,9 @@ def test_gradients_are_those_of_the_call_that_is_not_compiled(name, method, batc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", ["together", "one-by-one"])
-def test_inductor(batching):
-    model, data = batch_norm().double(), nets.vector_tasks()
+def test_inductor(batching, monkeypatch):
+    monkeypatch.setattr(batching_rules, "LONG", 0.0)  # tasks one by one run on threads
+    model, data = batch_norm().double(), nets.vector_tasks(tasks=9)
     expected = gradients(model, data, batching=batching)
     found = gradients(model, data, batching=batching, compile=True)
     for key in expected:
@@ -198,6 +200,24 @@ def test_a_learnable_rate(traced):
     for rate, compile in zip(rates, (False, True), strict=True):
         gradients(model, data, inner_lr=rate, compile=compile)
     torch.testing.assert_close(rates[1].grad, rates[0].grad, **EXACT)
+
+
+def test_tasks_on_threads_share_what_the_first_one_compiled(traced, monkeypatch):
+    monkeypatch.setattr(batching_rules, "LONG", 0.0)
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks(tasks=9)
+    before, counted = torch.get_num_threads(), torch._dynamo.utils.counters["stats"]
+    found, graphs = [], []
+    try:
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(model, data, compile=True, batching="one-by-one"))
+            graphs.append(counted["unique_graphs"])
+    finally:
+        torch.set_num_threads(before)
+    for key, expected in gradients(model, data, batching="one-by-one").items():
+        torch.testing.assert_close(found[0][key], expected, **EXACT)
+        assert torch.equal(found[1][key], found[0][key]) and torch.equal(found[2][key], found[0][key])
+    assert graphs == graphs[:1] * 3
 
 
 def test_what_is_compiled_serves_the_next_call(traced):

@@ -7,6 +7,7 @@ import functools
 import io
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable
 
@@ -615,6 +616,37 @@ def test_what_hooks_and_forwards_share_they_share_in_a_copy(way):
     meta_step(plain, *data, **OPTIONS, backend="torch")
     for gradient, expected in zip(found, nets.grads(plain).values(), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+class Holds(nn.Module):
+    """Keeps a part in an object that is no module and of no class of the user's."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.held = types.SimpleNamespace(part=self.body, plain=3)
+        if way == "cached":
+            body = self.body
+            self.held = functools.lru_cache(lambda: body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = self.held.part if isinstance(self.held, types.SimpleNamespace) else self.held()
+        return self.head(F.gelu(body(x)))
+
+
+def test_a_part_in_a_namespace_is_the_copys_part():
+    model, data = Holds("namespace").double(), nets.vector_tasks()
+    meta_step(model, *data, **OPTIONS)
+    expected, *_ = definition.meta_gradient(model, *data, **OPTIONS, method="sign-maml")
+    for gradient, found in zip(expected.values(), nets.grads(model).values(), strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-12)
+    assert model.held.part is model.body
+
+
+def test_a_part_in_a_cache_is_refused():
+    model, data = Holds("cached").double(), nets.vector_tasks()
+    with pytest.raises(ValueError, match=r"takes 'body\.(weight|bias)' from elsewhere"):
+        meta_step(model, *data, **OPTIONS)
 
 
 def test_what_partials_collect_elsewhere_is_for_the_user():
