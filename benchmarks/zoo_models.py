@@ -197,7 +197,12 @@ def loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: Any,
 def compiled_loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: float, together: bool) -> Callable:
     """The same by torch.compile, as in peers/compiled.py: gradient and sign step of a task, or of all under vmap."""
     loss = F.cross_entropy if work.ways else F.mse_loss
-    gradients = grad(lambda phi, x, y: loss(functional_call(model, phi, (x,)), y))
+    without_buffers = copy.deepcopy(model)  # torch.func refuses a BatchNorm that writes its running statistics
+    for module in without_buffers.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.track_running_stats = False
+    gradients = grad(lambda phi, x, y: loss(functional_call(without_buffers, phi, (x,)), y))
     if together:
         gradients = vmap(gradients)
 
