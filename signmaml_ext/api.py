@@ -172,8 +172,9 @@ def meta_step(
         compile: Whether torch.compile makes the forward and backward passes where no whole-meta-step kernel serves
             ("conv" and "mlp" have nothing to compile). The first call of a kind takes seconds to minutes. Compiled
             passes round otherwise than torch's own operators, and draw other dropout masks, repeatably. The query pass
-            of ``batch_norm="support"`` is not compiled. Where there is no compiler, with ``graph=True`` and in a
-            `meta_step` with "maml" (torch.compile has no second derivative) True is refused.
+            of ``batch_norm="support"`` is not compiled. What torch.compile does not serve is refused with its reason:
+            a machine without a compiler, some modules, a `meta_step` with "maml" (there is no second derivative);
+            likewise ``graph=True`` and the backend "torch".
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.
