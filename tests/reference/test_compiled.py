@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -218,6 +220,17 @@ def test_tasks_on_threads_share_what_the_first_one_compiled(traced, monkeypatch)
         torch.testing.assert_close(found[0][key], expected, **EXACT)
         assert torch.equal(found[1][key], found[0][key]) and torch.equal(found[2][key], found[0][key])
     assert graphs == graphs[:1] * 3
+
+
+@pytest.mark.parametrize("batching", ["together", "one-by-one"])
+def test_what_is_compiled_keeps_no_model_alive(batching, traced):
+    model = nets.mlp(activation=nn.GELU).double()
+    gradients(model, nets.vector_tasks(), compile=True, batching=batching)
+    alive = [weakref.ref(model), weakref.ref(model[0].weight)]
+    assert traced
+    del model
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
 
 
 def test_what_is_compiled_serves_the_next_call(traced):
