@@ -130,7 +130,8 @@ def meta_step(
             native kernels know. (On CUDA, where labels are not looked at, a label of -100 then makes the loss of its
             task NaN instead of being left out.) A sign step ignores the scale of the loss.
         adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
-            ``["classifier.*"]`` (ANIL); all others still get the meta-gradient. None: all that require grad.
+            ``["classifier.*"]`` (ANIL); the name of a module stands for all its parameters. All others still get the
+            meta-gradient. None: all that require grad.
         backend: "auto", or one of "cuda", "cpu" (native: whole meta-steps of Conv-N networks and multilayer
             perceptrons, steps of other modules) and "torch" (pure PyTorch, serves everything). `explain` says which one
             "auto" takes and why.

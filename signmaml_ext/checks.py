@@ -506,6 +506,8 @@ def _check_adapt(
     chosen = set()
     for pattern in patterns:
         matches = {first for first, names in names_of.items() if any(fnmatchcase(name, pattern) for name in names)}
+        if not matches:  # the name of a module stands for all its parameters
+            matches = {first for first, names in names_of.items() if any(n.startswith(f"{pattern}.") for n in names)}
         if not matches:
             refuse("adapt", f"patterns that match trainable parameters ({_shortened(params)})", repr(pattern))
         chosen |= matches

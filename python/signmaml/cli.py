@@ -64,16 +64,37 @@ examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, with the nearest option there is."""
+    """Says in one line what is wrong, with the nearest option there is.
+
+    Attributes:
+        words: What is parsed, for the messages.
+    """
+
+    words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             word = unknown.split()[0] if unknown.split() else repr(unknown)
-            near = difflib.get_close_matches(word.split("=")[0], self.option_names(), n=1)
-            message = f"there is no {word}" + (f" (did you mean {near[0]}?)" if near else "")
+            message = f"there is no {word}{self._hint(word.split('=')[0])}"
         print(f"{self.prog}: {message}\n'{self.prog} --help' lists what there is.", file=sys.stderr)
         raise SystemExit(2)
+
+    def _hint(self, word: str) -> str:
+        """What an unknown option may have been meant to be."""
+        commands = self._commands()
+        elsewhere = [name for name, parser in commands.items() if word in parser.option_names()]
+        if elsewhere:
+            return f" here; it belongs behind {' or '.join(elsewhere)}"
+        asked = next((commands[name] for name in self.words if name in commands), self)
+        names = asked.option_names()
+        near = [f"--{name.replace('_', '-')}" for name in configs.nearest(word.removeprefix("--"))]
+        near = [name for name in near if name in names] or difflib.get_close_matches(word, names, n=1)
+        return f" (did you mean {' or '.join(near)}?)" if near and word not in near else ""
+
+    def _commands(self) -> dict[str, Parser]:
+        actions = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return {name: parser for action in actions for name, parser in action.choices.items()}
 
     def option_names(self) -> list[str]:
         """Options of this command, or of all subcommands."""
@@ -97,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [_with_dashes(word) for word in words]
-    parsed = build_parser().parse_args(words)
+    parser = build_parser()
+    parser.words = words
+    parsed = parser.parse_args(words)
     parsed.words = words
     parsed.group = None  # the processes that the command joined
     code = _code_of(parsed)

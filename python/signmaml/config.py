@@ -68,7 +68,7 @@ class TrainConfig:
     test_steps: int | None = _option(None, "inner steps in validation and test; none: as inner_steps", least=0)
     learn_inner_lr: str = _option("none", "meta-learn inner rates, starting at inner_lr", choices=LEARNED_RATES)
     adapt: tuple[str, ...] | None = _option(
-        None, "name patterns of the parameters that the inner loop moves (ANIL: classifier.*); none: all"
+        None, "name patterns of the parameters that the inner loop moves (ANIL: classifier); none: all"
     )
 
     iterations: int = _option(400, "meta-iterations", least=1, on_resume=True)
@@ -83,7 +83,7 @@ class TrainConfig:
     test_queries: int | None = _option(None, "query examples a class in validation and test; none: as queries", least=1)
 
     seed: int = _option(0, "seed of weights, tasks and dropout", least=0)
-    device: str = _option("auto", "auto, cpu, cuda or cuda:INDEX", on_resume=True)
+    device: str = _option("auto", "auto, cpu, cuda, cuda:INDEX or INDEX", on_resume=True)
     backend: str = _option("auto", "what computes the meta-step (see 'signmaml info')")
     graph: bool | None = _option(
         None, "replay each training iteration as one CUDA graph; none: where that is possible", on_resume=True
@@ -106,6 +106,8 @@ class TrainConfig:
             value = converted(name, getattr(self, name), kind, rule_of(name))
             object.__setattr__(self, name, value)
         object.__setattr__(self, "data", self.data.replace("-", "_"))
+        if self.device.isdecimal():
+            object.__setattr__(self, "device", f"cuda:{self.device}")
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -187,6 +189,31 @@ def describe(name: str) -> str:
     return rule.help if rule.least is None else f"{rule.help}; at least {rule.least:g}"
 
 
+# What other programs call a field.
+_WORDS = {
+    "alpha": ("inner_lr",), "fast_lr": ("inner_lr",), "step_size": ("inner_lr",), "update_lr": ("inner_lr",),
+    "lr": ("outer_lr", "inner_lr"), "learning_rate": ("outer_lr", "inner_lr"), "beta": ("outer_lr",),
+    "meta_lr": ("outer_lr",), "epochs": ("iterations",), "num_iterations": ("iterations",), "max_iter": ("iterations",),
+    "batch_size": ("tasks",), "meta_batch_size": ("tasks",), "num_tasks": ("tasks",), "tasks_per_batch": ("tasks",),
+    "way": ("ways",), "n_way": ("ways",), "num_ways": ("ways",), "num_classes": ("ways",),
+    "shot": ("shots",), "k_shot": ("shots",), "num_shots": ("shots",), "query": ("queries",), "k_query": ("queries",),
+    "num_steps": ("inner_steps",), "update_step": ("inner_steps",), "adaptation_steps": ("inner_steps",),
+    "steps": ("inner_steps", "iterations"), "update_step_test": ("test_steps",), "algorithm": ("method",),
+    "dataset": ("data",), "root": ("data_root",), "data_dir": ("data_root",), "gpu": ("device",), "arch": ("model",),
+    "network": ("model",), "backbone": ("model",), "channels": ("filters",), "hidden_size": ("filters", "hidden"),
+    "amp": ("precision",), "dtype": ("precision",), "output": ("out",), "output_dir": ("out",), "save_dir": ("out",),
+    "log_dir": ("out",), "random_seed": ("seed",), "eval_every": ("validate_every",),
+    "save_every": ("checkpoint_every",),
+}  # fmt: skip
+
+
+def nearest(word: str) -> tuple[str, ...]:
+    """The fields that a word which is none may stand for: by its meaning in other programs, else by its letters."""
+    known = [entry.name for entry in dataclasses.fields(TrainConfig) if entry.name != word]
+    word = word.replace("-", "_")
+    return _WORDS.get(word) or tuple(difflib.get_close_matches(word, known, n=1))
+
+
 def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The values, if all their keys are fields.
 
@@ -197,8 +224,8 @@ def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     complaints = []
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
-            complaints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            near = " or ".join(map(repr, nearest(str(key))))
+            complaints.append(f"{key!r}" + (f" (did you mean {near}?)" if near else ""))
     if complaints:
         raise ValueError(f"{source}: expected fields of TrainConfig, found {', '.join(complaints)}")
     return dict(values)

@@ -122,7 +122,7 @@ class EpisodeSampler:
         if rotations and height != width:
             raise ValueError(f"rotations: expected square images, found height {height} and width {width}")
         self.classes = images.classes * (4 if rotations else 1)
-        counted = "classes in the split" + (", each in 4 rotations" if rotations else "")
+        counted = f"classes in {images.name}/{images.split}" + (", each in 4 rotations" if rotations else "")
         self.ways = check_integer("ways", ways, 2, self.classes, counted)
         self.shots = check_integer("shots", shots, 1)
         self.queries = check_integer("queries", queries, 1)
@@ -144,6 +144,15 @@ class EpisodeSampler:
         self._query_labels = self._ways_numbers.repeat_interleave(self.queries)
         self._turned_pixels = _turned_pixels(height, self.device) if rotations else None
         self._shift, self._scale = _shift_and_scale(self.normalize, channels, self.device)
+
+    def __repr__(self) -> str:
+        task = f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class"
+        return f"EpisodeSampler({self._name}/{self._split}: {self.size_in_words()}; {task}, {self.tasks} tasks)"
+
+    def size_in_words(self) -> str:
+        """Classes and images of the set."""
+        turned = f" ({self.classes:,} with rotations)" if self.rotations else ""
+        return f"{len(self._class_names):,} classes{turned}, {len(self._images):,} images"
 
     def draw(self, iteration: int) -> Episodes:
         """The meta-batch of one iteration: tasks ``iteration * T`` to ``iteration * T + T - 1``.

@@ -20,6 +20,7 @@ import signmaml_ext
 from . import building, checkpoint, state, version
 from .config import TrainConfig
 from .distributed import Group
+from .episodes import EpisodeSampler
 from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
 from .iteration import Iteration, outer_adam, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
@@ -238,11 +239,13 @@ class MetaTrainer:
         """What this run will do, in a few lines."""
         config, count = self.config, parameter_count(self.model)
         points = "" if config.data == "sinusoid" else f"{config.ways}-way "
-        rotations = ", rotated classes" if getattr(self._train_sampler, "rotations", False) else ""
+        samplers = {"train": self._train_sampler, "val": self._val_sampler, "test": self._test_sampler}
+        sizes = [f"{split} {s.size_in_words()}" for split, s in samplers.items() if isinstance(s, EpisodeSampler)]
         learned = "" if config.learn_inner_lr == "none" else f" (learned, {config.learn_inner_lr})"
         return "\n".join(
             (
-                f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class{rotations}",
+                f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class",
+                *(f"         {size}" for size in sizes),
                 f"model    {type(self.model).__name__}, {count:,} parameters",
                 f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
                 f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, Adam {config.outer_lr:g} "

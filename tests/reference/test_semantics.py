@@ -485,3 +485,11 @@ def test_the_inner_steps_of_maml_are_those_of_fo_maml_whatever_serves_them():
     second, first = (evaluate(model, *data, **OPTIONS, method=method) for method in ("maml", "fo-maml"))
     assert second.backend == first.backend == "cpu"
     assert torch.equal(second.logits, first.logits)
+
+
+def test_the_name_of_a_module_stands_for_its_parameters():
+    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    found = [adapt(model, *data[:2], **OPTIONS, adapt=which) for which in ("4", ["4.*"], ["4.weight", "4.bias"])]
+    assert found[0].keys() == found[1].keys() == found[2].keys() == {"4.weight", "4.bias"}
+    with pytest.raises(ValueError, match="adapt: expected patterns that match"):
+        adapt(model, *data[:2], **OPTIONS, adapt="4.wei")

@@ -54,7 +54,8 @@ def test_train_says_what_it_will_do_and_what_it_did(
     assert cli.main(train_words(images, tmp_path / "run", "--inner_lr=0.02")) == 0
     said = capsys.readouterr().out
     for words in (
-        "data     folder: 3-way 1-shot", "model    MLP, 4,163 parameters", "sign-maml: 3 inner steps of 0.02",
+        "data     folder: 3-way 1-shot", "         train 5 classes, 40 images", "         test 5 classes, ",
+        "model    MLP, 4,163 parameters", "sign-maml: 3 inner steps of 0.02",
         "backend  cpu, mlp (", "all tasks in one native call", "device   cpu", f"folder   {tmp_path / 'run'}",
         "iteration 3/6", "test accuracy", "95% t-interval",
         "6 tasks", "trained 6 iterations in 0:0", "best validation accuracy", "best.safetensors", "curves.png",
@@ -115,6 +116,17 @@ def test_help_is_fast_and_complete() -> None:
     ("words", "message"),
     [
         ("train --inner-rl 3", "there is no --inner-rl (did you mean --inner-lr?)"),
+        ("train --lr 3", "there is no --lr (did you mean --outer-lr or --inner-lr?)"),
+        ("train --meta-lr 3", "there is no --meta-lr (did you mean --outer-lr?)"),
+        ("train --epochs 3", "there is no --epochs (did you mean --iterations?)"),
+        ("train --batch-size=3", "there is no --batch-size=3 (did you mean --tasks?)"),
+        ("train --zzz 3", "there is no --zzz\n"),
+        ("evaluate r --epochs 3", "there is no --epochs\n"),
+        ("evaluate r --filters 3", "there is no --filters here; it belongs behind train\n"),
+        ("--ways=3 train", "there is no --ways=3 here; it belongs behind train or evaluate\n"),
+        ("train --device 99", "device: expected auto, cpu or one of"),
+        ("train --device gpu", "device: expected auto, cpu, cuda or cuda:INDEX, found 'gpu'"),
+        ("train --ways 5000", "ways: expected an integer in 2..735 (classes in glyphs/train), found 5000"),
         ("train --ways one", "ways: expected an integer, found 'one'"),
         ("train --method sign", "(did you mean 'sign-maml'?)"),
         ("train --data nothing", "'nothing'"),

@@ -282,10 +282,20 @@ def test_drawing_neither_waits_nor_loops(kind: str, on_device: bool) -> None:
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
+def test_sets_and_samplers_print_as_one_line() -> None:
+    images = random_set([6, 5, 6, 6, 6, 6])
+    assert repr(images) == "ImageSet(random/train: 6 classes, 35 images of 1 x 4 x 4)"
+    sampler = EpisodeSampler(images, ways=3, shots=1, queries=2, tasks=5, rotations=True)
+    assert repr(sampler) == (
+        "EpisodeSampler(random/train: 6 classes (24 with rotations), 35 images; "
+        "3-way 1-shot, 2 queries a class, 5 tasks)"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ways": 7}, ValueError, r"ways: expected an integer in 2\.\.6 \(classes in the split\), found 7"),
+        ({"ways": 7}, ValueError, r"ways: expected an integer in 2\.\.6 \(classes in random/train\), found 7"),
         ({"ways": 25, "rotations": True}, ValueError, r"ways: expected an integer in 2\.\.24 .*4 rotations.*found 25"),
         ({"ways": 1}, ValueError, "ways: .* found 1"),
         ({"ways": 2.0}, TypeError, "ways: .* found 2.0"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
     """One split of an image set, decoded to uint8 on the CPU.
 
@@ -67,6 +67,11 @@ class ImageSet:
             raise ValueError(f"class_sizes: expected at least 1 image a class, found {min(sizes)} for {empty!r}")
         if sum(sizes) != len(self.images):
             raise ValueError(f"class_sizes: expected the sum {len(self.images)} (images), found {sum(sizes)}")
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.image_shape))
+        counts = f"{self.classes:,} classes, {len(self.images):,} images of {shape}"
+        return f"ImageSet({self.name}/{self.split}: {counts})"
 
     @property
     def classes(self) -> int:
