@@ -42,7 +42,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         if index >= gpus:
-            raise ValueError(f"device: expected auto, cpu or one of {gpus} CUDA devices, found {name!r}")
+            there = f"auto, cpu or one of {gpus} CUDA devices" if gpus else "auto or cpu (torch sees no CUDA device)"
+            raise ValueError(f"device: expected {there}, found {name!r}")
         device = torch.device("cuda", index)
     return device
 
