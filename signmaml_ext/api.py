@@ -400,7 +400,7 @@ def _raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
 
 
 # Several threads may add to the `.grad` of one model: "there is none yet" and "now there is" must not come apart.
-_grad_lock = threads.reentrant_lock()
+_grad_lock = threads.lasting_lock()
 
 
 def _accumulate(problem: Problem, meta: MetaGradients) -> None:

@@ -465,7 +465,7 @@ class GraphCache:
         self._models: dict[int, weakref.ref[nn.Module]] = {}
         # Models that were collected, at any moment and in any thread: the next call drops their graphs.
         self._gone: deque[int] = deque()
-        self._lock = threads.reentrant_lock()
+        self._lock = threads.lasting_lock()
         self._builds = self._replays = 0
 
     def meta_gradients(self, problem: Problem) -> tuple[str, MetaGradients]:

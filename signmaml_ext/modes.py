@@ -43,7 +43,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._lock = threads.reentrant_lock()
+        self._lock = threads.lasting_lock()
         self._changed = threading.Condition(self._lock)
         self._value: object = None
         self._inside: dict[object, int] = {}  # thread by ticket

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import threading
-import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -13,23 +12,23 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_locks: list[Any] = []
 
 
-def reentrant_lock() -> Any:
-    """A `threading.RLock` that `free_locks` knows.
+def lasting_lock() -> Any:
+    """A `threading.RLock` that `free_locks` knows, for as long as the process lives.
 
     Use `with` on the lock itself, not on a `threading.Condition` around it: that is entered by lines of Python, and an
     interrupt between two of them leaves the lock held.
     """
     lock = threading.RLock()
-    _locks.add(lock)
+    _locks.append(lock)
     return lock
 
 
 def held_locks() -> list[Any]:
     """The locks that this thread holds."""
-    return [lock for lock in _locks if _is_held(lock)]
+    return [lock for lock in tuple(_locks) if _is_held(lock)]
 
 
 def free_locks(but: list[Any]) -> None:
@@ -80,7 +79,7 @@ class Latch:
 
 # Calls that use all cores take turns: with several at once each would be slower. While one is at work, a thread that
 # uses torch for the first time takes over 1 as its number of torch's threads.
-_cores = reentrant_lock()
+_cores = lasting_lock()
 
 
 def why_one_thread() -> str | None:
@@ -131,7 +130,7 @@ class _Team(Generic[Item, Result]):
     ) -> None:
         self._function, self._items, self._threads = function, items, min(threads, len(items))
         self._stop = stop
-        self._lock = reentrant_lock()
+        self._lock: Any = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._found: dict[int, Result] = {}
         self._errors: dict[int, BaseException] = {}
