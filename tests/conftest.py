@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import helpers.installed  # noqa: F401 (first of all that imports the package)
+
 # Before torch starts, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

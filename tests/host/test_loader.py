@@ -130,3 +130,10 @@ def test_missing_torch_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match=r"needs torch 2\.8 or later, and torch cannot be imported"):
         _loader.check_torch()
+
+
+@pytest.mark.slow
+def test_pytest_as_a_module_finds_the_installed_package():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/training/test_stats_and_schedule.py"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
