@@ -18,7 +18,7 @@ from . import chain, inputs
 from .checks import refuse
 from .inputs import Inputs, Output
 from .losses import Loss
-from .reference import Run, Seen, TaskParams, task_loss
+from .reference import Run, Seen, TaskParams, kind_of, task_loss
 
 # Loss `[t]`, prediction `[t, S, ...]`, gradients by name.
 Found = tuple[Tensor, Tensor, dict[str, Tensor | None]]
@@ -46,11 +46,11 @@ def run_pass(
     while True:
         compiled = known.get(key)
         if compiled is None or compiled.times > 1:
-            compiled = _Compiled(_gradients if differentiates else _values, compiled)
+            compiled = _Compiled(compiled)
             compiled.seen = run.look(params, x, y, first_task=first_task, step=step)
             known[key] = compiled
         run.know(compiled.seen, step)
-        found = _pass_of(run, compiled, params, x, y, first_task, step)
+        found = _pass_of(run, compiled, params, x, y, first_task, step, differentiates)
         if compiled.times <= 1:
             run.first_is_done(step)
             return found
@@ -66,9 +66,7 @@ def _kind(run: Run, params: TaskParams, x: Inputs, y: Tensor, differentiates: bo
         problem.zero_dead_bias,
         problem.precision,
     )
-    # The code of functions, not what their closures hold: one that is made anew for each call is of the same kind.
-    called: list[Any] = [problem.loss, problem.output]
-    codes = tuple(v if isinstance(v, (str, int)) else getattr(v, "__code__", type(v)) for v in called)
+    codes = (kind_of(problem.loss), kind_of(problem.output))
     shapes = tuple((part.shape, part.dtype) for part in (*inputs.parts(x), y))
     return "compiled", run.batched, differentiates, step == problem.steps, *settings, codes, tuple(params), shapes
 
@@ -77,7 +75,6 @@ class _Compiled:
     """What torch.compile made of passes of a kind.
 
     Args:
-        function: `_values` or `_gradients`.
         before: What this one takes the place of, because the forward reads something that changed.
 
     Attributes:
@@ -87,12 +84,13 @@ class _Compiled:
 
     seen: Seen
 
-    def __init__(self, function: Any, before: _Compiled | None) -> None:
+    def __init__(self, before: _Compiled | None) -> None:
         self._changes: int = 0 if before is None else before._changes + 1
         if self._changes > MOST_CHANGES:
             _refuse("a forward that reads something that changes from call to call")
         # Each has code of its own: torch keeps what it compiled with the code, and only so much of it.
-        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        assert isinstance(_whole_pass, types.FunctionType)
+        own = types.FunctionType(_whole_pass.__code__.replace(), _whole_pass.__globals__, _whole_pass.__name__)
         self.times = 0
         self._compiled = _told(lambda: torch.compile(own, dynamic=False, fullgraph=True, backend=self._backend))
 
@@ -112,7 +110,14 @@ MOST_CHANGES = 32
 
 
 def _pass_of(
-    run: Run, compiled: _Compiled, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int
+    run: Run,
+    compiled: _Compiled,
+    params: TaskParams,
+    x: Inputs,
+    y: Tensor,
+    first_task: int,
+    step: int,
+    differentiates: bool,
 ) -> Found:
     detached = {name: value.detach() for name, value in params.items()}
     # Of the device "meta": a parameter that the forward reaches by another way than by name fails there, instead of
@@ -121,7 +126,7 @@ def _pass_of(
     if compiled.seen.writes_input:
         x = inputs.each(x, Tensor.clone)
     autocast = run.problem.device.type if run.problem.precision == "bf16" else None
-    how = _How(run.problem.loss, run.problem.output, autocast, run.batched)
+    how = _How(run.problem.loss, run.problem.output, autocast, run.batched, differentiates)
     if run.batched:
         loss, prediction, gradients = compiled(copy, detached, run.buffers_of(y.shape[0]), x, y, how)
     else:
@@ -142,29 +147,25 @@ class _How(NamedTuple):
         output: As in `meta_step`.
         autocast: Type of the device where forwards run in bfloat16; None: they do not.
         together: Whether tasks have a leading axis.
+        differentiates: Whether it gives gradients.
     """
 
     loss: Loss
     output: Output | None
     autocast: str | None
     together: bool
+    differentiates: bool
 
 
-def _values(copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How) -> Found:
+def _whole_pass(copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How) -> Found:
+    """What is compiled."""
+
     def of_task(params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         return _loss_and_prediction(copy, params, buffers, x, y, how)
 
-    return *(torch.vmap(of_task) if how.together else of_task)(params, buffers, x, y), {}
-
-
-def _gradients(copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How) -> Found:
-    def of_task(params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss_and_prediction(copy, params, buffers, x, y, how)
-
-    differentiated = grad_and_value(of_task, has_aux=True)
-    gradients, (loss, prediction) = (torch.vmap(differentiated) if how.together else differentiated)(
-        params, buffers, x, y
-    )
+    function: Any = grad_and_value(of_task, has_aux=True) if how.differentiates else of_task
+    found = (torch.vmap(function) if how.together else function)(params, buffers, x, y)
+    gradients, (loss, prediction) = found if how.differentiates else ({}, found)
     return loss, prediction, gradients
 
 

@@ -212,13 +212,17 @@ _REFUSED, _OWN_BUFFERS, _DRAWS = "vmap refused it", "its tasks have buffers of t
 
 def _refusal(problem: Problem) -> Hashable:
     """The question whether vmap refused such a call: what in a call may be the cause."""
-
-    def kind(value: Any) -> Any:
-        # The code of a function, not what its closure holds: a loss that is made anew for each call is the same kind.
-        return value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
-
-    of_call = (problem.method, problem.batch_norm, problem.precision, kind(problem.loss), kind(problem.output))
+    of_call = (problem.method, problem.batch_norm, problem.precision, kind_of(problem.loss), kind_of(problem.output))
     return (_REFUSED, problem.model.training, problem.compile, *of_call)
+
+
+def kind_of(value: Any) -> Hashable:
+    """A loss or an output, for a key: of a function its code, not what its closure holds.
+
+    One that is made anew for each call is of the same kind.
+    """
+    kind: Any = value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
+    return kind
 
 
 class NotBatchable(Exception):

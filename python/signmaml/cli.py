@@ -101,9 +101,8 @@ class Parser(argparse.ArgumentParser):
         names: list[str] = []
         for action in self._actions:
             names += action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    names += parser.option_names() if isinstance(parser, Parser) else []
+        for parser in self._commands().values():
+            names += parser.option_names()
         return names
 
 
