@@ -11,7 +11,7 @@
 #include "bindings/addresses.h"
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
-#include "cpu/conv_stages.h"
+#include "cpu/conv_table.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
 #include "launch/launch.h"

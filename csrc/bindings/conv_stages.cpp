@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "bindings/conv.h"
-#include "cpu/conv_stages.h"
+#include "cpu/conv_table.h"
 #include "cpu/dispatch.h"
 #include "plan/conv_meta_step_cpu.h"
 

@@ -11,7 +11,7 @@
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
 #include "cpu/dispatch.h"
-#include "cpu/mlp_stages.h"
+#include "cpu/mlp_table.h"
 #include "cpu/ops.h"
 #include "launch/launch.h"
 #include "plan/mlp_meta_step.h"

@@ -1,86 +1,26 @@
 // A meta-step of a convolutional network on the CPU: as many tasks side by side as there are threads, the rest one
-// after the other with all threads on each. The stages are those of conv_stages.h; the readable twin is
+// after the other with all threads on each. The stages are those of conv_table.h; the readable twin is
 // meta_gradients in signmaml_ext/reference.py.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <utility>
-#include <vector>
 
-#include "cpu/conv_stages.h"
+#include "cpu/conv_head.h"
+#include "cpu/conv_table.h"
+#include "cpu/conv_tensors.h"
 #include "cpu/dispatch.h"
 #include "cpu/flags.h"
 #include "cpu/ops.h"
 #include "cpu/ordered_mean.h"
+#include "cpu/scratch_slots.h"
 #include "cpu/thread_pool.h"
 #include "plan/conv_meta_step_cpu.h"
 
 namespace signmaml::cpu {
 namespace {
-
-// Numbers 0 to count - 1, each lent to one thread at a time. As many threads as numbers come at most.
-class Places {
-  public:
-    explicit Places(std::int64_t count) : taken_(static_cast<std::size_t>(count)) {}
-
-    std::int64_t take() {
-        for (std::size_t i = 0;; i = (i + 1) % taken_.size()) {
-            if (!taken_[i].exchange(true, std::memory_order_acquire)) return static_cast<std::int64_t>(i);
-        }
-    }
-    void give_back(std::int64_t place) {
-        taken_[static_cast<std::size_t>(place)].store(false, std::memory_order_release);
-    }
-
-  private:
-    std::vector<std::atomic<bool>> taken_;
-};
-
-// Where one parameter tensor lies in theta.
-struct Tensor {
-    std::int64_t first;
-    std::int64_t size;
-};
-
-struct Tensors {
-    std::vector<Tensor> all;
-
-    explicit Tensors(const ConvShape& shape) {
-        std::int64_t at = 0;
-        const auto add = [this, &at](std::int64_t size) {
-            all.push_back({at, size});
-            at += size;
-        };
-        for (int i = 0; i < shape.blocks; ++i) {
-            add(std::int64_t{9} * shape.filters * (i == 0 ? shape.channels : shape.filters));
-            for (int v = 1; v < conv_tensors_of_block(shape); ++v) add(shape.filters);
-        }
-        const std::int64_t rest = conv_parameters(shape) - at;
-        add(rest - shape.ways);
-        add(shape.ways);
-    }
-};
-
-// Places of a block's tensors in the list.
-struct BlockTensors {
-    int weight, bias, gamma, beta;  // bias: -1 without one
-};
-
-BlockTensors tensors_of(const ConvShape& shape, int block) {
-    const int first = block * conv_tensors_of_block(shape);
-    return shape.conv_bias ? BlockTensors{first, first + 1, first + 2, first + 3}
-                           : BlockTensors{first, -1, first + 1, first + 2};
-}
-
-// What a gradient pass is for.
-struct Wanted {
-    const std::uint8_t* tensors;  // which parameter tensors get a gradient; null: all
-
-    bool operator()(int tensor) const { return tensors == nullptr || tensors[tensor] != 0; }
-};
 
 // Some threads that work on one task.
 template <typename Scalar>
@@ -110,7 +50,7 @@ class ConvTeam {
             const Scalar loss = forward(p_.support, task, features_stale);
             nonfinite_ |= !std::isfinite(loss);
             p_.support_loss[step * p_.tasks + task] = loss;
-            logits_grad(p_.support, task);
+            head(p_.support, task).to_gradient();
             backward(wanted);
             move(wanted, lr);
             features_stale = false;
@@ -122,10 +62,10 @@ class ConvTeam {
             const Scalar loss = forward(p_.query, task, true);
             nonfinite_ |= !std::isfinite(loss);
             p_.query_loss[task] = loss;
-            if (p_.query_accuracy != nullptr) p_.query_accuracy[task] = accuracy(task);
+            if (p_.query_accuracy != nullptr) p_.query_accuracy[task] = head(p_.query, task).accuracy();
             give_logits(task);
             if (p_.grads != nullptr || mean_.wanted()) {
-                logits_grad(p_.query, task);
+                head(p_.query, task).to_gradient();
                 backward(Wanted{nullptr});
                 give(mean_.wanted() ? mean_.rows(task) : p_.grads + task * p_.parameters, /*grads=*/true);
             }
@@ -152,9 +92,9 @@ class ConvTeam {
     template <typename Body>
     void ranges_with_scratch(std::int64_t items, const Body& body) {
         parallel_for(items, threads_, [&](std::int64_t begin, std::int64_t end) {
-            const std::int64_t place = scratch_.take();
-            body(begin, end, task_.memory + layout_.size + place * layout_.scratch);
-            scratch_.give_back(place);
+            const std::int64_t slot = scratch_.take();
+            body(begin, end, task_.memory + layout_.size + slot * layout_.scratch);
+            scratch_.give_back(slot);
         });
     }
 
@@ -205,7 +145,7 @@ class ConvTeam {
         }
     }
 
-    // theta into packed form. Padding is written too: a task with a NaN leaves it everywhere.
+    // theta into packed form. Writes the padding too: an earlier task may have left NaN there.
     void take_parameters() {
         const ConvShape& shape = p_.shape;
         for (int i = 0; i < shape.blocks; ++i) {
@@ -262,17 +202,17 @@ class ConvTeam {
         const std::int64_t items = set.count * b.items, patch = 9 * b.inputs;
         const double positions = static_cast<double>(set.count * b.out_h * b.out_w);
         each(items, [&](std::int64_t item) { stages_.patch_sum(task_, item); });
-        auto* mean = reinterpret_cast<double*>(task_.at(layout_.patch_mean));
+        double* mean = task_.patch_mean();
         std::fill_n(mean, kConvLargestPatch, 0.0);
         for (std::int64_t item = 0; item < items; ++item) {
-            for (std::int64_t j = 0; j < patch; ++j) mean[j] += task_.partial(item)[j];
+            for (std::int64_t j = 0; j < patch; ++j) mean[j] += task_.partial(item).patch_sums()[j];
         }
         for (std::int64_t j = 0; j < patch; ++j) mean[j] /= positions;
 
         each_with_scratch(set.count, [&](std::int64_t example, Scalar* scratch) {
             stages_.patch_covariance(task_, example, scratch);
         });
-        auto* covariance = reinterpret_cast<double*>(task_.at(layout_.covariance));
+        double* covariance = task_.covariance();
         const auto from_middle = [&](std::int64_t i) {
             return mean[i] - static_cast<double>(static_cast<Scalar>(mean[4 * b.inputs + i % b.inputs]));
         };
@@ -280,7 +220,7 @@ class ConvTeam {
             for (std::int64_t j = i; j < patch; ++j) {
                 double sum = 0;
                 for (std::int64_t example = 0; example < set.count; ++example) {
-                    sum += task_.partial(example)[i * patch + j];
+                    sum += task_.partial(example).patch_products()[i * patch + j];
                 }
                 covariance[i * kConvLargestPatch + j] = covariance[j * kConvLargestPatch + i] =
                     sum / positions - from_middle(i) * from_middle(j);
@@ -322,11 +262,11 @@ class ConvTeam {
                                                       weight + way * layout_.features, layout_.features);
             }
         });
-        return cross_entropy(set, task);
+        return head(set, task).loss();
     }
 
-    // The output of the block before and with it this block, a few images at a time: it finds them in the second-level
-    // cache.
+    // Recomputes the previous block's output and runs this block on it, a few images at a time: they stay in L2. One
+    // thread works on the task, so the images come in order and `held` is right.
     void forward_with_input(int block, std::int64_t examples) {
         const ConvBlockPlan& b = layout_.blocks[block];
         ranges_with_scratch(examples, [&](std::int64_t begin, std::int64_t end, Scalar* scratch) {
@@ -370,56 +310,9 @@ class ConvTeam {
         }
     }
 
-    // Also leaves the softmax in logits_grad. A label out of range makes the loss NaN: reference.cross_entropy.
-    Scalar cross_entropy(const ConvSet<Scalar>& set, std::int64_t task) {
-        const std::int64_t ways = p_.shape.ways;
-        Scalar loss = 0;
-        for (std::int64_t i = 0; i < set.count; ++i) {
-            const Scalar* logits = task_.at(layout_.logits) + i * ways;
-            Scalar* softmax = task_.at(layout_.logits_grad) + i * ways;
-            Scalar largest = logits[0], sum = 0;
-            for (std::int64_t way = 1; way < ways; ++way) largest = logits[way] > largest ? logits[way] : largest;
-            for (std::int64_t way = 0; way < ways; ++way) {
-                softmax[way] = std::exp(logits[way] - largest);
-                sum += softmax[way];
-            }
-            for (std::int64_t way = 0; way < ways; ++way) softmax[way] /= sum;
-            const std::int64_t label = set.labels[task * set.count + i];
-            loss += label >= 0 && label < ways ? std::log(sum) - (logits[label] - largest)
-                                               : std::numeric_limits<Scalar>::quiet_NaN();
-        }
-        return loss / static_cast<Scalar>(set.count);
-    }
-
-    // From the softmax to the gradient of the mean loss.
-    void logits_grad(const ConvSet<Scalar>& set, std::int64_t task) {
-        const std::int64_t ways = p_.shape.ways;
-        const std::int64_t* labels = set.labels + task * set.count;
-        bool in_range = true;
-        for (std::int64_t i = 0; i < set.count; ++i) in_range &= labels[i] >= 0 && labels[i] < ways;
-        const Scalar share =
-            in_range ? Scalar(1) / static_cast<Scalar>(set.count) : std::numeric_limits<Scalar>::quiet_NaN();
-        for (std::int64_t i = 0; i < set.count; ++i) {
-            Scalar* grad = task_.at(layout_.logits_grad) + i * ways;
-            if (in_range) grad[labels[i]] -= Scalar(1);
-            for (std::int64_t way = 0; way < ways; ++way) grad[way] *= share;
-        }
-    }
-
-    Scalar accuracy(std::int64_t task) const {
-        const std::int64_t ways = p_.shape.ways;
-        std::int64_t correct = 0;
-        for (std::int64_t i = 0; i < p_.query.count; ++i) {
-            const Scalar* logits = task_.at(layout_.logits) + i * ways;
-            std::int64_t best = 0;
-            for (std::int64_t way = 1; way < ways; ++way) {
-                // A NaN is the largest, as in torch's argmax.
-                const bool first_nan = std::isnan(logits[way]) && !std::isnan(logits[best]);
-                if (logits[way] > logits[best] || first_nan) best = way;
-            }
-            correct += best == p_.query.labels[task * p_.query.count + i] ? 1 : 0;
-        }
-        return static_cast<Scalar>(correct) / static_cast<Scalar>(p_.query.count);
+    ConvHead<Scalar> head(const ConvSet<Scalar>& set, std::int64_t task) const {
+        return {task_.at(layout_.logits), task_.at(layout_.logits_grad), set.labels + task * set.count, set.count,
+                p_.shape.ways};
     }
 
     void give_logits(std::int64_t task) const {
@@ -573,7 +466,7 @@ class ConvTeam {
     const Tensors& tensors_;
     OrderedMean<Scalar>& mean_;
     const int threads_;
-    Places scratch_;
+    ScratchSlots scratch_;
     ConvTask<Scalar> task_;
     bool nonfinite_ = false;
 };

@@ -1,12 +1,12 @@
 // A meta-step of multilayer perceptrons on the CPU: groups of tasks over threads, or threads within a group where there
-// are fewer groups. What a group does is in mlp_stages.cpp; the readable twin is meta_gradients in
+// are fewer groups. What a group does is in cpu/isa/mlp/group.h; the readable twin is meta_gradients in
 // signmaml_ext/reference.py.
 
 #include <algorithm>
 #include <atomic>
 
 #include "cpu/dispatch.h"
-#include "cpu/mlp_stages.h"
+#include "cpu/mlp_table.h"
 #include "cpu/ops.h"
 #include "cpu/ordered_mean.h"
 #include "cpu/thread_pool.h"

@@ -26,13 +26,13 @@ struct MeanGradient {
     bool skip_nonfinite;  // flagged tasks do not count; without any other the mean is 0
 };
 
-// `params.workspace` has what plan_conv_meta_step_cpu says for conv_unit and these threads. The same bits for any number
-// of threads and whatever other tasks there are; an instruction set has its own.
+// `params.workspace` has what plan_conv_meta_step_cpu says for conv_unit and these threads. The same bits for any
+// number of threads and whatever other tasks there are; an instruction set has its own.
 template <typename Scalar>
 void conv_meta_step(const ConvMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 
-// `params.workspace` has what plan_mlp_meta_step_cpu says for the lanes of mlp_stages and these threads. The same bits as
-// above.
+// `params.workspace` has what plan_mlp_meta_step_cpu says for the lanes of mlp_stages and these threads. The same bits
+// as above.
 template <typename Scalar>
 void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 

@@ -71,7 +71,7 @@ constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
     return 2 * 16 * kConvOuterTiles * (channels + kConvOuterGap);
 }
 
-// Shared products (conv_stages.cpp) of a convolution with stride 2 are computed for at most so many positions at once,
+// Shared products (cpu/isa/conv/shared_products.h) of a convolution with stride 2 are computed for at most so many positions at once,
 // times the products in one sum: the blended inputs of all lie side by side.
 inline constexpr std::int64_t kConvSharedPositions = 384;
 inline constexpr std::int64_t kConvSharedRuns = 9;        // products in one sum: three of a row times three of a column
@@ -85,8 +85,8 @@ inline constexpr std::int64_t kConvFirstGrads = 6;
 // stay in the second-level cache.
 inline constexpr std::int64_t kConvWeightBytes = 448 * 1024;
 // Bytes of a block's output, but for the last block's, that a thread with a task to itself keeps in a network with
-// stride 2, or those of the images that the next block takes at once. Of more images it makes the output twice, a few
-// at a time in the second-level cache: memory would take longer.
+// stride 2, or those of the images that the next block takes at once. Outputs of further images are recomputed in L2, a
+// few at a time, which beats reading them back.
 inline constexpr std::int64_t kConvKeptBytes = 512 * 1024;
 
 constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w) {
@@ -174,6 +174,7 @@ struct ConvCpuLayout {
     std::int64_t covariance;      // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
     std::int64_t size;            // of a task
     std::int64_t scratch;         // of a thread, beside it
+    std::int64_t covariance_sums;  // where in scratch the sums of a covariance are, behind the centred example
     std::int64_t shared_scratch;  // where in scratch the copies for shared products are
     // Whether block 0's halved_grad stays in scratch, the items of one data_grad: with stride 2 no later stage needs
     // it.
@@ -328,9 +329,10 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
     layout.first_grad = layout.first_grad_in_scratch ? first.half_rows * first.half_w * channels : 0;
     const std::int64_t first_row = (shape.width + 2) * shape.channels;
+    layout.covariance_sums = conv_centred((shape.height + 2) * first_row);
     const std::int64_t of_first =
         larger(larger(first.rows * first.out_w * channels, 4 * ceil_div(first_row, unit.lanes) * unit.lanes),
-               conv_centred((shape.height + 2) * first_row) + kConvCovarianceSums);
+               layout.covariance_sums + kConvCovarianceSums);
     places.take(larger(larger(of_first, winograd_scratch),
                        layout.first_grad_in_scratch ? layout.blocks[1].data_grad_items * layout.first_grad : 0));
     layout.shared_scratch = pools ? 0 : places.at - layout.size;

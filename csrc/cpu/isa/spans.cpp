@@ -1,28 +1,15 @@
-// The inner loops, written for the compiler to vectorise. CMakeLists.txt compiles this file once for each instruction
-// set, with SIGNMAML_ISA naming the namespace.
-// Everything but the table has internal linkage, and no header with inline code is used besides: the linker keeps one
-// of several equal inline functions, and must not give the AVX-512 copy of one to a machine without AVX-512.
+// The flat-buffer operations over spans of consecutive elements, written for the compiler to vectorise. CMakeLists.txt
+// compiles this file once for each instruction set; SIGNMAML_ISA names the namespace.
 
 #include <cstdint>
 
-#include "cpu/conv_stages.h"
+#include "cpu/conv_table.h"
+#include "cpu/isa/simd.h"
 #include "cpu/kernels.h"
-#include "cpu/mlp_stages.h"
+#include "cpu/mlp_table.h"
 
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
-
-// An integer as wide as the scalar: a loop over both then vectorises without conversions.
-template <typename Scalar>
-struct SameWidth;
-template <>
-struct SameWidth<float> {
-    using Int = std::int32_t;
-};
-template <>
-struct SameWidth<double> {
-    using Int = std::int64_t;
-};
 
 // x - x is NaN for NaN and infinities, and 0 for every other number.
 template <typename Scalar>
@@ -41,7 +28,7 @@ inline Scalar sign(Scalar x) {
 template <typename Scalar, bool kLrPerElement, bool kMasked>
 bool sign_step_span(Scalar* __restrict params, const Scalar* __restrict grads, const Scalar* __restrict lr,
                     const std::uint8_t* __restrict mask, std::int64_t n) {
-    using Int = typename SameWidth<Scalar>::Int;
+    using Int = typename Bits<Scalar>::Int;
     Int nonfinite = 0;
     const Scalar first_lr = lr[0];
     for (std::int64_t j = 0; j < n; ++j) {
@@ -72,7 +59,7 @@ bool sign_step(Scalar* params, const Scalar* grads, const Scalar* lr, bool lr_pe
 template <typename Scalar, bool kLrPerElement>
 bool compact_sign_step_span(std::int8_t* __restrict counts, Scalar* __restrict params, const Scalar* __restrict theta,
                             const Scalar* __restrict grads, const Scalar* __restrict lr, std::int64_t n) {
-    using Int = typename SameWidth<Scalar>::Int;
+    using Int = typename Bits<Scalar>::Int;
     constexpr Int kNanCount = -128;
     constexpr Scalar kNan = __builtin_nanf("");
     Int nonfinite = 0;
@@ -102,7 +89,7 @@ bool compact_sign_step(std::int8_t* counts, Scalar* params, const Scalar* theta,
 
 template <typename Scalar>
 unsigned accumulate_one(Scalar* __restrict sums, const Scalar* __restrict grads, std::int64_t n) {
-    using Int = typename SameWidth<Scalar>::Int;
+    using Int = typename Bits<Scalar>::Int;
     Int nonfinite = 0;
     for (std::int64_t j = 0; j < n; ++j) {
         sums[j] += grads[j];
@@ -114,7 +101,7 @@ unsigned accumulate_one(Scalar* __restrict sums, const Scalar* __restrict grads,
 template <typename Scalar>
 unsigned accumulate_four(Scalar* __restrict sums, const Scalar* __restrict a, const Scalar* __restrict b,
                          const Scalar* __restrict c, const Scalar* __restrict d, std::int64_t n) {
-    using Int = typename SameWidth<Scalar>::Int;
+    using Int = typename Bits<Scalar>::Int;
     Int nonfinite = 0;
     for (std::int64_t j = 0; j < n; ++j) {
         sums[j] = (((sums[j] + a[j]) + b[j]) + c[j]) + d[j];
@@ -140,7 +127,7 @@ void add_mean(Scalar* __restrict out, const Scalar* __restrict sums, Scalar coun
 
 template <typename Scalar>
 bool holds_nonfinite(const Scalar* __restrict grads, std::int64_t n) {
-    using Int = typename SameWidth<Scalar>::Int;
+    using Int = typename Bits<Scalar>::Int;
     Int nonfinite = 0;
     for (std::int64_t j = 0; j < n; ++j) nonfinite |= static_cast<Int>(is_nonfinite(grads[j]));
     return nonfinite != 0;
@@ -148,7 +135,8 @@ bool holds_nonfinite(const Scalar* __restrict grads, std::int64_t n) {
 
 template <typename Scalar>
 constexpr SpanKernels<Scalar> table() {
-    return {sign_step<Scalar>, compact_sign_step<Scalar>, accumulate<Scalar>, add_mean<Scalar>, holds_nonfinite<Scalar>};
+    return {sign_step<Scalar>, compact_sign_step<Scalar>, accumulate<Scalar>, add_mean<Scalar>,
+            holds_nonfinite<Scalar>};
 }
 
 }  // namespace
@@ -157,7 +145,6 @@ constexpr SpanKernels<Scalar> table() {
 #define SIGNMAML_TEXT(x) SIGNMAML_TEXT_OF(x)
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages,
-                          &kMlpStages};
+const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages, &kMlpStages};
 
 }  // namespace signmaml::cpu::SIGNMAML_ISA

@@ -1,0 +1,105 @@
+// What is done with the results of a product while they are in registers: each is a `Finish` of product.h.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa/mlp/elementary.h"
+#include "params/mlp_meta_step.h"
+
+namespace signmaml::cpu::SIGNMAML_ISA {
+namespace {
+
+// Stores activations. Values below `floor` become `floor`; a NaN stays, as in torch.
+template <typename Vector>
+struct Activate {
+    Vector* out;  // [rows, columns]
+    std::int64_t columns;
+    Vector floor;
+
+    struct Own {
+        Vector* to;
+        std::int64_t columns;
+        Vector floor;
+
+        void operator()(int c, Vector sum) { to[c] = sum < floor ? floor : sum; }
+        void next_row() { to += columns; }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const { return {out + row * columns + column, columns, floor}; }
+    void end(const Own&) {}
+};
+
+// Stores the gradients of an activation's input. The results are those of its output.
+template <typename Vector, Activation kActivation>
+struct Deactivate {
+    const Vector* values;  // [rows, columns]
+    Vector* deltas;        // [rows, columns]
+    std::int64_t columns;
+
+    struct Own {
+        const Vector* at;
+        Vector* to;
+        std::int64_t columns;
+
+        void operator()(int c, Vector sum) {
+            const Vector value = at[c], zero{};
+            if constexpr (kActivation == Activation::kRelu) {
+                to[c] = value <= zero ? zero : sum;
+            } else {
+                to[c] = sum * (1 - value * value);
+            }
+        }
+        void next_row() {
+            at += columns;
+            to += columns;
+        }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const {
+        const std::int64_t first = row * columns + column;
+        return {values + first, deltas + first, columns};
+    }
+    void end(const Own&) {}
+};
+
+enum class Purpose { kSignStep, kPlainStep, kGradient };
+
+// Moves parameters by their gradients, or stores the gradients in their place.
+template <typename S, Purpose kPurpose>
+struct Move {
+    using V = typename S::Vector;
+    using M = typename S::Mask;
+
+    V* parameters;  // [rows, columns]
+    std::int64_t columns;
+    V lr;
+    M top;  // the largest magnitude seen, as bits: infinities and NaNs are the largest
+
+    struct Own {
+        V* to;
+        std::int64_t columns;
+        V lr;
+        M top;
+
+        void operator()(int c, V gradient) {
+            const M magnitude = reinterpret_cast<M>(gradient) & Bits<typename S::Scalar>::kMagnitude;
+            top = magnitude > top ? magnitude : top;
+            if constexpr (kPurpose == Purpose::kSignStep) {
+                to[c] -= lr * sign_of<S>(gradient);
+            } else if constexpr (kPurpose == Purpose::kPlainStep) {
+                to[c] -= lr * gradient;
+            } else {
+                to[c] = gradient;
+            }
+        }
+        void next_row() { to += columns; }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const {
+        return {parameters + row * columns + column, columns, lr, top};
+    }
+    void end(const Own& own) { top = own.top; }
+};
+
+}  // namespace
+}  // namespace signmaml::cpu::SIGNMAML_ISA
