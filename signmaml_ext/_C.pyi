@@ -117,7 +117,13 @@ def plan_meta_accumulate(
     tasks: int, parameters: int, scalar_bytes: int, out: int, grads: int, multiprocessors: int, /
 ) -> dict[str, int]: ...
 def plan_conv_meta_step_cpu(
-    shape: dict[str, Any], tasks: int, support: int, query: int, scalar_bytes: int, threads: int
+    shape: dict[str, Any],
+    tasks: int,
+    support: int,
+    query: int,
+    scalar_bytes: int,
+    threads: int,
+    with_blocks: bool = False,
 ) -> dict[str, Any]: ...
 def plan_conv_meta_step(
     shape: dict[str, Any],

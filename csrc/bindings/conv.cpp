@@ -173,7 +173,8 @@ ConvUnit conv_unit(int scalar_bytes) {
     refuse("scalar_bytes", "4 or 8", std::to_string(scalar_bytes));
 }
 
-py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads) {
+py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads,
+                  bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     ConvSizes{tasks, support, query, 0, true}.check();
@@ -183,6 +184,10 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     const ConvCpuPlan plan = plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, unit, threads);
     const ConvCpuLayout layout =
         conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit, /*alone=*/plan.side_by_side > 0);
+    py::dict found("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
+                   "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
+                   "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes);
+    if (!with_blocks) return found;  // every step asks for a plan
     py::list blocks;
     for (int i = 0; i < shape.blocks; ++i) {
         const ConvBlockPlan& b = layout.blocks[i];
@@ -190,10 +195,8 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
                                "half_w"_a = b.half_w, "vectors"_a = b.vectors, "vectors_back"_a = b.vectors_back,
                                "rows"_a = b.rows, "items"_a = b.items));
     }
-    return py::dict("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
-                    "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
-                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes,
-                    "blocks"_a = blocks);
+    found["blocks"] = blocks;
+    return found;
 }
 
 template <typename Scalar>
@@ -316,7 +319,7 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
 void define_conv(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a);
+          "threads"_a, "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,

@@ -128,7 +128,7 @@ conv_shapes = st.builds(
 
 @given(conv_shapes, tasks, st.integers(0, 3000), st.integers(1, 3000), scalar_bytes, st.integers(1, 256))
 def test_plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, threads):
-    plan = C.plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, threads)
+    plan = C.plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, threads, with_blocks=True)
     assert plan["channels"] >= shape["filters"] and plan["channels"] % plan["lanes"] == 0
     assert plan["channels"] - shape["filters"] < plan["lanes"]
     assert plan["side_by_side"] % threads == 0 and 0 <= tasks - plan["side_by_side"] < threads
