@@ -5,11 +5,11 @@ the query gradient at the adapted weights is the exact meta-gradient.
 """
 
 from ._loader import VERSION as __version__  # first: a broken installation gets its explanation here
-from .api import EvaluateResult, MetaStepResult, adapt, evaluate, explain, meta_step
+from .api import adapt, evaluate, explain, meta_step
 from .dispatch import Explanation
 from .graphs import GraphRefused
 from .ops import compact_sign_step_, meta_accumulate_, sign_step_
-from .reference import CompactParams
+from .results import CompactParams, EvaluateResult, MetaStepResult
 
 __all__ = [
     "CompactParams",

@@ -3,62 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import dispatch, graphs, modes, spec, threads
-from .checks import Problem, Rate, check_compiled_order, check_problem
+from .checks import check_compiled_order, check_problem
 from .dispatch import Explanation
 from .inputs import Inputs, Output
 from .losses import Loss
-from .reference import Adaptation, MetaGradients
-
-
-@dataclass(frozen=True)
-class MetaStepResult:
-    """What `meta_step` tells; all tensors are on the model's device, detached.
-
-    Attributes:
-        query_loss: `[T]`, mean loss of each task's query set at its adapted parameters.
-        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores. Labels
-            that the loss leaves out (`ignore_index`) do not count; NaN where none counts.
-        support_loss: `[K, T]`, loss of each task's support set before each inner step.
-        nonfinite: `[T]` bool, tasks that met a NaN or an Inf in a loss or a gradient.
-        live_tasks: `[]` int64, tasks in the mean: T, or with `nonfinite="skip"` the finite ones.
-        backend: The backend that served the call.
-    """
-
-    query_loss: Tensor
-    query_accuracy: Tensor | None
-    support_loss: Tensor
-    nonfinite: Tensor
-    live_tasks: Tensor
-    backend: str
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    """What `evaluate` tells; all tensors are on the model's device, detached.
-
-    Attributes:
-        query_loss: `[T]`.
-        query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores. Labels
-            that the loss leaves out (`ignore_index`) do not count; NaN where none counts.
-        logits: `[T, Q, ...]`, the adapted models' output for the query sets; `[T, 0]` where that is several tensors of
-            which no `output=` names one.
-        support_loss: `[K, T]`, loss of each task's support set before each inner step.
-        nonfinite: `[T]` bool, tasks that met a NaN or an Inf.
-        backend: The backend that served the call.
-    """
-
-    query_loss: Tensor
-    query_accuracy: Tensor | None
-    logits: Tensor
-    support_loss: Tensor
-    nonfinite: Tensor
-    backend: str
+from .problem import Problem, Rate
+from .results import Adaptation, EvaluateResult, MetaGradients, MetaStepResult
 
 
 def meta_step(
@@ -201,9 +156,33 @@ def meta_step(
         >>> result.query_loss.shape, result.support_loss.shape, model.weight.grad.shape
         (torch.Size([4]), torch.Size([5, 4]), torch.Size([2, 3]))
     """
-    problem = check_problem(**locals())  # exactly the arguments: nothing else is bound yet
+    problem = check_problem(
+        model,
+        support_x,
+        support_y,
+        query_x,
+        query_y,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        method=method,
+        loss=loss,
+        adapt=adapt,
+        backend=backend,
+        precision=precision,
+        nonfinite=nonfinite,
+        batch_norm=batch_norm,
+        seed=seed,
+        zero_dead_bias=zero_dead_bias,
+        first_task=first_task,
+        graph=graph,
+        task_state=task_state,
+        batching=batching,
+        compile=compile,
+        output=output,
+    )
     check_compiled_order(problem)
-    used, meta = modes.undisturbed(lambda: graphs.run(problem))
+    compute = graphs.run if graphs.serve(problem) else dispatch.meta_gradients
+    used, meta = modes.undisturbed(lambda: compute(problem))
     _raise_if_asked(problem, meta.nonfinite)
     _accumulate(problem, meta)
     return MetaStepResult(
@@ -255,7 +234,28 @@ def evaluate(
         >>> signmaml_ext.evaluate(model, x, y, x, y, inner_lr=0.01, inner_steps=5).logits.shape
         torch.Size([4, 10, 2])
     """
-    problem = check_problem(**locals())
+    problem = check_problem(
+        model,
+        support_x,
+        support_y,
+        query_x,
+        query_y,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        method=method,
+        loss=loss,
+        adapt=adapt,
+        backend=backend,
+        precision=precision,
+        nonfinite=nonfinite,
+        batch_norm=batch_norm,
+        seed=seed,
+        zero_dead_bias=zero_dead_bias,
+        task_state=task_state,
+        batching=batching,
+        compile=compile,
+        output=output,
+    )
     used, adaptation = _adaptation(problem)
     assert adaptation.query_loss is not None and adaptation.logits is not None
     return EvaluateResult(
@@ -310,7 +310,29 @@ def adapt(
         >>> {name: tuple(value.shape) for name, value in adapted.items()}
         {'weight': (4, 2, 3), 'bias': (4, 2)}
     """
-    problem = check_problem(query_x=None, query_y=None, with_query=False, **locals())
+    problem = check_problem(
+        model,
+        support_x,
+        support_y,
+        None,
+        None,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        method=method,
+        loss=loss,
+        adapt=adapt,
+        backend=backend,
+        precision=precision,
+        nonfinite=nonfinite,
+        batch_norm=batch_norm,
+        seed=seed,
+        zero_dead_bias=zero_dead_bias,
+        task_state=task_state,
+        batching=batching,
+        compile=compile,
+        output=output,
+        with_query=False,
+    )
     adaptation = _adaptation(problem)[1]
     return {**adaptation.params, **adaptation.statistics} if adaptation.statistics else adaptation.params
 
@@ -360,12 +382,30 @@ def explain(
           not cuda: ...
           not cpu, flat: ...'maml' differentiates through them
     """
-    arguments = locals().copy()
-    del arguments["plan"]
-    data = ("support_x", "support_y", "query_x", "query_y")
-    if all(arguments[name] is None for name in data):
-        arguments |= dict(zip(data, _any_data(model, loss), strict=True))
-    problem = check_problem(**arguments)
+    if support_x is None and support_y is None and query_x is None and query_y is None:
+        support_x, support_y, query_x, query_y = _any_data(model, loss)
+    problem = check_problem(
+        model,
+        support_x,
+        support_y,
+        query_x,
+        query_y,
+        inner_lr=inner_lr,
+        inner_steps=inner_steps,
+        method=method,
+        loss=loss,
+        adapt=adapt,
+        backend=backend,
+        precision=precision,
+        nonfinite=nonfinite,
+        batch_norm=batch_norm,
+        seed=seed,
+        zero_dead_bias=zero_dead_bias,
+        task_state=task_state,
+        batching=batching,
+        compile=compile,
+        output=output,
+    )
     check_compiled_order(problem)
     return dispatch.explain(problem, with_plan=plan)
 
@@ -388,7 +428,7 @@ def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Ten
 def _adaptation(problem: Problem) -> tuple[str, Adaptation]:
     if problem.method == "maml":
         problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient alone
-    used, adaptation = modes.undisturbed(lambda: dispatch.run(problem, lambda chosen, checked: chosen.adapt(checked)))
+    used, adaptation = modes.undisturbed(lambda: dispatch.adapt(problem))
     _raise_if_asked(problem, adaptation.nonfinite)
     return used, adaptation
 

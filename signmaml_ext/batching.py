@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import chain, inputs, modes
-from .checks import Problem
+from .problem import Problem
 from .replica import Replicas
 
 # Seconds, fitted to benchmarks/zoo_models.py on the CPUs of benchmarks/results, and rounded. A forward and backward

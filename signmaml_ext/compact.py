@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import Problem
 from .inputs import take
-from .reference import Adaptation, CompactParams, MetaGradients
+from .problem import Problem
+from .results import Adaptation, CompactParams, MetaGradients
 
 # Parameters of so many bytes are in full precision at once; their gradients take as much again, twice while they are
 # gathered.

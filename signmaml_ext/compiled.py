@@ -18,7 +18,8 @@ from . import chain, inputs
 from .checks import refuse
 from .inputs import Inputs, Output
 from .losses import Loss
-from .reference import Run, Seen, TaskParams, kind_of, task_loss
+from .reference import Run, Seen, kind_of, task_loss
+from .results import TaskParams
 
 # Loss `[t]`, prediction `[t, S, ...]`, gradients by name.
 Found = tuple[Tensor, Tensor, dict[str, Tensor | None]]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _loader, fused, spec
-from .checks import Problem
 from .inputs import only
 from .nvtx import Range
-from .reference import Adaptation, MetaGradients
+from .problem import Problem
+from .results import Adaptation, MetaGradients
 
 MOST_BLOCKS = 6  # kConvBlocks
 MOST_FILTERS = 128  # kConvFilters

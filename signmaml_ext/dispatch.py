@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from . import _loader, chain, conv, flat, mlp, reference
-from .checks import Problem
 from .plan import table
+from .problem import Problem
+from .results import Adaptation, MetaGradients
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Family:
     name: str
     summary: str
     why_not: Callable[[Problem], str | None]
-    meta_gradients: Callable[[Problem], reference.MetaGradients]
-    adapt: Callable[[Problem], reference.Adaptation]
+    meta_gradients: Callable[[Problem], MetaGradients]
+    adapt: Callable[[Problem], Adaptation]
     fused: bool = False
 
 
@@ -174,6 +175,16 @@ def run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]
     with chain.one_look(), torch.inference_mode(False):
         backend, family = choose(problem)
         return backend.name, compute(family, problem)
+
+
+def meta_gradients(problem: Problem) -> tuple[str, MetaGradients]:
+    """The meta-step, launched plainly: the backend's name, and the result."""
+    return run(problem, lambda family, checked: family.meta_gradients(checked))
+
+
+def adapt(problem: Problem) -> tuple[str, Adaptation]:
+    """The inner loop: the backend's name, and the result."""
+    return run(problem, lambda family, checked: family.adapt(checked))
 
 
 def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:

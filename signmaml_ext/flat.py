@@ -19,20 +19,17 @@ import torch
 from torch import Tensor
 
 from . import compact, compiled, inputs, modes, ops, threads
-from .checks import Problem
 from .losses import accuracy
+from .problem import Problem
 from .reference import (
     LARGE,
-    Adaptation,
-    CompactParams,
-    MetaGradients,
     Run,
-    TaskParams,
     all_finite,
     batched_or_not,
     gradients_of,
     sign,
 )
+from .results import Adaptation, CompactParams, MetaGradients, TaskParams
 
 
 def why_not(problem: Problem, device_type: str) -> str | None:

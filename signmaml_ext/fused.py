@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from . import _loader, ops
-from .checks import Problem, check_labels
+from .checks import check_labels
 from .flat import constant
 from .inputs import Inputs, only
-from .reference import Adaptation, MetaGradients
+from .problem import Problem
+from .results import Adaptation, MetaGradients
 from .spec import ConvSpec, MlpSpec
 
 # Gradients of so many bytes are held at once on CUDA; more tasks run in several calls.

@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, nn
 
 from . import chain, dispatch, inputs, modes, structure, threads
-from .checks import Problem, check_problem
-from .reference import MetaGradients
+from .problem import Problem
+from .results import MetaGradients
 
 LIMIT = 8  # graphs kept: a few models or shapes in turn, each with the memory of a whole meta-step
 
@@ -206,28 +206,8 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-# Of `meta_step`'s arguments.
-_DEFAULTS: dict[str, Any] = {
-    "method": "sign-maml",
-    "loss": "cross_entropy",
-    "adapt": None,
-    "backend": "auto",
-    "precision": "fp32",
-    "nonfinite": "propagate",
-    "batch_norm": "batch",
-    "seed": None,
-    "zero_dead_bias": True,
-}
-
-
-def why_not_graph(
-    model: nn.Module, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, **arguments: Any
-) -> str | None:
-    """Whether a graph could hold a call of `meta_step`, found out by one meta-step that is thrown away.
-
-    Args:
-        model, support_x, support_y, query_x, query_y: As for `meta_step`.
-        **arguments: The others of `meta_step`.
+def why_not_graph(problem: Problem) -> str | None:
+    """Whether a graph could hold a meta-step, found out by one that is thrown away.
 
     Returns:
         None if it could, else the reason. `.grad` and torch's generators are as before.
@@ -235,13 +215,12 @@ def why_not_graph(
     Raises:
         ValueError, TypeError: As `meta_step`.
     """
-    problem = check_problem(model, support_x, support_y, query_x, query_y, **(_DEFAULTS | arguments))
     reason = why_not(problem)
     if reason is not None:
         return reason
     try:
         with _refusing_random_draws(problem.device):
-            _plainly(problem.replace(keyed=False))
+            dispatch.meta_gradients(problem.replace(keyed=False))
     except GraphRefused as error:
         return str(error)
     return None
@@ -386,7 +365,7 @@ class _MetaStep:
         self.gradients = self.numbers = _Layout({})
 
     def __call__(self) -> tuple[Tensor, ...]:
-        self.backend, meta = _plainly(self._problem)
+        self.backend, meta = dispatch.meta_gradients(self._problem)
         gradients = {name: gradient for name, gradient in meta.params.items() if gradient is not None}
         numbers = {name: getattr(meta, name) for name in _NUMBERS if getattr(meta, name) is not None}
         self.gradients, self.numbers = _Layout(gradients), _Layout(numbers)
@@ -485,7 +464,7 @@ class GraphCache:
             if recorded is not None:
                 self._replays += 1
                 return recorded.backend, recorded.replay(_inputs_of(problem))
-        return _plainly(problem)
+        return dispatch.meta_gradients(problem)
 
     def _record(self, key: tuple[object, ...], problem: Problem) -> _Recorded | None:
         while len(self._graphs) >= self._limit:
@@ -536,6 +515,11 @@ CACHE = GraphCache()
 BY_DEFAULT = (dispatch.CONV,)
 
 
+def serve(problem: Problem) -> bool:
+    """Whether a meta-step comes here at all: its device has graphs, or the caller insists on one."""
+    return problem.device.type in RECORDERS or problem.graph is True
+
+
 def run(problem: Problem) -> tuple[str, MetaGradients]:
     """Backend and result of a meta-step, by a graph if one is asked for or usual, else launched plainly.
 
@@ -544,26 +528,20 @@ def run(problem: Problem) -> tuple[str, MetaGradients]:
         ValueError, TypeError: As `meta_step`.
     """
     if problem.graph is False or modes.is_capturing(problem.device):
-        return _plainly(problem)
+        return dispatch.meta_gradients(problem)
     if problem.graph is None and not _may_be_usual(problem):
-        return _plainly(problem)
+        return dispatch.meta_gradients(problem)
     reason = why_not(problem)
     if reason is None:
         return CACHE.meta_gradients(problem)
     if problem.graph:
         raise GraphRefused(f"graph: expected a call that a graph can hold, found that {reason}")
-    return _plainly(problem)
+    return dispatch.meta_gradients(problem)
 
 
 def _may_be_usual(problem: Problem) -> bool:
     """Rules out, in microseconds, most of what `BY_DEFAULT` does not serve."""
-    if problem.device.type not in RECORDERS:
-        return False
     return any(isinstance(module, nn.Conv2d) for module in problem.model.modules())
-
-
-def _plainly(problem: Problem) -> tuple[str, MetaGradients]:
-    return dispatch.run(problem, lambda chosen, checked: chosen.meta_gradients(checked))
 
 
 def clear(model: nn.Module | None = None) -> None:

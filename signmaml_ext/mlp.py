@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _loader, fused, spec
-from .checks import Problem
 from .inputs import only
 from .nvtx import Range
-from .reference import Adaptation, MetaGradients
+from .problem import Problem
+from .results import Adaptation, MetaGradients
 
 WIDEST = 256  # kMlpWidth
 MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import threads
-from .checks import Problem
+from .problem import Problem
 
 Result = TypeVar("Result")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _loader, conv, fused, spec
-from .checks import Problem
+from .problem import Problem
 
 # The GPU of the model is an H200 by these figures: bytes a second of a copy, operations a second by precision of the
 # products (three TF32 products make one of fp32) and of all else, seconds between two launches of a graph.

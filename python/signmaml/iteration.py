@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from signmaml_ext import graphs
+from signmaml_ext.checks import check_problem
 
 from .config import TrainConfig
 from .distributed import Group
@@ -43,9 +44,16 @@ def why_no_graph(
     if not hasattr(sampler, "draw_at"):
         return f"{type(sampler).__name__} draws on the host (it has no draw_at)"
     one_task = (part[:1] for part in sampler.draw(0))
-    return graphs.why_not_graph(
-        model, *one_task, inner_lr=rates.values(), inner_steps=config.inner_steps, seed=0, **arguments
+    problem = check_problem(
+        model,
+        *one_task,
+        inner_lr=rates.values(),
+        inner_steps=config.inner_steps,
+        seed=0,
+        zero_dead_bias=True,
+        **arguments,
     )
+    return graphs.why_not_graph(problem)
 
 
 def outer_adam(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: torch.device) -> torch.optim.Adam:

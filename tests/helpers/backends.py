@@ -19,7 +19,7 @@ import torch
 
 from helpers import emulated
 from signmaml_ext import checks, dispatch, ops
-from signmaml_ext.checks import Problem
+from signmaml_ext.problem import Problem
 
 NAMES = ("torch", "cpu", "emulated", "cuda")
 

@@ -7,8 +7,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from signmaml_ext import reference
-from signmaml_ext.checks import Problem, check_problem
+from signmaml_ext.checks import check_problem
+from signmaml_ext.problem import Problem
+from signmaml_ext.results import MetaGradients
 
 
 def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Module:
@@ -50,7 +51,7 @@ def problem_of(model: nn.Module, data: tuple[Tensor, ...], **options: object) ->
     return check_problem(model, *data, **{**chosen, **options})
 
 
-def assert_same(found: reference.MetaGradients, expected: reference.MetaGradients, tolerance: float) -> None:
+def assert_same(found: MetaGradients, expected: MetaGradients, tolerance: float) -> None:
     for name in ("query_loss", "query_accuracy", "support_loss", "nonfinite", "live_tasks"):
         torch.testing.assert_close(
             getattr(found, name), getattr(expected, name), rtol=tolerance, atol=tolerance, equal_nan=True, msg=name

@@ -10,7 +10,7 @@ from helpers.perceptrons import problem_of
 from signmaml.models import Conv4
 from signmaml_ext import conv, fused, mlp, ops, spec
 from signmaml_ext._loader import C
-from signmaml_ext.checks import Problem
+from signmaml_ext.problem import Problem
 
 DTYPES = (torch.float32, torch.float64)
 SKIPPING = ("propagate", "skip")

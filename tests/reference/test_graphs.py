@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from helpers import nets
+from helpers.perceptrons import problem_of
 from helpers.replaying import ReplayingRecorder, ReplayingRecording, stand_in
 from signmaml_ext import graphs, meta_step, modes
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}
+USUAL = {"loss": "cross_entropy", "backend": "auto"}  # as meta_step has them
 
 
 @pytest.fixture
@@ -351,10 +353,10 @@ def test_models_that_draw_random_numbers_are_refused(cache, make):
     assert torch.equal(torch.get_rng_state(), before)
     assert cache.info()[:3] == (0, graphs.LIMIT, 0)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert "draws no random numbers" in graphs.why_not_graph(model, *data, **OPTIONS)
+    assert "draws no random numbers" in graphs.why_not_graph(problem_of(model, data, **(USUAL | OPTIONS)))
     model.eval()
     assert_equals_eager(model, data, **OPTIONS)
-    assert graphs.why_not_graph(model, *data, **OPTIONS) is None
+    assert graphs.why_not_graph(problem_of(model, data, **(USUAL | OPTIONS))) is None
 
 
 class Unhashable:
@@ -376,7 +378,7 @@ def test_calls_that_a_graph_cannot_hold_are_refused(cache, change, reason):
     model, data = nets.mlp().double(), nets.vector_tasks()
     with pytest.raises(ValueError, match=f"graph: expected a call that a graph can hold, found that .*{reason}"):
         meta_step(model, *data, **(OPTIONS | change), graph=True)
-    assert reason in graphs.why_not_graph(model, *data, **(OPTIONS | change))
+    assert reason in graphs.why_not_graph(problem_of(model, data, **(USUAL | OPTIONS | change)))
     assert ReplayingRecorder.made == []
 
 
@@ -424,7 +426,7 @@ def test_threads_take_turns(cache):
     tasks = [nets.vector_tasks() for _ in range(4)]
     expected = [meta_step(copy.deepcopy(model), *data, **OPTIONS).query_loss for data in tasks]
     # Checked here: torch's functional_call, which the stand-in runs, swaps the parameters of the module meanwhile.
-    problems = [graphs.check_problem(model, *data, **(graphs._DEFAULTS | OPTIONS), graph=True) for data in tasks]
+    problems = [problem_of(model, data, **(USUAL | OPTIONS), graph=True) for data in tasks]
     wrong: list[int] = []
 
     def work(place: int) -> None:
