@@ -1,8 +1,9 @@
 """Result files to tables and plots: python benchmarks/report.py [--write] [--results DIR]
 
-README.md and docs/benchmarks.md have places for tables, `<!-- table: NAME -->` to `<!-- end table -->`. What stands there
-comes from benchmarks/results/*.json and is never typed; the text around them is the page's own. Without --write the
-tables are printed. All results of a table are from one machine and one version of torch, or this ends with an error.
+README.md and docs/benchmarks.md have places for tables, from `<!-- table: NAME -->` to `<!-- end table -->`. What is in
+them comes from benchmarks/results/*.json and is never typed; the text around them is the page's own. Without --write
+the tables are printed. All results of a table are from one machine and one version of torch, or this ends with an
+error.
 """
 
 from __future__ import annotations
