@@ -176,11 +176,12 @@ def ratios(results: Sequence[Result]) -> str:
         cells = [letter, WORKLOADS[letter], str(point["tasks"]), f"{point['gflop']:g}", backend]
         for key in ("speedup", "speedup_over_best_torch"):
             ratio = row.get(key)
-            cells.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-")
+            shown = [number(ratio[part]) for part in ("median", "low", "high")] if ratio else []
+            cells.append(f"{shown[0]} ({shown[1]} to {shown[2]})" if shown else "-")
         memory, loop = row.get("memory_mib"), point["implementations"].get(BASE, {}).get("memory_mib")
         cells.append(f"{memory / loop:.2f}" if memory and loop and loop > 0 else "-")
         rows.append(cells)
-    header = ["", "what", "T", "counted GFLOP", "backend", "x the loop (quartiles)", "x hand-tuned PyTorch (quartiles)"]
+    header = ["", "what", "T", "counted GFLOP", "backend", "x the loop (quartiles)", "x hand-tuned (quartiles)"]
     return table([*header, "memory / the loop's"], rows)
 
 
@@ -360,20 +361,26 @@ def zoo_compiled(results: list[dict[str, Any]]) -> str:
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _axes(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
+def _axes(panels: int, columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
+    """So many panels in rows of so many columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
+    rows = -(-panels // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    )
+    for unused in axes.flat[panels:]:
+        unused.set_axis_off()
+    return figure, axes.flat[:panels]
 
 
 def plot_meta_steps(results: Sequence[Result], path: Path) -> None:
     """Bars: how many times faster than the loop, with quartiles."""
     points = of_all(results)
-    figure, axes = _axes(len(points), 4.6)
+    figure, axes = _axes(len(points), min(2, len(points)), 4.6, 2.8)
     for axis, (letter, point) in zip(axes, points.items(), strict=True):
         rows = {name: row for name, row in point["implementations"].items() if "speedup" in row}
         middle = [row["speedup"]["median"] for row in rows.values()]
@@ -396,7 +403,7 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
     """Time over T and, where it was measured, memory."""
     panels = [(result, "time_ms", "ms") for result in results]
     panels += [(result, "memory_mib", "MiB") for result in results if _curves(result, "memory_mib")]
-    figure, axes = _axes(len(panels), 3.6)
+    figure, axes = _axes(len(panels), min(3, len(panels)), 3.2, 2.8)
     for axis, (result, key, label) in zip(axes, panels, strict=True):
         for name, (tasks, values) in _curves(result, key).items():
             style = {"linewidth": 2.5} if name.startswith(OURS) else {"linestyle": "--"}
@@ -405,8 +412,8 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
         axis.set_yscale("log" if key == "time_ms" else "linear")
         axis.set_xlabel("tasks T")
         axis.set_ylabel(f"{label} a meta-step")
-        axis.set_title(result["workload"])
-    axes[0].legend(fontsize=7)
+        axis.set_title(f"{result['workload']}: {'time' if key == 'time_ms' else 'memory'}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -426,7 +433,7 @@ def _curves(result: Result, key: str) -> dict[str, tuple[list[int], list[float]]
 
 def plot_trade_off(results: Sequence[Result], path: Path) -> None:
     """Validation accuracy over training time, one line a method."""
-    figure, axes = _axes(1, 7, 4.4)
+    figure, axes = _axes(1, 1, 7, 4.4)
     (axis,) = axes
     for result in results:
         for name, run in result["runs"].items():
