@@ -168,12 +168,21 @@ def speed(results: Sequence[Result]) -> str:
     return table(header, rows)
 
 
+def workloads(results: Sequence[Result]) -> str:
+    """What was timed."""
+    rows = [
+        [letter, WORKLOADS[letter], str(point["tasks"]), f"{point['gflop']:g}"]
+        for letter, point in of_all(results).items()
+    ]
+    return table(["", "network, images and task", "T", "counted GFLOP"], rows)
+
+
 def ratios(results: Sequence[Result]) -> str:
     """The fastest backend of this package against the loop and the best of pure PyTorch, with quartiles."""
     rows = []
     for letter, point in of_all(results).items():
         backend, row = best_of_ours(point)
-        cells = [letter, WORKLOADS[letter], str(point["tasks"]), f"{point['gflop']:g}", backend]
+        cells = [letter, backend]
         for key in ("speedup", "speedup_over_best_torch"):
             ratio = row.get(key)
             shown = [number(ratio[part]) for part in ("median", "low", "high")] if ratio else []
@@ -181,8 +190,8 @@ def ratios(results: Sequence[Result]) -> str:
         memory, loop = row.get("memory_mib"), point["implementations"].get(BASE, {}).get("memory_mib")
         cells.append(f"{memory / loop:.2f}" if memory and loop and loop > 0 else "-")
         rows.append(cells)
-    header = ["", "what", "T", "counted GFLOP", "backend", "x the loop (quartiles)", "x hand-tuned (quartiles)"]
-    return table([*header, "memory / the loop's"], rows)
+    header = ["", "backend", "x the loop (quartiles)", "x hand-tuned PyTorch (quartiles)", "memory / the loop's"]
+    return table(header, rows)
 
 
 def skipped(results: Sequence[Result]) -> str:
@@ -472,6 +481,7 @@ def with_stages(results: Sequence[Result]) -> str:
 # By name: the kind of result, and the table of all such results.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "speed": ("meta_step", speed),
+    "workloads": ("meta_step", workloads),
     "meta-steps": ("meta_step", ratios),
     "meta-steps by implementation": ("meta_step", meta_steps),
     "meta-steps, memory": ("meta_step", memories),

@@ -69,7 +69,8 @@ def test_numbers_come_from_the_files(tmp_path):
     text = report.printed(tmp_path)
     assert "| **signmaml_ext, cpu** | 16 ms, 4.75x |" in text
     assert "higher: not installed (A)" in text and "this CPU, avx2, 2 threads" in text
-    assert f"| A | {report.WORKLOADS['A']} | 3 | 1.5 | cpu | 4.75 (4.75 to 4.75) | - | 0.20 |" in text
+    assert f"| A | {report.WORKLOADS['A']} | 3 | 1.5 |" in text
+    assert "| A | cpu | 4.75 (4.75 to 4.75) | - | 0.20 |" in text
     assert "| **signmaml_ext, cpu** | 9 (12%) |" in text and "| large matrix product | 72 |" in text
     assert "| 16 ms | 4.75x | - | 160 / 800 |" in text
     assert "### kernels" not in text and report.content("stages", tmp_path) == report.NOTHING
