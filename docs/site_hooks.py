@@ -6,10 +6,12 @@ mkdocs calls `on_files` and `on_page_markdown` (mkdocs.yml). Nothing here import
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     add(files, config, "tutorial.md", page)
     for name, picture in pictures.items():
         add(files, config, name, picture)
-    add(files, config, "reference/command_line.md", command_line())
+    with without_installing():
+        add(files, config, "reference/command_line.md", command_line())
+        add(files, config, "reference/configuration.md", configuration())
     return files
 
 
@@ -87,15 +91,22 @@ def shown(output: dict[str, Any], pictures: dict[str, bytes]) -> str:
     return f'<div class="cell-output" markdown>\n\n```text\n{text.rstrip()}\n```\n\n</div>'
 
 
-def command_line() -> str:
-    """What `signmaml COMMAND --help` prints, for every command."""
+@contextlib.contextmanager
+def without_installing() -> Iterator[None]:
+    """The command line and the configuration import no torch, so they can be asked without a build."""
     sys.path.insert(0, str(ROOT / "python"))
-    os.environ["COLUMNS"] = "100"
-    os.environ["NO_COLOR"] = "1"  # newer versions of argparse print colours
     try:
-        from signmaml.cli import build_parser
+        yield
     finally:
         sys.path.remove(str(ROOT / "python"))
+
+
+def command_line() -> str:
+    """What `signmaml COMMAND --help` prints, for every command."""
+    from signmaml.cli import build_parser
+
+    os.environ["COLUMNS"] = "100"
+    os.environ["NO_COLOR"] = "1"  # newer versions of argparse print colours
     parser = build_parser()
     commands = parser._commands()
     parts = [
@@ -107,4 +118,27 @@ def command_line() -> str:
         parts.append(f"## `signmaml {name}`\n\n```text\n{commands[name].format_help().rstrip()}\n```")
         for action, below in commands[name]._commands().items():
             parts.append(f"### `signmaml {name} {action}`\n\n```text\n{below.format_help().rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def configuration() -> str:
+    """All fields of `TrainConfig`, and the presets."""
+    from signmaml.config import TrainConfig, describe, rule_of
+    from signmaml.presets import PRESETS
+
+    lines = ["| field | default | what |", "|---|---|---|"]
+    for name, value in TrainConfig().to_dict().items():
+        resumed = " *" if rule_of(name).on_resume else ""
+        lines.append(f"| `{name}`{resumed} | `{json.dumps(value)}` | {describe(name).replace('|', '&#124;')} |")
+    parts = [
+        "# Configuration",
+        "Every field of `signmaml.TrainConfig`. On the command line `inner_lr` is `--inner-lr`. Values come from the "
+        "defaults, then `--preset`, then `--config` (a YAML or TOML file), then the command line; later ones win.",
+        "\n".join(lines),
+        "Fields with a star may change when a run is [resumed](../howto/resume.md).",
+        "## Presets",
+    ]
+    for name, values in PRESETS.items():
+        chosen = "\n".join(f"{field}: {json.dumps(value)}" for field, value in values.items())
+        parts.append(f"### `{name}`\n\n```yaml\n{chosen}\n```")
     return "\n\n".join(parts) + "\n"
