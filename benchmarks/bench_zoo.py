@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import report
 import torch
 import zoo_models
 from zoo_models import WORKLOADS
 
 import signmaml_ext
 
-METHODS = ("sign-maml", "fo-maml", "maml")
 STEPS = 3
 RATE = 0.01
 CPU = torch.device("cpu")
@@ -130,42 +130,10 @@ def memory_apart(name: str, method: str, way: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def rows(results: list[dict[str, Any]]) -> str:
-    """A Markdown table: one row a model, one column a method and number of threads."""
-    kinds = sorted({(r["threads"], METHODS.index(r["method"])) for r in results})
-    with_memory = any("memory" in r for r in results)
-    header = ["model", *(f"{METHODS[m]}, {t} thread{'s' * (t > 1)}" for t, m in kinds)]
-    lines = []
-    for name in dict.fromkeys(r["model"] for r in results):
-        of_model = {(r["threads"], METHODS.index(r["method"])): r for r in results if r["model"] == name}
-        cells = []
-        for kind in kinds:
-            ratio = of_model[kind]["ratio"] if kind in of_model else None
-            cells.append("-" if ratio is None else f"{ratio['median']:.2f}")
-        if with_memory:
-            both = [r["memory"] for r in of_model.values() if "memory" in r]
-            cells.append(", ".join(f"{one['ours'] / max(one['loop'], 0.1):.2f}" for one in both) or "-")
-        lines.append([name, *cells])
-    return harness.table([*header, *(["memory / the loop's"] if with_memory else [])], lines)
-
-
-def compiled_rows(results: list[dict[str, Any]]) -> str:
-    """A Markdown table of `measure_compiled`: one row a model."""
-    threads = sorted({r["threads"] for r in results})
-    many = [f"{t} thread{'s' * (t > 1)}" for t in threads]
-    header = ["model", *(f"over `compile=False`, {t}" for t in many), *(f"over the compiled loop, {t}" for t in many)]
-    lines = []
-    for name in dict.fromkeys(r["model"] for r in results):
-        of_model = {r["threads"]: r for r in results if r["model"] == name}
-        cells = [f"{of_model[t]['ratios'][o]['median']:.2f}" for o in ("ours", "compiled loop") for t in threads]
-        lines.append([name, *cells, f"{of_model[threads[0]]['first_call_s']:.0f} s"])
-    return harness.table([*header, "first call, code cached on disk"], lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(WORKLOADS), help="names, or parts of names")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="*", default=list(report.METHODS), choices=report.METHODS)
     parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=4, help="of timing for each case")
     parser.add_argument("--no-memory", action="store_true")
@@ -183,8 +151,8 @@ def main() -> None:
         for name in (name for name in names if not WORKLOADS[name].options):
             of_case = [measure_compiled(name, threads, asked.seconds) for threads in asked.threads]
             results += json.loads(json.dumps(of_case, default=harness.plain))
-            print(compiled_rows(results[-len(asked.threads) :]), flush=True)
-        print(compiled_rows(results))
+            print(report.zoo_compiled(results[-len(asked.threads) :]), flush=True)
+        print(report.zoo_compiled(results))
         if asked.out:
             written = {"benchmark": "zoo-compiled", **stamp, "steps": STEPS, "results": results}
             harness.write(asked.out / "zoo_compiled_cpu.json", written)
@@ -197,7 +165,7 @@ def main() -> None:
             results += json.loads(json.dumps(of_case, default=harness.plain))
             told = ", ".join(f"{r['ratio']['median']:.2f}" for r in results[-len(of_case) :])
             print(f"{name}, {method}: {told} times the loop ({of_case[0]['how']})", flush=True)
-    print(rows(results))
+    print(report.zoo(results))
     if asked.out:
         harness.write(asked.out / "zoo_cpu.json", {"benchmark": "zoo", **stamp, "steps": STEPS, "results": results})
 

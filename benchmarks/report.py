@@ -1,25 +1,37 @@
-"""Result files to the README's tables and the plots: python benchmarks/report.py [--write] [--results DIR]
+"""Result files to tables and plots: python benchmarks/report.py [--write] [--results DIR]
 
-Everything between the markers in README.md comes from benchmarks/results/*.json and is never typed. Without --write the
-tables are printed. All results of a table are from one machine and one version of torch, or this ends with an error.
+README.md and docs/benchmarks.md have places for tables, from `<!-- table: NAME -->` to `<!-- end table -->`. What is in
+them comes from benchmarks/results/*.json and is never typed; the text around them is the page's own. Without --write
+the tables are printed. All results of a table are from one machine and one version of torch, or this ends with an
+error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- measured: benchmarks/report.py --write -->", "<!-- end measured -->"
+PAGES = ("README.md", "docs/benchmarks.md")
+PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end table -->)", re.DOTALL)
+NOTHING = "Nothing is recorded here for this version."
 PLOTS = {"meta_step": "docs/meta_step_speed.png", "growth": "docs/meta_step_growth.png"}
 TRAINING_PLOT = "docs/accuracy_over_time.png"
+METHODS = ("sign-maml", "fo-maml", "maml")
 OURS, BASE = "signmaml_ext", "sequential loop"
 SAME = ("device", "processor", "threads", "torch")
+# Here and not in workloads.py, which needs torch.
+WORKLOADS = {
+    "A": "Conv4-32 with max-pooling, 84 x 84 RGB; 5-way 1-shot, 1 query a class",
+    "B": "Conv4-64 with stride 2, 28 x 28 gray; 5-way 1-shot, 15 queries a class",
+    "C": "Conv4-64 with max-pooling, 32 x 32 RGB; 5-way 5-shot, 15 queries a class",
+    "D": "MLP 1-40-40-1, sine waves; 10 support and 10 query points",
+}
 
 Result = Mapping[str, Any]
 
@@ -86,54 +98,100 @@ def names_of(points: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def meta_steps(results: Sequence[Result]) -> str:
-    """Milliseconds, speed-up over the sequential loop, share of the matrix rate."""
+    """Milliseconds, and the speed-up over the sequential loop."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        speedup = f"{number(row['speedup']['median'])}x" if "speedup" in row else "?"
+        return f"{number(row['time_ms']['median'])} ms, {speedup}"
+
+    return by_implementation("time, speed of the loop = 1", of_all(results), cell)
+
+
+def counted_rates(results: Sequence[Result]) -> str:
+    """Counted operations a second, and what a large matrix product reaches."""
     points = of_all(results)
-    rows = []
-    for name in names_of(points.values()):
-        cells = []
-        for point in points.values():
-            row = point["implementations"].get(name)
-            if row is None:
-                cells.append("-")
-                continue
-            ratio = f"{number(row['speedup']['median'])}x" if "speedup" in row else "?"
-            cells.append(f"{number(row['time_ms']['median'])} ms, {ratio}, {row['share_of_matrix']['median']:.0%}")
-        rows.append([f"**{name}**" if name.startswith(OURS) else name, *cells])
-    header = [f"{letter} (T = {p['tasks']}, {p['gflop']:g} GFLOP)" for letter, p in points.items()]
-    return table(["time, speed of the loop = 1, share of the matrix rate", *header], rows)
+
+    def cell(row: Mapping[str, Any]) -> str:
+        return f"{row['gflops']['median']:.0f} ({row['share_of_matrix']['median']:.0%})"
+
+    rows = by_implementation("counted GFLOP/s (share of the matrix product's)", points, cell)
+    product = ["large matrix product", *(f"{point['matrix_gflops']['median']:.0f}" for point in points.values())]
+    return f"{rows}\n| " + " | ".join(product) + " |"
 
 
 def memories(results: Sequence[Result]) -> str:
     """MiB of one meta-step."""
-    points = of_all(results)
+
+    def cell(row: Mapping[str, Any]) -> str:
+        return "-" if row.get("memory_mib") is None else f"{max(row['memory_mib'], 0):.0f}"
+
+    return by_implementation("MiB", of_all(results), cell)
+
+
+def by_implementation(
+    title: str, points: Mapping[str, Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """A row for each implementation and a column for each workload; rows without a figure are left out."""
     rows = []
     for name in names_of(points.values()):
-        found = [point["implementations"].get(name, {}).get("memory_mib") for point in points.values()]
-        if any(value is not None for value in found):
-            cells = ["-" if value is None else f"{max(value, 0):.0f}" for value in found]
+        found = [point["implementations"].get(name) for point in points.values()]
+        cells = ["-" if row is None else cell(row) for row in found]
+        if set(cells) != {"-"}:
             rows.append([f"**{name}**" if name.startswith(OURS) else name, *cells])
-    return table(["MiB of one meta-step", *points], rows)
+    return table([title, *points], rows)
+
+
+def best_of_ours(point: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The fastest backend of this package: its name and its row."""
+    ours = {name: row for name, row in point["implementations"].items() if name.startswith(OURS)}
+    name = min(ours, key=lambda each: ours[each]["time_ms"]["median"])
+    return name.split(", ")[1], ours[name]
+
+
+def speed(results: Sequence[Result]) -> str:
+    """One row a workload: what it is, and this package against the loop and the best of pure PyTorch."""
+    rows = []
+    for letter, point in of_all(results).items():
+        _, row = best_of_ours(point)
+        loop = point["implementations"][BASE]
+        ratios = [row.get(key) for key in ("speedup", "speedup_over_best_torch")]
+        memory = [f"{max(each['memory_mib'], 0):.0f}" if each.get("memory_mib") else "-" for each in (row, loop)]
+        rows.append(
+            [
+                f"**{letter}** {WORKLOADS[letter]}; T = {point['tasks']}",
+                f"{number(row['time_ms']['median'])} ms",
+                *(f"{number(ratio['median'])}x" if ratio else "-" for ratio in ratios),
+                " / ".join(memory),
+            ]
+        )
+    header = ["workload", "one meta-step", "over the loop", "over hand-tuned PyTorch", "MiB / the loop's"]
+    return table(header, rows)
+
+
+def workloads(results: Sequence[Result]) -> str:
+    """What was timed."""
+    rows = [
+        [letter, WORKLOADS[letter], str(point["tasks"]), f"{point['gflop']:g}"]
+        for letter, point in of_all(results).items()
+    ]
+    return table(["", "network, images and task", "T", "counted GFLOP"], rows)
 
 
 def ratios(results: Sequence[Result]) -> str:
     """The fastest backend of this package against the loop and the best of pure PyTorch, with quartiles."""
     rows = []
     for letter, point in of_all(results).items():
-        implementations = point["implementations"]
-        ours = {name: row for name, row in implementations.items() if name.startswith(OURS)}
-        name = min(ours, key=lambda each: ours[each]["time_ms"]["median"])
-        row = ours[name]
-        cells = [letter, name.split(", ")[1]]
+        backend, row = best_of_ours(point)
+        cells = [letter, backend]
         for key in ("speedup", "speedup_over_best_torch"):
             ratio = row.get(key)
-            cells.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "-")
-        matrix, rate = point["matrix_gflops"]["median"], row["gflops"]["median"]
-        cells += [f"{rate:.0f} of {matrix:.0f} GFLOP/s", f"{row['share_of_matrix']['median']:.0%}"]
-        memory, loop = row.get("memory_mib"), implementations.get(BASE, {}).get("memory_mib")
+            shown = [number(ratio[part]) for part in ("median", "low", "high")] if ratio else []
+            cells.append(f"{shown[0]} ({shown[1]} to {shown[2]})" if shown else "-")
+        memory, loop = row.get("memory_mib"), point["implementations"].get(BASE, {}).get("memory_mib")
         cells.append(f"{memory / loop:.2f}" if memory and loop and loop > 0 else "-")
         rows.append(cells)
-    header = ["", "backend", "x the loop (quartiles)", "x hand-tuned PyTorch (quartiles)", "rate", "of the matrix rate"]
-    return table([*header, "memory / the loop's"], rows)
+    header = ["", "backend", "x the loop (quartiles)", "x hand-tuned PyTorch (quartiles)", "memory / the loop's"]
+    return table(header, rows)
 
 
 def skipped(results: Sequence[Result]) -> str:
@@ -150,10 +208,7 @@ def growth(results: Sequence[Result]) -> str:
     rows = []
     for result in results:
         for point in result["points"]:
-            implementations = point["implementations"]
-            ours = {name: row for name, row in implementations.items() if name.startswith(OURS)}
-            best = ours[min(ours, key=lambda each: ours[each]["time_ms"]["median"])]
-            base = implementations[BASE]
+            base, best = point["implementations"][BASE], best_of_ours(point)[1]
             rows.append(
                 [
                     result["workload"],
@@ -162,15 +217,13 @@ def growth(results: Sequence[Result]) -> str:
                     number(base["time_ms"]["median"]),
                     number(best["time_ms"]["median"]),
                     f"{best['speedup']['median']:.1f}",
-                    f"{best['share_of_matrix']['median']:.0%}",
                     *(
                         "-" if row.get("memory_mib") is None else f"{max(row['memory_mib'], 0):.0f}"
                         for row in (base, best)
                     ),
                 ]
             )
-    header = ["", "T", "K", "loop, ms", "signmaml_ext, ms", "x", "of the matrix rate", "loop, MiB", "signmaml_ext, MiB"]
-    return table(header, rows)
+    return table(["", "T", "K", "loop, ms", "signmaml_ext, ms", "x", "loop, MiB", "signmaml_ext, MiB"], rows)
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------
@@ -279,23 +332,64 @@ def memory(result: Result) -> str:
     return table(["MiB", "adapted models of all tasks", "peak of the call"], rows)
 
 
+# ---- any module ----------------------------------------------------------------------------------------------------
+
+
+def zoo(results: list[dict[str, Any]]) -> str:
+    """A Markdown table: one row a model, one column a method and number of threads."""
+    kinds = sorted({(r["threads"], METHODS.index(r["method"])) for r in results})
+    with_memory = any("memory" in r for r in results)
+    header = ["model", *(f"{METHODS[m]}, {t} thread{'s' * (t > 1)}" for t, m in kinds)]
+    lines = []
+    for name in dict.fromkeys(r["model"] for r in results):
+        of_model = {(r["threads"], METHODS.index(r["method"])): r for r in results if r["model"] == name}
+        cells = []
+        for kind in kinds:
+            ratio = of_model[kind]["ratio"] if kind in of_model else None
+            cells.append("-" if ratio is None else f"{ratio['median']:.2f}")
+        if with_memory:
+            both = [r["memory"] for r in of_model.values() if "memory" in r]
+            cells.append(", ".join(f"{one['ours'] / max(one['loop'], 0.1):.2f}" for one in both) or "-")
+        lines.append([name, *cells])
+    return table([*header, *(["memory / the loop's"] if with_memory else [])], lines)
+
+
+def zoo_compiled(results: list[dict[str, Any]]) -> str:
+    """A Markdown table of `measure_compiled`: one row a model."""
+    threads = sorted({r["threads"] for r in results})
+    many = [f"{t} thread{'s' * (t > 1)}" for t in threads]
+    header = ["model", *(f"over `compile=False`, {t}" for t in many), *(f"over the compiled loop, {t}" for t in many)]
+    lines = []
+    for name in dict.fromkeys(r["model"] for r in results):
+        of_model = {r["threads"]: r for r in results if r["model"] == name}
+        cells = [f"{of_model[t]['ratios'][o]['median']:.2f}" for o in ("ours", "compiled loop") for t in threads]
+        lines.append([name, *cells, f"{of_model[threads[0]]['first_call_s']:.0f} s"])
+    return table([*header, "first call, code cached on disk"], lines)
+
+
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _axes(columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
+def _axes(panels: int, columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
+    """So many panels in rows of so many columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
+    rows = -(-panels // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
+    )
+    for unused in axes.flat[panels:]:
+        unused.set_axis_off()
+    return figure, axes.flat[:panels]
 
 
 def plot_meta_steps(results: Sequence[Result], path: Path) -> None:
     """Bars: how many times faster than the loop, with quartiles."""
     points = of_all(results)
-    figure, axes = _axes(len(points), 4.6)
+    figure, axes = _axes(len(points), min(2, len(points)), 4.6, 2.8)
     for axis, (letter, point) in zip(axes, points.items(), strict=True):
         rows = {name: row for name, row in point["implementations"].items() if "speedup" in row}
         middle = [row["speedup"]["median"] for row in rows.values()]
@@ -318,7 +412,7 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
     """Time over T and, where it was measured, memory."""
     panels = [(result, "time_ms", "ms") for result in results]
     panels += [(result, "memory_mib", "MiB") for result in results if _curves(result, "memory_mib")]
-    figure, axes = _axes(len(panels), 3.6)
+    figure, axes = _axes(len(panels), min(3, len(panels)), 3.2, 2.8)
     for axis, (result, key, label) in zip(axes, panels, strict=True):
         for name, (tasks, values) in _curves(result, key).items():
             style = {"linewidth": 2.5} if name.startswith(OURS) else {"linestyle": "--"}
@@ -327,8 +421,8 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
         axis.set_yscale("log" if key == "time_ms" else "linear")
         axis.set_xlabel("tasks T")
         axis.set_ylabel(f"{label} a meta-step")
-        axis.set_title(result["workload"])
-    axes[0].legend(fontsize=7)
+        axis.set_title(f"{result['workload']}: {'time' if key == 'time_ms' else 'memory'}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -348,7 +442,7 @@ def _curves(result: Result, key: str) -> dict[str, tuple[list[int], list[float]]
 
 def plot_trade_off(results: Sequence[Result], path: Path) -> None:
     """Validation accuracy over training time, one line a method."""
-    figure, axes = _axes(1, 7, 4.4)
+    figure, axes = _axes(1, 1, 7, 4.4)
     (axis,) = axes
     for result in results:
         for name, run in result["runs"].items():
@@ -366,80 +460,69 @@ def plot_trade_off(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-# ---- the README ----------------------------------------------------------------------------------------------------
+# ---- the pages -----------------------------------------------------------------------------------------------------
 
 
-def section(folder: Path = RESULTS) -> str:
-    """What stands between the markers."""
-    parts = []
-    if found := read("meta_step", folder):
-        best = (
-            "Whole meta-steps of sign-maml, K = 5, float32, medians of interleaved rounds. The loop is the way "
-            "learn2learn and the official code go, in plain PyTorch; hand-tuned PyTorch is the best that we could make "
-            "of PyTorch's own operators. The matrix rate is that of a large matrix product in the same rounds; "
-            "operations are those of a direct convolution. Every implementation is checked to give the same "
-            "meta-gradient before it is timed."
-        )
-        parts += ["### Meta-steps", best, ratios(found), meta_steps(found), memories(found), skipped(found)]
-        if (ROOT / PLOTS["meta_step"]).is_file():
-            parts.append(f"![times faster than the sequential loop, by workload]({PLOTS['meta_step']})")
-        parts += [f"({machine(found)})", commands(found)]
-    else:
-        parts.append(
-            "No timings of meta-steps are recorded for this version. `benchmarks/reproduce.sh` measures them on your "
-            "machine."
-        )
-    if found := read("growth", folder):
-        parts += ["Growth with T and K:", growth(found)]
-        if (ROOT / PLOTS["growth"]).is_file():
-            parts.append(f"![time and memory over the number of tasks]({PLOTS['growth']})")
-        parts += [f"({machine(found)})", commands(found)]
-    if found := read("training", folder):
-        parts += ["### Training", "From a command to a number:", training(found)]
-        parts.append("![training and validation accuracy over the iterations, Omniglot](docs/omniglot_curves.png)")
-        parts.append(f"({machine(found)})")
-    if found := read("methods", folder):
-        parts += [
-            "What the order of the method costs and brings, on the same tasks and budget of time "
-            f"({found[0]['summary']}):",
-            trade_off(found),
-            f"![validation accuracy over training time, by method]({TRAINING_PLOT})",
-            f"({machine(found)})",
-            commands(found),
-        ]
-    for result in read("kernels", folder):
-        parts += [
-            "### Kernels",
-            "Operators on flat buffers with cold caches; bytes that must move, counted once:",
-            kernels(result),
-        ]
-        if "stages" in result:
-            parts += ["Stages of the CPU's convolutional family on one task, caches warm:", stages(result)]
-        parts += [f"({machine([result])})", commands([result])]
-    for result in read("sinusoid", folder):
-        parts += [
-            f"Regression of sine waves, {result['iterations']} meta-iterations of {result['tasks']} tasks and "
-            f"{result['inner_steps']} inner steps for either method (`{result['command']}`):",
-            sinusoid(result),
-            "![fits before and after adaptation](docs/sinusoid_fits.png)",
-        ]
-    for result in read("memory", folder):
-        parts += [
-            f"Memory of {result['tasks']} tasks of {result['parameters']} parameters in full precision and as int8 "
-            f"step counts (`{result['command']}`):",
-            memory(result),
-            "Counts hold adapted models in a quarter of the bytes. What a meta-step saves at its peak, it saves by "
-            "working on one chunk of tasks after the other; the counts themselves add nothing to that.",
-            f"({machine([result])})",
-        ]
-    parts.append(
-        "All tables above are made from `benchmarks/results/*.json` by `python benchmarks/report.py --write`; "
-        "`benchmarks/reproduce.sh` measures everything again on your machine. What the columns mean, and how to "
-        "measure a GPU: [benchmarks/README.md](benchmarks/README.md)."
-    )
-    if not any(result["device_type"] == "cuda" for kind in ("meta_step", "kernels") for result in read(kind, folder)):
-        parts.append("No GPU was at hand for this version: there are no GPU figures here, measured or modelled.")
-    return "\n\n".join(parts)
+def of_zoo(show: Callable[[list[dict[str, Any]]], str]) -> Callable[[Sequence[Result]], str]:
+    """A table of the rows of all result files."""
+    return lambda results: show([row for result in results for row in result["results"]])
+
+
+def where(results: Sequence[Result]) -> str:
+    """Where and how it was measured."""
+    return f"Measured on {machine(results)}:\n\n{commands(results)}"
+
+
+def with_stages(results: Sequence[Result]) -> str:
+    """Stages of those results that have them."""
+    return "\n\n".join(stages(result) for result in results if "stages" in result) or NOTHING
+
+
+# By name: the kind of result, and the table of all such results.
+TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
+    "speed": ("meta_step", speed),
+    "workloads": ("meta_step", workloads),
+    "meta-steps": ("meta_step", ratios),
+    "meta-steps by implementation": ("meta_step", meta_steps),
+    "meta-steps, memory": ("meta_step", memories),
+    "meta-steps, counted operations": ("meta_step", counted_rates),
+    "meta-steps, left out": ("meta_step", skipped),
+    "meta-steps, where": ("meta_step", where),
+    "growth": ("growth", growth),
+    "growth, where": ("growth", where),
+    "training": ("training", training),
+    "training, where": ("training", where),
+    "methods": ("methods", trade_off),
+    "methods, where": ("methods", where),
+    "sinusoid": ("sinusoid", lambda results: sinusoid(results[0])),
+    "operators": ("kernels", lambda results: kernels(results[0])),
+    "stages": ("kernels", with_stages),
+    "kernels, where": ("kernels", where),
+    "int8": ("memory", lambda results: memory(results[0])),
+    "int8, where": ("memory", where),
+    "any module": ("zoo", of_zoo(zoo)),
+    "any module, where": ("zoo", where),
+    "compiled": ("zoo-compiled", of_zoo(zoo_compiled)),
+    "compiled, where": ("zoo-compiled", where),
+}
+
+
+def content(name: str, folder: Path = RESULTS) -> str:
+    """What stands in the place of this name."""
+    kind, make = TABLES[name]
+    found = read(kind, folder)
+    return make(found) if found else NOTHING
+
+
+def filled(text: str, folder: Path = RESULTS) -> str:
+    """A page's text with all its places filled."""
+    return PLACE.sub(lambda place: f"{place[1]}{content(place[2], folder)}\n{place[3]}", text)
+
+
+def printed(folder: Path) -> str:
+    """All tables that the results give, under their names."""
+    found = {name: content(name, folder) for name in TABLES}
+    return "\n\n".join(f"### {name}\n\n{text}" for name, text in found.items() if text != NOTHING) or NOTHING
 
 
 def plots(folder: Path, root: Path) -> list[Path]:
@@ -459,7 +542,7 @@ def plots(folder: Path, root: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="draw the plots and put the tables into README.md")
+    parser.add_argument("--write", action="store_true", help=f"draw the plots and fill {' and '.join(PAGES)}")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of result files")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="only draw the plots, below this folder")
     arguments = parser.parse_args()
@@ -467,14 +550,13 @@ def main() -> None:
         print("\n".join(map(str, plots(arguments.results, arguments.plots))))
         return
     if not arguments.write:
-        print(section(arguments.results))
+        print(printed(arguments.results))
         return
     plots(arguments.results, ROOT)
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n\n{section(arguments.results)}\n\n{END}{after}")
-    print(f"wrote {README}")
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (ROOT / page).write_text(filled(text, arguments.results), encoding="utf-8")
+        print(f"wrote {ROOT / page}")
 
 
 if __name__ == "__main__":

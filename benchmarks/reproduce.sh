@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# reproduce.sh [RESULTS] [OMNIGLOT]: measures everything that the README's tables show, on this machine, and prints the
+# reproduce.sh [RESULTS] [OMNIGLOT]: measures everything that docs/benchmarks.md shows, on this machine, and prints the
 # tables. RESULTS is a new folder (default: build/results). OMNIGLOT, the folder of its images, adds the training figures.
-# The README of this clone is written from benchmarks/results: python benchmarks/report.py --write
+# The tables of this clone are filled from benchmarks/results: python benchmarks/report.py --write
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-build/results} omniglot=${2:-}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import counts
+import report
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,19 +147,19 @@ def _sinusoids(tasks: int, shots: int, queries: int) -> Data:
 
 WORKLOADS: dict[str, Workload] = {
     "A": Workload(
-        "84 x 84 RGB, Conv4-32, 5-way 1-shot, 1 query a class (the official set-up)",
+        report.WORKLOADS["A"],
         counts.ConvNet(3, 32, 84), 1, 1, 8, 0.0035,
     ),
     "B": Workload(
-        "28 x 28, Conv4-64 strided, 5-way 1-shot, 15 queries a class (Omniglot)",
+        report.WORKLOADS["B"],
         counts.ConvNet(1, 64, 28, halving="stride"), 1, 15, 32, 0.01,
     ),
     "C": Workload(
-        "32 x 32 RGB, Conv4-64, 5-way 5-shot, 15 queries a class (FC100)",
+        report.WORKLOADS["C"],
         counts.ConvNet(3, 64, 32), 5, 15, 8, 0.01,
     ),
     "D": Workload(
-        "sinusoid, MLP 1-40-40-1, 10 shots, 10 queries",
+        report.WORKLOADS["D"],
         counts.Perceptron((1, 40, 40, 1)), 10, 10, 1000, 0.01,
     ),
 }  # fmt: skip

@@ -151,36 +151,26 @@ def main() -> None:
         began = time.monotonic()
         rows += PARTS[name](options)
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    text = report(rows, kept_rows() if options.write else [])
-    print(text)
     if options.write:
-        PAGE.write_text(text, encoding="utf-8")
+        PAGE.write_text(with_rows(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    print(with_rows(EMPTY, rows))
 
 
-def kept_rows() -> list[str]:
-    """The lines of the page's table, of earlier reports."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
-    return [line for line in lines if line.startswith("| ") and not line.startswith("| part |")]
+EMPTY = "| part | tried | outcome | on |\n|---|---|---|---|\n"
 
 
-def report(rows: list[Row], kept: list[str]) -> str:
-    """The page: rows of this report, and of earlier ones those of parts that did not run now."""
+def with_rows(page: str, rows: list[Row]) -> str:
+    """The page with these rows in its table, in place of earlier ones of the same part."""
     import torch
 
     when = datetime.datetime.now(datetime.timezone.utc).date()
     on = f"{when}, torch {torch.__version__}, {os.cpu_count()} cores"
-    own = [f"| {part} | {tried} | {outcome} | {on} |" for part, tried, outcome in rows]
-    names = {line.split(" | ")[0] for line in own}
-    lines = [
-        "# Reliability, in figures",
-        "",
-        "Written by `python -m tests.reliability_report --write`. All of it ran; nothing is modelled.",
-        "",
-        "| part | tried | outcome | on |",
-        "|---|---|---|---|",
-        *sorted([*own, *(line for line in kept if line.split(" | ")[0] not in names)]),
-    ]
-    return "\n".join(lines) + "\n"
+    before, after = page.split(EMPTY)
+    kept = [line for line in after.splitlines() if line.startswith("| ")]
+    lines = {line.split(" | ")[0]: line for line in kept}
+    lines |= {f"| {part}": f"| {part} | {tried} | {outcome} | {on} |" for part, tried, outcome in rows}
+    rest = after[sum(len(line) + 1 for line in kept) :]
+    return before + EMPTY + "".join(f"{line}\n" for line in sorted(lines.values())) + rest
 
 
 if __name__ == "__main__":

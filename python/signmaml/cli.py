@@ -57,7 +57,7 @@ examples:
   signmaml train --preset omniglot --data-root DIR  the same on Omniglot's images
   signmaml train --data folder --data-root DIR      own images: DIR/CLASS/*.png, or DIR/{train,val,test}/CLASS/*
   signmaml train --resume runs/NAME                 continue a run that was stopped
-  signmaml train --distributed --processes 8        8 processes on this machine; several machines: docs/scaling.md
+  signmaml train --distributed --processes 8        8 processes here; more machines: docs/howto/distributed.md
   signmaml evaluate runs/NAME --tasks 1000          test accuracy with its 95% interval
   signmaml plot runs/A runs/B --out both.png        compare two runs
 """

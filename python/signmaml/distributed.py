@@ -2,7 +2,7 @@
 
 Every process holds the whole model and the same optimizer state. A meta-batch's tasks are numbered, and each process
 draws and computes its share of the numbers; one sum over all processes a step gives every process the same
-meta-gradient. Rank 0 alone writes. docs/scaling.md says what is exchanged.
+meta-gradient. Rank 0 alone writes. docs/howto/distributed.md says what is exchanged.
 """
 
 from __future__ import annotations

@@ -149,14 +149,22 @@ def evaluate(
     Args:
         model: The meta-trained model; its device is where everything runs.
         images_or_sampler: An `ImageSet` to draw episodes from, or any sampler (see `Sampler`).
-        ways, shots, queries: The episodes; needed for an `ImageSet` (default 5, 1, 15), taken from the sampler or
-            its tensors otherwise.
+        ways: Classes a task; for an `ImageSet` (default 5), else taken from the sampler or its tensors.
+        shots: Support examples a class, likewise (default 1).
+        queries: Query examples a class, likewise (default 15).
         tasks: Number of tasks, >= 1; with one task there is no interval.
-        inner_lr, inner_steps, method, loss, adapt, batch_norm, nonfinite, backend, precision: As in
-            `signmaml_ext.evaluate`. `loss=None` takes cross-entropy for int64 labels and the mean squared error for
-            anything else. With nonfinite="skip", tasks that met a NaN or an Inf are left out of the mean.
+        inner_lr: As in `signmaml_ext.evaluate`, and so are the next arguments, down to `precision`.
+        inner_steps: Inner steps of every task.
+        method: "sign-maml", "fo-maml" or "maml".
+        loss: None: cross-entropy for int64 labels, the mean squared error for anything else.
+        adapt: Name patterns of the parameters that the inner loop may move; None: all that require grad.
+        batch_norm: "batch", "support" or "running" statistics.
+        nonfinite: "propagate", "skip" (tasks that met a NaN or an Inf are left out of the mean) or "raise".
+        backend: "auto", "cuda", "cpu" or "torch".
+        precision: "fp32", "tf32" or "bf16".
         seed: Seed of the tasks drawn from an `ImageSet`, >= 0.
-        rotations, normalize: As in `EpisodeSampler`; for an `ImageSet`.
+        rotations: As in `EpisodeSampler`; for an `ImageSet`.
+        normalize: Likewise.
         chunk: Tasks computed at once; None: 25 on the CPU, 200 elsewhere.
         progress: Called with the number of tasks of each chunk once it is on its way.
 

@@ -1,4 +1,4 @@
-"""The README's tables are those of the result files, and tables never mix machines."""
+"""The pages' tables are those of the result files, and tables never mix machines."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_readme_shows_the_committed_results():
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_pages_show_the_committed_results(page):
     import report
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert shown == report.section(), "run: python benchmarks/report.py --write"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text == report.filled(text), "run: python benchmarks/report.py --write"
 
 
-def test_the_page_on_any_module_shows_the_committed_results():
-    import bench_zoo
-
-    page = (ROOT / "docs" / "any_module.md").read_text(encoding="utf-8")
-    for name, table in (("zoo_cpu.json", bench_zoo.rows), ("zoo_compiled_cpu.json", bench_zoo.compiled_rows)):
-        results = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["results"]
-        assert table(results) in page
-
-
-def test_every_picture_of_the_section_is_there():
+def test_every_table_has_a_place():
     import report
 
-    names = [part.split(")")[0] for part in report.section().split("](") if part.startswith("docs/")]
-    assert [name for name in names if not (ROOT / name).is_file()] == []
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in report.PAGES]
+    shown = [place[2] for page in pages for place in report.PLACE.finditer(page)]
+    assert sorted(shown) == sorted(report.TABLES), "each once"
+    assert all(page.count("<!-- table: ") == page.count("<!-- end table -->") for page in pages)
+
+
+def test_workloads_are_defined_once():
+    import report
+    import workloads
+
+    assert {letter: workload.summary for letter, workload in workloads.WORKLOADS.items()} == report.WORKLOADS
 
 
 def test_results_of_two_machines_are_refused(tmp_path):
@@ -66,10 +66,14 @@ def test_numbers_come_from_the_files(tmp_path):
              "command": "python benchmarks/bench_meta_step.py"}  # fmt: skip
     result = {"benchmark": "meta_step", "workload": "A", "points": [point], **stamp}
     (tmp_path / "meta_step_A_cpu.json").write_text(json.dumps(result))
-    text = report.section(tmp_path)
-    assert "| **signmaml_ext, cpu** | 16 ms, 4.75x, 12% |" in text
+    text = report.printed(tmp_path)
+    assert "| **signmaml_ext, cpu** | 16 ms, 4.75x |" in text
     assert "higher: not installed (A)" in text and "this CPU, avx2, 2 threads" in text
-    assert "| A | cpu | 4.75 (4.75 to 4.75) | - | 9 of 72 GFLOP/s | 12% | 0.20 |" in text
+    assert f"| A | {report.WORKLOADS['A']} | 3 | 1.5 |" in text
+    assert "| A | cpu | 4.75 (4.75 to 4.75) | - | 0.20 |" in text
+    assert "| **signmaml_ext, cpu** | 9 (12%) |" in text and "| large matrix product | 72 |" in text
+    assert "| 16 ms | 4.75x | - | 160 / 800 |" in text
+    assert "### kernels" not in text and report.content("stages", tmp_path) == report.NOTHING
 
 
 @pytest.mark.slow
