@@ -25,7 +25,7 @@ import harness
 import torch
 
 from signmaml.config import TrainConfig, kinds
-from signmaml.evaluate import Evaluation
+from signmaml.evaluation import Evaluation
 from signmaml.presets import PRESETS
 from signmaml.results import FitResult
 from signmaml.trainer import MetaTrainer

@@ -7,9 +7,9 @@ import sys
 
 import torch
 
+from signmaml import evaluate
 from signmaml.data import glyphs
 from signmaml.episodes import EpisodeSampler
-from signmaml.evaluate import evaluate
 from signmaml.models import Conv4
 from signmaml_ext import meta_step
 

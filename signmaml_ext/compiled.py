@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from . import chain, inputs
+from . import chain, inputs, modes
 from .checks import refuse
 from .inputs import Inputs, Output
 from .losses import Loss
@@ -43,6 +43,7 @@ def run_pass(
         ValueError: torch.compile cannot do it here; tasks that are together then go one by one.
     """
     run.wait_for_first(first_task, step)
+    modes.collect()
     known, key = chain.of_module(run.problem.model).answers, _kind(run, params, x, y, differentiates, step)
     while True:
         compiled = known.get(key)

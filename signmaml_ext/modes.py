@@ -7,6 +7,7 @@ TF32 and for kinds of attention. Calls of several threads share these in turn, s
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 import traceback
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from . import threads
 from .problem import Problem
+from .splitmix import mixed
 
 Result = TypeVar("Result")
 
@@ -39,7 +41,8 @@ class Turns:
     """Calls of several threads that agree on something share a turn; others wait until the turn is over.
 
     A thread that is inside goes on inside, whatever a call within its call asks for. Who takes several turns takes them
-    in the order random numbers, attention, TF32: in two orders, two threads would wait for each other.
+    in the order random numbers, attention, TF32: in two orders, two threads would wait for each other. All agree on the
+    collector, so nobody waits for that one.
     """
 
     def __init__(self) -> None:
@@ -123,6 +126,10 @@ class _Switches(Turns):
             write(setting)
         self._before = []
 
+    def switched_off(self) -> bool:
+        """Whether a turn is on that set a switch of the caller's from True to False."""
+        return any(setting is True for _, setting in self._before)
+
 
 def _precision(allowed: object) -> list[_Switch]:
     """Strict float32 (or TF32) convolutions and matrix products on CUDA; torch's default mixes the two."""
@@ -147,7 +154,32 @@ def _plain_attention(only: object) -> list[_Switch]:
     return switches if only else []
 
 
-_attention, _tf32 = _Switches(_plain_attention), _Switches(_precision)
+def _no_collector(_: object) -> list[_Switch]:
+    """Python's garbage collector by itself, off."""
+    return [(gc.isenabled, lambda on: gc.enable() if on else gc.disable(), False)]
+
+
+_attention, _tf32, _collector = _Switches(_plain_attention), _Switches(_precision), _Switches(_no_collector)
+
+
+def without_collector() -> AbstractContextManager[None]:
+    """Python's garbage collector does not start by itself; `collect` does its work at moments that are safe.
+
+    torch holds the lock of a generator while it wraps the generator's state as an object (`torch.get_rng_state`, which
+    `torch.utils.checkpoint` calls). If the collector starts just then and frees a graph of autograd, torch lets go of
+    Python's own lock meanwhile, and waits for it again with the generator's lock held. Another thread that asks for the
+    state then waits for the generator's lock with Python's held: both wait for ever.
+    """
+    return _collector.of(True)
+
+
+def collect() -> None:
+    """The collections that would have been due, if the collector is off for `without_collector`; never a full one."""
+    if not _collector.switched_off():
+        return
+    (young, old, _), (most_young, most_old, _) = gc.get_count(), gc.get_threshold()
+    if young > most_young > 0:
+        gc.collect(1 if old > most_old else 0)
 
 
 def autocast(problem: Problem) -> AbstractContextManager[object]:
@@ -208,7 +240,7 @@ def _settings() -> Callable[[], None]:
     no_saved_hooks = hooks._saved_tensors_hooks_get_disabled_error_message()
     saved_hooks = hooks._top_saved_tensors_default_hooks(False)
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")}
-    tickets = [(turns, turns.tickets()) for turns in (_attention, _tf32, _drawing)]
+    tickets = [(turns, turns.tickets()) for turns in (_attention, _tf32, _collector, _drawing)]
     locks = threads.held_locks()
 
     def put_back() -> None:
@@ -341,7 +373,7 @@ def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], d
 def without_drawing(device: torch.device, work: Callable[[], Result]) -> Result:
     """Runs something, alone among the threads' calls, and puts torch's generators back."""
     found = generators(device)
-    with _drawing.of(object()):
+    with without_collector(), _drawing.of(object()):
         before = _states(found)
         try:
             return work()
@@ -374,11 +406,8 @@ def _put_back(found: list[torch.Generator], states: list[Tensor]) -> None:
 
 
 def _mix(*words: int) -> int:
-    """A 63-bit hash of integers (the finaliser of splitmix64, word by word)."""
-    mask, state = 2**64 - 1, 0
+    """A 63-bit hash of integers, word by word."""
+    state = 0
     for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
+        state = mixed(state + word)
     return state >> 1

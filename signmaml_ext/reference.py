@@ -208,7 +208,8 @@ def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Resu
         with modes.call_modes(problem):
             return compute(Run(problem, randomness=randomness, most_threads=most_threads))
 
-    result, draws = modes.with_randomness(problem, with_streams, answers.get(question, False))
+    with modes.without_collector():
+        result, draws = modes.with_randomness(problem, with_streams, answers.get(question, False))
     answers[question] = draws
     return result
 
@@ -328,6 +329,7 @@ class Run:
             step: Inner step; the query pass counts as step K.
         """
         self.wait_for_first(first_task, step)
+        modes.collect()
         found = self._noted(params, x, y, first_task, step)
         self.first_is_done(step)
         return found

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_weights, save_weights
     from .config import TrainConfig
     from .episodes import Episodes, EpisodeSampler, SinusoidSampler
-    from .evaluate import Evaluation
+    from .evaluation import Evaluation, evaluate
     from .models import MLP, Conv4, load_learn2learn_state_dict
     from .trainer import MetaTrainer
 
@@ -26,16 +26,17 @@ _HOME = {
     "Conv4": "models",
     "Episodes": "episodes",
     "EpisodeSampler": "episodes",
-    "Evaluation": "evaluate",
+    "Evaluation": "evaluation",
     "MLP": "models",
     "MetaTrainer": "trainer",
     "SinusoidSampler": "episodes",
     "TrainConfig": "config",
+    "evaluate": "evaluation",
     "load_learn2learn_state_dict": "models",
     "load_weights": "checkpoint",
     "save_weights": "checkpoint",
 }
-_MODULES = ("checkpoint", "config", "data", "episodes", "evaluate", "loggers", "models", "plots", "trainer")
+_MODULES = ("checkpoint", "config", "data", "episodes", "evaluation", "loggers", "models", "plots", "trainer")
 
 __all__ = [
     "MLP",
@@ -46,6 +47,7 @@ __all__ = [
     "MetaTrainer",
     "SinusoidSampler",
     "TrainConfig",
+    "evaluate",
     "load_learn2learn_state_dict",
     "load_weights",
     "save_weights",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .evaluate import Sampler
+from .evaluation import Sampler
 from .models import MLP, Conv4
 
 if TYPE_CHECKING:

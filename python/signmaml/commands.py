@@ -17,7 +17,7 @@ from . import building, checkpoint, data, distributed, plots
 from . import config as configs
 from .cli import EVALUATION_FIELDS, given_fields
 from .config import TrainConfig
-from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
+from .evaluation import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
 from .loggers import clock, counting
 from .presets import PRESETS
 from .rates import InnerRates

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from signmaml_ext import splitmix
+
 from .data.arguments import a_few, check_choice, check_integer
 from .data.image_set import ImageSet
 
@@ -34,10 +36,6 @@ NORMALIZATIONS = ("zero-one", "signed", "raw")
 MAX_TASK = 2**62  # task numbers stay far from the int64 limit
 MAX_SEED = 2**63 - 1
 MAX_POINTS = 2**24  # of a sine wave: a number that was meant is smaller, and memory ends somewhere
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_WORD = 2**64
 
 # Streams of one task: numbers are part of the format, so that recorded runs stay reproducible.
 _CLASSES, _IMAGES, _SINE, _POINTS = 0, 1, 2, 3
@@ -407,36 +405,19 @@ def _numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.dev
 # --- counter-based randomness ---------------------------------------------------------------------------------------
 
 
-def _signed(word: int) -> int:
-    """The int64 with the same 64 bits as `word`, which torch's int64 arithmetic takes as a scalar."""
-    word %= _WORD
-    return word - _WORD if word >= _WORD // 2 else word
-
-
 def _stream(seed: int, stream: int) -> int:
-    """The key of one stream of a seed, in Python: it is the same for every task."""
+    """The key of one stream of a seed: it is the same for every task."""
 
     def child(parent: int, number: int) -> int:
-        word = (parent + _GOLDEN * (number + 1)) % _WORD
-        word = (word ^ (word >> 30)) * _MULTIPLIERS[0] % _WORD
-        word = (word ^ (word >> 27)) * _MULTIPLIERS[1] % _WORD
-        return word ^ (word >> 31)
+        return splitmix.mixed(parent + splitmix.GOLDEN * number)
 
     return child(child(0, seed), stream)
 
 
 def _children(parents: torch.Tensor | int, numbers: torch.Tensor) -> torch.Tensor:
     """``mix(parents + G * (numbers + 1))`` on int64 tensors that broadcast; wraps modulo 2**64."""
-    steps = (numbers + 1) * _signed(_GOLDEN)
-    word = steps + (_signed(parents) if isinstance(parents, int) else parents)
-    word.bitwise_xor_(_shifted(word, 30)).mul_(_signed(_MULTIPLIERS[0]))
-    word.bitwise_xor_(_shifted(word, 27)).mul_(_signed(_MULTIPLIERS[1]))
-    return word.bitwise_xor_(_shifted(word, 31))
-
-
-def _shifted(word: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift to the right; torch shifts int64 arithmetically, so the copies of the sign bit are cut off."""
-    return (word >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+    start = splitmix.signed(parents) if isinstance(parents, int) else parents
+    return splitmix.mixed_(numbers * splitmix.signed(splitmix.GOLDEN) + start)
 
 
 def _first_in_order(
@@ -463,7 +444,7 @@ def _first_in_order(
 
 def _uniform(words: torch.Tensor) -> torch.Tensor:
     """float64 in [0, 1) from the 53 high bits of int64 words."""
-    return _shifted(words, 11).to(torch.float64).mul_(2.0**-53)
+    return splitmix.shifted(words, 11).to(torch.float64).mul_(2.0**-53)
 
 
 def _between(limits: tuple[float, float], share: torch.Tensor) -> torch.Tensor:

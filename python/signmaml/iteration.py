@@ -19,7 +19,7 @@ from signmaml_ext.checks import check_problem
 
 from .config import TrainConfig
 from .distributed import Group
-from .evaluate import Sampler
+from .evaluation import Sampler
 from .pieces import MetaStep, draw_share
 from .rates import InnerRates
 from .schedule import learning_rate, step_seed

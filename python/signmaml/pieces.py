@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from .distributed import Group
-from .evaluate import Sampler, fewer_tasks
+from .evaluation import Sampler, fewer_tasks
 
 
 def draw_share(sampler: Sampler, iteration: int, group: Group) -> tuple[Sequence[Tensor], int, int]:

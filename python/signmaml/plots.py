@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import signmaml_ext
 
-from .evaluate import Sampler, dropout_off
+from .evaluation import Sampler, dropout_off
 from .loggers import read_metrics
 from .sheets import draw_episode, draw_images, save_figure
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate import Evaluation
+from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)

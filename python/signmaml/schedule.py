@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_MASK = (1 << 64) - 1
+from signmaml_ext.splitmix import mixed
 
 
 def learning_rate(schedule: str, start: float, iteration: int, iterations: int) -> float:
@@ -32,12 +32,4 @@ def step_seed(seed: int, iteration: int) -> int:
         >>> step_seed(0, 1) == step_seed(0, 1) != step_seed(1, 0)
         True
     """
-    return _mix(_mix(seed) ^ iteration) >> 1
-
-
-def _mix(value: int) -> int:
-    """SplitMix64's finaliser: every input bit changes about half of the output bits."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    return mixed(mixed(seed) ^ iteration) >> 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from .data import ImageSet
-from .evaluate import dropout_off
+from .evaluation import dropout_off
 from .files import write_atomically
 
 RIGHT, WRONG = "#2e7d32", "#c62828"

@@ -21,7 +21,7 @@ from . import building, checkpoint, state, version
 from .config import TrainConfig
 from .distributed import Group
 from .episodes import EpisodeSampler
-from .evaluate import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
+from .evaluation import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
 from .iteration import Iteration, outer_adam, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
@@ -51,7 +51,7 @@ class MetaTrainer:
         config: The configuration.
         model: Module to train, moved to the configuration's device; None: the one the configuration names. Its
             forward takes `[B, ...]` and returns scores `[B, ways]`, or predictions for float targets.
-        train: Training data: an `ImageSet`, or any sampler with `draw(iteration)` (see `signmaml.evaluate.Sampler`;
+        train: Training data: an `ImageSet`, or any sampler with `draw(iteration)` (see `signmaml.evaluation.Sampler`;
             it must give the same for the same iteration if resuming is to be exact). None: the configuration's data.
         val: Validation data likewise. None: the configuration's, or none at all if `train` is given.
         test: Test data likewise.

@@ -11,7 +11,7 @@ MODULES = (
     "building",
     "checkpoint",
     "config",
-    "evaluate",
+    "evaluation",
     "models",
     "rates",
     "schedule",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import signmaml_ext
 from helpers.toy_images import toy_images
 from signmaml.episodes import EpisodeSampler, SinusoidSampler
-from signmaml.evaluate import Evaluation, evaluate
+from signmaml.evaluation import Evaluation, evaluate
 from signmaml.models import MLP, Conv4
 
 STEP = {"inner_lr": 0.01, "inner_steps": 2}

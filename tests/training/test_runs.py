@@ -12,7 +12,7 @@ import torch
 from helpers.toy_run import toy_config, toy_trainer
 from signmaml import commands
 from signmaml.config import TrainConfig
-from signmaml.evaluate import Evaluation
+from signmaml.evaluation import Evaluation
 from signmaml.results import Best
 from signmaml.runs import RunFolder, choose_folder
 

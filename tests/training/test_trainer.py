@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from helpers.toy_images import toy_images
 from helpers.toy_run import toy_config, toy_trainer
-from signmaml import checkpoint
+from signmaml import checkpoint, evaluate
 from signmaml.config import TrainConfig
 from signmaml.data import ImageSet
 from signmaml.episodes import EpisodeSampler, SinusoidSampler
-from signmaml.evaluate import evaluate
 from signmaml.loggers import read_metrics
 from signmaml.models import MLP, Conv4
 from signmaml.trainer import MetaTrainer
