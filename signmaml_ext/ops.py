@@ -9,6 +9,9 @@ Shapes are those of `T` tasks with `P` parameters each; `G` is a number of segme
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -191,43 +194,6 @@ def check_table(name: str, tensor: Tensor, lengths: dict[str, int]) -> None:
         raise ValueError(f"{name}: expected {described}, found shape {list(tensor.shape)}")
 
 
-def check_sign_step(
-    params: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    mask: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    """Raises for arguments that `sign_step_` does not take; see there."""
-    check_no_autograd("sign_step_", params=params, grads=grads, lr=lr)
-    lengths = check_step_buffers(params, grads, lr, segment_offsets, nonfinite)
-    if mask is not None:
-        check_tensor("mask", mask, "[P] or [G]", torch.bool, params)
-        check_table("mask", mask, lengths)
-    check_table("lr", lr, {"[1]": 1, **lengths})
-
-
-def check_compact_sign_step(
-    counts: Tensor,
-    params: Tensor,
-    theta: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    """Raises for arguments that `compact_sign_step_` does not take; see there."""
-    check_no_autograd("compact_sign_step_", params=params, theta=theta, grads=grads, lr=lr)
-    lengths = check_step_buffers(params, grads, lr, segment_offsets, nonfinite)
-    tasks, parameters = params.shape
-    check_tensor("counts", counts, "[T, P]", torch.int8, params)
-    check_shape("counts", counts, f"[T, P] = {[tasks, parameters]}, as params", counts.shape == params.shape)
-    check_tensor("theta", theta, "[P]", params.dtype, params)
-    check_shape("theta", theta, f"[P] = [{parameters}]", theta.dim() == 1 and theta.shape[0] == parameters)
-    check_table("lr", lr, {"[1]": 1, **lengths})
-
-
 def check_step_buffers(
     params: Tensor, grads: Tensor, lr: Tensor, segment_offsets: Tensor | None, nonfinite: Tensor
 ) -> dict[str, int]:
@@ -250,210 +216,145 @@ def check_step_buffers(
     return lengths
 
 
-def check_meta_accumulate(out: Tensor, grads: Tensor, nonfinite: Tensor) -> None:
-    """Raises for arguments that `meta_accumulate_` does not take; see there."""
-    check_no_autograd("meta_accumulate_", out=out, grads=grads)
-    check_matrix("grads", grads)
-    tasks, parameters = grads.shape
-    check_tensor("out", out, "[P]", grads.dtype, out)
-    check_tensor("grads", grads, "[T, P]", grads.dtype, out)
-    check_tensor("nonfinite", nonfinite, "[T]", torch.bool, out)
-    check_shape("out", out, f"[P] = [{parameters}]", out.dim() == 1 and out.shape[0] == parameters)
-    check_shape("nonfinite", nonfinite, f"[T] = [{tasks}]", nonfinite.dim() == 1 and nonfinite.shape[0] == tasks)
+# ---- the operators --------------------------------------------------------------------------------------------------
 
 
-# ---- implementations ------------------------------------------------------------------------------------------------
+class SignStep(NamedTuple):
+    """The arguments of `sign_step_`, in the operator's order."""
+
+    params: Tensor
+    grads: Tensor
+    lr: Tensor
+    segment_offsets: Tensor | None
+    mask: Tensor | None
+    nonfinite: Tensor
+
+    def check(self) -> None:
+        """Raises for arguments that the operator does not take; see `sign_step_`."""
+        check_no_autograd("sign_step_", params=self.params, grads=self.grads, lr=self.lr)
+        lengths = check_step_buffers(self.params, self.grads, self.lr, self.segment_offsets, self.nonfinite)
+        if self.mask is not None:
+            check_tensor("mask", self.mask, "[P] or [G]", torch.bool, self.params)
+            check_table("mask", self.mask, lengths)
+        check_table("lr", self.lr, {"[1]": 1, **lengths})
+
+    def buffer(self) -> Tensor:
+        """`[T, P]`; if it is empty, there is nothing to do."""
+        return self.params
+
+    def written(self) -> tuple[Tensor, ...]:
+        """What changes in place."""
+        return self.params, self.nonfinite
+
+    def native(self) -> tuple[int | bool, ...]:
+        """What both native implementations take first."""
+        tasks, parameters = self.params.shape
+        return (
+            self.params.data_ptr(),
+            self.grads.data_ptr(),
+            self.lr.data_ptr(),
+            address(self.segment_offsets),
+            address(self.mask),
+            self.nonfinite.data_ptr(),
+            tasks,
+            parameters,
+            self.lr.shape[0],
+            0 if self.mask is None else self.mask.shape[0],
+            segments(self.segment_offsets),
+            self.params.dtype == torch.float64,
+        )
+
+
+class CompactSignStep(NamedTuple):
+    """The arguments of `compact_sign_step_`, in the operator's order; methods as those of `SignStep`."""
+
+    counts: Tensor
+    params: Tensor
+    theta: Tensor
+    grads: Tensor
+    lr: Tensor
+    segment_offsets: Tensor | None
+    nonfinite: Tensor
+
+    def check(self) -> None:
+        check_no_autograd("compact_sign_step_", params=self.params, theta=self.theta, grads=self.grads, lr=self.lr)
+        lengths = check_step_buffers(self.params, self.grads, self.lr, self.segment_offsets, self.nonfinite)
+        tasks, parameters = self.params.shape
+        counts, theta = self.counts, self.theta
+        check_tensor("counts", counts, "[T, P]", torch.int8, self.params)
+        check_shape("counts", counts, f"[T, P] = {[tasks, parameters]}, as params", counts.shape == self.params.shape)
+        check_tensor("theta", theta, "[P]", self.params.dtype, self.params)
+        check_shape("theta", theta, f"[P] = [{parameters}]", theta.dim() == 1 and theta.shape[0] == parameters)
+        check_table("lr", self.lr, {"[1]": 1, **lengths})
+
+    def buffer(self) -> Tensor:
+        return self.params
+
+    def written(self) -> tuple[Tensor, ...]:
+        return self.counts, self.params, self.nonfinite
+
+    def native(self) -> tuple[int | bool, ...]:
+        tasks, parameters = self.params.shape
+        return (
+            self.counts.data_ptr(),
+            self.params.data_ptr(),
+            self.theta.data_ptr(),
+            self.grads.data_ptr(),
+            self.lr.data_ptr(),
+            address(self.segment_offsets),
+            self.nonfinite.data_ptr(),
+            tasks,
+            parameters,
+            self.lr.shape[0],
+            segments(self.segment_offsets),
+            self.params.dtype == torch.float64,
+        )
+
+
+class MetaAccumulate(NamedTuple):
+    """The arguments of `meta_accumulate_`, in the operator's order; methods as those of `SignStep`."""
+
+    out: Tensor
+    grads: Tensor
+    nonfinite: Tensor
+    skip_nonfinite: bool
+
+    def check(self) -> None:
+        out, grads, nonfinite = self.out, self.grads, self.nonfinite
+        check_no_autograd("meta_accumulate_", out=out, grads=grads)
+        check_matrix("grads", grads)
+        tasks, parameters = grads.shape
+        check_tensor("out", out, "[P]", grads.dtype, out)
+        check_tensor("grads", grads, "[T, P]", grads.dtype, out)
+        check_tensor("nonfinite", nonfinite, "[T]", torch.bool, out)
+        check_shape("out", out, f"[P] = [{parameters}]", out.dim() == 1 and out.shape[0] == parameters)
+        check_shape("nonfinite", nonfinite, f"[T] = [{tasks}]", nonfinite.dim() == 1 and nonfinite.shape[0] == tasks)
+
+    def buffer(self) -> Tensor:
+        return self.grads
+
+    def written(self) -> tuple[Tensor, ...]:
+        return self.out, self.nonfinite
+
+    def native(self) -> tuple[int | bool, ...]:
+        tasks, parameters = self.grads.shape
+        return (
+            self.out.data_ptr(),
+            self.grads.data_ptr(),
+            self.nonfinite.data_ptr(),
+            tasks,
+            parameters,
+            self.skip_nonfinite,
+            self.grads.dtype == torch.float64,
+        )
 
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def sign_step_arguments(
-    params: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    mask: Tensor | None,
-    nonfinite: Tensor,
-) -> tuple[int, int, int, int, int, int, int, int, int, int, int, bool]:
-    """What both native implementations take first."""
-    tasks, parameters = params.shape
-    return (
-        params.data_ptr(),
-        grads.data_ptr(),
-        lr.data_ptr(),
-        address(segment_offsets),
-        address(mask),
-        nonfinite.data_ptr(),
-        tasks,
-        parameters,
-        lr.shape[0],
-        0 if mask is None else mask.shape[0],
-        0 if segment_offsets is None else segment_offsets.shape[0] - 1,
-        params.dtype == torch.float64,
-    )
-
-
-def sign_step_cpu(
-    params: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    mask: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
-    if params.numel() == 0:
-        return
-    arguments = sign_step_arguments(params, grads, lr, segment_offsets, mask, nonfinite)
-    C.sign_step_cpu(*arguments, torch.get_num_threads())
-    torch.autograd.graph.increment_version((params, nonfinite))
-
-
-def sign_step_cuda(
-    params: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    mask: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
-    check_built_with_cuda("sign_step_")
-    if params.numel() == 0:
-        return
-    arguments = sign_step_arguments(params, grads, lr, segment_offsets, mask, nonfinite)
-    with Range("sign_step", params.device):
-        C.sign_step_cuda(*arguments, *device_and_stream(params))
-    torch.autograd.graph.increment_version((params, nonfinite))
-
-
-def compact_sign_step_arguments(
-    counts: Tensor,
-    params: Tensor,
-    theta: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    nonfinite: Tensor,
-) -> tuple[int, int, int, int, int, int, int, int, int, int, int, bool]:
-    """What both native implementations take first."""
-    tasks, parameters = params.shape
-    return (
-        counts.data_ptr(),
-        params.data_ptr(),
-        theta.data_ptr(),
-        grads.data_ptr(),
-        lr.data_ptr(),
-        address(segment_offsets),
-        nonfinite.data_ptr(),
-        tasks,
-        parameters,
-        lr.shape[0],
-        0 if segment_offsets is None else segment_offsets.shape[0] - 1,
-        params.dtype == torch.float64,
-    )
-
-
-def compact_sign_step_cpu(
-    counts: Tensor,
-    params: Tensor,
-    theta: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    check_compact_sign_step(counts, params, theta, grads, lr, segment_offsets, nonfinite)
-    if params.numel() == 0:
-        return
-    arguments = compact_sign_step_arguments(counts, params, theta, grads, lr, segment_offsets, nonfinite)
-    C.compact_sign_step_cpu(*arguments, torch.get_num_threads())
-    torch.autograd.graph.increment_version((counts, params, nonfinite))
-
-
-def compact_sign_step_cuda(
-    counts: Tensor,
-    params: Tensor,
-    theta: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    check_compact_sign_step(counts, params, theta, grads, lr, segment_offsets, nonfinite)
-    check_built_with_cuda("compact_sign_step_")
-    if params.numel() == 0:
-        return
-    arguments = compact_sign_step_arguments(counts, params, theta, grads, lr, segment_offsets, nonfinite)
-    C.compact_sign_step_cuda(*arguments, *device_and_stream(params))
-    torch.autograd.graph.increment_version((counts, params, nonfinite))
-
-
-def meta_accumulate_cpu(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
-    check_meta_accumulate(out, grads, nonfinite)
-    if grads.numel() == 0:
-        return
-    tasks, parameters = grads.shape
-    C.meta_accumulate_cpu(
-        out.data_ptr(),
-        grads.data_ptr(),
-        nonfinite.data_ptr(),
-        tasks,
-        parameters,
-        skip_nonfinite,
-        grads.dtype == torch.float64,
-        torch.get_num_threads(),
-    )
-    torch.autograd.graph.increment_version((out, nonfinite))
-
-
-def meta_accumulate_cuda(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
-    check_meta_accumulate(out, grads, nonfinite)
-    check_built_with_cuda("meta_accumulate_")
-    if grads.numel() == 0:
-        return
-    tasks, parameters = grads.shape
-    with Range("meta_accumulate", grads.device):
-        C.meta_accumulate_cuda(
-            out.data_ptr(),
-            grads.data_ptr(),
-            nonfinite.data_ptr(),
-            tasks,
-            parameters,
-            skip_nonfinite,
-            grads.dtype == torch.float64,
-            *device_and_stream(grads),
-        )
-    torch.autograd.graph.increment_version((out, nonfinite))
-
-
-def sign_step_fake(
-    params: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    mask: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    check_sign_step(params, grads, lr, segment_offsets, mask, nonfinite)
-
-
-def compact_sign_step_fake(
-    counts: Tensor,
-    params: Tensor,
-    theta: Tensor,
-    grads: Tensor,
-    lr: Tensor,
-    segment_offsets: Tensor | None,
-    nonfinite: Tensor,
-) -> None:
-    check_compact_sign_step(counts, params, theta, grads, lr, segment_offsets, nonfinite)
-
-
-def meta_accumulate_fake(out: Tensor, grads: Tensor, nonfinite: Tensor, skip_nonfinite: bool) -> None:
-    check_meta_accumulate(out, grads, nonfinite)
+def segments(offsets: Tensor | None) -> int:
+    return 0 if offsets is None else offsets.shape[0] - 1
 
 
 def check_built_with_cuda(op: str) -> None:
@@ -464,36 +365,55 @@ def check_built_with_cuda(op: str) -> None:
         )
 
 
-def device_and_stream(tensor: Tensor) -> tuple[int, int]:
-    """The device's index and the handle of torch's current stream on it. The native side sets the device."""
-    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+def register(stem: str, call: type[SignStep] | type[CompactSignStep] | type[MetaAccumulate], schema: str) -> None:
+    """Defines `<stem>_` with its implementations; torch allows it once a process, and the module is imported once.
+
+    Args:
+        stem: Of the operator and of the native functions `<stem>_cpu` and `<stem>_cuda`.
+        call: What its arguments are.
+        schema: Of the arguments.
+    """
+    name = f"{stem}_"
+    on_cpu: Callable[..., None] = getattr(C, f"{stem}_cpu")
+    on_cuda: Callable[..., None] | None = getattr(C, f"{stem}_cuda", None)
+
+    def cpu(*arguments: Any) -> None:
+        found = call(*arguments)
+        found.check()
+        if found.buffer().numel():
+            on_cpu(*found.native(), torch.get_num_threads())
+            torch.autograd.graph.increment_version(found.written())
+
+    def cuda(*arguments: Any) -> None:
+        found = call(*arguments)
+        found.check()
+        check_built_with_cuda(name)
+        assert on_cuda is not None
+        device = found.buffer().device
+        if found.buffer().numel():
+            # The native side makes the device current.
+            with Range(stem, device):
+                on_cuda(*found.native(), device.index, torch.cuda.current_stream(device).cuda_stream)
+            torch.autograd.graph.increment_version(found.written())
+
+    def fake(*arguments: Any) -> None:
+        call(*arguments).check()
+
+    LIBRARY.define(f"{name}({schema}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"signmaml_ext::{name}", fake, lib=LIBRARY)
 
 
-def register() -> None:
-    """Defines the operators; torch allows it once a process, and the module is imported once."""
-    LIBRARY.define(
-        "sign_step_(Tensor(a!) params, Tensor grads, Tensor lr, Tensor? segment_offsets, Tensor? mask, "
-        "Tensor(b!) nonfinite) -> ()",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    LIBRARY.define(
-        "compact_sign_step_(Tensor(a!) counts, Tensor(b!) params, Tensor theta, Tensor grads, Tensor lr, "
-        "Tensor? segment_offsets, Tensor(c!) nonfinite) -> ()",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    LIBRARY.define(
-        "meta_accumulate_(Tensor(a!) out, Tensor grads, Tensor(b!) nonfinite, bool skip_nonfinite) -> ()",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    LIBRARY.impl("sign_step_", sign_step_cpu, "CPU")
-    LIBRARY.impl("sign_step_", sign_step_cuda, "CUDA")
-    LIBRARY.impl("compact_sign_step_", compact_sign_step_cpu, "CPU")
-    LIBRARY.impl("compact_sign_step_", compact_sign_step_cuda, "CUDA")
-    LIBRARY.impl("meta_accumulate_", meta_accumulate_cpu, "CPU")
-    LIBRARY.impl("meta_accumulate_", meta_accumulate_cuda, "CUDA")
-    torch.library.register_fake("signmaml_ext::sign_step_", sign_step_fake, lib=LIBRARY)
-    torch.library.register_fake("signmaml_ext::compact_sign_step_", compact_sign_step_fake, lib=LIBRARY)
-    torch.library.register_fake("signmaml_ext::meta_accumulate_", meta_accumulate_fake, lib=LIBRARY)
-
-
-register()
+register(
+    "sign_step",
+    SignStep,
+    "Tensor(a!) params, Tensor grads, Tensor lr, Tensor? segment_offsets, Tensor? mask, Tensor(b!) nonfinite",
+)
+register(
+    "compact_sign_step",
+    CompactSignStep,
+    "Tensor(a!) counts, Tensor(b!) params, Tensor theta, Tensor grads, Tensor lr, Tensor? segment_offsets, "
+    "Tensor(c!) nonfinite",
+)
+register("meta_accumulate", MetaAccumulate, "Tensor(a!) out, Tensor grads, Tensor(b!) nonfinite, bool skip_nonfinite")
