@@ -11,7 +11,7 @@ import difflib
 import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(help, **limits)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainConfig:
     """Configuration of one training run; checked when made.
 
@@ -37,8 +37,8 @@ class TrainConfig:
             message names the field, what was expected and what was found.
 
     Example:
-        >>> TrainConfig(ways=20).ways
-        20
+        >>> TrainConfig(ways=20)
+        TrainConfig(ways=20)
         >>> TrainConfig(ways=1)
         Traceback (most recent call last):
         ValueError: ways: expected an integer >= 2, found 1
@@ -121,6 +121,11 @@ class TrainConfig:
             raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
         if self.adapt is not None and not self.adapt:
             raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
+
+    def __repr__(self) -> str:
+        """What differs from the defaults; `to_yaml` has everything."""
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"TrainConfig({', '.join(changed)})"
 
     def evaluation_steps(self) -> int:
         """Inner steps in validation and test."""

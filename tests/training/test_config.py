@@ -118,3 +118,10 @@ def test_what_a_resumed_run_may_change() -> None:
 
 def test_data_may_be_named_with_a_hyphen() -> None:
     assert TrainConfig(data="mini-imagenet") == TrainConfig(data="mini_imagenet")
+
+
+def test_a_configuration_prints_what_differs_from_the_defaults():
+    assert repr(TrainConfig()) == "TrainConfig()"
+    config = TrainConfig(ways=20, hidden=(8, 8), adapt=["classifier"])
+    assert eval(repr(config)) == config
+    assert repr(config) == f"TrainConfig(ways=20, hidden=(8, 8), adapt={config.adapt!r})"
