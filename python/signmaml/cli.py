@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 from . import config as configs
 from . import version
 from .config import TrainConfig
+from .options import EVALUATION_FIELDS
 from .presets import PRESETS
-from .values import parse_word
 
 # Errors that the user can mend; their messages say what was expected and what was found.
 USER_ERRORS = (
@@ -216,13 +216,6 @@ def _add_evaluate(commands: Any) -> None:
         add_field(group, name, with_default=False)
 
 
-# Fields of TrainConfig that an evaluation may set for itself.
-EVALUATION_FIELDS = (
-    "data", "data_root", "ways", "shots", "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
-    "precision", "backend", "seed", "device",
-)  # fmt: skip
-
-
 def _add_plot(commands: Any) -> None:
     parser = _command(commands, "plot", "plot", "draw training curves, and one episode with predictions")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder; with several, their curves are compared")
@@ -287,28 +280,6 @@ def add_field(group: Any, name: str, *, with_default: bool = True) -> None:
     noun = {int: "INT", float: "NUMBER"}.get(kind.item, "TEXT")
     metavar = "NAME" if rule.choices else noun
     group.add_argument(flag, metavar=metavar, nargs="+" if kind.many else None, **options)
-
-
-def given_fields(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the command line set, in their types.
-
-    Raises:
-        ValueError: A word is no value of its field's type.
-    """
-    kinds = configs.kinds()
-    values: dict[str, Any] = {}
-    for key, text in vars(parsed).items():
-        if not key.startswith("field_"):
-            continue
-        name = key.removeprefix("field_")
-        if isinstance(text, bool):
-            values[name] = text
-        elif isinstance(text, list):
-            items = [parse_word(name, word, kinds[name]) for word in text]
-            values[name] = None if items == [None] else items
-        else:
-            values[name] = parse_word(name, text, kinds[name])
-    return values
 
 
 def _default_text(default: Any) -> str:

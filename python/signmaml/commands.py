@@ -15,10 +15,10 @@ from torch import nn
 
 from . import building, checkpoint, data, distributed, plots
 from . import config as configs
-from .cli import EVALUATION_FIELDS, given_fields
 from .config import TrainConfig
 from .evaluation import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
 from .loggers import clock, counting
+from .options import EVALUATION_FIELDS, given_fields
 from .presets import PRESETS
 from .rates import InnerRates
 from .results import FitResult

@@ -14,6 +14,7 @@ import pytest
 from helpers.toy_images import write_class_folders
 from signmaml import checkpoint, cli
 from signmaml.config import TrainConfig
+from signmaml.options import given_fields
 from signmaml.presets import PRESETS
 from signmaml.runs import RunFolder
 
@@ -87,12 +88,12 @@ def test_every_field_has_an_option() -> None:
     parsed = cli.build_parser().parse_args(
         shlex.split("train --rotations --no-tensorboard --test-steps none --adapt a.* b.* --seed 4 --outer-lr 1e-4")
     )
-    given = cli.given_fields(parsed)
+    given = given_fields(parsed)
     assert given == {
         "rotations": True, "tensorboard": False, "test_steps": None, "adapt": ["a.*", "b.*"], "seed": 4,
         "outer_lr": 1e-4,
     }  # fmt: skip
-    assert cli.given_fields(cli.build_parser().parse_args(["train", "--adapt", "none"])) == {"adapt": None}
+    assert given_fields(cli.build_parser().parse_args(["train", "--adapt", "none"])) == {"adapt": None}
     assert TrainConfig.from_dict(given)
 
 

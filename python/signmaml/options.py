@@ -1,0 +1,37 @@
+"""The configuration's fields as options of the command line: what they say, read back from the parsed words."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import config as configs
+from .values import parse_word
+
+# Fields of TrainConfig that an evaluation may set for itself.
+EVALUATION_FIELDS = (
+    "data", "data_root", "ways", "shots", "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
+    "precision", "backend", "seed", "device",
+)  # fmt: skip
+
+
+def given_fields(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the command line set, in their types.
+
+    Raises:
+        ValueError: A word is no value of its field's type.
+    """
+    kinds = configs.kinds()
+    values: dict[str, Any] = {}
+    for key, text in vars(parsed).items():
+        if not key.startswith("field_"):
+            continue
+        name = key.removeprefix("field_")
+        if isinstance(text, bool):
+            values[name] = text
+        elif isinstance(text, list):
+            items = [parse_word(name, word, kinds[name]) for word in text]
+            values[name] = None if items == [None] else items
+        else:
+            values[name] = parse_word(name, text, kinds[name])
+    return values
