@@ -16,6 +16,13 @@ import torch
 
 from helpers import backends
 from helpers.one_thread import one_thread  # noqa: F401 (of all tests)
+from helpers.programs import shared
+from helpers.programs.workers import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 (hooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that starts the others
+        config.add_cleanup(shared.make_folder())
 
 
 @pytest.fixture(autouse=True)

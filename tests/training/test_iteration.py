@@ -106,7 +106,7 @@ class Doubling:
         ({"model": DropoutNet}, "draws no random numbers"),
         ({"train": Doubling(), "model": lambda: nn.Linear(2, 2)}, r"Doubling draws on the host \(it has no draw_at\)"),
     ],
-    ids=str,
+    ids=["graph false", "learned rate", "nonfinite raise", "dropout", "a sampler without draw_at"],
 )
 def test_what_cannot_be_a_graph_trains_without_and_says_why(
     tmp_path: Path, changes: dict[str, Any], words: str
