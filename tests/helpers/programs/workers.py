@@ -9,8 +9,28 @@ import pytest
 import torch
 
 MEMORY_OF_WORKER = 3 * 2**30
-# The files that take longest, longest first: begun late, one of them would keep a process busy when the others are done.
-LONGEST: tuple[str, ...] = ()
+# The files that take longest, longest first: begun late, one of them would keep one process busy after the others.
+LONGEST = (
+    "tests/emulated/test_mutations.py",
+    "tests/reliability/test_native.py",
+    "tests/emulated/test_emulated_conv_errors.py",
+    "tests/packaging/test_installs.py",
+    "tests/packaging/test_distributions.py",
+    "tests/training/test_omniglot_training.py",
+    "tests/reference/test_compiled.py",
+    "tests/training/test_data_real.py",
+    "tests/zoo/test_zoo.py",
+    "tests/training/test_examples.py",
+    "tests/reliability/test_distributed.py",
+    "tests/reliability/test_long_run.py",
+    "tests/emulated/test_emulated_mlp.py",
+    "tests/ops/test_conv_meta_step_cpu.py",
+    "tests/compile/test_compile_resources.py",
+    "tests/reliability/test_two_machines.py",
+    "tests/emulated/test_sanitizers.py",
+    "tests/reliability/test_faults.py",
+    "tests/emulated/test_emulated_conv.py",
+)
 
 
 def memory() -> int:
