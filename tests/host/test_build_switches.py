@@ -202,6 +202,18 @@ def test_emulated_module_is_kept_outside_of_the_packages(driver, refused, tmp_pa
     assert [path.name for path in target.iterdir()] == ["_emulated.new.so"]
 
 
+def test_what_was_compiled_outlives_what_cmake_noted(driver, tmp_path):
+    """The second of two installs from one folder compiles only what has changed."""
+    noted = [tmp_path / "CMakeCache.txt", tmp_path / "CMakeFiles" / "4.1.0" / "CMakeCXXCompiler.cmake"]
+    kept = [tmp_path / ".ninja_log", tmp_path / "CMakeFiles" / "_C.dir" / "module.cpp.o"]
+    for path in (*noted, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    driver.forget_configuration(tmp_path)
+    assert [path.exists() for path in (*noted, *kept)] == [False, False, True, True]
+    driver.forget_configuration(tmp_path / "not there yet")
+
+
 def test_emulated_switch_reaches_cmake(driver, monkeypatch):
     from setuptools import Distribution
 
