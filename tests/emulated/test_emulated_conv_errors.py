@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from helpers import conv_cases, emulated, images
-from helpers.conv_cases import Data, Net
+from helpers.cases import conv_cases, images
+from helpers.cases.conv_cases import Data, Net
+from helpers.devices import emulated
 
 # Twice what float32 can tell apart: an error below it is as good as none, and PyTorch's may be that by luck.
 SPACING = 2 * torch.finfo(torch.float32).eps

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from helpers import emulated, emulated_cases
+from helpers.cases import emulated_cases
+from helpers.devices import emulated
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def test_choice_of_nvcc(driver, refused, tmp_path, capsys):
 
 def test_emulated_module_is_kept_outside_of_the_packages(driver, refused, tmp_path):
     """In build/emulated of the source tree: no wheel takes anything from there, and the tests look there."""
-    from helpers import emulated
+    from helpers.devices import emulated
 
     assert driver.EMULATED_FOLDER == emulated.BUILT_BY_SETUP == SETUP.parent / "build" / "emulated"
     built, target = tmp_path / "cmake", tmp_path / "emulated"

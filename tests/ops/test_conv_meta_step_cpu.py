@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.images import real_data
+from helpers.cases.images import real_data
 from signmaml.data import load
 from signmaml.episodes import EpisodeSampler
 from signmaml.models import Conv4

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import emulated, native_cases
+from helpers.devices import emulated
+from reliability import native_cases
 from signmaml_ext._loader import C
 
 

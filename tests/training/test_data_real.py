@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.images import real_data
+from helpers.cases.images import real_data
 from signmaml import data
 from signmaml.episodes import EpisodeSampler
 

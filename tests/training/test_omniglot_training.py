@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.images import real_data
+from helpers.cases.images import real_data
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch
 
 from helpers.programs import shared
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # What the build reads of the environment; the tests set it themselves.
 SWITCHES = (

@@ -17,7 +17,7 @@ from PIL import Image
 from helpers.programs import shared
 from signmaml.data import ImageSet
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
+_REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def real_data(kind: str) -> Path:

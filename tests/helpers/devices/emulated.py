@@ -21,7 +21,7 @@ from torch import Tensor
 from helpers.programs import shared
 from signmaml_ext._loader import C
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 BUILT_BY_SETUP = ROOT / "build" / "emulated"  # where SIGNMAML_EMULATED=1 leaves the module
 
 
