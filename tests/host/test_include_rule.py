@@ -16,7 +16,7 @@ ALLOWED = {
     "kernels": [STANDARD, "params/.*", "kernels/.*", r"emulation/device\.h"],
     "launch": [STANDARD, "params/.*", "plan/.*", "kernels/.*", "launch/.*", r"cuda_runtime\.h", r"emulation/launch\.h"],
     "cpu": [STANDARD, "params/.*", "plan/.*", "cpu/.*", r"pthread\.h", r"signal\.h", r"xmmintrin\.h"],
-    "emulation": [STANDARD, "kernels/.*", "launch/.*", "emulation/.*", r"ucontext\.h", "sanitizer/.*"],
+    "emulation": [STANDARD, "kernels/.*", "launch/.*", "emulation/.*", r"setjmp\.h", r"ucontext\.h", "sanitizer/.*"],
     "bindings": [
         STANDARD,
         "params/.*",
