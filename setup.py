@@ -257,6 +257,18 @@ def keep_emulated(built: Path, target: Path) -> Path:
     return Path(shutil.copy(modules[0], target))
 
 
+def forget_configuration(folder: Path) -> None:
+    """Removes what CMake noted of an earlier build: its cache, and what it found out about the compilers.
+
+    An isolated build finds another cmake, ninja and pybind11 at each call, and the switches may have changed. Object
+    files stay, which `cmake --fresh` would remove: ninja compiles again what is older than its sources or was compiled
+    by another command.
+    """
+    folder.joinpath("CMakeCache.txt").unlink(missing_ok=True)
+    for found_out in folder.glob("CMakeFiles/[0-9]*"):
+        shutil.rmtree(found_out)
+
+
 class BuildWithCMake(build_ext):
     """Builds the one extension module by configuring and building CMakeLists.txt."""
 
@@ -265,9 +277,8 @@ class BuildWithCMake(build_ext):
         folder = Path(self.build_temp).resolve() / "cmake"
         jobs = read_jobs(os.environ)
         output.parent.mkdir(parents=True, exist_ok=True)
-        # --fresh: an isolated build finds another cmake, ninja and pybind11 at each call, and the switches may have
-        # changed; object files that are still right are kept all the same.
-        configure = [tool("cmake"), "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+        forget_configuration(folder)
+        configure = [tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         build = [tool("cmake"), "--build", str(folder), *(["--parallel", str(jobs)] if jobs else [])]
         self._run([*configure, *self._cache_variables(output)], "configure")
         self._run(build, "build")

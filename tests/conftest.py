@@ -7,15 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
-import helpers.installed  # noqa: F401 (first of all that imports the package)
+import helpers.programs.installed  # noqa: F401 (first of all that imports the package)
 
 # Before torch starts, and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from helpers import backends
-from helpers.one_thread import one_thread  # noqa: F401 (of all tests)
+from helpers.devices import backends
+from helpers.programs import shared
+from helpers.programs.one_thread import one_thread  # noqa: F401 (of all tests)
+from helpers.programs.workers import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 (hooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that starts the others
+        config.add_cleanup(shared.make_folder())
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +32,6 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(params=backends.params(*backends.NAMES))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that serves batched modules; the same tests hold for all. See helpers/backends.py."""
+    """Every backend that serves batched modules; the same tests hold for all. See helpers/devices/backends.py."""
     with backends.selected(request.param):
         yield request.param

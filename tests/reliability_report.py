@@ -27,7 +27,7 @@ Row = tuple[str, str, str]  # part, tried, outcome
 
 def properties(options: argparse.Namespace) -> list[Row]:
     """Bad input: drawn at random, anew in every report."""
-    from helpers import bad_input
+    from reliability import bad_input
 
     rows = []
     for name in bad_input.PROPERTIES:
@@ -41,7 +41,7 @@ def properties(options: argparse.Namespace) -> list[Row]:
 
 def native(options: argparse.Namespace) -> list[Row]:
     """The native module as installed, against Python and with any structs."""
-    from helpers import native_cases
+    from reliability import native_cases
     from signmaml_ext._loader import C
 
     command = [sys.executable, native_cases.__file__, C.__file__, str(options.examples // 20)]
@@ -109,7 +109,7 @@ def pytest_rows(part: str, file: str, chosen: str = "") -> list[Row]:
 
 def endurance(options: argparse.Namespace) -> list[Row]:
     """A long run, in one piece and killed again and again."""
-    from helpers import long_run
+    from reliability import long_run
 
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, long_run.__file__, "--both", place, str(options.iterations), str(options.kills)]

@@ -7,7 +7,10 @@ namespace signmaml::cpu {
 namespace {
 
 std::vector<const Kernels*> usable() {
-    std::vector<const Kernels*> found = {&portable::kKernels};
+    std::vector<const Kernels*> found;
+#ifdef SIGNMAML_HAS_PORTABLE
+    found.push_back(&portable::kKernels);
+#endif
     // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 #ifdef SIGNMAML_HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kKernels);
@@ -21,8 +24,14 @@ std::vector<const Kernels*> usable() {
     return found;
 }
 
+const Kernels* fastest() {
+    const std::vector<const Kernels*> found = usable();
+    if (found.empty()) throw std::runtime_error("this CPU has none of the instruction sets that were compiled in");
+    return found.back();
+}
+
 std::atomic<const Kernels*>& selected() {
-    static std::atomic<const Kernels*> choice{usable().back()};
+    static std::atomic<const Kernels*> choice{fastest()};
     return choice;
 }
 

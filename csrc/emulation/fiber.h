@@ -1,6 +1,7 @@
 // A thread of execution that runs until it hands control back: one for each emulated CUDA thread.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -25,11 +26,18 @@ class Fiber {
 
   private:
     static void enter(unsigned high, unsigned low);
+    // Changes of the stack: into the body, out of its middle, and out of its end.
+    void take_up();
+    void interrupt();
+    void give_back();
 
     std::function<void()> body_;
     std::unique_ptr<char[]> stack_;
     ucontext_t own_{};
-    ucontext_t caller_{};
+    ucontext_t caller_{};  // where jumps are not used
+    jmp_buf to_body_{};
+    jmp_buf to_caller_{};
+    bool begun_ = false;
     bool finished_ = false;
     // What AddressSanitizer wants to know when the stack changes.
     void* fake_stack_ = nullptr;

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every architecture, spills nothing, and takes what the table says."""
+"""Every kernel is compiled for every architecture, spills nothing, and takes what the table says."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from helpers import resources
+from compile import resources
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(resources.nvcc() is None, reason="no nvcc on this machine"),
+    pytest.mark.skipif(resources.missing() is not None, reason=f"no {resources.missing()} on this machine"),
 ]
 
 
@@ -31,7 +31,7 @@ def rows(table: dict[str, Any]) -> list[tuple[str, str, dict[str, int]]]:
 
 def test_all_kernels_on_all_architectures(measured, recorded):
     assert measured["kernels"].keys() == recorded["kernels"].keys(), (
-        "renew the table: python tests/helpers/resources.py"
+        "renew the table: python tests/compile/resources.py"
     )
     assert len(measured["kernels"]) >= 10
     for by_architecture in measured["kernels"].values():
@@ -39,8 +39,9 @@ def test_all_kernels_on_all_architectures(measured, recorded):
 
 
 def test_no_spills_and_no_stack(measured):
+    """What is spilled lies on the stack."""
     for name, architecture, values in rows(measured):
-        assert values["spill_bytes"] == values["stack_bytes"] == 0, (name, architecture, values)
+        assert values["stack_bytes"] == 0, (name, architecture, values)
 
 
 def base_of(kernel: str) -> str:
@@ -68,4 +69,4 @@ def test_occupancy_at_the_launch_configuration(measured):
 def test_table_is_up_to_date(measured, recorded):
     if measured["nvcc"] != recorded["nvcc"]:
         pytest.skip(f"the table is of nvcc {recorded['nvcc']}, this is {measured['nvcc']}")
-    assert measured == recorded, "renew the table: python tests/helpers/resources.py"
+    assert measured == recorded, "renew the table: python tests/compile/resources.py"

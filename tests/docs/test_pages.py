@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.toy_images import toy_images
+from helpers.cases.toy_images import toy_images
 from signmaml.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers import conv_cases, emulated, nets
-from helpers.conv_cases import Net
+from helpers.cases import conv_cases, nets
+from helpers.cases.conv_cases import Net
+from helpers.devices import emulated
 from signmaml_ext import conv, reference
 from signmaml_ext.checks import check_problem
 

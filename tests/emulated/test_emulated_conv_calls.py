@@ -7,8 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from helpers import emulated, libraries, nets
-from helpers.perceptrons import problem_of
+from helpers.cases import libraries, nets
+from helpers.cases.perceptrons import problem_of
+from helpers.devices import emulated
 from signmaml.models import Conv4
 from signmaml_ext import conv, reference
 

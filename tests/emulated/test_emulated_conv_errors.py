@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from helpers import conv_cases, emulated, images
-from helpers.conv_cases import Data, Net
+from helpers.cases import conv_cases, images
+from helpers.cases.conv_cases import Data, Net
+from helpers.devices import emulated
 
 # Twice what float32 can tell apart: an error below it is as good as none, and PyTorch's may be that by luck.
 SPACING = 2 * torch.finfo(torch.float32).eps
@@ -71,11 +72,11 @@ def test_a_step_on_one_hundred_images_of_one_hundred_ways(native, by_covariance)
     assert torch.equal(stepped.support_loss[0], gradient.query_loss)
 
 
-def of_pictures(net: Net, kind: str, count: int, tmp_path_factory) -> Iterator[Data]:
+def of_pictures(net: Net, kind: str, count: int) -> Iterator[Data]:
     """Crops of CIFAR images, as training sees them (-1 to 1) or as their files hold them (0 to 255)."""
     from signmaml import data as sets
 
-    chosen = sets.load("fc100", "test", root=images.real_data("cifar100", tmp_path_factory), progress=False)
+    chosen = sets.load("fc100", "test", root=images.real_data("cifar100"), progress=False)
     for seed in range(count):
         data = conv_cases.draw(net, seed)
         for x, y in ((data.support_x, data.support_y), (data.query_x, data.query_y)):
@@ -94,7 +95,7 @@ def of_pictures(net: Net, kind: str, count: int, tmp_path_factory) -> Iterator[D
 @pytest.mark.parametrize("halving", ["max", "stride"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("kind", ["random", "real", "real 0..255"])
-def test_every_precision_on_random_and_real_images(native, kind, precision, halving, by_covariance, tmp_path_factory):
+def test_every_precision_on_random_and_real_images(native, kind, precision, halving, by_covariance):
     """The typical draw of several.
 
     In fp32 and tf32 a decision of ReLU or the pooling that differs from float64's is rare but moves a gradient by far
@@ -105,7 +106,7 @@ def test_every_precision_on_random_and_real_images(native, kind, precision, halv
         3, channels=3, filters=16, height=12, width=11, halving=halving, query=6 if rare else 30, tasks=1, support=2
     )
     count = 7 if rare else 3
-    data = draws(net, count) if kind == "random" else of_pictures(net, kind, count, tmp_path_factory)
+    data = draws(net, count) if kind == "random" else of_pictures(net, kind, count)
     apart = conv_cases.errors_of_draws(native, net, data, precision, by_covariance=by_covariance)
     ours, theirs = apart.median(0).values if rare else apart.log().mean(0).exp()
     assert (ours <= 2 * theirs + SPACING).all(), (ours, theirs)

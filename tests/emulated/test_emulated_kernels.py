@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from helpers import emulated, emulated_cases
+from helpers.cases import emulated_cases
+from helpers.devices import emulated
 
 
 @pytest.fixture(scope="module")

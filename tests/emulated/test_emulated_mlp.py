@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import emulated, nets
-from helpers.perceptrons import assert_same, network, problem_of, tasks_for
+from helpers.cases import nets
+from helpers.cases.perceptrons import assert_same, network, problem_of, tasks_for
+from helpers.devices import emulated
 from signmaml_ext import fused, mlp, reference, spec
 
 

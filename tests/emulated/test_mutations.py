@@ -1,6 +1,6 @@
 """The proof of the emulator: kernels broken one way each, and every one of them caught.
 
-All mutants are in one build of a copy of the sources, see helpers/mutants.py; each goes through the cases in a process of
+All mutants are in one build of a copy of the sources, see emulated/mutants.py; each goes through the cases in a process of
 its own.
 """
 
@@ -17,8 +17,9 @@ from queue import SimpleQueue
 
 import pytest
 
-from helpers import emulated, mutants
-from helpers.mutants import Mutation, Outcome, Runner
+from emulated import mutants
+from emulated.mutants import Mutation, Outcome, Runner
+from helpers.devices import emulated
 
 SIGN, META, PLATFORM, SELF = (
     "kernels/sign_step.cuh",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers import backends, nets
+from helpers.cases import nets
+from helpers.devices import backends
 from signmaml_ext import meta_step, ops
 
 

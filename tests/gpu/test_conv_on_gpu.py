@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import signmaml_ext
-from helpers import conv_cases, emulated_cases, nets
-from helpers.conv_cases import Net
+from helpers.cases import conv_cases, emulated_cases, nets
+from helpers.cases.conv_cases import Net
 from signmaml_ext._loader import C
 
 pytestmark = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import graphs, meta_step
 
 pytestmark = [
@@ -172,7 +172,7 @@ def test_the_first_call_of_a_model_inside_a_capture_is_refused():
 
     code = """
 import torch
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import meta_step
 model = nets.conv4().cuda()
 data = [value.cuda() for value in nets.image_tasks(dtype=torch.float32)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).resolve().parents[1] / "helpers" / "gpu_cases.py"
+CASES = Path(__file__).with_name("gpu_cases.py")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

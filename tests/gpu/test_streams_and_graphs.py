@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import adapt, evaluate, meta_step
 
 pytestmark = [

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers.toy_images import toy_images
-from helpers.toy_run import toy_config
+from helpers.cases.toy_images import toy_images
+from helpers.programs.toy_run import toy_config
 from signmaml.episodes import EpisodeSampler, SinusoidSampler
 from signmaml.models import MLP, Conv4
 from signmaml.trainer import MetaTrainer

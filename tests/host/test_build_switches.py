@@ -188,7 +188,7 @@ def test_choice_of_nvcc(driver, refused, tmp_path, capsys):
 
 def test_emulated_module_is_kept_outside_of_the_packages(driver, refused, tmp_path):
     """In build/emulated of the source tree: no wheel takes anything from there, and the tests look there."""
-    from helpers import emulated
+    from helpers.devices import emulated
 
     assert driver.EMULATED_FOLDER == emulated.BUILT_BY_SETUP == SETUP.parent / "build" / "emulated"
     built, target = tmp_path / "cmake", tmp_path / "emulated"
@@ -200,6 +200,18 @@ def test_emulated_module_is_kept_outside_of_the_packages(driver, refused, tmp_pa
     (built / "_emulated.new.so").write_text("new")
     assert driver.keep_emulated(built, target) == target / "_emulated.new.so"
     assert [path.name for path in target.iterdir()] == ["_emulated.new.so"]
+
+
+def test_what_was_compiled_outlives_what_cmake_noted(driver, tmp_path):
+    """The second of two installs from one folder compiles only what has changed."""
+    noted = [tmp_path / "CMakeCache.txt", tmp_path / "CMakeFiles" / "4.1.0" / "CMakeCXXCompiler.cmake"]
+    kept = [tmp_path / ".ninja_log", tmp_path / "CMakeFiles" / "_C.dir" / "module.cpp.o"]
+    for path in (*noted, *kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    driver.forget_configuration(tmp_path)
+    assert [path.exists() for path in (*noted, *kept)] == [False, False, True, True]
+    driver.forget_configuration(tmp_path / "not there yet")
 
 
 def test_emulated_switch_reaches_cmake(driver, monkeypatch):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import signmaml_ext
-from helpers import nets
-from helpers.conv_cases import Net
+from helpers.cases import nets
+from helpers.cases.conv_cases import Net
 from signmaml_ext._loader import C
 
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 2**16 - 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import signmaml_ext
+from helpers.programs import tools
 from signmaml_ext._loader import C
 
 # glibc before 2.34 keeps threads, dl and rt in libraries of their own.
@@ -22,14 +22,7 @@ BASE_LIBRARIES = r"lib(c|m|stdc\+\+|gcc_s|pthread|dl|rt)\.so\.\d+|ld-linux.*"
 
 def tool(name: str) -> str:
     """A program of the toolchain, or a skipped test."""
-    places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    try:
-        import triton
-
-        places.append(str(Path(triton.__file__).parent / "backends/nvidia/bin"))
-    except ImportError:
-        pass  # the other places may have it
-    path = shutil.which(name, path=os.pathsep.join(places))
+    path = tools.tool(name)
     if path is None:
         pytest.skip(f"{name} is not installed")
     return path

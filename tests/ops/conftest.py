@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from helpers import backends
-from helpers.flat_buffers import device_or_skip
+from helpers.cases.flat_buffers import device_or_skip
+from helpers.devices import backends
 from signmaml_ext._loader import C
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.flat_buffers import DTYPES, SIZES, TASKS, assert_same_bits, by_column, flags, gradients, shifted
+from helpers.cases.flat_buffers import DTYPES, SIZES, TASKS, assert_same_bits, by_column, flags, gradients, shifted
 from signmaml_ext import compact_sign_step_, reference, sign_step_
 
 FORMS = ["one rate", "rate each", "rate a segment"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helpers.conv_cases import Net
+from helpers.cases.conv_cases import Net
 from signmaml_ext._loader import C
 
 # Blocks of each kind: images of one item and of several, F(2x2, 3x3) and direct convolution, shared products over one

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.flat_buffers import (
+from helpers.cases.flat_buffers import (
     DTYPES,
     SIZES,
     TASKS,

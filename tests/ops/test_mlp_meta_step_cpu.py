@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers.perceptrons import assert_same, network, problem_of, tasks_for
+from helpers.cases.perceptrons import assert_same, network, problem_of, tasks_for
 from signmaml_ext import fused, mlp, reference
 from signmaml_ext._loader import C
 

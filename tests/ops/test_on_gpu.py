@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from helpers.flat_buffers import assert_same_bits, device_or_skip, expected_step, flags, gradients
+from helpers.cases.flat_buffers import assert_same_bits, device_or_skip, expected_step, flags, gradients
 from signmaml_ext import compact_sign_step_, meta_accumulate_, sign_step_
 
 pytestmark = pytest.mark.gpu

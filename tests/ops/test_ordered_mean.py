@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.perceptrons import problem_of
+from helpers.cases.perceptrons import problem_of
 from signmaml.models import Conv4
 from signmaml_ext import conv, fused, mlp, ops, spec
 from signmaml_ext._loader import C

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers.perceptrons import network, tasks_for
+from helpers.cases.perceptrons import network, tasks_for
 from signmaml.models import Conv4
 from signmaml_ext import fused
 

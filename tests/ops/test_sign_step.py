@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.flat_buffers import DTYPES, SIZES, TASKS, assert_same_bits, expected_step, flags, gradients, shifted
+from helpers.cases.flat_buffers import DTYPES, SIZES, TASKS, assert_same_bits, expected_step, flags, gradients, shifted
 from signmaml_ext import sign_step_
 
 FORMS = [

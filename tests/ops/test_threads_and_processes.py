@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from helpers.flat_buffers import assert_same_bits, expected_step, flags, gradients
+from helpers.cases.flat_buffers import assert_same_bits, expected_step, flags, gradients
 from signmaml_ext import sign_step_
 
 BIG = 400_000

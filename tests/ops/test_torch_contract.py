@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.flat_buffers import DTYPES, flags
+from helpers.cases.flat_buffers import DTYPES, flags
 from signmaml_ext import meta_accumulate_, sign_step_
 
 STEPS = {

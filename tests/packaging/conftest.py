@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.installs import Environment, copy_source, need_network, run
+from helpers.programs.installs import Environment, copy_source, need_network, run
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import signmaml_ext
-from helpers.installs import Environment, has_nvcc, run, use
+from helpers.programs.installs import Environment, has_nvcc, run, use
 
 pytestmark = [pytest.mark.packaging, pytest.mark.slow]
 

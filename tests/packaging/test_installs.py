@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.installs import run, use, without_nvcc
+from helpers.programs.installs import run, use, without_nvcc
 
 pytestmark = [pytest.mark.packaging, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.installs import Environment, without_nvcc
+from helpers.programs.installs import Environment, without_nvcc
 
 pytestmark = [pytest.mark.packaging, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers import nets
+from helpers.cases import nets
 
 
 def call(model=None, data=None, *, data_kind=nets.vector_tasks, **changes):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import evaluate, meta_step
 
 OPTIONS: dict[str, Any] = {"inner_lr": 0.02, "inner_steps": 3, "batching": "one-by-one"}

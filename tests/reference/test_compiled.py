@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import adapt, compiled, evaluate, explain, meta_step
 from signmaml_ext import batching as batching_rules
 

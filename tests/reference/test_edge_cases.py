@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import adapt, evaluate, meta_step, reference
 
 
@@ -380,7 +380,7 @@ def test_tied_parameters_take_one_step_on_the_summed_gradient(backend):
 @pytest.mark.parametrize(("patterns", "moving"), [(["4.*"], {"4.weight", "4.bias"}), ("*.weight", None)])
 def test_adapt_patterns(backend, patterns, moving):
     """ANIL: only the head adapts; all parameters get the meta-gradient, equal to the definition's."""
-    from helpers import definition
+    from helpers.cases import definition
 
     model, data = nets.mlp().double(), nets.vector_tasks()
     names = [name for name, _ in model.named_parameters()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import libraries, nets
+from helpers.cases import libraries, nets
 from signmaml.models import MLP, Conv4
 from signmaml_ext import adapt, evaluate, explain, meta_step
 

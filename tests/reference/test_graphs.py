@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import nets
-from helpers.perceptrons import problem_of
-from helpers.replaying import ReplayingRecorder, ReplayingRecording, stand_in
+from helpers.cases import nets
+from helpers.cases.perceptrons import problem_of
+from helpers.devices.replaying import ReplayingRecorder, ReplayingRecording, stand_in
 from signmaml_ext import graphs, meta_step, modes
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import meta_step
 
 STEPS = 3

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers import definition, nets
+from helpers.cases import definition, nets
 from signmaml_ext import meta_step
 
 METHODS = ["sign-maml", "fo-maml", "maml"]

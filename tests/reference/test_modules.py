@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import signmaml_ext
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import meta_step
 
 

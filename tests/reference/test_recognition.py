@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers import libraries, nets
+from helpers.cases import libraries, nets
 from signmaml.models import MLP, Conv4
 from signmaml_ext import chain, spec
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import signmaml_ext
-from helpers import definition, nets
+from helpers.cases import definition, nets
 from signmaml.models import Conv4
 from signmaml_ext import adapt, evaluate, meta_step
 

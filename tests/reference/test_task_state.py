@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers import nets
+from helpers.cases import nets
 from signmaml_ext import CompactParams, adapt, compact, evaluate, meta_step
 
 STEP = {"inner_lr": 0.05, "inner_steps": 5}

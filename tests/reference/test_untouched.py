@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import signmaml_ext
-from helpers import definition, nets
+from helpers.cases import definition, nets
 from signmaml_ext import batching, evaluate, meta_step, modes
 from signmaml_ext.replica import Replicas
 

@@ -1,10 +1,10 @@
-"""Whatever comes in: a correct result or a clear error, and the model as it was; see helpers/bad_input.py."""
+"""Whatever comes in: a correct result or a clear error, and the model as it was; see reliability/bad_input.py."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers import bad_input
+from reliability import bad_input
 
 # Examples of a quick run and of a long one: about one and a few seconds.
 EXAMPLES = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import signmaml_ext
-from helpers import nets
-from helpers.toy_images import toy_images
+from helpers.cases import nets
+from helpers.cases.toy_images import toy_images
 from signmaml.episodes import EpisodeSampler
 from signmaml_ext import meta_accumulate_, sign_step_
 from signmaml_ext._loader import C

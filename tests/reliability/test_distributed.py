@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.distributed_run import TESTS, finish, make_trainer, start, wait_for
+from reliability.distributed_run import TESTS, finish, make_trainer, start, wait_for
 from signmaml import checkpoint, distributed
 from signmaml.loggers import read_metrics
 
@@ -155,7 +155,7 @@ def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     """Process 1 dies in iteration 9, after the checkpoint of iteration 8; torchrun starts both anew."""
-    dying = ("-m", "helpers.distributed_run", "--dying", 1, 9)
+    dying = ("-m", "reliability.distributed_run", "--dying", 1, 9)
     lost = torchrun("--nproc-per-node=2", "--max-restarts=1", *dying, *SINUSOID, "--out", tmp_path / "run")
     assert lost.returncode == 0, lost.stderr
     assert lost.stderr.count("process 1 kills itself") == 1, lost.stderr
@@ -173,7 +173,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_restarts_a_death_is_a_failure_that_says_what_to_do(tmp_path: Path) -> None:
-    dying = ("-m", "helpers.distributed_run", "--dying", 0, 9)
+    dying = ("-m", "reliability.distributed_run", "--dying", 0, 9)
     lost = torchrun("--nproc-per-node=2", *dying, *SINUSOID, "--out", tmp_path / "run")
     assert lost.returncode == 1
     assert "terminate called" not in lost.stderr, lost.stderr

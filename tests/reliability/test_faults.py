@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 import signmaml_ext
-from helpers.distributed_run import make_trainer
-from helpers.faults import Steps, die, in_child, no_space
-from helpers.toy_run import toy_trainer
+from helpers.programs.toy_run import toy_trainer
+from reliability.distributed_run import make_trainer
+from reliability.faults import Steps, die, in_child, no_space
 from signmaml import checkpoint
 from signmaml.cli import main
 from signmaml.loggers import read_metrics

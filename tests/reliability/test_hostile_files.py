@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from helpers.toy_run import toy_trainer
+from helpers.programs.toy_run import toy_trainer
 from signmaml import checkpoint
 from signmaml import config as configs
 from signmaml.cli import main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.long_run import long_run
+from reliability.long_run import long_run
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.distributed_run import TESTS
-from helpers.two_machines import ADDRESSES, CABLE, TwoMachines, two_machines
+from reliability.distributed_run import TESTS
+from reliability.two_machines import ADDRESSES, CABLE, TwoMachines, two_machines
 from signmaml import checkpoint
 from signmaml.loggers import read_metrics
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.toy_images import write_class_folders
+from helpers.cases.toy_images import write_class_folders
 from signmaml import checkpoint, cli
 from signmaml.config import TrainConfig
 from signmaml.options import given_fields

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.images import random_set
+from helpers.cases.images import random_set
 from signmaml.data import ImageSet, cache_dir
 from signmaml.data.cache import cache_path, cached, content_digest
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.images import picture, write_image, write_tree, zip_tree
+from helpers.cases.images import picture, write_image, write_tree, zip_tree
 from signmaml.data import decode, folder, sources
 from signmaml.data.folder import deal_out
 from signmaml.episodes import EpisodeSampler

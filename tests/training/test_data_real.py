@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.images import real_data
+from helpers.cases.images import real_data
 from signmaml import data
 from signmaml.episodes import EpisodeSampler
 
@@ -21,8 +21,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIGNMAML_CACHE", str(tmp_path / "cache"))
 
 
-def test_omniglot(tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = real_data("omniglot", tmp_path_factory)
+def test_omniglot() -> None:
+    root = real_data("omniglot")
     assert data.complete_splits("omniglot", root) == data.SPLITS
     splits = {split: data.load("omniglot", split, root=root, progress=False) for split in data.SPLITS}
     assert {split: images.classes for split, images in splits.items()} == {"train": 1028, "val": 172, "test": 423}
@@ -42,8 +42,8 @@ def test_omniglot(tmp_path_factory: pytest.TempPathFactory) -> None:
     ]  # fmt: skip
 
 
-def test_cifar100(tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = real_data("cifar100", tmp_path_factory)
+def test_cifar100() -> None:
+    root = real_data("cifar100")
     complete = data.complete_splits("fc100", root)
     assert {"train", "test"} <= set(complete)
     test = data.load("fc100", "test", root=root, progress=False)
@@ -58,8 +58,8 @@ def test_cifar100(tmp_path_factory: pytest.TempPathFactory) -> None:
             data.load("cifar_fs", "train", root=root, progress=False)
 
 
-def test_mini_imagenet(tmp_path_factory: pytest.TempPathFactory) -> None:
-    root = real_data("mini-imagenet", tmp_path_factory)
+def test_mini_imagenet() -> None:
+    root = real_data("mini-imagenet")
     test = data.load("mini_imagenet", "test", root=root, progress=False)
     assert test.classes == 20 and set(test.class_sizes.tolist()) == {600} and test.image_shape == (3, 84, 84)
     again = data.load("mini_imagenet", "test", root=root, progress=False)

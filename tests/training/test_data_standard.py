@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.images import picture, write_image, write_tree, zip_tree
+from helpers.cases.images import picture, write_image, write_tree, zip_tree
 from signmaml import data
 from signmaml.data.cifar import CIFAR_FS, FC100
 from signmaml.data.mini_imagenet import MINI_IMAGENET

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from helpers.images import random_set
-from helpers.operators import WAITING, Recorder
+from helpers.cases.images import random_set
 from signmaml.episodes import Episodes, EpisodeSampler, SinusoidSampler
+from training.operators import WAITING, Recorder
 
 WORD = 2**64
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
-from helpers.toy_images import toy_images
+from helpers.cases.toy_images import toy_images
 from signmaml.episodes import EpisodeSampler, SinusoidSampler
 from signmaml.evaluation import Evaluation, evaluate
 from signmaml.models import MLP, Conv4

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers.toy_images import toy_images
+from helpers.cases.toy_images import toy_images
 from signmaml.data import ImageSet
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

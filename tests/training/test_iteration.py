@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from helpers.operators import FROM_HOST, WAITING, Recorder
-from helpers.replaying import ReplayingRecorder, ReplayingRecording, stand_in
-from helpers.toy_images import toy_images
-from helpers.toy_run import DropoutNet, toy_config
+from helpers.cases.toy_images import toy_images
+from helpers.devices.replaying import ReplayingRecorder, ReplayingRecording, stand_in
+from helpers.programs.toy_run import DropoutNet, toy_config
 from signmaml import config as configs
 from signmaml.config import TrainConfig
 from signmaml.distributed import Group
@@ -26,6 +25,7 @@ from signmaml.models import MLP, Conv4
 from signmaml.signals import TrainingInterrupted
 from signmaml.trainer import MetaTrainer
 from signmaml_ext import graphs
+from training.operators import FROM_HOST, WAITING, Recorder
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MLP(256, 3, hidden=(16,)),
@@ -106,7 +106,7 @@ class Doubling:
         ({"model": DropoutNet}, "draws no random numbers"),
         ({"train": Doubling(), "model": lambda: nn.Linear(2, 2)}, r"Doubling draws on the host \(it has no draw_at\)"),
     ],
-    ids=str,
+    ids=["graph false", "learned rate", "nonfinite raise", "dropout", "a sampler without draw_at"],
 )
 def test_what_cannot_be_a_graph_trains_without_and_says_why(
     tmp_path: Path, changes: dict[str, Any], words: str

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers.images import real_data
+from helpers.cases.images import real_data
 
 
 @pytest.mark.slow
-def test_omniglot_above_80_percent_on_held_out_characters_in_a_fifth_of_the_preset(tmp_path, tmp_path_factory):
-    root = real_data("omniglot", tmp_path_factory)
+def test_omniglot_above_80_percent_on_held_out_characters_in_a_fifth_of_the_preset(tmp_path):
+    root = real_data("omniglot")
     run = tmp_path / "run"
     command = [str(Path(sys.executable).parent / "signmaml"), "train", "--preset", "omniglot", "--iterations", "1000"]
     done = subprocess.run(

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import signmaml_ext
-from helpers.toy_images import toy_images
+from helpers.cases.toy_images import toy_images
 from signmaml import plots, sheets
 from signmaml.episodes import EpisodeSampler, SinusoidSampler
 from signmaml.models import MLP

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.toy_run import toy_trainer
+from helpers.programs.toy_run import toy_trainer
 from signmaml import checkpoint
 from signmaml.signals import SignalGuard, TrainingInterrupted
 from signmaml.trainer import MetaTrainer
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path) -> subprocess.Popen[str]:
     """A training process that prints each iteration once it is done, and takes its time."""
-    command = [sys.executable, "-m", "helpers.toy_run", str(folder), str(ITERATIONS), "--slow", "0.05"]
+    command = [sys.executable, "-m", "helpers.programs.toy_run", str(folder), str(ITERATIONS), "--slow", "0.05"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder.parent, env=environment)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.toy_run import toy_config, toy_trainer
+from helpers.programs.toy_run import toy_config, toy_trainer
 from signmaml import commands
 from signmaml.config import TrainConfig
 from signmaml.evaluation import Evaluation

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.toy_images import toy_images
-from helpers.toy_run import toy_config, toy_trainer
+from helpers.cases.toy_images import toy_images
+from helpers.programs.toy_run import toy_config, toy_trainer
 from signmaml import checkpoint, evaluate
 from signmaml.config import TrainConfig
 from signmaml.data import ImageSet

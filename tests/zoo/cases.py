@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo import models as m
 
 METHODS = ("sign-maml", "fo-maml", "maml")

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import oracle
-from zoo.cases import CASES, METHODS, Case
 
 import signmaml_ext
 from signmaml_ext import compiled
+from zoo import oracle
+from zoo.cases import CASES, METHODS, Case
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),

@@ -1,4 +1,4 @@
-"""A toy training run in one of several processes: python -m helpers.distributed_run FOLDER ITERATIONS [options].
+"""A toy training run in one of several processes: python -m reliability.distributed_run FOLDER ITERATIONS [options].
 
 It is started with torchrun's variables in the environment. Float64 and FO-MAML, so that runs of different numbers of
 processes, which differ in the order of summation, stay together: a sign step would turn a rounding near 0 into a step.
@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from helpers.toy_images import toy_images
-from helpers.toy_run import DropoutNet, toy_config
+from helpers.cases.toy_images import toy_images
+from helpers.programs.toy_run import DropoutNet, toy_config
 from signmaml import distributed
 from signmaml.episodes import EpisodeSampler
 from signmaml.signals import TrainingInterrupted
@@ -75,7 +75,7 @@ def start(processes: int, *words: object, **environment: str) -> list[subprocess
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "helpers.distributed_run", *map(str, words)]
+    command = [sys.executable, "-m", "reliability.distributed_run", *map(str, words)]
     started = []
     for rank in range(processes):
         variables = {

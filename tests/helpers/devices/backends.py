@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import emulated
+from helpers.devices import emulated
 from signmaml_ext import checks, dispatch, ops
 from signmaml_ext.problem import Problem
 

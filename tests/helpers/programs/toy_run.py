@@ -1,4 +1,4 @@
-"""A training run of seconds, as a program: python -m helpers.toy_run FOLDER ITERATIONS [--slow SECONDS].
+"""A training run of seconds, as a program: python -m helpers.programs.toy_run FOLDER ITERATIONS [--slow SECONDS].
 
 The tests start it, stop it in the ways a process can be stopped, and resume it themselves.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helpers.toy_images import toy_images
+from helpers.cases.toy_images import toy_images
 from signmaml.config import TrainConfig
 from signmaml.signals import TrainingInterrupted
 from signmaml.trainer import MetaTrainer

@@ -48,7 +48,7 @@ class Buffer:
 
 
 def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", path)
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).partition(".")[0], path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,5 +8,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

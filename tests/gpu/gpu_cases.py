@@ -10,8 +10,8 @@ import torch
 
 def run_all() -> None:
     """Every family, odd sizes and alignments, flagged tasks, both task states."""
-    from helpers import nets
-    from helpers.flat_buffers import flags, gradients, shifted
+    from helpers.cases import nets
+    from helpers.cases.flat_buffers import flags, gradients, shifted
     from signmaml_ext import compact_sign_step_, meta_accumulate_, meta_step, sign_step_
 
     device = torch.device("cuda")

@@ -1,4 +1,4 @@
-"""A run of many iterations that is killed at random moments and resumed: python -m helpers.long_run FOLDER ITERATIONS.
+"""A run that is killed at random moments and resumed: python -m reliability.long_run FOLDER ITERATIONS.
 
 As a program it trains (or goes on) to the end, and notes its memory and the clock now and then.
 """
@@ -99,7 +99,7 @@ def train(folder: Path, iterations: int) -> None:
 
 def start(folder: Path, iterations: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "helpers.long_run", str(folder), str(iterations)]
+    command = [sys.executable, "-m", "reliability.long_run", str(folder), str(iterations)]
     return subprocess.Popen(command, env=environment, cwd=TESTS)
 
 

@@ -315,7 +315,8 @@ SECONDS = 300  # of one mutant; then a signal ends it, which is no report
 
 def _in_child(path: str, number: int, group: str) -> None:
     """In the forked process: selects the mutant and runs the cases; an error ends it as it ends a program."""
-    from helpers import emulated, emulated_cases
+    from helpers.cases import emulated_cases
+    from helpers.devices import emulated
 
     signal.alarm(SECONDS)
     ctypes.c_int.in_dll(ctypes.CDLL(path), SELECTOR).value = number
@@ -327,7 +328,8 @@ def _serve(path: str) -> None:
 
     import torch
 
-    from helpers import emulated, emulated_cases  # noqa: F401 (before the forks, once for all)
+    from helpers.cases import emulated_cases  # noqa: F401 (before the forks, once for all)
+    from helpers.devices import emulated
 
     torch.set_num_threads(1)  # a forked process has none of the others
     emulated.load(Path(path))

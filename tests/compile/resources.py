@@ -1,19 +1,24 @@
-"""What every kernel takes of a GPU, as nvcc's own tools report it.
+"""What every kernel takes of a GPU, as CUDA's own tools report it of the machine code in the installed module.
 
-`python tests/helpers/resources.py` renews the table.
+`python tests/compile/resources.py` renews the table.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers.programs.tools import tool
 from signmaml_ext._loader import C
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,21 +70,39 @@ SHARED_KIB = {80: 164, 90: 228, 100: 228, 120: 100}
 # The launch that a warp a task is looked at for: the sinusoid workload of the budgets (widths, tasks, support, query).
 SINUSOID = ((1, 40, 40, 1), 1000, 10, 10)
 
-# An instruction of PTX on doubles; a kernel on float32 has no business with it.
-FP64 = re.compile(r"^\s+(?:@\S+\s+)?[a-z]\S*\.f64\b", re.MULTILINE)
+# A machine instruction on doubles; a kernel on float32 has no business with it.
+FP64 = re.compile(
+    r"^\s+/\*\w+\*/\s+(?:@\S+\s+)?(?:D(?:ADD|FMA|MUL|SETP|MNMX|MMA)\b|\S*\.F64\b|MUFU\.\w+64H)", re.MULTILINE
+)
 
 
-def nvcc() -> str | None:
-    """The compiler, if there is one."""
-    return shutil.which("nvcc")
+def missing() -> str | None:
+    """The program that is not there and without which nothing can be measured."""
+    needed = ["cuobjdump", "c++filt"] if in_installed_module() else ["nvcc", "cuobjdump", "c++filt"]
+    return next((name for name in needed if tool(name) is None), None)
+
+
+def in_installed_module() -> bool:
+    """Whether the installed module has code for all architectures; else it is compiled here."""
+    return {str(architecture) for architecture in ARCHITECTURES} <= {
+        entry.split("+")[0].replace(".", "") for entry in C.cuda_architectures
+    }
 
 
 def release() -> str:
-    """Its release, such as 13.0: another one may give other registers."""
-    text = subprocess.run([nvcc() or "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release (\S+),", text)
-    assert match is not None, text
+    """CUDA's release, such as 13.0: another one may give other registers."""
+    if in_installed_module():
+        return ".".join(C.cuda_version.split(".")[:2])
+    match = re.search(r"release (\S+),", output("nvcc", "--version"))
+    assert match is not None
     return match[1]
+
+
+def output(name: str, *arguments: str, text: str | None = None) -> str:
+    """What a program of the toolchain prints."""
+    done = subprocess.run([tool(name) or name, *arguments], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def warps_resident(registers: int, block: int, shared_bytes: int, architecture: int) -> int:
@@ -132,48 +155,60 @@ def block_of(kernel: str) -> int:
     return BLOCKS[name]
 
 
-def measure(launch: str, architecture: int, folder: Path) -> dict[str, dict[str, int]]:
-    """Compiles one file of launch/ and reads off what its kernels take."""
-    target = folder / f"{launch}.{architecture}.cubin"
-    command = [nvcc() or "nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", "-cubin"]
-    kept = folder / f"{launch}.{architecture}"
-    kept.mkdir()
-    command += [
-        "--keep",
-        "--keep-dir",
-        str(kept),
-        f"-arch=sm_{architecture}",
-        str(ROOT / "csrc" / "launch" / f"{launch}.cu"),
-        "-o",
-        str(target),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (ptx,) = kept.glob("*.ptx")
-    code_of = {part.split("(", 1)[0].strip(): part for part in ptx.read_text().split(".entry")[1:]}
-    found = {}
-    for part in done.stderr.split("Compiling entry function '")[1:]:
-        symbol = part.split("'", 1)[0]
-        numbers = {
-            "registers": r"Used (\d+) registers",
-            "shared_bytes": r"(\d+) bytes smem",
-            "stack_bytes": r"(\d+) bytes stack frame",
-            "spill_bytes": r"(\d+) bytes spill stores",
+def compiled(folder: Path) -> list[Path]:
+    """Every file of launch/, compiled for every architecture as CMakeLists.txt has it."""
+
+    def cubin(launch: str, architecture: int) -> Path:
+        target = folder / f"{launch}.{architecture}.cubin"
+        source = ROOT / "csrc" / "launch" / f"{launch}.cu"
+        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}"]
+        output("nvcc", *options, "-cubin", str(source), "-o", str(target))
+        return target
+
+    jobs = [(launch, architecture) for launch in LAUNCHES for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda job: cubin(*job), jobs))
+
+
+def by_function(listing: str, mark: str) -> dict[tuple[str, str], str]:
+    """Parts of what cuobjdump prints, by architecture and by the function's symbol."""
+    parts = {}
+    for of_code in re.split(r"^arch = ", listing, flags=re.MULTILINE)[1:]:
+        for part in of_code.split(mark)[1:]:
+            parts[of_code.split()[0], re.split(r"[\s:]", part, maxsplit=1)[0]] = part
+    return parts
+
+
+def measure(files: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
+    """Reads off what the kernels in these files take, by name and architecture."""
+    usage: dict[tuple[str, str], str] = {}
+    code: dict[tuple[str, str], str] = {}
+    for file in files:
+        usage |= by_function(output("cuobjdump", "-res-usage", str(file)), " Function ")
+        code |= by_function(output("cuobjdump", "-sass", str(file)), "Function : ")
+    symbols = sorted({symbol for _, symbol in usage})
+    names = dict(zip(symbols, map(plain, output("c++filt", text="\n".join(symbols)).splitlines()), strict=True))
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for (architecture, symbol), part in sorted(usage.items(), key=lambda item: int(item[0][0].removeprefix("sm_"))):
+        name, number = names[symbol], int(architecture.removeprefix("sm_"))
+        numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", part)}
+        values = {
+            "registers": numbers["REG"],
+            # From 9.0 on, the KiB that the system keeps for itself counts as that of a kernel with shared memory.
+            "shared_bytes": max(0, numbers["SHARED"] - (1024 if number >= 90 else 0)),
+            "stack_bytes": numbers["STACK"],  # what is spilled lies there
+            "fp64_instructions": len(FP64.findall(code[architecture, symbol])),
+            "dynamic_shared_bytes": dynamic_shared_bytes(name),
         }
-        values = {key: int(match[1]) if (match := re.search(p, part)) else 0 for key, p in numbers.items()}
-        name = demangled(symbol)
-        values["fp64_instructions"] = len(FP64.findall(code_of[symbol]))
-        values["dynamic_shared_bytes"] = dynamic_shared_bytes(name)
         shared = values["shared_bytes"] + values["dynamic_shared_bytes"]
-        values["warps_resident"] = warps_resident(values["registers"], block_of(name), shared, architecture)
-        found[name] = values
-    return found
+        values["warps_resident"] = warps_resident(values["registers"], block_of(name), shared, number)
+        found.setdefault(name, {})[architecture] = values
+    return dict(sorted(found.items()))
 
 
-def demangled(symbol: str) -> str:
+def plain(demangled: str) -> str:
     """A kernel's name as one writes it, without its namespace and parameters."""
-    text = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
-    text = re.sub(r"\(int\)|\(bool\)|signmaml::|^void ", "", text)
+    text = re.sub(r"\(int\)|\(bool\)|signmaml::|^void ", "", demangled)
     for number, precision in enumerate(("fp32", "tf32", "bf16")):
         text = text.replace(f"(ConvPrecision){number}", precision)
     name = text.split("(")[0]
@@ -182,14 +217,9 @@ def demangled(symbol: str) -> str:
 
 def table() -> dict[str, Any]:
     """All kernels on all architectures."""
-    jobs = [(launch, architecture) for launch in LAUNCHES for architecture in ARCHITECTURES]
-    kernels: dict[str, dict[str, dict[str, int]]] = {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: (job[1], measure(*job, Path(folder))), jobs)
-        for architecture, found in results:
-            for name, values in found.items():
-                kernels.setdefault(name, {})[f"sm_{architecture}"] = values
-    return {"nvcc": release(), "kernels": dict(sorted(kernels.items()))}
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(C.__file__)] if in_installed_module() else compiled(Path(folder))
+        return {"nvcc": release(), "kernels": measure(files)}
 
 
 if __name__ == "__main__":

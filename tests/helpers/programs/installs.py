@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.programs import shared
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # What the build reads of the environment; the tests set it themselves.
 SWITCHES = (
@@ -53,11 +55,12 @@ def copy_source(target: Path) -> Path:
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment without the switches and without anything that redirects imports, then changes.
 
-    No bytecode is written: it would change the source trees that are looked at.
+    No bytecode is written: it would change the source trees that are looked at. What one build compiled, another need
+    not compile again.
     """
     dropped = {*SWITCHES, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"PYTHONDONTWRITEBYTECODE": "1"} | changes
+    return kept | shared.launcher() | {"PYTHONDONTWRITEBYTECODE": "1"} | changes
 
 
 def without_nvcc() -> dict[str, str]:

@@ -14,18 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.programs import shared
 from signmaml.data import ImageSet
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-_unpacked: dict[str, Path] = {}
+_REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def real_data(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real_data(kind: str) -> Path:
     """The tree of a real set, unpacked once a session; skips the test where the archives are not.
 
     Args:
         kind: "omniglot", "cifar100" or "mini-imagenet".
-        tmp_path_factory: The fixture.
 
     The archives lie in the folder that SIGNMAML_TEST_DATA names, or in ../shared/data beside the repository.
     """
@@ -33,14 +32,15 @@ def real_data(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = place / "unpack.py"
     if not script.is_file():
         pytest.skip(f"real images: no unpack.py in {place} (set SIGNMAML_TEST_DATA to the folder that has it)")
-    if kind not in _unpacked:
-        target = tmp_path_factory.mktemp("real")
+
+    def unpack(target: Path) -> None:
         done = subprocess.run([sys.executable, str(script), str(target), kind], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        _unpacked[kind] = target / kind
-    if not _unpacked[kind].is_dir():
+
+    unpacked = shared.once(f"real-{kind}", unpack) / kind
+    if not unpacked.is_dir():
         pytest.skip(f"real images: {place} has no archive of {kind}")
-    return _unpacked[kind]
+    return unpacked
 
 
 def random_set(sizes: Sequence[int], *, channels: int = 1, size: int = 4, split: str = "train") -> ImageSet:

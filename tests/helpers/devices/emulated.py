@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -17,7 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers.programs import shared
+from signmaml_ext._loader import C
+
+ROOT = Path(__file__).resolve().parents[3]
 BUILT_BY_SETUP = ROOT / "build" / "emulated"  # where SIGNMAML_EMULATED=1 leaves the module
 
 
@@ -36,19 +40,23 @@ def copy_sources(target: Path) -> None:
 
 def tools() -> dict[str, str]:
     """The environment in which cmake and ninja of this interpreter's environment come first."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **shared.launcher(), "PATH": path}
 
 
-def configure(source: Path, build: Path, sanitize: str = "", flags: str = "-O1;-g") -> None:
-    """Runs cmake; skips the test where there is none."""
+def configure(source: Path, build: Path, *variables: str, flags: str = "-O1") -> None:
+    """Runs cmake; skips the test where there is none.
+
+    With one instruction set, unless the variables say otherwise: the emulated module is not for the CPU's operators.
+    """
     if shutil.which("cmake", path=tools()["PATH"]) is None or shutil.which("ninja", path=tools()["PATH"]) is None:
         pytest.skip("cmake and ninja are needed to build the emulated module")
     import pybind11
 
     command = ["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", "-DSIGNMAML_EMULATED=ON"]
+    command += ["-DSIGNMAML_ISAS=portable"]
     command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    command += [f"-DSIGNMAML_SANITIZE={sanitize}", f"-DSIGNMAML_EMULATED_FLAGS={flags}"]
-    run(command)
+    run([*command, f"-DSIGNMAML_EMULATED_FLAGS={flags}", *(f"-D{variable}" for variable in variables)])
 
 
 def compile_module(build: Path) -> Path:
@@ -89,18 +97,54 @@ def build_once() -> Path:
     for path in sources():
         digest.update(path.read_bytes())
     kept = Path(tempfile.gettempdir()) / f"signmaml_emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
-    modules = list(kept.glob("_emulated*.so"))
-    if modules:
-        return modules[0]
-    with tempfile.TemporaryDirectory() as folder:
-        configure(ROOT, Path(folder))
-        module = compile_module(Path(folder))
-        kept.mkdir(exist_ok=True)
-        # Complete or not there at all, also for a second run at the same time.
-        staged = kept / f"{module.name}.{os.getpid()}"
-        shutil.copy2(module, staged)
-        os.replace(staged, kept / module.name)
+    kept.mkdir(exist_ok=True)
+    with (kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first one's module
+        modules = list(kept.glob("_emulated*.so"))
+        if modules:
+            return modules[0]
+        with tempfile.TemporaryDirectory() as folder:
+            configure(ROOT, Path(folder))
+            module = compile_module(Path(folder))
+            # Complete or not there at all, also where this is interrupted.
+            staged = kept / "staged"
+            shutil.copy2(module, staged)
+            os.replace(staged, kept / module.name)
     return kept / module.name
+
+
+# For modules with AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZER_OPTIONS = {
+    # Python itself does not free everything at its end.
+    "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+}
+
+
+def sanitized_once() -> Path:
+    """The module, and in it the CPU's operators, with these sanitizers.
+
+    Steps out of memory depend on the width of vectors, so the CPU's operators have wide ones where this CPU does.
+    """
+    wide = "avx2" if "avx2" in C.cpu_isas() else "portable"
+
+    def build(folder: Path) -> None:
+        sanitizers = "address,undefined"
+        variables = (f"SIGNMAML_SANITIZE={sanitizers}", f"SIGNMAML_SANITIZE_CPU={sanitizers}", f"SIGNMAML_ISAS={wide}")
+        configure(ROOT, folder, *variables, flags="-O1;-g1")
+        compile_module(folder)
+
+    (module,) = shared.once("sanitized", build).glob("_emulated*.so")
+    return module
+
+
+def sanitizer_library(name: str) -> str:
+    """The run-time library that must be loaded before Python starts; skips the test where there is none."""
+    found = subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True)
+    path = found.stdout.strip()
+    if not os.path.isabs(path):
+        pytest.skip(f"g++ has no {name}")
+    return path
 
 
 def sign_step_(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from helpers import conv_cases
+from helpers.cases import conv_cases
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,7 +68,7 @@ def gradients(tasks: int, parameters: int, dtype: torch.dtype) -> Tensor:
 
 
 def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0) -> None:
-    from helpers import emulated
+    from helpers.devices import emulated
 
     grads = gradients(tasks, parameters, dtype)
     offsets = mask = None
@@ -104,7 +104,7 @@ def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtyp
 def compact_sign_step(
     native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0
 ) -> None:
-    from helpers import emulated
+    from helpers.devices import emulated
 
     theta, segments = torch.randn(parameters, dtype=dtype), min(3, parameters)
     inner = torch.randint(0, parameters + 1, (segments - 1,)).sort().values
@@ -136,7 +136,7 @@ def compact_sign_step(
 def meta_accumulate(
     native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, skip: bool, shift: int
 ) -> None:
-    from helpers import emulated
+    from helpers.devices import emulated
 
     grads, out = gradients(tasks, parameters, dtype), torch.randn(parameters, dtype=dtype)
     bad = torch.zeros(tasks, dtype=torch.bool)
@@ -158,7 +158,7 @@ def meta_accumulate(
 
 def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, support: int, query: int, loss: str) -> None:
     """Against the definition in plain PyTorch, float64, for sign and plain steps."""
-    from helpers import definition
+    from helpers.cases import definition
     from signmaml_ext import mlp
     from signmaml_ext.checks import check_problem
 
@@ -297,7 +297,7 @@ def run_all(native: ModuleType) -> None:
 
 
 if __name__ == "__main__":
-    from helpers.emulated import load
+    from helpers.devices.emulated import load
 
     chosen = sys.argv[2:] or GROUPS
     for group in chosen:
