@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, graphs, modes, spec, threads
+from . import conv, dispatch, graphs, mlp, modes, threads
 from .checks import check_compiled_order, check_problem
 from .dispatch import Explanation
 from .inputs import Inputs, Output
@@ -416,7 +416,9 @@ def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Ten
     example: tuple[int, ...] = (1,)
     if isinstance(model, nn.Module):
         like = next((p for p in model.parameters() if p.requires_grad), like)
-        example, outputs = spec.shapes_of(model) or (example, outputs)
+        for found in (mlp.read(model), conv.read(model)):
+            if not isinstance(found, str):
+                example, outputs = found.example(model), found.outputs
     x = torch.zeros(1, 2, *example, dtype=like.dtype, device=like.device)
     if loss == "mse":
         y = torch.zeros(1, 2, outputs, dtype=like.dtype, device=like.device)

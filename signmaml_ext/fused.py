@@ -1,6 +1,6 @@
 """What the fused families share: a whole meta-step of all tasks in one native call and one fixed-order mean.
 
-A family (mlp.py, conv.py) says which problems it serves and makes the native call. Here is the rest: parameters as one
+A family (conv/, mlp/) says which problems it serves and makes the native call. Here is the rest: parameters as one
 row, rates as a table, memory for the results, the mean. On the CPU it is made while tasks run; on CUDA tasks go in
 chunks, whose gradients are then added up.
 Definition: reference.py.
@@ -24,8 +24,8 @@ from .checks import check_labels
 from .flat import constant
 from .inputs import Inputs, only
 from .problem import Problem
+from .recognition import Spec as AnySpec
 from .results import Adaptation, MetaGradients
-from .spec import ConvSpec, MlpSpec
 
 # Gradients of so many bytes are held at once on CUDA; more tasks run in several calls.
 CHUNK_BYTES = 256 * 2**20
@@ -33,7 +33,7 @@ CHUNK_BYTES = 256 * 2**20
 # The largest buffer of a kind that stays between calls on the CPU.
 KEPT_BYTES = 128 * 2**20
 
-Spec = TypeVar("Spec", MlpSpec, ConvSpec)
+Spec = TypeVar("Spec", bound=AnySpec)
 # A family's native call: fills the results among the tensors, by name, for all tasks of the problem.
 Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
 
@@ -188,14 +188,9 @@ def adapt(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spe
     )
 
 
-def _check(problem: Problem, spec: MlpSpec | ConvSpec, native: ModuleType) -> None:
+def _check(problem: Problem, spec: AnySpec, native: ModuleType) -> None:
     if problem.loss == "cross_entropy" and not on_cuda(problem, native):
-        check_labels(problem, outputs(spec))
-
-
-def outputs(spec: MlpSpec | ConvSpec) -> int:
-    """Width of the predictions."""
-    return spec.ways if isinstance(spec, ConvSpec) else spec.widths[-1]
+        check_labels(problem, spec.outputs)
 
 
 def _tasks(problem: Problem, first: int, count: int) -> Problem:
@@ -241,7 +236,7 @@ def _run(
     if gradients is None:
         results["adapted"] = empty(tasks, theta.numel())
         if problem.query_x is not None:
-            results["logits"] = empty(tasks, only(problem.query_x).shape[1], outputs(spec))
+            results["logits"] = empty(tasks, only(problem.query_x).shape[1], spec.outputs)
     arguments = {
         **(gradients or {}),
         "theta": theta,

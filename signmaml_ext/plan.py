@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from . import _loader, conv, fused, spec
+from . import _loader, conv, fused
 from .problem import Problem
 
 # The GPU of the model is an H200 by these figures: bytes a second of a copy, operations a second by precision of the
@@ -24,7 +24,7 @@ def table(problem: Problem) -> str:
     reason = conv.why_not(problem)
     if reason is not None:
         return f"plan: there is one for Conv-N networks only, and {reason}"
-    found = spec.conv_from_module(problem.model)
+    found = conv.read(problem.model)
     assert not isinstance(found, str)
     sizes = fused.sizes_of(problem)
     plan = _loader.C.plan_conv_meta_step(

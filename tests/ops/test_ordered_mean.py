@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers.cases.perceptrons import problem_of
 from signmaml.models import Conv4
-from signmaml_ext import conv, fused, mlp, ops, spec
+from signmaml_ext import conv, fused, mlp, ops
 from signmaml_ext._loader import C
 from signmaml_ext.problem import Problem
 
@@ -37,11 +37,11 @@ def mean_of(problem: Problem, family: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def mean_of_rows(problem: Problem, family: str) -> tuple[Tensor, Tensor]:
     """The same by way of `[T, P]`, with the order of parameters that the family has."""
-    module, recognise = {"conv": (conv, spec.conv_from_module), "mlp": (mlp, spec.mlp_from_module)}[family]
+    module, recognise = {"conv": (conv, conv.read), "mlp": (mlp, mlp.read)}[family]
     found = recognise(problem.model)
     size = sum(problem.params[name].numel() for name in found.names if name in problem.params)
     rows = torch.empty(problem.tasks, size, dtype=problem.dtype)
-    part = fused._run(problem, found, C, module._call, {"grads": rows})
+    part = fused._run(problem, found, C, module.call.native_call, {"grads": rows})
     out, flags = torch.zeros(size, dtype=problem.dtype), part["nonfinite"]
     ops.meta_accumulate_(out, rows, nonfinite=flags, skip_nonfinite=problem.nonfinite == "skip")
     sizes = [problem.model.get_parameter(name).numel() for name in found.names]
@@ -98,7 +98,7 @@ def test_memory_does_not_grow_with_tasks():
 
 def test_refusals():
     call = problem("mlp", 2, torch.float32)
-    found = spec.mlp_from_module(call.model)
+    found = mlp.read(call.model)
     mean, rows = torch.empty(16), torch.empty(2, 16)
     with pytest.raises(ValueError, match="addresses: expected 'mean' or 'grads', found both"):
-        fused._run(call, found, C, mlp._call, {"mean": mean, "grads": rows})
+        fused._run(call, found, C, mlp.call.native_call, {"mean": mean, "grads": rows})

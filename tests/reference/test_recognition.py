@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from helpers.cases import libraries, nets
 from signmaml.models import MLP, Conv4
-from signmaml_ext import chain, spec
+from signmaml_ext import chain, conv, mlp, recognition
 
 
 def images(channels: int, size: int, count: int = 4) -> Tensor:
@@ -47,13 +47,13 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, object]]]
 def test_recognised(name, training):
     make, x, expected = RECOGNISED[name]
     model = make().train(training)
-    found = spec.conv_from_module(model)
-    assert isinstance(found, spec.ConvSpec), found
+    found = conv.read(model)
+    assert isinstance(found, conv.ConvSpec), found
     for attribute, value in expected.items():
         assert getattr(found, attribute) == value
     assert sorted(found.names) == sorted(name for name, _ in model.named_parameters())
     before, owned = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
-    assert spec.check_conv(found, model, x)
+    assert recognition.computes(found, model, x)
     assert all(model.get_parameter(key) is value for key, value in owned.items())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -62,15 +62,15 @@ def test_recognised(name, training):
 def test_names_and_constants_come_in_order():
     model = libraries.Functional(layers=2)
     model.norms[1].eps = 0.5
-    assert spec.conv_from_module(model) == spec.ConvSpec(
+    assert conv.read(model) == conv.ConvSpec(
         blocks=(
-            spec.ConvBlockSpec("convs.0.weight", "convs.0.bias", "norms.0.weight", "norms.0.bias", 1e-3),
-            spec.ConvBlockSpec("convs.1.weight", "convs.1.bias", "norms.1.weight", "norms.1.bias", 0.5),
+            conv.ConvBlockSpec("convs.0.weight", "convs.0.bias", "norms.0.weight", "norms.0.bias", 1e-3),
+            conv.ConvBlockSpec("convs.1.weight", "convs.1.bias", "norms.1.weight", "norms.1.bias", 0.5),
         ),
         classifier=("out.weight", "out.bias"), channels=2, filters=8, ways=3, halving="max", readout="flatten",
     )  # fmt: skip
-    plain = spec.conv_from_module(libraries.one_sequence(layers=1))
-    assert isinstance(plain, spec.ConvSpec)
+    plain = conv.read(libraries.one_sequence(layers=1))
+    assert isinstance(plain, conv.ConvSpec)
     assert plain.names == ("0.weight", "1.weight", "1.bias", "7.weight", "7.bias")
 
 
@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_reason(name):
     make, reason = REFUSED[name]
-    found = spec.conv_from_module(make())
+    found = conv.read(make())
     assert isinstance(found, str) and re.search(reason, found), found
 
 
@@ -229,7 +229,7 @@ def test_only_the_mode_at_hand_counts():
     """What deviates only in training is recognised in evaluation, dropout too, and the other way round refused."""
     for model in (OnlyInTraining(), nn.Sequential(nn.Dropout2d(0.5), *libraries.one_sequence())):
         for training in (True, False, True):
-            found = spec.conv_from_module(model.train(training))
+            found = conv.read(model.train(training))
             assert isinstance(found, str) == training, found
 
 
@@ -238,8 +238,8 @@ def test_a_changed_module_is_read_again():
     x = images(1, 16)
 
     def state() -> tuple[object, bool]:
-        found = spec.conv_from_module(model)
-        return found, isinstance(found, spec.ConvSpec) and spec.verified(found, model, x)
+        found = conv.read(model)
+        return found, isinstance(found, conv.ConvSpec) and recognition.verified(found, model, x)
 
     first, holds = state()
     assert holds
@@ -259,9 +259,9 @@ def test_a_changed_module_is_read_again():
 
 def test_a_lambda_that_is_exchanged_is_noticed():
     model = libraries.OmniglotCNN()
-    assert isinstance(spec.conv_from_module(model), spec.ConvSpec)
+    assert isinstance(conv.read(model), conv.ConvSpec)
     model.base[1].max_pool = lambda x: x * 1.5
-    assert spec.conv_from_module(model) == "it uses mul"
+    assert conv.read(model) == "it uses mul"
 
 
 # --- what the structure cannot tell -----------------------------------------------------------------------------
@@ -286,10 +286,10 @@ class InBfloat16(Around):
 @pytest.mark.parametrize("make", [WithoutGradient, InBfloat16])
 def test_numbers_decide(make):
     model = make()
-    found = spec.conv_from_module(model)
-    assert isinstance(found, spec.ConvSpec)
-    assert not spec.check_conv(found, model, images(1, 16))
-    assert not spec.verified(found, model, images(1, 16))
+    found = conv.read(model)
+    assert isinstance(found, conv.ConvSpec)
+    assert not recognition.computes(found, model, images(1, 16))
+    assert not recognition.verified(found, model, images(1, 16))
 
 
 @pytest.mark.parametrize("factor", [1.5, 1 + 1e-6])
@@ -297,23 +297,23 @@ def test_a_small_factor_is_found(factor, monkeypatch):
     """A convolution that torch.fx takes for torch's own and that is not quite."""
     model = libraries.one_sequence()
     original = nn.Linear.forward
-    found = spec.conv_from_module(model)
+    found = conv.read(model)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: original(self, x) * factor)
-    assert isinstance(found, spec.ConvSpec)
-    assert not spec.check_conv(found, model, images(1, 16))
+    assert isinstance(found, conv.ConvSpec)
+    assert not recognition.computes(found, model, images(1, 16))
 
 
 def test_a_view_of_another_size_mixes_images():
     """`view(-1, 1, 16, 16)` leaves images of 16 x 16 as they are and cuts others in pieces."""
     model = libraries.OmniglotCNN(size=16)
-    found = spec.conv_from_module(model)
-    assert spec.verified(found, model, images(1, 16))
-    assert not spec.verified(found, model, images(1, 32))
+    found = conv.read(model)
+    assert recognition.verified(found, model, images(1, 16))
+    assert not recognition.verified(found, model, images(1, 32))
 
 
 def test_a_module_that_fails_by_itself_is_not_verified():
     model = libraries.MiniImagenetCNN()
-    assert not spec.check_conv(spec.conv_from_module(model), model, images(3, 40))
+    assert not recognition.computes(conv.read(model), model, images(3, 40))
 
 
 def test_mlp_is_held_against_its_gradient_too():
@@ -328,11 +328,11 @@ def test_mlp_is_held_against_its_gradient_too():
             return self.out(x)
 
     model = Frozen()
-    found = spec.mlp_from_module(model)
-    assert isinstance(found, spec.MlpSpec)
-    assert not spec.check_mlp(found, model, torch.randn(4, 3))
+    found = mlp.read(model)
+    assert isinstance(found, mlp.MlpSpec)
+    assert not recognition.computes(found, model, torch.randn(4, 3))
     plain = nets.mlp()
-    assert spec.check_mlp(spec.mlp_from_module(plain), plain, torch.randn(4, 4))
+    assert recognition.computes(mlp.read(plain), plain, torch.randn(4, 4))
 
 
 def test_the_memo_keeps_no_model_alive():
@@ -340,7 +340,7 @@ def test_the_memo_keeps_no_model_alive():
     import weakref
 
     model = libraries.OmniglotCNN()
-    spec.verified(spec.conv_from_module(model), model, images(1, 16))
+    recognition.verified(conv.read(model), model, images(1, 16))
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -352,7 +352,7 @@ def test_reading_a_module_again_is_cheap(monkeypatch):
     model, traces = Conv4(5, 1, 8, 28), []
     monkeypatch.setattr(chain, "_trace", lambda m, original=chain._trace: traces.append(1) or original(m))
     for _ in range(3):
-        spec.conv_from_module(model)
+        conv.read(model)
     assert len(traces) == 1
 
 

@@ -1,9 +1,4 @@
-"""The MLP family: multilayer perceptrons.
-
-On CUDA a team of threads owns a task, whose weights and activations stay on the chip through all inner steps and the
-query pass; on the CPU the lanes of a vector hold as many tasks.
-Definition: reference.py. Kernels: csrc/kernels/mlp_meta_step.cuh, csrc/cpu/mlp_meta_step.cpp.
-"""
+"""The native calls of the family."""
 
 from __future__ import annotations
 
@@ -12,11 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _loader, fused, spec
-from .inputs import only
-from .nvtx import Range
-from .problem import Problem
-from .results import Adaptation, MetaGradients
+from .. import _loader, fused, recognition
+from ..inputs import only
+from ..nvtx import Range
+from ..problem import Problem
+from ..results import Adaptation, MetaGradients
+from .spec import MlpSpec, read
 
 WIDEST = 256  # kMlpWidth
 MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
@@ -24,7 +20,7 @@ MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
 
 def why_not(problem: Problem) -> str | None:
     """None if the MLP kernels serve this problem, on whatever device, else the reason."""
-    found = spec.mlp_from_module(problem.model)
+    found = read(problem.model)
     if isinstance(found, str):
         return found
     if problem.loss not in ("mse", "cross_entropy"):
@@ -41,7 +37,7 @@ def why_not(problem: Problem) -> str | None:
     x = only(problem.support_x)
     if x[0, 0].numel() != found.widths[0]:
         return f"its first layer takes {found.widths[0]} features"
-    if not spec.verified(found, problem.model, x[0]):
+    if not recognition.verified(found, problem.model, x[0]):
         return "it does not compute what its structure says"
     return None
 
@@ -53,15 +49,15 @@ def _targets_fit(problem: Problem, outputs: int) -> bool:
 
 def meta_gradients(problem: Problem, native: ModuleType = _loader.C) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
-    return fused.meta_gradients(problem, spec.mlp_from_module(problem.model), native, _call)
+    return fused.meta_gradients(problem, read(problem.model), native, native_call)
 
 
 def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
-    return fused.adapt(problem, spec.mlp_from_module(problem.model), native, _call)
+    return fused.adapt(problem, read(problem.model), native, native_call)
 
 
-def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.MlpSpec, native: ModuleType) -> None:
+def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, native: ModuleType) -> None:
     sizes, itemsize = fused.sizes_of(problem), problem.dtype.itemsize
     network = (found.widths, found.activation, str(problem.loss))
     options = {

@@ -1,7 +1,4 @@
-"""The Conv-N family: blocks of conv3x3, BatchNorm, ReLU and a halving, then one linear classifier.
-
-Definition: reference.py. Kernels: csrc/cpu/conv_meta_step.cpp; CUDA's are csrc/kernels/conv_*.cuh.
-"""
+"""The native calls of the family."""
 
 from __future__ import annotations
 
@@ -11,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _loader, fused, spec
-from .inputs import only
-from .nvtx import Range
-from .problem import Problem
-from .results import Adaptation, MetaGradients
+from .. import _loader, fused, recognition
+from ..inputs import only
+from ..nvtx import Range
+from ..problem import Problem
+from ..results import Adaptation, MetaGradients
+from .spec import ConvSpec, read
 
 MOST_BLOCKS = 6  # kConvBlocks
 MOST_FILTERS = 128  # kConvFilters
@@ -25,7 +23,7 @@ MOST_CHANNELS = 3  # kConvChannels
 
 def why_not(problem: Problem) -> str | None:
     """None if the Conv-N kernels serve this problem, on whatever device, else the reason."""
-    found = spec.conv_from_module(problem.model)
+    found = read(problem.model)
     if isinstance(found, str):
         return found
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
@@ -50,7 +48,7 @@ def why_not(problem: Problem) -> str | None:
     return _why_not_images(problem, found)
 
 
-def _why_not_images(problem: Problem, found: spec.ConvSpec) -> str | None:
+def _why_not_images(problem: Problem, found: ConvSpec) -> str | None:
     x = only(problem.support_x)
     if x.ndim != 5 or x.shape[2] != found.channels:
         return f"the images are not [T, S, {found.channels}, H, W]"
@@ -69,22 +67,22 @@ def _why_not_images(problem: Problem, found: spec.ConvSpec) -> str | None:
     takes = problem.model.get_parameter(found.classifier[0]).shape[1]
     if takes != features:
         return f"its classifier takes {takes} features, and these images give {features}"
-    if not spec.verified(found, problem.model, x[0]):
+    if not recognition.verified(found, problem.model, x[0]):
         return "it does not compute what its structure says"
     return None
 
 
 def meta_gradients(problem: Problem, native: ModuleType = _loader.C) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
-    return fused.meta_gradients(problem, spec.conv_from_module(problem.model), native, _call)
+    return fused.meta_gradients(problem, read(problem.model), native, native_call)
 
 
 def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
-    return fused.adapt(problem, spec.conv_from_module(problem.model), native, _call)
+    return fused.adapt(problem, read(problem.model), native, native_call)
 
 
-def shape_of(problem: Problem, found: spec.ConvSpec) -> dict[str, Any]:
+def shape_of(problem: Problem, found: ConvSpec) -> dict[str, Any]:
     """The network and its images as the native calls take them."""
     height, width = only(problem.support_x).shape[3:]
     return {
@@ -101,7 +99,7 @@ def shape_of(problem: Problem, found: spec.ConvSpec) -> dict[str, Any]:
     }
 
 
-def _call(problem: Problem, tensors: dict[str, Tensor], found: spec.ConvSpec, native: ModuleType) -> None:
+def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, native: ModuleType) -> None:
     shape, sizes = shape_of(problem, found), fused.sizes_of(problem)
     steps, by_sign = problem.steps, problem.method == "sign-maml"
 

@@ -1,0 +1,11 @@
+"""The MLP family: multilayer perceptrons.
+
+On CUDA a team of threads owns a task, whose weights and activations stay on the chip through all inner steps and the
+query pass; on the CPU the lanes of a vector hold as many tasks.
+Definition: reference.py. Kernels: csrc/kernels/mlp_meta_step.cuh, csrc/cpu/mlp_meta_step.cpp.
+"""
+
+from .call import adapt, meta_gradients, why_not
+from .spec import MlpSpec, read
+
+__all__ = ["MlpSpec", "adapt", "meta_gradients", "read", "why_not"]

@@ -1,0 +1,67 @@
+"""What a native family knows of a module: read off its structure, and verified by numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from . import chain
+from .chain import Layer
+
+
+class Spec(Hashable, Protocol):
+    """A network as a family computes it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters, in the order of the native calls."""
+
+    @property
+    def outputs(self) -> int:
+        """Width of the predictions."""
+
+    def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The network's definition: predictions `[S, outputs]` of examples `[S, ...]`."""
+
+    def example(self, model: nn.Module) -> tuple[int, ...]:
+        """The shape of an example that the module takes."""
+
+
+def computes(spec: Spec, model: nn.Module, x: Tensor) -> bool:
+    """Whether the module computes on examples like `x` `[S, ...]` what its spec says: the numbers, in float64."""
+    return chain.computes(model, spec.names, spec.forward, x)
+
+
+def verified(spec: Spec, model: nn.Module, x: Tensor) -> bool:
+    """`computes`, once for each structure of the module and shape of its examples."""
+    known = chain.of_module(model)
+    key = (spec, tuple(x.shape[1:]))
+    if key not in known.computed:
+        if not computes(spec, model, x):
+            return False
+        known.computed.add(key)
+    return True
+
+
+def linear(layer: Layer) -> nn.Linear:
+    """The module of a linear layer."""
+    assert isinstance(layer.module, nn.Linear)
+    return layer.module
+
+
+def used_twice(layers: Sequence[Layer]) -> str | None:
+    """Why layers with parameters are not each a layer of its own; None if they are."""
+    names: set[str] = set()
+    owners: dict[int, str] = {}
+    for layer in layers:
+        if layer.name in names:
+            return f"layer {layer.name!r} is used twice"
+        names.add(layer.name)
+        assert layer.module is not None
+        for parameter in layer.module.parameters():
+            if id(parameter) in owners:
+                return f"layers {owners[id(parameter)]!r} and {layer.name!r} share parameters"
+            owners[id(parameter)] = layer.name
+    return None
