@@ -336,6 +336,7 @@ class Turned(nn.Module):
         return self.head(F.gelu(self.norm(h) if KNOB.value == 0 else KNOB.value * self.norm(h) + h))
 
 
+@pytest.mark.slow
 def test_what_changes_unseen_is_looked_into_again(traced, monkeypatch):
     model, data = Turned().double(), nets.vector_tasks()
     monkeypatch.setattr(compiled, "MOST_CHANGES", 3)

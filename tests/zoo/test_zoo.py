@@ -113,6 +113,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served >= 10
 
 
+@pytest.mark.slow
 def test_predictions_do_not_depend_on_the_way() -> None:
     """`evaluate` one by one and together, where both work."""
     compared = 0
