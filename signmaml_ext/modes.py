@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import threads
 from .problem import Problem
-from .splitmix import mixed
 
 Result = TypeVar("Result")
 
@@ -406,8 +405,11 @@ def _put_back(found: list[torch.Generator], states: list[Tensor]) -> None:
 
 
 def _mix(*words: int) -> int:
-    """A 63-bit hash of integers, word by word."""
-    state = 0
+    """A 63-bit hash of integers: the finaliser of SplitMix64, word by word (signmaml.splitmix is a layer above)."""
+    mask, state = 2**64 - 1, 0
     for word in words:
-        state = mixed(state + word)
+        state = (state + word + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
     return state >> 1

@@ -9,7 +9,6 @@ Shapes are those of `T` tasks with `P` parameters each; `G` is a number of segme
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -374,26 +373,23 @@ def register(stem: str, call: type[SignStep] | type[CompactSignStep] | type[Meta
         schema: Of the arguments.
     """
     name = f"{stem}_"
-    on_cpu: Callable[..., None] = getattr(C, f"{stem}_cpu")
-    on_cuda: Callable[..., None] | None = getattr(C, f"{stem}_cuda", None)
 
     def cpu(*arguments: Any) -> None:
         found = call(*arguments)
         found.check()
         if found.buffer().numel():
-            on_cpu(*found.native(), torch.get_num_threads())
+            getattr(C, f"{stem}_cpu")(*found.native(), torch.get_num_threads())
             torch.autograd.graph.increment_version(found.written())
 
     def cuda(*arguments: Any) -> None:
         found = call(*arguments)
         found.check()
         check_built_with_cuda(name)
-        assert on_cuda is not None
         device = found.buffer().device
         if found.buffer().numel():
             # The native side makes the device current.
             with Range(stem, device):
-                on_cuda(*found.native(), device.index, torch.cuda.current_stream(device).cuda_stream)
+                getattr(C, f"{stem}_cuda")(*found.native(), device.index, torch.cuda.current_stream(device).cuda_stream)
             torch.autograd.graph.increment_version(found.written())
 
     def fake(*arguments: Any) -> None:

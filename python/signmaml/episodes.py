@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from signmaml_ext import splitmix
-
+from . import splitmix
 from .data.arguments import a_few, check_choice, check_integer
 from .data.image_set import ImageSet
 

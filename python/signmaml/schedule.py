@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from signmaml_ext.splitmix import mixed
+from .splitmix import mixed
 
 
 def learning_rate(schedule: str, start: float, iteration: int, iterations: int) -> float:

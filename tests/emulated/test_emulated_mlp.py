@@ -12,7 +12,7 @@ from torch import nn
 from helpers.cases import nets
 from helpers.cases.perceptrons import assert_same, network, problem_of, tasks_for
 from helpers.devices import emulated
-from signmaml_ext import fused, mlp, reference, spec
+from signmaml_ext import fused, mlp, reference
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +238,11 @@ class Functional(nn.Module):
 
 
 def test_recognised_by_structure():
-    found = spec.mlp_from_module(Functional())
-    assert found == spec.MlpSpec((("hidden.weight", "hidden.bias"), ("out.weight", "out.bias")), (3, 6, 2), "relu")
+    found = mlp.read(Functional())
+    assert found == mlp.MlpSpec((("hidden.weight", "hidden.bias"), ("out.weight", "out.bias")), (3, 6, 2), "relu")
     from signmaml.models import MLP
 
-    assert isinstance(spec.mlp_from_module(MLP(1, 1, hidden=(40, 40))), spec.MlpSpec)
+    assert isinstance(mlp.read(MLP(1, 1, hidden=(40, 40))), mlp.MlpSpec)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_recognised_by_structure():
 def test_refused_with_a_reason(model, reason):
     import re
 
-    found = spec.mlp_from_module(model)
+    found = mlp.read(model)
     assert isinstance(found, str) and re.search(reason, found), found
 
 

@@ -28,7 +28,8 @@ def isa_commands(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, st
     for entry in json.loads((build / "compile_commands.json").read_text()):
         source, folder = Path(entry["file"]), ROOT / "csrc" / "cpu" / "isa"
         if source.is_relative_to(folder):
-            isa = entry["output"].split("signmaml_cpu_")[1].split(".dir")[0]
             command = shlex.split(entry["command"])
-            found[isa, str(source.relative_to(folder))] = command[: command.index("-o")]
+            at = command.index("-o")
+            isa = command[at + 1].split("signmaml_cpu_")[1].split(".dir")[0]
+            found[isa, str(source.relative_to(folder))] = command[:at]
     return found

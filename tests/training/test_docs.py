@@ -15,6 +15,7 @@ MODULES = (
     "models",
     "rates",
     "schedule",
+    "splitmix",
     "stats",
     "trainer",
     "values",

@@ -1,6 +1,7 @@
 """SplitMix64 (Steele, Lea and Flood 2014): a hash of 64-bit integers, from which keys and random numbers are made.
 
-`mixed` is the generator's next output from a state: every bit of the state changes about half of the output's bits.
+`mixed` is the generator's next output from a state: every bit of the state changes about half of the output's bits. The
+module is not in `signmaml_ext`, because data and episodes work without native code.
 """
 
 from __future__ import annotations
