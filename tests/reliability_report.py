@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 sys.path.insert(0, str(ROOT / "tests"))
+# Before torch starts: some parts fork, and a child has none of the threads that OpenMP waits for.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Row = tuple[str, str, str]  # part, tried, outcome
 
