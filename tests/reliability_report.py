@@ -21,8 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 sys.path.insert(0, str(ROOT / "tests"))
-# Before torch starts: some parts fork, and a child has none of the threads that OpenMP waits for.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Row = tuple[str, str, str]  # part, tried, outcome
 
@@ -63,8 +61,11 @@ def sanitizers(options: argparse.Namespace) -> list[Row]:
 
 def faults(options: argparse.Namespace) -> list[Row]:
     """A fault at every step towards the disk."""
+    import torch
+
     from reliability import test_faults
 
+    torch.set_num_threads(1)  # the faults come in forked processes, which have none of the others
     rows = []
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
