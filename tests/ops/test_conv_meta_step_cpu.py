@@ -25,11 +25,9 @@ Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # The quick ones on what this machine would choose.
 @pytest.fixture(params=[*(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]), ISAS[-1]])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = C.cpu_isa()
-    C.select_cpu_isa(request.param)
-    yield request.param
-    C.select_cpu_isa(before)
+def isa(isas: list[str], request: pytest.FixtureRequest) -> str:
+    C.select_cpu_isa(request.param)  # `isas` puts the choice back
+    return str(request.param)
 
 
 class MeanReadout(nn.Module):

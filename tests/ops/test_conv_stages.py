@@ -7,7 +7,6 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,11 +148,9 @@ def rows_of_items(values: Tensor, rows: int) -> Tensor:
 
 
 @pytest.fixture(params=C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = C.cpu_isa()
-    C.select_cpu_isa(request.param)
-    yield request.param
-    C.select_cpu_isa(before)
+def isa(isas: list[str], request: pytest.FixtureRequest) -> str:
+    C.select_cpu_isa(request.param)  # `isas` puts the choice back
+    return str(request.param)
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
