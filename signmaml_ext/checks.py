@@ -119,7 +119,7 @@ def check_problem(
         seed = check_count("seed", seed, at_least=0)
     first_task = check_count("first_task", first_task, at_least=0)
     adapted = _check_adapt(model, params, adapt)
-    rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device)
+    rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device, dtype)
     _check_task_state(task_state, method, rates, params)
     if not with_query and batch_norm == "support" and task_state == "int8":
         refuse("task_state", "'full' with batch_norm 'support' (counts hold no statistics)", repr(task_state))
@@ -354,10 +354,14 @@ def _shortened(names: Mapping[str, object], most: int = 8) -> str:
 
 
 def _check_rates(
-    inner_lr: Rate | Mapping[str, Rate], adapted: Mapping[str, Tensor], steps: int, device: torch.device
+    inner_lr: Rate | Mapping[str, Rate],
+    adapted: Mapping[str, Tensor],
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> StepRates:
     if not isinstance(inner_lr, Mapping):
-        _check_rate("inner_lr", inner_lr, device)
+        _check_rate("inner_lr", inner_lr, device, dtype)
         if isinstance(inner_lr, Tensor) and tuple(inner_lr.shape) not in ((), (1,), (steps,)):
             expected = f"a tensor of shape [] or [{steps}] (one rate a step)"
             refuse("inner_lr", expected, f"shape {list(inner_lr.shape)}")
@@ -369,7 +373,7 @@ def _check_rates(
     if unknown:
         refuse("inner_lr", f"names of adapted parameters ({_shortened(adapted)})", _listing(unknown))
     for name, parameter in adapted.items():
-        _check_rate(f"inner_lr[{name!r}]", inner_lr[name], device)
+        _check_rate(f"inner_lr[{name!r}]", inner_lr[name], device, dtype)
         _check_rate_shape(name, inner_lr[name], parameter, steps)
     rates = {name: inner_lr[name] for name in adapted}
     return StepRates({n: rate if isinstance(rate, Tensor) else float(rate) for n, rate in rates.items()}, steps)
@@ -380,7 +384,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _check_rate(argument: str, rate: object, device: torch.device) -> None:
+def _check_rate(argument: str, rate: object, device: torch.device, dtype: torch.dtype) -> None:
     expected = "a finite float >= 0 or a floating-point tensor"
     if isinstance(rate, Tensor):
         if not rate.is_floating_point():
@@ -391,6 +395,8 @@ def _check_rate(argument: str, rate: object, device: torch.device) -> None:
         refuse(argument, expected, describe(rate), TypeError)
     elif not 0 <= rate <= sys.float_info.max:  # an int may be beyond any float; nan compares as false
         refuse(argument, expected, rate if isinstance(rate, float) else describe(rate)[:40])
+    elif rate > torch.finfo(dtype).max:  # as a number of the parameters' type it would be infinite
+        refuse(argument, f"at most {torch.finfo(dtype).max!r}, the largest {dtype} like the parameters", float(rate))
 
 
 def _check_rate_shape(name: str, rate: Rate, parameter: Tensor, steps: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import sys
 import threading
 import traceback
@@ -312,7 +313,7 @@ class KeyedRandomness:
     def at(self, task: int, step: int) -> Iterator[None]:
         """The stream of one task's forward pass at one step (the query pass counts as step K)."""
         for generator in self._generators:
-            generator.manual_seed(_mix(self._seed, task, step))
+            generator.manual_seed(_key(self._seed, task, step))
         fresh = [] if self.drawn else _states(self._generators)
         yield
         if not self.drawn:
@@ -404,12 +405,7 @@ def _put_back(found: list[torch.Generator], states: list[Tensor]) -> None:
         generator.set_state(state)
 
 
-def _mix(*words: int) -> int:
-    """A 63-bit hash of integers: the finaliser of SplitMix64, word by word (signmaml.splitmix is a layer above)."""
-    mask, state = 2**64 - 1, 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return state >> 1
+def _key(*numbers: int) -> int:
+    """A 63-bit hash of integers of any size: the seed of one stream."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

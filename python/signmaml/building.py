@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .evaluation import Sampler
+from .episodes import Sampler, draw
+from .evaluation import StepArguments
 from .models import MLP, Conv4
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
     Raises:
         ValueError: The episodes are no images of equal height and width, for Conv4.
     """
-    episodes = sampler.draw(0)
-    shape, targets = tuple(episodes[0].shape[2:]), episodes[1]
+    episodes = draw(sampler, 0)
+    shape, targets = tuple(episodes.support_x.shape[2:]), episodes.support_y
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.model == "mlp":
@@ -146,7 +147,7 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
         return Conv4(config.ways, shape[0], config.filters, shape[1], config.pooling)
 
 
-def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor] | None) -> Mapping[str, Any]:
+def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor]) -> StepArguments:
     """What training and evaluation pass on to `signmaml_ext` alike."""
     return {
         "method": config.method,

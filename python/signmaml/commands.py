@@ -16,7 +16,8 @@ from torch import nn
 from . import building, checkpoint, data, distributed, plots
 from . import config as configs
 from .config import TrainConfig
-from .evaluation import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
+from .episodes import Sampler, draw
+from .evaluation import Evaluation, EvaluationArguments, default_chunk, evaluate_sampler, loss_for
 from .loggers import clock, counting
 from .options import EVALUATION_FIELDS, given_fields
 from .presets import PRESETS
@@ -191,11 +192,11 @@ def _evaluation(
     )
 
 
-def _call_arguments(config: TrainConfig, rates: InnerRates, sampler: Sampler) -> dict[str, Any]:
+def _call_arguments(config: TrainConfig, rates: InnerRates, sampler: Sampler) -> EvaluationArguments:
     """What an evaluation passes to `signmaml_ext.evaluate`."""
     with torch.no_grad():
         values = rates.values(config.evaluation_steps())
-    arguments = building.step_arguments(config, loss_for(sampler.draw(0)))
+    arguments = building.step_arguments(config, loss_for(draw(sampler, 0)))
     return {**arguments, "inner_lr": values, "inner_steps": config.evaluation_steps()}
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -54,6 +54,57 @@ class Episodes(NamedTuple):
     support_y: torch.Tensor
     query_x: torch.Tensor
     query_y: torch.Tensor
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return len(self.support_x)
+
+    def part(self, first: int, stop: int) -> Episodes:
+        """Tasks `first` to `stop - 1`, fewer where there are not so many; views."""
+        return Episodes(*(tensor[first:stop] for tensor in self))
+
+
+class Sampler(Protocol):
+    """Anything that draws meta-batches.
+
+    `draw(iteration)` gives `(support_x, support_y, query_x, query_y)`, `[T, ...]` each: an `Episodes`, or any sequence
+    of four tensors. A sampler may also have `draw_tasks(first_task, tasks)`, which makes evaluation independent of how
+    it is cut into chunks, and attributes `ways`, `shots`, `queries`, `seed` for the report.
+    """
+
+    def draw(self, iteration: int) -> Sequence[torch.Tensor]: ...
+
+
+def draw(sampler: Sampler, iteration: int) -> Episodes:
+    """The meta-batch of an iteration, from any sampler.
+
+    Raises:
+        TypeError: What the sampler gives is no four tensors.
+    """
+    return _named(sampler.draw(iteration), sampler)
+
+
+def draw_tasks(sampler: Sampler, first_task: int, tasks: int) -> Episodes:
+    """The tasks `first_task` to `first_task + tasks - 1`, from a sampler that has `draw_tasks`.
+
+    Raises:
+        TypeError: What the sampler gives is no four tensors.
+    """
+    return _named(sampler.draw_tasks(first_task, tasks), sampler)  # type: ignore[attr-defined]
+
+
+def _named(parts: Sequence[torch.Tensor], sampler: Sampler) -> Episodes:
+    if isinstance(parts, Episodes):
+        return parts
+    found = list(parts) if isinstance(parts, Sequence) else [parts]
+    if len(found) != 4 or not all(isinstance(part, torch.Tensor) for part in found):
+        kinds = ", ".join(type(part).__name__ for part in found)
+        raise TypeError(
+            "sampler: expected (support_x, support_y, query_x, query_y), four tensors, "
+            f"found {len(found)} of {kinds or 'nothing'} from {type(sampler).__name__}"
+        )
+    return Episodes(*found)
 
 
 class EpisodeSampler:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,37 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from .distributed import Group
+from .episodes import Episodes, EpisodeSampler, Sampler, draw, draw_tasks
 from .stats import mean_and_ci95
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .data import ImageSet
 
 Rates = float | Tensor | Mapping[str, Tensor]
 
 
-class Sampler(Protocol):
-    """Anything that draws meta-batches: `(support_x, support_y, query_x, query_y)`, each `[T, ...]`.
+class StepArguments(TypedDict):
+    """What training and evaluation pass on to `signmaml_ext` alike; see `signmaml_ext.meta_step`.
 
-    A sampler may also have `draw_tasks(first_task, tasks)`, which makes evaluation independent of how it is cut into
-    chunks, and attributes `ways`, `shots`, `queries`, `seed` for the report.
+    Until the targets are known `loss` may be None; then `loss_for` chooses it.
     """
 
-    def draw(self, iteration: int) -> Sequence[Tensor]: ...
+    method: str
+    loss: str | Callable[[Tensor, Tensor], Tensor] | None
+    adapt: str | Sequence[str] | None
+    batch_norm: str
+    nonfinite: str
+    backend: str
+    precision: str
+
+
+class EvaluationArguments(StepArguments):
+    """What is passed on to `signmaml_ext.evaluate`; see there."""
+
+    inner_lr: Rates
+    inner_steps: int
 
 
 @dataclass(frozen=True)
@@ -194,8 +209,6 @@ def evaluate(
         sampler = images_or_sampler
         data, split = getattr(sampler, "name", type(sampler).__name__), getattr(sampler, "split", "own")
     else:
-        from .episodes import EpisodeSampler
-
         ways, shots, queries = ways or 5, shots or 1, queries or 15
         sampler = EpisodeSampler(
             images_or_sampler,
@@ -237,7 +250,7 @@ def evaluate_sampler(
     report: Mapping[str, Any],
     progress: Callable[[int], None] | None = None,
     group: Group | None = None,
-    **arguments: Any,
+    **arguments: Unpack[EvaluationArguments],
 ) -> Evaluation:
     """`evaluate` for a sampler that exists already.
 
@@ -249,21 +262,21 @@ def evaluate_sampler(
         report: `data` and `split`, and those of `ways`, `shots`, `queries` that are known; for the `Evaluation`.
         progress: As in `evaluate`.
         group: Processes that take turns at the chunks, so that their number changes no result; None: this one.
-        **arguments: For `signmaml_ext.evaluate`, with `loss` possibly None.
+        **arguments: For `signmaml_ext.evaluate`.
     """
     group = group or Group()
     numbers = torch.zeros(3, tasks, dtype=torch.float64, device=next(model.parameters()).device)
-    loss, at_once = arguments.pop("loss"), chunk
+    at_once = chunk
     with dropout_off(model):
         for first, episodes in _chunks(sampler, tasks, chunk, group):
-            result, at_once = _evaluate_in_memory(
-                model, episodes, at_once, loss=loss or loss_for(episodes), **arguments
-            )
+            if arguments["loss"] is None:
+                arguments["loss"] = loss_for(episodes)
+            result, at_once = _evaluate_in_memory(model, episodes, at_once, arguments)
             metric = result.query_loss if result.query_accuracy is None else result.query_accuracy
             rows = (metric.double(), result.query_loss.double(), result.nonfinite.double())
             numbers[:, first : first + len(metric)] = torch.stack(rows)
             if progress is not None:
-                progress(len(episodes[0]))
+                progress(episodes.tasks)
     group.add(numbers)
     if not group.first:  # perhaps without a chunk of its own
         return Evaluation(**json.loads(group.bytes_of_first(None)))
@@ -298,7 +311,7 @@ def evaluate_sampler(
 
 
 def _evaluate_in_memory(
-    model: nn.Module, episodes: Sequence[Tensor], at_once: int, **arguments: Any
+    model: nn.Module, episodes: Episodes, at_once: int, arguments: EvaluationArguments
 ) -> tuple[signmaml_ext.EvaluateResult, int]:
     """`signmaml_ext.evaluate` on at most `at_once` tasks together, fewer if they do not fit in memory.
 
@@ -310,14 +323,14 @@ def _evaluate_in_memory(
     """
     parts: list[signmaml_ext.EvaluateResult] = []
     done = 0
-    while done < len(episodes[0]):
-        piece = [part[done : done + at_once] for part in episodes]
+    while done < episodes.tasks:
+        piece = episodes.part(done, done + at_once)
         try:
-            parts.append(signmaml_ext.evaluate(model, *piece, **arguments))
+            parts.append(signmaml_ext.evaluate(model, *piece, **arguments))  # type: ignore[arg-type]
         except torch.OutOfMemoryError as error:
-            at_once = fewer_tasks(len(piece[0]), episodes, error)
+            at_once = fewer_tasks(piece.tasks, episodes, error)
             continue
-        done += len(piece[0])
+        done += piece.tasks
     if len(parts) == 1:
         return parts[0], at_once
     accuracies = [part.query_accuracy for part in parts if part.query_accuracy is not None]
@@ -332,7 +345,7 @@ def _evaluate_in_memory(
     return joined, at_once
 
 
-def fewer_tasks(count: int, episodes: Sequence[Tensor], error: torch.OutOfMemoryError) -> int:
+def fewer_tasks(count: int, episodes: Episodes, error: torch.OutOfMemoryError) -> int:
     """How many tasks to compute together after `count` did not fit in memory: half as many.
 
     Raises:
@@ -340,10 +353,10 @@ def fewer_tasks(count: int, episodes: Sequence[Tensor], error: torch.OutOfMemory
     """
     if count > 1:
         return -(-count // 2)
-    support, query = list(episodes[0].shape[1:]), list(episodes[2].shape[1:])
+    support, query = list(episodes.support_x.shape[1:]), list(episodes.query_x.shape[1:])
     raise torch.OutOfMemoryError(
         f"memory: expected room for at least one task (support {support}, query {query}) on "
-        f"{episodes[0].device}, found too little: {str(error).splitlines()[0] if str(error) else 'none left'}. "
+        f"{episodes.support_x.device}, found too little: {str(error).splitlines()[0] if str(error) else 'none left'}. "
         f"Memory grows with support and query examples (now {support[0]} and {query[0]}), with image size and "
         "filters, and for method 'maml' with inner_steps: halve one of them, or use precision 'bf16'"
     ) from error
@@ -354,9 +367,9 @@ def default_chunk(device: torch.device) -> int:
     return 25 if device.type == "cpu" else 200
 
 
-def loss_for(episodes: Sequence[Tensor]) -> str:
+def loss_for(episodes: Episodes) -> str:
     """The usual loss for a sampler's targets: cross-entropy for int64 labels, else the mean squared error."""
-    return "cross_entropy" if episodes[1].dtype == torch.int64 else "mse"
+    return "cross_entropy" if episodes.support_y.dtype == torch.int64 else "mse"
 
 
 @contextmanager
@@ -371,27 +384,24 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _chunks(sampler: Sampler, tasks: int, chunk: int, group: Group) -> Iterator[tuple[int, Sequence[Tensor]]]:
+def _chunks(sampler: Sampler, tasks: int, chunk: int, group: Group) -> Iterator[tuple[int, Episodes]]:
     """This process's meta-batches out of those with `tasks` tasks in all, each with the number of its first task."""
-    draw_tasks = getattr(sampler, "draw_tasks", None)
-    if draw_tasks is not None:
+    if hasattr(sampler, "draw_tasks"):
         for first in range(chunk * group.rank, tasks, chunk * group.size):
-            yield first, draw_tasks(first, min(chunk, tasks - first))
+            yield first, draw_tasks(sampler, first, min(chunk, tasks - first))
         return
     done = iteration = 0
     while done < tasks:
-        episodes = [part[: tasks - done] for part in sampler.draw(iteration)]
-        if len(episodes[0]) == 0:
+        episodes = draw(sampler, iteration).part(0, tasks - done)
+        if episodes.tasks == 0:
             raise ValueError(f"sampler: expected meta-batches with at least one task, found none in draw({iteration})")
         if iteration % group.size == group.rank:
             yield done, episodes
-        done += len(episodes[0])
+        done += episodes.tasks
         iteration += 1
 
 
-def _setting(
-    sampler: Sampler, report: Mapping[str, Any], episodes: Sequence[Tensor], classes: int | None
-) -> dict[str, Any]:
+def _setting(sampler: Sampler, report: Mapping[str, Any], episodes: Episodes, classes: int | None) -> dict[str, Any]:
     """Ways, shots and queries: as told, else the sampler's, else by the sizes of the sets."""
 
     def known(name: str) -> int | None:
@@ -399,8 +409,8 @@ def _setting(
         return getattr(sampler, name, None) if value is None else value
 
     ways = None if classes is None else known("ways") or classes
-    shots = known("shots") or episodes[0].shape[1] // (ways or 1)
-    queries = known("queries") or episodes[2].shape[1] // (ways or 1)
+    shots = known("shots") or episodes.support_x.shape[1] // (ways or 1)
+    queries = known("queries") or episodes.query_x.shape[1] // (ways or 1)
     return {"ways": ways, "shots": shots, "queries": queries}
 
 

@@ -8,50 +8,114 @@ same values, so a run may change between them at any iteration.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import signmaml_ext
 from signmaml_ext import graphs
 from signmaml_ext.checks import check_problem
 
 from .config import TrainConfig
 from .distributed import Group
-from .evaluation import Sampler
-from .pieces import MetaStep, draw_share
+from .episodes import Episodes, Sampler, draw
+from .evaluation import StepArguments
+from .pieces import MetaStep, Share, draw_share
 from .rates import InnerRates
 from .schedule import learning_rate, step_seed
 
 
-def why_no_graph(
-    config: TrainConfig,
-    model: nn.Module,
-    rates: InnerRates,
-    sampler: Sampler,
-    arguments: Mapping[str, Any],
-    group: Group,
-) -> str | None:
+@dataclass(frozen=True)
+class Training:
+    """What all iterations of a training work on.
+
+    Attributes:
+        config: The configuration.
+        model: Module to train, on its device.
+        rates: Its inner rates.
+        sampler: Training episodes.
+        arguments: What each iteration passes on to `signmaml_ext.meta_step`, besides rates, steps and seed.
+        group: The processes that train together.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    rates: InnerRates
+    sampler: Sampler
+    arguments: StepArguments
+    group: Group
+
+    @cached_property
+    def trained(self) -> dict[str, Tensor]:
+        """All that receives a gradient, by name: parameters of the model, and rates under `rates.`."""
+        found: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return found | {f"rates.{name}": p for name, p in self.rates.named_parameters()}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+class Trial(NamedTuple):
+    """What a meta-step of one task shows.
+
+    Attributes:
+        classification: Whether tasks have an accuracy.
+        unreached: Names of what is trained but got no gradient.
+    """
+
+    classification: bool
+    unreached: frozenset[str]
+
+
+def try_one_task(training: Training) -> Trial:
+    """A meta-step that is thrown away: what does not fit comes to light before anything is written.
+
+    It also settles which backend serves the model (a module may turn out not to batch), so that this does not depend on
+    whether a run starts, resumes, or only tests.
+
+    Raises:
+        ValueError, TypeError: As `signmaml_ext.meta_step`.
+    """
+    training.model.train()
+    result = signmaml_ext.meta_step(
+        training.model,
+        *draw(training.sampler, 0).part(0, 1),
+        inner_lr=training.rates.values(),
+        inner_steps=training.config.inner_steps,
+        seed=0,
+        graph=False,
+        **training.arguments,  # type: ignore[arg-type]
+    )
+    unreached = frozenset(name for name, parameter in training.trained.items() if parameter.grad is None)
+    for parameter in training.trained.values():
+        parameter.grad = None
+    return Trial(result.query_accuracy is not None, unreached)
+
+
+def why_no_graph(training: Training) -> str | None:
     """None if iterations can be replayed as CUDA graphs, else the reason; tried out with a meta-step of one task."""
-    if config.graph is False:
+    if training.config.graph is False:
         return "the configuration says no"
-    device = next(model.parameters()).device
-    if device.type not in graphs.RECORDERS:
-        return f"graphs are for CUDA devices, and the model is on {device}"
-    if group.size > 1:
-        return f"{group.size} processes train together"
-    if not hasattr(sampler, "draw_at"):
-        return f"{type(sampler).__name__} draws on the host (it has no draw_at)"
-    one_task = (part[:1] for part in sampler.draw(0))
+    if training.device.type not in graphs.RECORDERS:
+        return f"graphs are for CUDA devices, and the model is on {training.device}"
+    if training.group.size > 1:
+        return f"{training.group.size} processes train together"
+    if not hasattr(training.sampler, "draw_at"):
+        return f"{type(training.sampler).__name__} draws on the host (it has no draw_at)"
     problem = check_problem(
-        model,
-        *one_task,
-        inner_lr=rates.values(),
-        inner_steps=config.inner_steps,
+        training.model,
+        *draw(training.sampler, 0).part(0, 1),
+        inner_lr=training.rates.values(),
+        inner_steps=training.config.inner_steps,
         seed=0,
         zero_dead_bias=True,
-        **arguments,
+        **training.arguments,  # type: ignore[arg-type]
     )
     return graphs.why_not_graph(problem)
 
@@ -114,15 +178,9 @@ class Iteration:
     """Runs the iterations of a training.
 
     Args:
-        config: The configuration.
-        model: Module to train, in the mode it is trained in.
-        rates: Its inner rates.
-        sampler: Training episodes.
-        optimizer: What `outer_adam` gave.
-        trained: Everything it trains.
+        training: What they work on; the model is in the mode it is trained in.
         step: The meta-step.
-        arguments: What it passes on to `signmaml_ext.meta_step`, besides rates, steps and seed.
-        group: The processes that train together.
+        optimizer: What `outer_adam` gave for all that is trained.
         why_no_graph: None to replay iterations as graphs, else why not.
 
     Attributes:
@@ -131,31 +189,19 @@ class Iteration:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        model: nn.Module,
-        rates: InnerRates,
-        sampler: Sampler,
-        optimizer: torch.optim.Adam,
-        trained: list[Tensor],
-        step: MetaStep,
-        arguments: Mapping[str, Any],
-        group: Group,
-        why_no_graph: str | None,
+        self, training: Training, step: MetaStep, optimizer: torch.optim.Adam, why_no_graph: str | None
     ) -> None:
-        self._config, self._model, self._rates, self._sampler = config, model, rates, sampler
-        self._optimizer, self._trained = optimizer, trained
-        self._step, self._arguments, self._group = step, arguments, group
+        self._training, self._step, self._optimizer = training, step, optimizer
         self.why_no_graph = why_no_graph
-        self._device = next(model.parameters()).device
-        self.window = Window(min(config.log_every, config.iterations), self._device)
+        config, device = training.config, training.device
+        self.window = Window(min(config.log_every, config.iterations), device)
         self._lr: Tensor = optimizer.param_groups[0]["lr"]
         schedule = [
             learning_rate(config.schedule, config.outer_lr, iteration, config.iterations)
             for iteration in range(config.iterations)
         ]
         self._learning_rates = torch.tensor(schedule, dtype=torch.float64).to(self._lr)
-        self._number = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._number = torch.zeros((), dtype=torch.int64, device=device)
         self._next = 0  # what `_number` holds, as the host knows it
         self._recording: graphs.Recording | None = None
         self._recorded_for: tuple[object, ...] = ()
@@ -174,10 +220,10 @@ class Iteration:
             self._record_if_new()
         if self._recording is None:
             # Where the whole is no graph, the meta-step may still be one.
-            graph = False if self._config.graph is False else None
-            seed = step_seed(self._config.seed, number)
-            share = draw_share(self._sampler, number, self._group)
-            self._train(*share, self._learning_rates[number], seed, graph)
+            config = self._training.config
+            share = draw_share(self._training.sampler, number, self._training.group)
+            graph = False if config.graph is False else None
+            self._train(share, self._learning_rates[number], step_seed(config.seed, number), graph)
         else:
             with self._recording.in_turn():
                 if self._next != number:
@@ -186,19 +232,15 @@ class Iteration:
             self._next = number + 1
         self.window.appended()
 
-    def _train(
-        self, episodes: Sequence[Tensor], first: int, tasks: int, lr: Tensor, seed: int, graph: bool | None
-    ) -> None:
+    def _train(self, share: Share, lr: Tensor, seed: int, graph: bool | None) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         result = self._step(
-            episodes,
-            first,
-            tasks,
-            self._rates.values,
-            inner_steps=self._config.inner_steps,
+            share,
+            self._training.rates.values,
+            inner_steps=self._training.config.inner_steps,
             seed=seed,
             graph=graph,
-            **self._arguments,
+            **self._training.arguments,
         )
         self._lr.copy_(lr)
         self._optimizer.step()
@@ -211,9 +253,9 @@ class Iteration:
 
     def _whole(self) -> tuple[Tensor, ...]:
         """An iteration whose number lies on the device. The model draws nothing, so the seed does not matter."""
-        episodes = self._sampler.draw_at(self._number)  # type: ignore[attr-defined]
+        episodes: Episodes = self._training.sampler.draw_at(self._number)  # type: ignore[attr-defined]
         lr = self._learning_rates.index_select(0, self._number.view(1)).view(())
-        self._train(episodes, 0, len(episodes[0]), lr, seed=0, graph=False)
+        self._train(Share(episodes, 0, episodes.tasks), lr, seed=0, graph=False)
         self._number += 1
         return ()
 
@@ -223,14 +265,14 @@ class Iteration:
             return
         self._recording = None
         try:
-            recorder = graphs.RECORDERS[self._device.type](self._device)
+            recorder = graphs.RECORDERS[self._training.device.type](self._training.device)
             with self._unchanged():
                 recorder.warm_up(self._whole)
             # Not before: torch warns of capturable steps that are not captured.
-            self._optimizer.param_groups[0]["capturable"] = self._device.type == "cuda"
+            self._optimizer.param_groups[0]["capturable"] = self._training.device.type == "cuda"
             self._recording = recorder.record(self._whole)
         except graphs.GraphRefused as error:
-            if self._config.graph:
+            if self._training.config.graph:
                 raise
             self.why_no_graph = str(error)
             self._optimizer.param_groups[0]["capturable"] = False
@@ -240,18 +282,19 @@ class Iteration:
 
     def _places(self) -> tuple[object, ...]:
         """Addresses of what the graph reads and writes, and what else it depends on."""
-        states = (value for p in self._trained for value in self._optimizer.state.get(p, {}).values())
-        tensors = (*self._trained, *self._model.buffers(), *states, self.window.rows)
-        return (self._model.training, *(tensor.data_ptr() for tensor in tensors))
+        trained, model = self._training.trained.values(), self._training.model
+        states = (value for p in trained for value in self._optimizer.state.get(p, {}).values())
+        tensors = (*trained, *model.buffers(), *states, self.window.rows)
+        return (model.training, *(tensor.data_ptr() for tensor in tensors))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Puts weights, Adam's state and metrics back in place, as if nothing had been trained meanwhile."""
-        state = self._optimizer.state
+        state, trained = self._optimizer.state, self._training.trained.values()
         undo: list[Callable[[], object]] = []
-        for tensor in (*self._trained, self.window.rows, self.window.filled):
+        for tensor in (*trained, self.window.rows, self.window.filled):
             undo.append(_putting_back(tensor))
-        known = {parameter: set(state.get(parameter, {})) for parameter in self._trained}
+        known = {parameter: set(state.get(parameter, {})) for parameter in trained}
         for parameter, names in known.items():
             undo += [_putting_back(state[parameter][name]) for name in names]
         try:

@@ -7,8 +7,8 @@ were left out as non-finite, each task weighs the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,48 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from .distributed import Group
-from .evaluation import Sampler, fewer_tasks
+from .episodes import Episodes, Sampler, draw, draw_tasks
+from .evaluation import Rates, StepArguments, fewer_tasks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-def draw_share(sampler: Sampler, iteration: int, group: Group) -> tuple[Sequence[Tensor], int, int]:
-    """This process's tasks of an iteration's meta-batch, the number of the first, and the size of the meta-batch.
+class MetaStepArguments(StepArguments):
+    """What is passed on to `signmaml_ext.meta_step`; see there."""
 
-    Only these are drawn, if the sampler can (`draw_tasks` and `tasks`); else all are, and the others dropped. A share
-    may be empty: tensors `[0, ...]`.
+    inner_steps: int
+    seed: int
+    graph: bool | None
+
+
+class Share(NamedTuple):
+    """The tasks of a meta-batch that one process computes.
+
+    Attributes:
+        episodes: The tasks; there may be none.
+        first: Number of the first one in the meta-batch.
+        of: Tasks of the whole meta-batch.
     """
-    draw_tasks, tasks = getattr(sampler, "draw_tasks", None), getattr(sampler, "tasks", None)
-    if group.size == 1 or draw_tasks is None or tasks is None:
-        episodes = sampler.draw(iteration)
-        tasks = len(episodes[0])
-        share = group.share_of(tasks)
-        return [part[share.start : share.stop] for part in episodes], share.start, tasks
+
+    episodes: Episodes
+    first: int
+    of: int
+
+
+def draw_share(sampler: Sampler, iteration: int, group: Group) -> Share:
+    """This process's share of an iteration's meta-batch.
+
+    Only these tasks are drawn, if the sampler can (`draw_tasks` and `tasks`); else all are, and the others dropped.
+    """
+    tasks = getattr(sampler, "tasks", None)
+    if group.size == 1 or tasks is None or not hasattr(sampler, "draw_tasks"):
+        episodes = draw(sampler, iteration)
+        share = group.share_of(episodes.tasks)
+        return Share(episodes.part(share.start, share.stop), share.start, episodes.tasks)
     share = group.share_of(tasks)
-    episodes = draw_tasks(iteration * tasks + share.start, max(1, len(share)))
-    return [part[: len(share)] for part in episodes], share.start, tasks
+    episodes = draw_tasks(sampler, iteration * tasks + share.start, max(1, len(share)))
+    return Share(episodes.part(0, len(share)), share.start, tasks)
 
 
 class StepNumbers(NamedTuple):
@@ -77,17 +101,13 @@ class MetaStep:
         self._classification = classification
         self.at_once: int | None = None  # tasks that fit in memory together; None: all, as far as is known
 
-    def __call__(
-        self, episodes: Sequence[Tensor], first: int, tasks: int, rates: Callable[[], Any], **arguments: Any
-    ) -> StepNumbers:
+    def __call__(self, share: Share, rates: Callable[[], Rates], **arguments: Unpack[MetaStepArguments]) -> StepNumbers:
         """Adds the meta-gradient of the whole meta-batch to `.grad`, which must be None.
 
         Args:
-            episodes: The share of this process, tasks `first`, `first + 1`, ...; may hold no task.
-            first: Number of its first task in the meta-batch.
-            tasks: Tasks of the whole meta-batch.
+            share: The tasks of this process.
             rates: Gives `inner_lr`; called anew for every piece, whose backward pass uses it up.
-            **arguments: For `meta_step`.
+            **arguments: For `signmaml_ext.meta_step`.
 
         Raises:
             FloatingPointError: With nonfinite="raise" and a non-finite task, in every process.
@@ -96,18 +116,23 @@ class MetaStep:
         """
         if self._group.size == 1 and self.at_once is None:
             try:
-                result = signmaml_ext.meta_step(self._model, *episodes, inner_lr=rates(), **arguments)
+                result = signmaml_ext.meta_step(
+                    self._model,
+                    *share.episodes,
+                    inner_lr=rates(),
+                    **arguments,  # type: ignore[arg-type]
+                )
                 return StepNumbers(result.query_loss, result.query_accuracy, result.nonfinite)
             except torch.OutOfMemoryError as error:
-                self.at_once = fewer_tasks(tasks, episodes, error)
+                self.at_once = fewer_tasks(share.of, share.episodes, error)
                 self._drop_gradients()
         raising = arguments["nonfinite"] == "raise"
         if raising:  # in all processes or in none
-            arguments = {**arguments, "nonfinite": "propagate"}
-        sums = self._sums(episodes, first, tasks, rates, arguments)
+            arguments["nonfinite"] = "propagate"
+        sums = self._sums(share, rates, arguments)
         self._group.add(sums)
-        gradients, live, numbers = sums.split([len(sums) - 1 - 3 * tasks, 1, 3 * tasks])
-        loss, accuracy, flags = numbers.view(3, tasks)
+        gradients, live, numbers = sums.split([len(sums) - 1 - 3 * share.of, 1, 3 * share.of])
+        loss, accuracy, flags = numbers.view(3, share.of)
         nonfinite = flags > 0
         self._drop_gradients()
         if raising and bool(nonfinite.any()):
@@ -120,14 +145,7 @@ class MetaStep:
                 parameter.grad = part.view(parameter.shape).to(parameter.dtype)
         return StepNumbers(loss, accuracy if self._classification else None, nonfinite)
 
-    def _sums(
-        self,
-        episodes: Sequence[Tensor],
-        first: int,
-        tasks: int,
-        rates: Callable[[], Any],
-        arguments: Mapping[str, Any],
-    ) -> Tensor:
+    def _sums(self, share: Share, rates: Callable[[], Rates], arguments: MetaStepArguments) -> Tensor:
         """One flat tensor: sum of the live tasks' meta-gradients, their number, then loss, accuracy and flag by task.
 
         By task and not summed: each has one process that knows it, and 0 elsewhere adds nothing, so the records do not
@@ -135,29 +153,32 @@ class MetaStep:
         """
         size = sum(p.numel() for p in self._trained)
         dtype = max((p.dtype for p in self._trained), key=lambda dtype: dtype.itemsize)
-        sums = torch.zeros(size + 1 + 3 * tasks, dtype=dtype, device=self._trained[0].device)
-        gradients, live, numbers = sums[:size], sums[size], sums[size + 1 :].view(3, tasks)
-        done, share = 0, len(episodes[0])
-        while done < share:
-            count = min(self.at_once or share, share - done)
+        sums = torch.zeros(size + 1 + 3 * share.of, dtype=dtype, device=self._trained[0].device)
+        gradients, live, numbers = sums[:size], sums[size], sums[size + 1 :].view(3, share.of)
+        tasks, done = share.episodes.tasks, 0
+        while done < tasks:
+            piece = share.episodes.part(done, done + (self.at_once or tasks))
             self._drop_gradients()
-            piece = [part[done : done + count] for part in episodes]
             try:
                 result = signmaml_ext.meta_step(
-                    self._model, *piece, inner_lr=rates(), first_task=first + done, **arguments
+                    self._model,
+                    *piece,
+                    inner_lr=rates(),
+                    first_task=share.first + done,
+                    **arguments,  # type: ignore[arg-type]
                 )
             except torch.OutOfMemoryError as error:
-                self.at_once = fewer_tasks(count, episodes, error)
+                self.at_once = fewer_tasks(piece.tasks, share.episodes, error)
                 continue
             flat = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in self._trained]
             gradients += torch.cat(flat) * result.live_tasks
             live += result.live_tasks
-            place = slice(first + done, first + done + count)
+            place = slice(share.first + done, share.first + done + piece.tasks)
             numbers[0, place] = result.query_loss
             if result.query_accuracy is not None:
                 numbers[1, place] = result.query_accuracy
             numbers[2, place] = result.nonfinite
-            done += count
+            done += piece.tasks
         return sums
 
     def _drop_gradients(self) -> None:

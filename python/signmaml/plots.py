@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import signmaml_ext
 
-from .evaluation import Sampler, dropout_off
+from .episodes import Episodes, Sampler, draw, draw_tasks
+from .evaluation import EvaluationArguments, dropout_off
 from .loggers import read_metrics
 from .sheets import draw_episode, draw_images, save_figure
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["draw_curves", "draw_episode", "draw_fits", "draw_images", "draw_task"]
 
@@ -54,7 +58,13 @@ def draw_curves(metrics: Path | Mapping[str, Path], out: Path) -> None:
 
 
 def draw_task(
-    model: nn.Module, sampler: Sampler, out: Path, *, task: int = 0, title: str = "", **arguments: Any
+    model: nn.Module,
+    sampler: Sampler,
+    out: Path,
+    *,
+    task: int = 0,
+    title: str = "",
+    **arguments: Unpack[EvaluationArguments],
 ) -> bool:
     """One task of a sampler, adapted: a contact sheet for images, fits for functions of one number.
 
@@ -69,15 +79,13 @@ def draw_task(
     Returns:
         Whether there was something to draw: tasks of other kinds have no picture.
     """
-    draw_tasks = getattr(sampler, "draw_tasks", None)
-    tasks = 3 if draw_tasks is not None else 1
-    episodes = draw_tasks(task, tasks) if draw_tasks else [part[task : task + 1] for part in sampler.draw(0)]
-    support_x, support_y = episodes[0], episodes[1]
+    several = hasattr(sampler, "draw_tasks")
+    episodes = draw_tasks(sampler, task, 3) if several else draw(sampler, 0).part(task, task + 1)
+    support_x, support_y = episodes.support_x, episodes.support_y
     if support_y.dtype == torch.int64 and support_x.ndim == 5 and support_x.shape[2] in (1, 3):
-        one = [part[:1] for part in episodes]
         draw_episode(
             model,
-            one,
+            episodes.part(0, 1),
             out,
             class_names=_class_names(sampler, task),
             title=f"{title}, task {task}".lstrip(", "),
@@ -91,13 +99,19 @@ def draw_task(
 
 
 def draw_fits(
-    model: nn.Module, episodes: Sequence[Tensor], out: Path, *, first_task: int = 0, title: str = "", **arguments: Any
+    model: nn.Module,
+    episodes: Episodes,
+    out: Path,
+    *,
+    first_task: int = 0,
+    title: str = "",
+    **arguments: Unpack[EvaluationArguments],
 ) -> None:
     """What the model predicts before and after adapting, for each of a few one-dimensional regression tasks.
 
     Args:
         model: The meta-trained model.
-        episodes: `(support_x, support_y, query_x, query_y)`, `[T, S, 1]` each.
+        episodes: The tasks; all tensors `[T, points, 1]`.
         out: PNG file to write.
         first_task: Number of the first task.
         title: Line above the panels.
@@ -111,11 +125,12 @@ def draw_fits(
     unknown = torch.zeros_like(grid_x)  # targets are needed, their loss is not
 
     with dropout_off(model):
-        after = signmaml_ext.evaluate(model, support_x, support_y, grid_x, unknown, **arguments).logits
+        on_grid = Episodes(support_x, support_y, grid_x, unknown)
+        after = signmaml_ext.evaluate(model, *on_grid, **arguments).logits  # type: ignore[arg-type]
         if not isinstance(arguments["inner_lr"], float):
             arguments["inner_lr"] = 0.0  # learned rates may count steps, and there are none here
-        at_start = arguments | {"inner_steps": 0}
-        before = signmaml_ext.evaluate(model, support_x, support_y, grid_x, unknown, **at_start).logits
+        at_start: EvaluationArguments = {**arguments, "inner_steps": 0}
+        before = signmaml_ext.evaluate(model, *on_grid, **at_start).logits  # type: ignore[arg-type]
     figure = Figure(figsize=(4.2 * tasks, 3.6), layout="constrained")
     axes = figure.subplots(1, tasks, squeeze=False, sharey=True)[0]
     for number, axis in enumerate(axes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from .data import ImageSet
-from .evaluation import dropout_off
+from .episodes import Episodes
+from .evaluation import EvaluationArguments, dropout_off
 from .files import write_atomically
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RIGHT, WRONG = "#2e7d32", "#c62828"
 _MOST_ROWS, _MOST_SUPPORT, _MOST_QUERIES = 10, 5, 10
@@ -27,27 +31,27 @@ _LABEL, _CELL, _ROW, _HEADING = 2.0, 0.95, 1.2, 0.85
 
 def draw_episode(
     model: nn.Module,
-    episode: Sequence[Tensor],
+    episode: Episodes,
     out: Path,
     *,
     class_names: Sequence[str] | None = None,
     title: str = "",
-    **arguments: Any,
+    **arguments: Unpack[EvaluationArguments],
 ) -> None:
     """A contact sheet: a row a class, support images left, query images right under their predicted class.
 
     Args:
         model: The meta-trained model.
-        episode: `(support_x, support_y, query_x, query_y)` of one task, `[1, S, C, H, W]` and `[1, S]`.
+        episode: One task; x is `[1, S, C, H, W]`, y `[1, S]`.
         out: PNG file to write.
         class_names: Name of each label; None: numbers only.
         title: First line above the sheet.
         **arguments: For `signmaml_ext.evaluate`.
     """
     with dropout_off(model):
-        logits = signmaml_ext.evaluate(model, *episode, **arguments).logits
+        logits = signmaml_ext.evaluate(model, *episode, **arguments).logits  # type: ignore[arg-type]
     predicted = logits[0].argmax(-1).cpu()
-    support_x, support_y, query_x, query_y = (part[0].cpu() for part in episode)
+    support_x, support_y, query_x, query_y = (tensor[0].cpu() for tensor in episode)
     labels = sorted(set(query_y.tolist()))
     shown = labels[:_MOST_ROWS]
     support = {label: _where(support_y, label)[:_MOST_SUPPORT] for label in shown}

@@ -20,9 +20,9 @@ import signmaml_ext
 from . import building, checkpoint, state, version
 from .config import TrainConfig
 from .distributed import Group
-from .episodes import EpisodeSampler
-from .evaluation import Evaluation, Sampler, default_chunk, evaluate_sampler, loss_for
-from .iteration import Iteration, outer_adam, why_no_graph
+from .episodes import EpisodeSampler, Sampler, draw
+from .evaluation import Evaluation, EvaluationArguments, default_chunk, evaluate_sampler, loss_for
+from .iteration import Iteration, Training, outer_adam, try_one_task, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
 from .pieces import MetaStep
@@ -51,7 +51,7 @@ class MetaTrainer:
         config: The configuration.
         model: Module to train, moved to the configuration's device; None: the one the configuration names. Its
             forward takes `[B, ...]` and returns scores `[B, ways]`, or predictions for float targets.
-        train: Training data: an `ImageSet`, or any sampler with `draw(iteration)` (see `signmaml.evaluation.Sampler`;
+        train: Training data: an `ImageSet`, or any sampler with `draw(iteration)` (see `signmaml.episodes.Sampler`;
             it must give the same for the same iteration if resuming is to be exact). None: the configuration's data.
         val: Validation data likewise. None: the configuration's, or none at all if `train` is given.
         test: Test data likewise.
@@ -114,58 +114,28 @@ class MetaTrainer:
         self.model = building.build_model(config, self._train_sampler) if model is None else model
         self.model.to(self.device)
         self.rates = InnerRates(self.model, config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
-        episodes = self._train_sampler.draw(0)
-        self._arguments = dict(building.step_arguments(config, loss or loss_for(episodes)))
-        self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self._trained |= {f"rates.{name}": p for name, p in self.rates.named_parameters()}
-        self._classification, unreached = self._try_one_task(episodes)
+        episodes = draw(self._train_sampler, 0)
+        self._arguments = building.step_arguments(config, loss or loss_for(episodes))
+        training = Training(config, self.model, self.rates, self._train_sampler, self._arguments, self.group)
+        self._trained = training.trained
+        # A configuration that does not fit is refused here, not after a folder has been made.
+        self._classification, unreached = try_one_task(training)
         self.explanation = signmaml_ext.explain(
-            self.model, *episodes, inner_lr=self.rates.values(), inner_steps=config.inner_steps, **self._arguments
+            self.model,
+            *episodes,
+            inner_lr=self.rates.values(),
+            inner_steps=config.inner_steps,
+            **self._arguments,  # type: ignore[arg-type]
         )
-
-        self.optimizer = outer_adam(list(self._trained.values()), config.outer_lr, self.device)
-        reason = why_no_graph(config, self.model, self.rates, self._train_sampler, self._arguments, self.group)
+        reason = why_no_graph(training)
         if config.graph and reason is not None:
             raise ValueError(f"graph: expected a run whose iterations a CUDA graph can hold, found that {reason}")
-        self._iteration = Iteration(
-            config,
-            self.model,
-            self.rates,
-            self._train_sampler,
-            self.optimizer,
-            list(self._trained.values()),
-            MetaStep(self.model, self._trained, self.group, self._classification, unreached),
-            self._arguments,
-            self.group,
-            reason,
-        )
+        step = MetaStep(self.model, training.trained, self.group, self._classification, unreached)
+        self.optimizer = outer_adam(list(training.trained.values()), config.outer_lr, self.device)
+        self._iteration = Iteration(training, step, self.optimizer, reason)
         self.iteration = 0  # meta-iterations done
         self.best: Best | None = None
         self._seconds = 0.0
-
-    def _try_one_task(self, episodes: Sequence[Tensor]) -> tuple[bool, set[str]]:
-        """A meta-step that is thrown away: what does not fit comes to light before a folder is made.
-
-        Returns:
-            Whether tasks have an accuracy, and the names of what is trained but got no gradient.
-
-        It also settles which backend serves the model (a module may turn out not to batch), so that this does not
-        depend on whether a run starts, resumes, or only tests.
-        """
-        self.model.train()
-        result = signmaml_ext.meta_step(
-            self.model,
-            *(part[:1] for part in episodes),
-            inner_lr=self.rates.values(),
-            inner_steps=self.config.inner_steps,
-            seed=0,
-            graph=False,
-            **self._arguments,
-        )
-        unreached = {name for name, parameter in self._trained.items() if parameter.grad is None}
-        for parameter in self._trained.values():
-            parameter.grad = None
-        return result.query_accuracy is not None, unreached
 
     @cached_property
     def run(self) -> RunFolder:
@@ -496,7 +466,8 @@ class MetaTrainer:
         sampler = self._test_sampler or self._val_sampler or self._train_sampler
         with torch.no_grad():
             rates = self.rates.values(self.config.evaluation_steps())
-        arguments = self._arguments | {"inner_lr": rates, "inner_steps": self.config.evaluation_steps()}
+        steps = self.config.evaluation_steps()
+        arguments: EvaluationArguments = {**self._arguments, "inner_lr": rates, "inner_steps": steps}
         split = "test" if self._test_sampler else "val" if self._val_sampler else "train"
         title = f"{self.data_name}/{split}, {self.config.method}"
         plots.draw_task(self.model, sampler, self.run.episode, title=title, **arguments)

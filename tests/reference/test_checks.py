@@ -48,6 +48,7 @@ BAD = {
     "backend cuda": ({"backend": "cuda"}, ValueError, "backend: expected one that serves this call, found 'cuda': "),
     "inner_lr negative": ({"inner_lr": -0.1}, ValueError, "inner_lr: expected a finite float >= 0"),
     "inner_lr nan": ({"inner_lr": math.nan}, ValueError, "inner_lr: expected a finite float"),
+    "inner_lr beyond float32": ({"inner_lr": 3.402823466385289e+38, "model": nets.mlp(), "data_kind": lambda: nets.vector_tasks(dtype=torch.float32)}, ValueError, r"inner_lr: expected at most 3.4028234663852886e\+38, the largest torch.float32 .* found 3.402823466385289e\+38"),
     "inner_lr type": ({"inner_lr": "0.1"}, TypeError, "inner_lr: expected .* found str '0.1'"),
     "inner_lr bool": ({"inner_lr": True}, TypeError, "inner_lr: expected"),
     "inner_lr dtype": ({"inner_lr": torch.tensor(1)}, TypeError, "inner_lr: expected .* found a int64 tensor"),

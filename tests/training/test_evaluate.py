@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -151,3 +152,15 @@ def test_learned_rates_are_reported_as_such(model: nn.Module) -> None:
     rates = {name: torch.full((), 0.01) for name, _ in model.named_parameters()}
     found = evaluate(model, toy_images(), ways=3, queries=3, tasks=4, inner_lr=rates, inner_steps=2)
     assert found.inner_lr == "learned" and "inner_lr learned" in str(found)
+
+
+@pytest.mark.parametrize("change", ["three", "a list inside", "one tensor"])
+def test_a_sampler_that_gives_something_else_is_refused(model: nn.Module, change: str) -> None:
+    class Wrong(PlainSampler):
+        def draw(self, iteration: int) -> Any:
+            parts = super().draw(iteration)
+            return {"three": parts[:3], "a list inside": (*parts[:3], [1, 2]), "one tensor": parts[0]}[change]
+
+    found = {"three": "3 of Tensor, Tensor, Tensor", "a list inside": "4 of .*, list", "one tensor": "1 of Tensor"}
+    with pytest.raises(TypeError, match=f"sampler: expected .* four tensors, found {found[change]} from Wrong"):
+        evaluate(model, Wrong(4), tasks=10, **STEP)

@@ -20,7 +20,7 @@ from helpers.programs.toy_run import DropoutNet, toy_config
 from signmaml import config as configs
 from signmaml.config import TrainConfig
 from signmaml.distributed import Group
-from signmaml.iteration import Window, outer_adam, why_no_graph
+from signmaml.iteration import Training, Window, outer_adam, why_no_graph
 from signmaml.models import MLP, Conv4
 from signmaml.signals import TrainingInterrupted
 from signmaml.trainer import MetaTrainer
@@ -322,5 +322,5 @@ def test_nothing_in_an_iteration_waits_or_comes_from_the_host(
 def test_several_processes_train_without_graphs(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 2)
     parts = (trainer.config, trainer.model, trainer.rates, trainer._train_sampler, trainer._arguments)
-    assert why_no_graph(*parts, Group()) is None
-    assert why_no_graph(*parts, Group(1, 2)) == "2 processes train together"
+    assert why_no_graph(Training(*parts, Group())) is None
+    assert why_no_graph(Training(*parts, Group(1, 2))) == "2 processes train together"
