@@ -94,7 +94,7 @@ def stages(workload: str) -> dict[str, tuple[tuple[str, ...], int, float, float]
             found["patch_covariance, block 1"] = (("patch_covariance",), 0, 0, 4 * images * net.channels * net.size**2)
             found["conv_weight_grad at the winners, block 1"] = (("first_weight_grad",), 0, 0, 2 * half)
         if i or net.halving == "max" or net.channels > 1:  # else block 1's weight gradient does it on its way
-            found[f"halved_sums, block {i + 1}"] = (("halved_sums",), i, 0, 3 * half)
+            found[f"grad_sums, block {i + 1}"] = (("grad_sums",), i, 0, 3 * half)
     return found
 
 
@@ -131,7 +131,7 @@ def warm_runner(workload: str, images: int) -> C.ConvStageRunner:
     for block in range(shape["blocks"]):
         fill("weight", block, 0.1)
         np.asarray(runner.array("gamma", block))[...] = 1
-        fill("halved_grad", block, 1e-3)
+        fill("activation_grad", block, 1e-3)
         for stage in ("statistics", "transform_weights", "forward") if block == 0 else ("transform_weights", "forward"):
             runner.run(stage, block)
         if block:

@@ -247,6 +247,10 @@ def kernels(result: Result) -> str:
     return table(["T x P, GB/s (of the copy's)", *names], rows)
 
 
+# Names of stages in results from before they were renamed.
+RENAMED_STAGES = {"halved_sums": "grad_sums"}
+
+
 def stages(result: Result) -> str:
     """GFLOP/s of the CPU's convolution stages."""
     found = result["stages"]
@@ -262,7 +266,8 @@ def stages(result: Result) -> str:
                 cells.append(f"{row['gflops']['median']:.0f} GFLOP/s, {row['share_of_matrix']['median']:.0%}")
             else:
                 cells.append(f"{row['time_ms']['median'] * 1e3:.1f} us, {row['gb_per_s']['median']:.1f} GB/s")
-        rows.append([name, *cells])
+        stage, comma, block = name.partition(",")
+        rows.append([RENAMED_STAGES.get(stage, stage) + comma + block, *cells])
     header = [
         f"{letter} ({part['images']} images; matrix product {part['matrix_gflops']['median']:.0f} GFLOP/s)"
         for letter, part in found.items()

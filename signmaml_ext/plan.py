@@ -14,7 +14,7 @@ BANDWIDTH = 4.3e12
 PRODUCTS = {"fp32": 500e12 / 3, "tf32": 500e12, "bf16": 790e12}
 SCALAR = 67e12
 LAUNCH = 1.3e-6
-ON_TENSOR_CORES = ("conv_forward", "conv_data_gradient", "conv_weight_gradient")
+ON_TENSOR_CORES = ("conv_forward", "conv_data_grad", "conv_weight_grad")
 
 Launch = dict[str, Any]
 

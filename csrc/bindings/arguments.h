@@ -12,7 +12,8 @@
 
 namespace signmaml::bindings {
 
-// Refuses a negative size, and sizes whose product leaves 64 bits no room: what is computed from them would wrap around.
+// Refuses a negative size, and sizes whose product leaves 64 bits no room: what is computed from them would wrap
+// around.
 inline void check_product(const char* names, std::initializer_list<std::int64_t> factors) {
     double product = 1;
     for (const std::int64_t factor : factors) {

@@ -191,8 +191,8 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     py::list blocks;
     for (int i = 0; i < shape.blocks; ++i) {
         const ConvBlockPlan& b = layout.blocks[i];
-        blocks.append(py::dict("inputs"_a = b.inputs, "out_h"_a = b.out_h, "out_w"_a = b.out_w, "half_h"_a = b.half_h,
-                               "half_w"_a = b.half_w, "vectors"_a = b.vectors, "vectors_back"_a = b.vectors_back,
+        blocks.append(py::dict("inputs"_a = b.inputs, "out_h"_a = b.out_h, "out_w"_a = b.out_w, "act_h"_a = b.act_h,
+                               "act_w"_a = b.act_w, "vectors"_a = b.vectors, "vectors_back"_a = b.vectors_back,
                                "rows"_a = b.rows, "items"_a = b.items));
     }
     found["blocks"] = blocks;

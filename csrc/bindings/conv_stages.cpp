@@ -111,17 +111,17 @@ class RunnerOf final : public ConvStageRunner {
             return of(layout_.first_weight, {channels / group, rows, group});
         }
         if (name == "raw") return of(b.raw, {n, b.out_h + 2, b.out_w + 2, channels});
-        if (name == "winner") return of(b.winner, {n, b.half_h, b.half_w, channels});
+        if (name == "winner") return of(b.winner, {n, b.act_h, b.act_w, channels});
         if (name == "choice" && b.choice >= 0) {
-            return view(reinterpret_cast<std::uint8_t*>(task_.at(b.choice)), {n, b.half_h, b.half_w, channels});
+            return view(reinterpret_cast<std::uint8_t*>(task_.at(b.choice)), {n, b.act_h, b.act_w, channels});
         }
-        if (name == "halved") {
-            return of(b.halved, {n, b.half_h + 2 * b.pad, b.half_w + 2 * b.pad, channels});
+        if (name == "activation") {
+            return of(b.activation, {n, b.act_h + 2 * b.pad, b.act_w + 2 * b.pad, channels});
         }
-        if (name == "halved_grad" && block == 0 && layout_.first_grad_in_scratch) {
-            return view(first_grads_.begin(), {n, b.half_items * b.half_rows, b.half_w, channels});
+        if (name == "activation_grad" && block == 0 && layout_.first_grad_in_scratch) {
+            return view(first_grads_.begin(), {n, b.half_items * b.act_rows, b.act_w, channels});
         }
-        if (name == "halved_grad") return of(layout_.halved_grad, {n, b.half_h, b.half_w, channels});
+        if (name == "activation_grad") return of(layout_.activation_grad, {n, b.act_h, b.act_w, channels});
         if (name == "patch_sums") return view(partial.patch_sums(), {n * b.items, patch}, partials);
         if (name == "patch_products") return view(partial.patch_products(), {n, patch, patch}, partials);
         if (name == "means") return view(partial.means(), {n * b.items, channels}, partials);
@@ -140,10 +140,9 @@ class RunnerOf final : public ConvStageRunner {
         const ConvBlockPlan& b = layout_.blocks[block];
         return py::dict("channels"_a = layout_.channels, "lanes"_a = stages_.unit.lanes, "inputs"_a = b.inputs,
                         "in_h"_a = b.in_h, "in_w"_a = b.in_w, "out_h"_a = b.out_h, "out_w"_a = b.out_w,
-                        "half_h"_a = b.half_h, "half_w"_a = b.half_w, "stride"_a = b.stride, "pad"_a = b.pad,
+                        "act_h"_a = b.act_h, "act_w"_a = b.act_w, "stride"_a = b.stride, "pad"_a = b.pad,
                         "winograd"_a = b.winograd, "shared"_a = b.shared, "rows"_a = b.rows, "items"_a = b.items,
-                        "half_rows"_a = b.half_rows, "half_items"_a = b.half_items,
-                        "weight_images"_a = b.weight_images);
+                        "act_rows"_a = b.act_rows, "half_items"_a = b.half_items, "weight_images"_a = b.weight_images);
     }
 
     double dot(std::uintptr_t a, std::uintptr_t b, std::int64_t n) const override {
@@ -207,9 +206,9 @@ class RunnerOf final : public ConvStageRunner {
         if (stage == "normalise" && !first) {
             return each(task_.examples, [this, block](auto example) { stages_.normalise(task_, block, example); });
         }
-        if (stage == "halved_sums") {
+        if (stage == "grad_sums") {
             return each(half_items, [this, block, scratch, in_scratch](auto item) {
-                stages_.halved_sums(task_, block, item, in_scratch ? first_grad(item) : scratch);
+                stages_.grad_sums(task_, block, item, in_scratch ? first_grad(item) : scratch);
             });
         }
         if (stage == "norm_grads" && !first) return [this, block] { stages_.norm_grads(task_, block); };
@@ -263,7 +262,7 @@ class RunnerOf final : public ConvStageRunner {
     Memory<Scalar> memory_;
     Memory<Scalar> images_;       // what pack_image reads
     Memory<Scalar> theta_;        // what pack_weights reads and unpack_weights writes
-    Memory<Scalar> first_grads_;  // halved_grad of block 0 where the stages keep it in scratch, item by item
+    Memory<Scalar> first_grads_;  // activation_grad of block 0 where the stages keep it in scratch, item by item
     cpu::ConvTask<Scalar> task_;
 };
 

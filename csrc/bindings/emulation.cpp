@@ -28,7 +28,8 @@ void block_sum(Address in, Address out, std::int64_t rows, std::int64_t columns,
 
 void fault(int kind, Address in, Address out) {
     const Arguments of_launch({{"in", in, 128 * 4, 4, false}, {"out", out, 128 * 4, 4, true, true}});
-    launch_selftest_fault({static_cast<Fault>(kind), reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out)});
+    launch_selftest_fault(
+        {static_cast<Fault>(kind), reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out)});
 }
 
 void matmul_tf32(Address a, Address b, Address c, int m, int n, int k) {

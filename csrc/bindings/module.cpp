@@ -248,12 +248,10 @@ void define_plans(py::module_& m) {
         check_at_least_one("multiprocessors", multiprocessors);
         return as_dict(plan_sign_step(tasks, parameters, bytes, params, grads, multiprocessors));
     });
-    m.def("plan_compact_sign_step",
-          [](std::int64_t tasks, std::int64_t parameters, int bytes, Address params, Address grads, Address counts,
-             int multiprocessors) {
-              return as_dict(
-                  plan_compact_sign_step(tasks, parameters, bytes, params, grads, counts, multiprocessors));
-          });
+    m.def("plan_compact_sign_step", [](std::int64_t tasks, std::int64_t parameters, int bytes, Address params,
+                                       Address grads, Address counts, int multiprocessors) {
+        return as_dict(plan_compact_sign_step(tasks, parameters, bytes, params, grads, counts, multiprocessors));
+    });
     m.def("plan_meta_accumulate",
           [](std::int64_t tasks, std::int64_t parameters, int bytes, Address out, Address grads, int multiprocessors) {
               check_scalar_bytes(bytes);

@@ -17,8 +17,8 @@ bool step_span(const CompactSignStepParams<Scalar>& p, std::int64_t task, std::i
                const Scalar* lr) {
     const std::int64_t start = task * p.parameters + first;
     return span_kernels<Scalar>(kernels()).compact_sign_step(p.counts + start, p.params + start, p.theta + first,
-                                                             p.grads + start, lr,
-                                                             p.lr_spread == Spread::kPerElement, last - first);
+                                                             p.grads + start, lr, p.lr_spread == Spread::kPerElement,
+                                                             last - first);
 }
 
 // Columns [first, last) of one task's row, segment by segment.

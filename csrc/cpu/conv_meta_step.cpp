@@ -127,8 +127,8 @@ class ConvTeam {
         for (int i = 0; i < shape.blocks; ++i) {
             const ConvBlockPlan& b = layout_.blocks[i];
             if (i > 0) clear_border(b.raw, examples, b.out_h, b.out_w, layout_.channels);
-            if (b.pad > 0) clear_border(b.halved, b.kept, b.half_h, b.half_w, layout_.channels);
-            clear(b.halved + b.halved_size, b.halved_beyond);
+            if (b.pad > 0) clear_border(b.activation, b.kept, b.act_h, b.act_w, layout_.channels);
+            clear(b.activation + b.activation_size, b.activation_beyond);
         }
     }
 
@@ -294,15 +294,15 @@ class ConvTeam {
     const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
 
     const Scalar* features() const {
-        return task_.at(p_.shape.readout == Readout::kMean ? layout_.readout : last_block().halved);
+        return task_.at(p_.shape.readout == Readout::kMean ? layout_.readout : last_block().activation);
     }
 
     void average() {
         const ConvBlockPlan& b = last_block();
-        const std::int64_t positions = std::int64_t{b.half_h} * b.half_w, channels = layout_.channels;
+        const std::int64_t positions = std::int64_t{b.act_h} * b.act_w, channels = layout_.channels;
         for (std::int64_t example = 0; example < task_.examples; ++example) {
             Scalar* mean = clear(layout_.readout + example * channels, channels);
-            const Scalar* from = task_.at(b.halved) + example * positions * channels;
+            const Scalar* from = task_.at(b.activation) + example * positions * channels;
             for (std::int64_t i = 0; i < positions; ++i) {
                 stages_.add_scaled(mean, Scalar(1), from + i * channels, channels);
             }
@@ -335,7 +335,7 @@ class ConvTeam {
             const ConvBlockPlan& b = layout_.blocks[i];
             if (i + 1 == shape.blocks) {
                 each_with_scratch(task_.examples * b.half_items, [&](std::int64_t item, Scalar* scratch) {
-                    stages_.halved_sums(task_, i, item, scratch);
+                    stages_.grad_sums(task_, i, item, scratch);
                 });
             }
             if (i == 0) {
@@ -354,7 +354,7 @@ class ConvTeam {
                 stages_.transform_weights(task_, i, /*back=*/true);
             }
             // One thread goes from stage to stage with a few examples, while the second-level cache has them. The last
-            // come first: halved_grad of the block before takes the place of this one's, and is larger.
+            // come first: activation_grad of the block before takes the place of this one's, and is larger.
             const std::int64_t at_once = threads_ > 1 ? task_.examples : b.weight_images;
             for (std::int64_t first = (task_.examples - 1) / at_once * at_once; first >= 0; first -= at_once) {
                 convolution_grads(i, first, std::min(first + at_once, task_.examples), wanted(own.weight), i > lowest);
@@ -414,12 +414,12 @@ class ConvTeam {
             }
         });
         if (!blocks_too) return;
-        const std::int64_t positions = std::int64_t{last_block().half_h} * last_block().half_w;
+        const std::int64_t positions = std::int64_t{last_block().act_h} * last_block().act_w;
         const bool averages = p_.shape.readout == Readout::kMean;
         const Scalar share = averages ? Scalar(1) / static_cast<Scalar>(positions) : Scalar(1);
         const std::int64_t copies = averages ? positions : 1;
         each(task_.examples, [&](std::int64_t i) {
-            Scalar* to = clear(layout_.halved_grad + i * copies * width, copies * width);
+            Scalar* to = clear(layout_.activation_grad + i * copies * width, copies * width);
             for (std::int64_t copy = 0; copy < copies; ++copy) {
                 for (std::int64_t way = 0; way < ways; ++way) {
                     stages_.add_scaled(to + copy * width, share * grads[i * ways + way],

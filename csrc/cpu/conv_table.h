@@ -27,7 +27,7 @@ struct ConvPartial {
     // forward: of the raw values, [channels] each; deviations are from the item's own mean
     [[gnu::always_inline]] Scalar* means() const { return begin; }
     [[gnu::always_inline]] Scalar* squared_deviations() const { return begin + channels; }
-    // halved_sums: of the gradient that ReLU passes, [channels], and after block 0 of it times the normalised value
+    // grad_sums: of the gradient that ReLU passes, [channels], and after block 0 of it times the normalised value
     [[gnu::always_inline]] Scalar* grad_sums() const { return begin; }
     [[gnu::always_inline]] Scalar* grad_products() const { return begin + channels; }
     // first_weight_grad: [groups, 9 inputs, group]; grad_sums stay
@@ -84,18 +84,18 @@ struct ConvStages {
 
     // ---- forward
     // raw <- convolution; winner, choice <- the largest or smallest of four, by gamma's sign; means and
-    // squared_deviations. Block 0, whose statistics are known before, writes `halved` and choice instead. A strided
+    // squared_deviations. Block 0, whose statistics are known before, writes `activation` and choice instead. A strided
     // block takes forward_items of the items [first, last) together.
     void (*forward)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last, Scalar* scratch);
     // The vectors from kMean to kShift, from what forward left or, for block 0, from the patches' covariance.
     void (*statistics)(const ConvTask<Scalar>&, int block);
-    // halved <- relu(scale * winner + shift), of one example
+    // activation <- relu(scale * winner + shift), of one example
     void (*normalise)(const ConvTask<Scalar>&, int block, std::int64_t example);
 
     // ---- backward
-    // halved_grad <- 0 where ReLU was; grad_sums and grad_products. Nothing for block 0 with stride 2 and gray images:
-    // there first_weight_grad writes grad_sums.
-    void (*halved_sums)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
+    // activation_grad <- 0 where ReLU was; grad_sums and grad_products. Nothing for block 0 with stride 2 and gray
+    // images: there first_weight_grad writes grad_sums.
+    void (*grad_sums)(const ConvTask<Scalar>&, int block, std::int64_t item, Scalar* scratch);
     // kBetaGrad and kGammaGrad, and from them kSlope and kOffset, of a block after the first
     void (*norm_grads)(const ConvTask<Scalar>&, int block);
     // raw <- its own gradient
@@ -107,10 +107,10 @@ struct ConvStages {
                             std::int64_t first_product, std::int64_t last_product, Scalar* scratch);
     // weight_grad <- the sums of those matrices
     void (*weight_grad)(const ConvTask<Scalar>&, int block);
-    // halved_grad of the block before `block` <- data gradient of `block`; then halved_sums. The items [first, last)
+    // activation_grad of the block before `block` <- data gradient of `block`; then grad_sums. The items [first, last)
     // are of the block before; there are at most data_grad_items.
     void (*data_grad)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last, Scalar* scratch);
-    // patch_grads <- the sum of patches times halved_grad at the winners
+    // patch_grads <- the sum of patches times activation_grad at the winners
     void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
     // weight_grad, kBetaGrad and kGammaGrad of block 0
     void (*finish_first)(const ConvTask<Scalar>&);

@@ -11,8 +11,9 @@
 
 namespace signmaml::cpu {
 
-// Tasks come in groups, numbered in their order. A thread asks for a group's rows, fills them and hands them in. It must
-// have begun with the group after all groups before it: then whoever waits for rows waits for a thread that does not.
+// Tasks come in groups, numbered in their order. A thread asks for a group's rows, fills them and hands them in. It
+// must have begun with the group after all groups before it: then whoever waits for rows waits for a thread that does
+// not.
 template <typename Scalar>
 class OrderedMean {
   public:

@@ -82,7 +82,8 @@ void TrackedMemory::visit(const void* address, std::size_t bytes, Access access,
                  ", written by " + describe(element.writer) + " with no barrier in between");
         }
         if (access == Access::kRead) {
-            if (!element.written) fail("uninitialised: " + describe(who) + " reads " + where() + ", which nobody wrote");
+            if (!element.written)
+                fail("uninitialised: " + describe(who) + " reads " + where() + ", which nobody wrote");
             element.readers.add(who);
             continue;
         }

@@ -1,7 +1,7 @@
-// counts[t, j] += sign(grads[t, j]); params[t, j] = theta[j] - lr[j] * counts[t, j]: the sign step of a task whose state
-// is one byte a parameter. A NaN gradient, and a count beyond +-127, make a count NaN for good; such tasks and those
-// with an infinite gradient are flagged. Blocks and threads own what they own in sign_step_kernel.
-// Launched by launch_compact_sign_step. Readable twin: compact_sign_step in signmaml_ext/reference.py.
+// counts[t, j] += sign(grads[t, j]); params[t, j] = theta[j] - lr[j] * counts[t, j]: the sign step of a task whose
+// state is one byte a parameter. A NaN gradient, and a count beyond +-127, make a count NaN for good; such tasks and
+// those with an infinite gradient are flagged. Blocks and threads own what they own in sign_step_kernel. Launched by
+// launch_compact_sign_step. Readable twin: compact_sign_step in signmaml_ext/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kBlock) compact_sign_step_kernel(const Compact
             for (int u = 0; u < kUnroll; ++u) {
                 const std::int64_t body = first + u * kBlock + threadIdx.x;
                 if (body < span.bodies) {
-                    nonfinite |= compact_step_vector<Scalar, kVector, kPlain>(
-                        p, row, counts[u], grads[u], segments, plain_lr, span.head + body * kVector);
+                    nonfinite |= compact_step_vector<Scalar, kVector, kPlain>(p, row, counts[u], grads[u], segments,
+                                                                              plain_lr, span.head + body * kVector);
                 }
             }
         }

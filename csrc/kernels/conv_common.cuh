@@ -150,7 +150,7 @@ __device__ inline bool is_active(float y) { return !(y <= 0.0f); }
 template <int kCount, typename Stored>
 struct Activated {
     Vector<float, kCount> values;
-    Vector<std::uint8_t, kCount> codes;
+    Vector<std::uint8_t, kCount> choices;
 };
 
 // `norm` holds mean, gamma / sqrt(variance + eps) and beta of every channel, one array after the other.
@@ -183,7 +183,7 @@ __device__ inline Activated<kCount, Stored> activate(const ConvLayer<Stored>& la
     for (int i = 0; i < kCount; ++i) {
         const bool active = is_active(best[i]);
         result.values.at[i] = active ? best[i] : 0.0f;
-        result.codes.at[i] = static_cast<std::uint8_t>(winner[i] + (active ? kConvActive : 0));
+        result.choices.at[i] = static_cast<std::uint8_t>(winner[i] + (active ? kConvActive : 0));
     }
     return result;
 }
@@ -205,8 +205,8 @@ __device__ inline void prepare_activation(const ConvLayer<Stored>& layer, std::i
 //   dz = gamma * r * (dy - dbeta / M - xhat * dgamma / M),
 // `norm` holds mean, r, gamma * r, dbeta / M and dgamma / M of every channel.
 template <int kCount, typename Stored>
-__device__ inline Vector<float, kCount> raw_gradient(const ConvLayer<Stored>& layer, std::int64_t task, int image,
-                                                     int y, int x, int channel, const Shared<float>& norm) {
+__device__ inline Vector<float, kCount> raw_grad(const ConvLayer<Stored>& layer, std::int64_t task, int image, int y,
+                                                 int x, int channel, const Shared<float>& norm) {
     const ConvBlock& block = layer.block;
     const int filters = block.filters;
     const std::int64_t at = ((std::int64_t{image} * block.height + y) * block.width + x) * filters + channel;
@@ -216,12 +216,12 @@ __device__ inline Vector<float, kCount> raw_gradient(const ConvLayer<Stored>& la
     if (window_y < block.act_height && window_x < block.act_width) {  // else the pooling drops it
         const std::int64_t window =
             ((std::int64_t{image} * block.act_height + window_y) * block.act_width + window_x) * filters + channel;
-        const auto codes = load<std::uint8_t, kCount>(row_of(layer.codes, task) + window);
-        const auto gradient = load_floats<kCount>(row_of(layer.gradient, task) + window);
+        const auto choices = load<std::uint8_t, kCount>(row_of(layer.choices, task) + window);
+        const auto gradient = load_floats<kCount>(row_of(layer.activation_grad, task) + window);
         const int place = y % block.window * 2 + x % block.window;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            dy.at[i] = codes.at[i] == place + kConvActive ? gradient.at[i] : 0.0f;
+            dy.at[i] = choices.at[i] == place + kConvActive ? gradient.at[i] : 0.0f;
         }
     }
     Vector<float, kCount> result;
@@ -235,10 +235,10 @@ __device__ inline Vector<float, kCount> raw_gradient(const ConvLayer<Stored>& la
     return result;
 }
 
-// Fills what `raw_gradient` reads; a barrier must follow.
+// Fills what `raw_grad` reads; a barrier must follow.
 template <typename Stored>
-__device__ inline void prepare_raw_gradient(const ConvLayer<Stored>& layer, std::int64_t task, const float* weights,
-                                            const Shared<float>& norm) {
+__device__ inline void prepare_raw_grad(const ConvLayer<Stored>& layer, std::int64_t task, const float* weights,
+                                        const Shared<float>& norm) {
     const int filters = layer.block.filters;
     const float count = static_cast<float>(layer.count * layer.block.height) * static_cast<float>(layer.block.width);
     for (int channel = threadIdx.x; channel < filters; channel += blockDim.x) {
@@ -246,9 +246,9 @@ __device__ inline void prepare_raw_gradient(const ConvLayer<Stored>& layer, std:
         norm.set(channel, constants.mean);
         norm.set(filters + channel, constants.inverse);
         norm.set(2 * filters + channel, load(weights + layer.gamma + channel) * constants.inverse);
-        const float* sums = row_of(layer.sums, task) + channel;
-        norm.set(3 * filters + channel, sum_of_slices(sums, layer.sums_slices, 2 * filters) / count);
-        norm.set(4 * filters + channel, sum_of_slices(sums + filters, layer.sums_slices, 2 * filters) / count);
+        const float* sums = row_of(layer.grad_sums, task) + channel;
+        norm.set(3 * filters + channel, sum_of_slices(sums, layer.grad_sums_slices, 2 * filters) / count);
+        norm.set(4 * filters + channel, sum_of_slices(sums + filters, layer.grad_sums_slices, 2 * filters) / count);
     }
 }
 

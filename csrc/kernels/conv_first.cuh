@@ -2,8 +2,8 @@
 // 9 * channels values, so mean(z) = W m and var(z) = W G W^T follow from the patches' mean m and covariance G.
 //   patch_moments   sums for m and G, once a meta-step and set; a block owns a slice of tiles, a thread pairs of values
 //   conv_first      a = halve(relu(bn(conv(x, W)))), a thread one position of a and 8 filters
-//   conv_first_gradient   sum dy and sum dy * patch at the winners of the halving, a lane one filter
-//   conv_raw_gradient     dz of the direct form, which stores z; for tests of this one
+//   conv_first_grad   sum dy and sum dy * patch at the winners of the halving, a lane one filter
+//   conv_raw_grad     dz of the direct form, which stores z; for tests of this one
 // x is read as x - shift (its mean, one value a channel): the mean of z then is small, and nothing cancels.
 // Launched by launch_conv_meta_step; pack and update make m, G and BatchNorm's constants (conv_update.cuh).
 #pragma once
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
                 }
             }
             Vector<float, kFirstFilters> values;
-            Vector<std::uint8_t, kFirstFilters> codes;
+            Vector<std::uint8_t, kFirstFilters> choices;
 #pragma unroll
             for (int f = 0; f < kFirstFilters; ++f) {
                 float best = 0.0f;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
                 }
                 const bool active = is_active(best);
                 values.at[f] = active ? best : 0.0f;
-                codes.at[f] = static_cast<std::uint8_t>(winner + (active ? kConvActive : 0));
+                choices.at[f] = static_cast<std::uint8_t>(winner + (active ? kConvActive : 0));
             }
             const std::int64_t image = place.image + at.image;
             const std::int64_t to =
@@ -221,14 +221,14 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
                 for (int f = 0; f < 4; ++f) part.at[f] = values.at[half * 4 + f];
                 store_floats<4>(row_of(p.layer.activation, task) + to + half * 4, part);
             }
-            store<std::uint8_t, kFirstFilters>(row_of(p.layer.codes, task) + to, codes);
+            store<std::uint8_t, kFirstFilters>(row_of(p.layer.choices, task) + to, choices);
         }
     }
 }
 
 // Lane l of every warp owns filter 32 * blockIdx.z + l; a warp takes every fourth position of the tiles.
 template <int kChannels, typename Stored>
-__global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const ConvFirstGradientParams<Stored> p) {
+__global__ void __launch_bounds__(kConvThreads) conv_first_grad_kernel(const ConvFirstGradParams<Stored> p) {
     constexpr int kSums = 1 + kConvTaps * kChannels, kWarps = kConvThreads / 32;
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
@@ -257,10 +257,10 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const
             const std::int64_t image = place.image + at.image;
             const std::int64_t from =
                 ((image * block.act_height + place.y + at.y) * block.act_width + place.x + at.x) * filters + filter;
-            const int code = load(row_of(p.layer.codes, task) + from);
-            const float gradient = as_float(load(row_of(p.layer.gradient, task) + from));
-            const float dy = code >= kConvActive ? gradient : 0.0f;
-            const int y = at.y * 2 + code / 2 % 2, x = at.x * 2 + code % 2;
+            const int choice = load(row_of(p.layer.choices, task) + from);
+            const float gradient = as_float(load(row_of(p.layer.activation_grad, task) + from));
+            const float dy = choice >= kConvActive ? gradient : 0.0f;
+            const int y = at.y * 2 + choice / 2 % 2, x = at.x * 2 + choice % 2;
             const int origin = (at.image * halo + y * tiles.halo_width + x) * kChannels;
             sums[0] += dy;
 #pragma unroll
@@ -290,11 +290,11 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_gradient_kernel(const
 
 // A thread owns 4 filters of one position. Shared memory: BatchNorm's constants [5, filters].
 template <typename Stored>
-__global__ void __launch_bounds__(kConvThreads, 8) conv_raw_gradient_kernel(const ConvRawGradientParams<Stored> p) {
+__global__ void __launch_bounds__(kConvThreads, 8) conv_raw_grad_kernel(const ConvRawGradParams<Stored> p) {
     const ConvBlock& block = p.layer.block;
     const std::int64_t task = blockIdx.y;
     const Shared<float> norm(0, 5 * block.filters);
-    prepare_raw_gradient(p.layer, task, row_of(p.weights, task), norm);
+    prepare_raw_grad(p.layer, task, row_of(p.weights, task), norm);
     block_barrier();  // the constants are there
     const int quads = block.filters / 4;
     const std::int64_t items = std::int64_t{p.layer.count} * block.height * block.width * quads;
@@ -305,8 +305,8 @@ __global__ void __launch_bounds__(kConvThreads, 8) conv_raw_gradient_kernel(cons
         const int x = static_cast<int>(position % block.width);
         const int y = static_cast<int>(position / block.width % block.height);
         const int image = static_cast<int>(position / block.width / block.height);
-        store_floats<4>(row_of(p.layer.raw_gradient, task) + position * block.filters + filter,
-                        raw_gradient<4>(p.layer, task, image, y, x, filter, norm));
+        store_floats<4>(row_of(p.layer.raw_grad, task) + position * block.filters + filter,
+                        raw_grad<4>(p.layer, task, image, y, x, filter, norm));
     }
 }
 

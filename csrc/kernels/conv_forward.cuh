@@ -63,7 +63,7 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
                                    column <= tiles.tile_width * block.stride;
                 if (p.keep && owned && blockIdx.z == 0) {
                     store_floats<4>(row_of(p.below.activation, task) + at, values);
-                    store<std::uint8_t, 4>(row_of(p.below.codes, task) + at, activated.codes);
+                    store<std::uint8_t, 4>(row_of(p.below.choices, task) + at, activated.choices);
                 }
             }
         }

@@ -30,14 +30,14 @@ struct ConvHead {
     __device__ float* features() const { return row_of(p.features, task); }
     __device__ float* scores() const { return row_of(p.scores, task); }
 
-    // Of one image and pixel, one filter; stores the code of the halving.
+    // Of one image and pixel, one filter; stores the choice of the halving.
     __device__ float activation(int image, int pixel, int filter) const {
         const ConvBlock& block = p.layer.block;
         const std::int64_t at = (std::int64_t{image} * pixels() + pixel) * block.filters + filter;
         if (!p.source_is_raw) return as_float(load(row_of(p.layer.activation, task) + at));
         const auto result = activate<1>(p.layer, row_of(p.layer.raw, task), image, pixel / block.act_width,
                                         pixel % block.act_width, filter, norm);
-        if (p.pass != ConvPass::kForward) store(row_of(p.layer.codes, task) + at, result.codes.at[0]);
+        if (p.pass != ConvPass::kForward) store(row_of(p.layer.choices, task) + at, result.choices.at[0]);
         return result.values.at[0];
     }
 
@@ -139,12 +139,12 @@ struct ConvHead {
                 if (!flat) gradient /= static_cast<float>(pixels());
                 gradient = rounded_to<Stored>(gradient);
                 const std::int64_t at = std::int64_t{row} * filters + filter;
-                store(row_of(p.layer.gradient, task) + at, Storing<Stored>::of(gradient));
+                store(row_of(p.layer.activation_grad, task) + at, Storing<Stored>::of(gradient));
                 if (!p.source_is_raw) continue;
-                const int code = load(row_of(p.layer.codes, task) + at);
-                if (code < kConvActive) continue;
-                const int y = pixel / block.act_width * block.window + (code - kConvActive) / 2;
-                const int x = pixel % block.act_width * block.window + code % 2;
+                const int choice = load(row_of(p.layer.choices, task) + at);
+                if (choice < kConvActive) continue;
+                const int y = pixel / block.act_width * block.window + (choice - kConvActive) / 2;
+                const int x = pixel % block.act_width * block.window + choice % 2;
                 const std::int64_t from =
                     ((std::int64_t{image} * block.height + y) * block.width + x) * filters + filter;
                 const float z = as_float(load(row_of(p.layer.raw, task) + from));
@@ -161,7 +161,7 @@ struct ConvHead {
                 for (int g = 0; g < groups; ++g) {
                     totals[which] += sums.get(which * kConvHeadThreads + g * filters + threadIdx.x);
                 }
-                store(row_of(p.layer.sums, task) + which * filters + threadIdx.x, totals[which]);
+                store(row_of(p.layer.grad_sums, task) + which * filters + threadIdx.x, totals[which]);
             }
         }
     }

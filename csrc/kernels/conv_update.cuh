@@ -254,8 +254,8 @@ __device__ inline bool take_norms(const ConvUpdateParams& p, std::int64_t task) 
         const ConvOffsets& places = net.blocks[block];
         if (!kStep && net.conv_bias) store(p.grads + task * net.parameters + places.theta_bias + filter, 0.0f);
         if (block == 0 && net.by_covariance) continue;
-        const float* sums = row_of(p.sums[block], task) + filter;
-        const int slices = p.sums_slices[block], tensor = gamma_tensor(net, block);
+        const float* sums = row_of(p.grad_sums[block], task) + filter;
+        const int slices = p.grad_sums_slices[block], tensor = gamma_tensor(net, block);
         const float dbeta = sum_of_slices(sums, slices, 2 * net.filters);
         const float dgamma = sum_of_slices(sums + net.filters, slices, 2 * net.filters);
         nonfinite |= take<kStep>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgamma);

@@ -54,21 +54,21 @@ class ConvRun {
         layer.gamma = places.gamma;
         layer.beta = places.beta;
         layer.activation = array<Stored>(space.activation[number]);
-        layer.codes = array<std::uint8_t>(space.codes[number]);
-        layer.gradient = array<Stored>(space.gradient[number]);
+        layer.choices = array<std::uint8_t>(space.choices[number]);
+        layer.activation_grad = array<Stored>(space.activation_grad[number]);
         if (number == 0 && plan_.network.by_covariance) return layer;
         layer.raw = array<Stored>(space.raw[number]);
-        layer.raw_gradient = array<Stored>(space.raw_gradient);
+        layer.raw_grad = array<Stored>(space.raw_grad);
         layer.statistics = array<float>(space.statistics[number]);
-        layer.sums = array<float>(space.sums[number]);
+        layer.grad_sums = array<float>(space.grad_sums[number]);
         layer.statistics_slices = forward_tiles(layer.block, count).slices;
-        layer.sums_slices = sums_slices(number, count);
+        layer.grad_sums_slices = grad_sums_slices(number, count);
         return layer;
     }
 
     // The head makes the sums of the last block, the data gradient of the next block those of any other.
-    int sums_slices(int number, int count) const {
-        return number + 1 == plan_.network.count ? 1 : data_gradient_tiles(plan_.blocks[number + 1], count).slices;
+    int grad_sums_slices(int number, int count) const {
+        return number + 1 == plan_.network.count ? 1 : data_grad_tiles(plan_.blocks[number + 1], count).slices;
     }
 
     PerTask<const float> weights() const { return array<const float>(plan_.workspace.weights); }
@@ -84,10 +84,10 @@ class ConvRun {
             case ConvKernel::kFirst: return first(one);
             case ConvKernel::kForward: return forward(one);
             case ConvKernel::kHead: return head(one);
-            case ConvKernel::kDataGradient: return data_gradient(one);
-            case ConvKernel::kWeightGradient: return weight_gradient(one);
-            case ConvKernel::kFirstGradient: return first_gradient(one);
-            case ConvKernel::kRawGradient: return raw_gradient_of_first(one);
+            case ConvKernel::kDataGrad: return data_grad(one);
+            case ConvKernel::kWeightGrad: return weight_grad(one);
+            case ConvKernel::kFirstGrad: return first_gradient(one);
+            case ConvKernel::kRawGrad: return raw_grad_of_first(one);
             case ConvKernel::kSignUpdate: return update(one, "conv_sign_update_kernel", conv_sign_update_kernel);
             case ConvKernel::kMetaAccumulate:
                 return update(one, "conv_meta_accumulate_kernel", conv_meta_accumulate_kernel);
@@ -153,21 +153,21 @@ class ConvRun {
     }
 
     void first_gradient(const ConvLaunch& one) const {
-        ConvFirstGradientParams<Stored> params{};
+        ConvFirstGradParams<Stored> params{};
         params.images = images(one);
         params.moments = moments(one.query);
         params.layer = layer(one, 0);
         params.partials = array<float>(plan_.workspace.first_partials);
         params.tiles = first_tiles(params.layer.block, params.layer.count);
-        const auto kernel = p_.shape.channels == 1   ? conv_first_gradient_kernel<1, Stored>
-                            : p_.shape.channels == 2 ? conv_first_gradient_kernel<2, Stored>
-                                                     : conv_first_gradient_kernel<3, Stored>;
-        go("conv_first_gradient_kernel", kernel, one, params);
+        const auto kernel = p_.shape.channels == 1   ? conv_first_grad_kernel<1, Stored>
+                            : p_.shape.channels == 2 ? conv_first_grad_kernel<2, Stored>
+                                                     : conv_first_grad_kernel<3, Stored>;
+        go("conv_first_grad_kernel", kernel, one, params);
     }
 
-    void raw_gradient_of_first(const ConvLaunch& one) const {
-        const ConvRawGradientParams<Stored> params{weights(), layer(one, 0)};
-        go("conv_raw_gradient_kernel", conv_raw_gradient_kernel<Stored>, one, params);
+    void raw_grad_of_first(const ConvLaunch& one) const {
+        const ConvRawGradParams<Stored> params{weights(), layer(one, 0)};
+        go("conv_raw_grad_kernel", conv_raw_grad_kernel<Stored>, one, params);
     }
 
     bool has_raw(int block) const { return block > 0 || !plan_.network.by_covariance; }
@@ -191,21 +191,21 @@ class ConvRun {
         launch_conv_forward<kPrecision>(params, one, tasks_, stream_);
     }
 
-    void data_gradient(const ConvLaunch& one) const {
-        ConvDataGradientParams<Stored> params{};
+    void data_grad(const ConvLaunch& one) const {
+        ConvDataGradParams<Stored> params{};
         params.weights = weights();
         params.layer = layer(one, one.block);
         params.below = layer(one, one.block - 1);
         params.below_is_raw = has_raw(one.block - 1);
         const ConvBlock& block = params.layer.block;
-        params.tiles = data_gradient_tiles(block, params.layer.count);
+        params.tiles = data_grad_tiles(block, params.layer.count);
         params.memory =
-            data_gradient_memory(params.tiles, block.in_channels, block.filters, conv_columns(block.in_channels));
-        launch_conv_data_gradient<kPrecision>(params, one, tasks_, stream_);
+            data_grad_memory(params.tiles, block.in_channels, block.filters, conv_columns(block.in_channels));
+        launch_conv_data_grad<kPrecision>(params, one, tasks_, stream_);
     }
 
-    void weight_gradient(const ConvLaunch& one) const {
-        ConvWeightGradientParams<Stored> params{};
+    void weight_grad(const ConvLaunch& one) const {
+        ConvWeightGradParams<Stored> params{};
         params.layer = layer(one, one.block);
         if (one.block == 0) {
             params.source = ConvSource::kImage;
@@ -215,9 +215,9 @@ class ConvRun {
             params.input = array<const Stored>(plan_.workspace.activation[one.block - 1]);
         }
         params.partials = array<float>(plan_.workspace.weight_partials[one.block]);
-        params.tiles = weight_gradient_tiles(params.layer.block, params.layer.count);
-        params.memory = weight_gradient_memory(params.tiles, conv_weight_columns(p_.shape.filters));
-        launch_conv_weight_gradient<kPrecision>(params, one, tasks_, stream_);
+        params.tiles = weight_grad_tiles(params.layer.block, params.layer.count);
+        params.memory = weight_grad_memory(params.tiles, conv_weight_columns(p_.shape.filters));
+        launch_conv_weight_grad<kPrecision>(params, one, tasks_, stream_);
     }
 
     void head(const ConvLaunch& one) const {
@@ -263,9 +263,9 @@ class ConvRun {
         for (int i = 0; i < net.count; ++i) {
             if (!has_raw(i)) continue;
             params.weight_partials[i] = array<const float>(space.weight_partials[i]);
-            params.sums[i] = array<const float>(space.sums[i]);
-            params.weight_slices[i] = weight_gradient_tiles(plan_.blocks[i], count).slices;
-            params.sums_slices[i] = sums_slices(i, count);
+            params.grad_sums[i] = array<const float>(space.grad_sums[i]);
+            params.weight_slices[i] = weight_grad_tiles(plan_.blocks[i], count).slices;
+            params.grad_sums_slices[i] = grad_sums_slices(i, count);
         }
         if (net.by_covariance) {
             params.first_partials = array<const float>(space.first_partials);

@@ -16,11 +16,11 @@ void launch_conv_forward(const ConvForwardParams<Stored>& params, const ConvLaun
                          cudaStream_t stream);
 
 template <ConvPrecision kPrecision, typename Stored>
-void launch_conv_data_gradient(const ConvDataGradientParams<Stored>& params, const ConvLaunch& plan, std::int64_t tasks,
-                               cudaStream_t stream);
+void launch_conv_data_grad(const ConvDataGradParams<Stored>& params, const ConvLaunch& plan, std::int64_t tasks,
+                           cudaStream_t stream);
 
 template <ConvPrecision kPrecision, typename Stored>
-void launch_conv_weight_gradient(const ConvWeightGradientParams<Stored>& params, const ConvLaunch& plan,
-                                 std::int64_t tasks, cudaStream_t stream);
+void launch_conv_weight_grad(const ConvWeightGradParams<Stored>& params, const ConvLaunch& plan, std::int64_t tasks,
+                             cudaStream_t stream);
 
 }  // namespace signmaml

@@ -1,9 +1,9 @@
 // The definitions behind conv_products.cuh, for the file of a precision to instantiate.
 #pragma once
 
-#include "kernels/conv_data_gradient.cuh"
+#include "kernels/conv_data_grad.cuh"
 #include "kernels/conv_forward.cuh"
-#include "kernels/conv_weight_gradient.cuh"
+#include "kernels/conv_weight_grad.cuh"
 #include "launch/conv_products.cuh"
 
 namespace signmaml {
@@ -19,23 +19,21 @@ void launch_conv_forward(const ConvForwardParams<Stored>& params, const ConvLaun
 }
 
 template <ConvPrecision kPrecision, typename Stored>
-void launch_conv_data_gradient(const ConvDataGradientParams<Stored>& params, const ConvLaunch& plan, std::int64_t tasks,
-                               cudaStream_t stream) {
+void launch_conv_data_grad(const ConvDataGradParams<Stored>& params, const ConvLaunch& plan, std::int64_t tasks,
+                           cudaStream_t stream) {
     const int columns = conv_columns(params.layer.block.in_channels);
-    const auto kernel = columns == 8    ? conv_data_gradient_kernel<kPrecision, 1>
-                        : columns == 32 ? conv_data_gradient_kernel<kPrecision, 4>
-                                        : conv_data_gradient_kernel<kPrecision, 8>;
-    launch("conv_data_gradient_kernel", kernel, grid_of(plan, tasks), plan.threads, plan.shared_bytes, stream, params);
+    const auto kernel = columns == 8    ? conv_data_grad_kernel<kPrecision, 1>
+                        : columns == 32 ? conv_data_grad_kernel<kPrecision, 4>
+                                        : conv_data_grad_kernel<kPrecision, 8>;
+    launch("conv_data_grad_kernel", kernel, grid_of(plan, tasks), plan.threads, plan.shared_bytes, stream, params);
 }
 
 template <ConvPrecision kPrecision, typename Stored>
-void launch_conv_weight_gradient(const ConvWeightGradientParams<Stored>& params, const ConvLaunch& plan,
-                                 std::int64_t tasks, cudaStream_t stream) {
-    const auto kernel = conv_weight_columns(params.layer.block.filters) == 8
-                            ? conv_weight_gradient_kernel<kPrecision, 1>
-                            : conv_weight_gradient_kernel<kPrecision, 4>;
-    launch("conv_weight_gradient_kernel", kernel, grid_of(plan, tasks), plan.threads, plan.shared_bytes, stream,
-           params);
+void launch_conv_weight_grad(const ConvWeightGradParams<Stored>& params, const ConvLaunch& plan, std::int64_t tasks,
+                             cudaStream_t stream) {
+    const auto kernel = conv_weight_columns(params.layer.block.filters) == 8 ? conv_weight_grad_kernel<kPrecision, 1>
+                                                                             : conv_weight_grad_kernel<kPrecision, 4>;
+    launch("conv_weight_grad_kernel", kernel, grid_of(plan, tasks), plan.threads, plan.shared_bytes, stream, params);
 }
 
 }  // namespace signmaml

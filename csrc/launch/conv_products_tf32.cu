@@ -4,9 +4,9 @@ namespace signmaml {
 
 template void launch_conv_forward<ConvPrecision::kTf32>(const ConvForwardParams<float>&, const ConvLaunch&,
                                                         std::int64_t, cudaStream_t);
-template void launch_conv_data_gradient<ConvPrecision::kTf32>(const ConvDataGradientParams<float>&, const ConvLaunch&,
-                                                              std::int64_t, cudaStream_t);
-template void launch_conv_weight_gradient<ConvPrecision::kTf32>(const ConvWeightGradientParams<float>&,
-                                                                const ConvLaunch&, std::int64_t, cudaStream_t);
+template void launch_conv_data_grad<ConvPrecision::kTf32>(const ConvDataGradParams<float>&, const ConvLaunch&,
+                                                          std::int64_t, cudaStream_t);
+template void launch_conv_weight_grad<ConvPrecision::kTf32>(const ConvWeightGradParams<float>&, const ConvLaunch&,
+                                                            std::int64_t, cudaStream_t);
 
 }  // namespace signmaml

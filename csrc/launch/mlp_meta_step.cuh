@@ -1,4 +1,5 @@
-// The definition of launch_mlp_meta_step, for the file of a scalar type to instantiate: both would take a compiler long.
+// The definition of launch_mlp_meta_step, for the file of a scalar type to instantiate: both would take a compiler
+// long.
 #pragma once
 
 #include "kernels/mlp_meta_step.cuh"
@@ -19,8 +20,8 @@ void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, v
     const MlpPlan plan = plan_mlp_meta_step(params.shape, params.tasks, params.support.count, params.query.count,
                                             sizeof(Scalar), multiprocessors(device));
     const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count));
-    const auto kernel =
-        plan.threads == 32 ? mlp_kernel_for<Scalar, true>(plan.in_shared) : mlp_kernel_for<Scalar, false>(plan.in_shared);
+    const auto kernel = plan.threads == 32 ? mlp_kernel_for<Scalar, true>(plan.in_shared)
+                                           : mlp_kernel_for<Scalar, false>(plan.in_shared);
     launch("mlp_meta_step_kernel", kernel, dim3(static_cast<unsigned>(plan.teams)), plan.threads, plan.shared_bytes,
            static_cast<cudaStream_t>(stream), params, layout);
 }

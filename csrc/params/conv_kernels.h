@@ -57,7 +57,7 @@ struct ConvBlock {
     float eps;
 };
 
-// One block of the network in one pass. `codes` holds what the backward pass must know of the halving: the winner's
+// One block of the network in one pass. `choices` holds what the backward pass must know of the halving: the winner's
 // place in its window (row * 2 + column), plus kConvActive where ReLU lets it through.
 template <typename Stored>
 struct ConvLayer {
@@ -66,13 +66,13 @@ struct ConvLayer {
     std::int64_t weight, gamma, beta;  // places in a task's weights
     PerTask<Stored> raw;               // [count, height, width, filters]
     PerTask<Stored> activation;        // [count, act_height, act_width, filters]
-    PerTask<std::uint8_t> codes;       // likewise
-    PerTask<Stored> gradient;          // of the activation
-    PerTask<Stored> raw_gradient;      // of the raw output
+    PerTask<std::uint8_t> choices;     // likewise
+    PerTask<Stored> activation_grad;   // of the activation
+    PerTask<Stored> raw_grad;          // of the raw output
     PerTask<float> statistics;         // [slices, 3, filters]: count, mean and sum of squares around it
-    PerTask<float> sums;               // [slices, 2, filters]: gradients of beta and gamma
+    PerTask<float> grad_sums;          // [slices, 2, filters]: gradients of beta and gamma
     std::int32_t statistics_slices;
-    std::int32_t sums_slices;
+    std::int32_t grad_sums_slices;
 };
 
 inline constexpr std::uint8_t kConvActive = 4;
@@ -101,12 +101,12 @@ struct ConvForwardParams {
     ConvLayer<Stored> layer;
     ConvTiles tiles;  // of the raw output
     ConvSource source;
-    bool keep;  // store activation and codes of the block below, which a backward pass reads
+    bool keep;  // store activation and choices of the block below, which a backward pass reads
     ConvMemory memory;
 };
 
 template <typename Stored>
-struct ConvDataGradientParams {
+struct ConvDataGradParams {
     PerTask<const float> weights;
     ConvLayer<Stored> below;
     ConvLayer<Stored> layer;
@@ -116,7 +116,7 @@ struct ConvDataGradientParams {
 };
 
 template <typename Stored>
-struct ConvWeightGradientParams {
+struct ConvWeightGradParams {
     PerTask<const float> images;  // of kImage
     PerTask<const Stored> input;  // else: activation of the block below
     ConvLayer<Stored> layer;
@@ -170,7 +170,7 @@ struct ConvFirstParams {
 };
 
 template <typename Stored>
-struct ConvFirstGradientParams {
+struct ConvFirstGradParams {
     PerTask<const float> images;
     PerTask<const ConvMoments> moments;
     ConvLayer<Stored> layer;
@@ -180,7 +180,7 @@ struct ConvFirstGradientParams {
 
 // The gradient of block 1's raw output, where the direct form keeps one.
 template <typename Stored>
-struct ConvRawGradientParams {
+struct ConvRawGradParams {
     PerTask<const float> weights;
     ConvLayer<Stored> layer;
 };
@@ -256,9 +256,9 @@ struct ConvUpdateParams {
     PerTask<float> weights;
     ConvNetwork network;
     PerTask<const float> weight_partials[kConvBlocks];  // [slices, 9 * in_channels, filters]
-    PerTask<const float> sums[kConvBlocks];             // [slices, 2, filters]
+    PerTask<const float> grad_sums[kConvBlocks];        // [slices, 2, filters]
     std::int32_t weight_slices[kConvBlocks];
-    std::int32_t sums_slices[kConvBlocks];
+    std::int32_t grad_sums_slices[kConvBlocks];
     // Block 1 by the covariance of its patches.
     PerTask<const float> first_partials;
     std::int32_t first_slices;

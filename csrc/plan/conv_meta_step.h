@@ -8,8 +8,8 @@
 // whoever reads it, once stored on the way (a_l and a byte a value that says who won the pooling), and dz_l likewise.
 // BatchNorm's sums are epilogues: a block of a kernel owns a slice of the tiles and writes one partial sum a channel,
 // and every reader adds the at most 64 slices up again in order, which costs less than a launch of its own. A pass of N
-// blocks is: first (or forward) of block 1, forward of blocks 2..N, head; and backward: data_gradient and
-// weight_gradient of blocks N..2, first_gradient of block 1, and sign_update or meta_accumulate for all weights at
+// blocks is: first (or forward) of block 1, forward of blocks 2..N, head; and backward: data_grad and
+// weight_grad of blocks N..2, first_gradient of block 1, and sign_update or meta_accumulate for all weights at
 // once: 3 N + 1 launches, 13 for Conv4. Block 1 needs no raw output: see kernels/conv_first.cuh.
 #pragma once
 
@@ -180,12 +180,12 @@ inline ConvTiles forward_tiles(const ConvBlock& block, int count) {
                       {kConvTile, strided ? kConvStridedHalo : kConvHalo, kConvSlices, 1, false});
 }
 
-inline ConvTiles data_gradient_tiles(const ConvBlock& block, int count) {
+inline ConvTiles data_grad_tiles(const ConvBlock& block, int count) {
     return conv_tiles(block.stride == 2 ? ConvHalo::kTransposed2 : ConvHalo::kForward1, count, block.in_height,
                       block.in_width, {kConvTile, kConvHalo, kConvSlices, 1, false});
 }
 
-inline ConvTiles weight_gradient_tiles(const ConvBlock& block, int count) {
+inline ConvTiles weight_grad_tiles(const ConvBlock& block, int count) {
     // More filters make the partial sums dear and give more blocks anyway.
     const int tiles = static_cast<int>(larger(1, block.filters / 32));
     return conv_tiles(block.stride == 2 ? ConvHalo::kForward2 : ConvHalo::kForward1, count, block.height, block.width,
@@ -220,7 +220,7 @@ inline ConvMemory forward_memory(const ConvTiles& tiles, int channels, int colum
     return memory;
 }
 
-inline ConvMemory data_gradient_memory(const ConvTiles& tiles, int channels, int filters, int columns) {
+inline ConvMemory data_grad_memory(const ConvTiles& tiles, int channels, int filters, int columns) {
     ConvMemory memory{};
     memory.slabs = (tiles.tile_images * tiles.halo_height * tiles.halo_width + 1) * kConvRow;  // one of zeros
     memory.norm = memory.slabs + 2 * columns * kConvRow;
@@ -229,7 +229,7 @@ inline ConvMemory data_gradient_memory(const ConvTiles& tiles, int channels, int
     return memory;
 }
 
-inline ConvMemory weight_gradient_memory(const ConvTiles& tiles, int columns) {
+inline ConvMemory weight_grad_memory(const ConvTiles& tiles, int columns) {
     ConvMemory memory{};
     memory.slabs = tiles.tile_images * tiles.tile_height * tiles.halo_width * kConvDeepRow;
     memory.norm = memory.scratch = memory.slabs + kConvTile * (columns + 8);
@@ -243,10 +243,10 @@ enum class ConvKernel : std::int32_t {
     kFirst,
     kForward,
     kHead,
-    kDataGradient,
-    kWeightGradient,
-    kFirstGradient,
-    kRawGradient,
+    kDataGrad,
+    kWeightGrad,
+    kFirstGrad,
+    kRawGrad,
     kSignUpdate,
     kMetaAccumulate,
     kUnpack,
@@ -259,10 +259,10 @@ constexpr const char* name_of(ConvKernel kernel) {
         case ConvKernel::kFirst: return "conv_first";
         case ConvKernel::kForward: return "conv_forward";
         case ConvKernel::kHead: return "conv_head";
-        case ConvKernel::kDataGradient: return "conv_data_gradient";
-        case ConvKernel::kWeightGradient: return "conv_weight_gradient";
-        case ConvKernel::kFirstGradient: return "conv_first_gradient";
-        case ConvKernel::kRawGradient: return "conv_raw_gradient";
+        case ConvKernel::kDataGrad: return "conv_data_grad";
+        case ConvKernel::kWeightGrad: return "conv_weight_grad";
+        case ConvKernel::kFirstGrad: return "conv_first_grad";
+        case ConvKernel::kRawGrad: return "conv_raw_grad";
         case ConvKernel::kSignUpdate: return "conv_sign_update";
         case ConvKernel::kMetaAccumulate: return "conv_meta_accumulate";
         default: return "conv_unpack";
@@ -292,9 +292,9 @@ struct ConvArray {
 
 struct ConvWorkspace {
     ConvArray weights, norm, support_sums, query_sums, support_moments, query_moments, first_partials, features, scores,
-        raw_gradient;
-    ConvArray raw[kConvBlocks], activation[kConvBlocks], codes[kConvBlocks], gradient[kConvBlocks],
-        statistics[kConvBlocks], sums[kConvBlocks], weight_partials[kConvBlocks];
+        raw_grad;
+    ConvArray raw[kConvBlocks], activation[kConvBlocks], choices[kConvBlocks], activation_grad[kConvBlocks],
+        statistics[kConvBlocks], grad_sums[kConvBlocks], weight_partials[kConvBlocks];
     std::int64_t bytes;
 };
 
@@ -355,17 +355,17 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
         const std::int64_t activation = count * block.act_height * block.act_width * filters;
         const bool direct = i > 0 || !net.by_covariance;
         take(space.activation[i], activation, stored);
-        take(space.codes[i], activation, 1);
-        take(space.gradient[i], activation, stored);
+        take(space.choices[i], activation, 1);
+        take(space.activation_grad[i], activation, stored);
         if (!direct) continue;
         take(space.raw[i], raw, stored);
         take(space.statistics[i], slices(forward_tiles, block) * 3 * filters, 4);
-        take(space.sums[i], (i + 1 < net.count ? slices(data_gradient_tiles, plan.blocks[i + 1]) : 1) * 2 * filters, 4);
-        take(space.weight_partials[i], slices(weight_gradient_tiles, block) * kConvTaps * block.in_channels * filters,
+        take(space.grad_sums[i], (i + 1 < net.count ? slices(data_grad_tiles, plan.blocks[i + 1]) : 1) * 2 * filters,
              4);
+        take(space.weight_partials[i], slices(weight_grad_tiles, block) * kConvTaps * block.in_channels * filters, 4);
         largest_raw = larger(largest_raw, raw);
     }
-    if (largest_raw > 0) take(space.raw_gradient, largest_raw, stored);
+    if (largest_raw > 0) take(space.raw_grad, largest_raw, stored);
     take(space.features, count * net.pixels * filters, 4);
     take(space.scores, count * net.ways, 4);
     space.bytes = at;
@@ -387,14 +387,14 @@ void for_each_array(const ConvWorkspace& space, const Visit& visit) {
     one("first_partials", space.first_partials);
     one("features", space.features);
     one("scores", space.scores);
-    one("raw_gradient", space.raw_gradient);
+    one("raw_grad", space.raw_grad);
     for (int i = 0; i < kConvBlocks; ++i) {
         one("raw", space.raw[i]);
         one("activation", space.activation[i]);
-        one("codes", space.codes[i]);
-        one("gradient", space.gradient[i]);
+        one("choices", space.choices[i]);
+        one("activation_grad", space.activation_grad[i]);
         one("statistics", space.statistics[i]);
-        one("sums", space.sums[i]);
+        one("grad_sums", space.grad_sums[i]);
         one("weight_partials", space.weight_partials[i]);
     }
 }
@@ -479,14 +479,14 @@ class ConvPlanner {
         plan_.launches.back().grid_y = 1;
         if (!backward) return;
         for (int i = net.count - 1; i > 0; --i) {
-            add_data_gradient(i, step, query, count);
-            add_weight_gradient(i, step, query, count);
+            add_data_grad(i, step, query, count);
+            add_weight_grad(i, step, query, count);
         }
         if (net.by_covariance) {
             add_first_gradient(step, query, count);
         } else {
-            add_raw_gradient(step, query, count);
-            add_weight_gradient(0, step, query, count);
+            add_raw_grad(step, query, count);
+            add_weight_grad(0, step, query, count);
         }
         add_update(step, query, count);
     }
@@ -539,27 +539,27 @@ class ConvPlanner {
             all(bytes));
     }
 
-    void add_data_gradient(int i, int step, bool query, int count) {
+    void add_data_grad(int i, int step, bool query, int count) {
         const ConvBlock& block = plan_.blocks[i];
-        const ConvTiles tiles = data_gradient_tiles(block, count);
+        const ConvTiles tiles = data_grad_tiles(block, count);
         const int columns = conv_columns(block.in_channels);
         double bytes = weight_bytes(i) + 2.0 * raw_bytes(i, count);  // z read, dz stored
         bytes += activation_values(i, count) * (stored() + 1.0) + activation_values(i - 1, count) * stored();
         if (has_raw(i - 1)) bytes += raw_bytes(i - 1, count) + activation_values(i - 1, count);
-        add(ConvKernel::kDataGradient, i, step, query, tiles.slices, ceil_div(block.in_channels, columns), kConvThreads,
-            std::int64_t{data_gradient_memory(tiles, block.in_channels, block.filters, columns).end} * 4,
+        add(ConvKernel::kDataGrad, i, step, query, tiles.slices, ceil_div(block.in_channels, columns), kConvThreads,
+            std::int64_t{data_grad_memory(tiles, block.in_channels, block.filters, columns).end} * 4,
             all(products(i, count)), all(bytes));
     }
 
-    void add_weight_gradient(int i, int step, bool query, int count) {
+    void add_weight_grad(int i, int step, bool query, int count) {
         const ConvBlock& block = plan_.blocks[i];
-        const ConvTiles tiles = weight_gradient_tiles(block, count);
+        const ConvTiles tiles = weight_grad_tiles(block, count);
         const int columns = conv_weight_columns(block.filters);
         const double input =
             area(count, block.in_height, block.in_width, block.in_channels) * (i == 0 ? 4.0 : stored());
-        add(ConvKernel::kWeightGradient, i, step, query, tiles.slices,
+        add(ConvKernel::kWeightGrad, i, step, query, tiles.slices,
             3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvThreads,
-            std::int64_t{weight_gradient_memory(tiles, columns).end} * 4, all(products(i, count)),
+            std::int64_t{weight_grad_memory(tiles, columns).end} * 4, all(products(i, count)),
             all(input + raw_bytes(i, count) + tiles.slices * weight_bytes(i)));
     }
 
@@ -570,17 +570,17 @@ class ConvPlanner {
         const std::int64_t floats = (kConvThreads / 32 - 1) * sums * 32 +
                                     tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
         const double used = activation_values(0, count);
-        add(ConvKernel::kFirstGradient, 0, step, query, tiles.slices, ceil_div(block.filters, 32), kConvThreads,
-            floats * 4, all(used * 2.0 * static_cast<double>(sums)),
+        add(ConvKernel::kFirstGrad, 0, step, query, tiles.slices, ceil_div(block.filters, 32), kConvThreads, floats * 4,
+            all(used * 2.0 * static_cast<double>(sums)),
             all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0 + used * (stored() + 1.0) +
                 4.0 * static_cast<double>(tiles.slices * sums * block.filters)));
     }
 
-    void add_raw_gradient(int step, bool query, int count) {
+    void add_raw_grad(int step, bool query, int count) {
         const ConvBlock& block = plan_.blocks[0];
         const std::int64_t items = std::int64_t{count} * block.height * block.width * block.filters / 4;
-        add(ConvKernel::kRawGradient, 0, step, query, smaller(kConvSlices, ceil_div(items, kConvThreads)), 1,
-            kConvThreads, std::int64_t{5} * block.filters * 4, all(10.0 * raw_bytes(0, count) / stored()),
+        add(ConvKernel::kRawGrad, 0, step, query, smaller(kConvSlices, ceil_div(items, kConvThreads)), 1, kConvThreads,
+            std::int64_t{5} * block.filters * 4, all(10.0 * raw_bytes(0, count) / stored()),
             all(2.0 * raw_bytes(0, count) + activation_values(0, count) * (stored() + 1.0)));
     }
 
@@ -590,7 +590,7 @@ class ConvPlanner {
         std::int64_t elements = 0;
         for (int i = net.by_covariance ? 1 : 0; i < net.count; ++i) {
             const ConvBlock& block = plan_.blocks[i];
-            bytes += weight_gradient_tiles(block, count).slices * weight_bytes(i);
+            bytes += weight_grad_tiles(block, count).slices * weight_bytes(i);
             elements += std::int64_t{kConvTaps} * block.in_channels * block.filters;
         }
         if (net.by_covariance) {

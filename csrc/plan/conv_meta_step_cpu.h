@@ -71,8 +71,8 @@ constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
     return 2 * 16 * kConvOuterTiles * (channels + kConvOuterGap);
 }
 
-// Shared products (cpu/isa/conv/shared_products.h) of a convolution with stride 2 are computed for at most so many positions at once,
-// times the products in one sum: the blended inputs of all lie side by side.
+// Shared products (cpu/isa/conv/shared_products.h) of a convolution with stride 2 are computed for at most so many
+// positions at once, times the products in one sum: the blended inputs of all lie side by side.
 inline constexpr std::int64_t kConvSharedPositions = 384;
 inline constexpr std::int64_t kConvSharedRuns = 9;        // products in one sum: three of a row times three of a column
 inline constexpr std::int64_t kConvProducts = 16;         // matrices that a weight gradient is made of
@@ -98,11 +98,12 @@ constexpr std::int64_t conv_shared_scratch(std::int64_t channels) {
     return larger(kConvSharedPositions * channels, 2 * kConvOuterPositions * (channels + kConvOuterGap));
 }
 
-// One block: [n, in_h, in_w, inputs] -> convolution [n, out_h, out_w, filters] -> halved [n, half_h, half_w, filters].
+// One block: [n, in_h, in_w, inputs] -> convolution [n, out_h, out_w, filters] -> activation [n, act_h, act_w,
+// filters].
 struct ConvBlockPlan {
     std::int32_t inputs;       // channels that carry data
     std::int32_t input_lanes;  // scalars from one position to the next
-    std::int32_t in_h, in_w, out_h, out_w, half_h, half_w;
+    std::int32_t in_h, in_w, out_h, out_w, act_h, act_w;
     std::int32_t stride;
     bool winograd;                 // forward and gradients by F(2x2, 3x3)
     bool shared;                   // with stride 2: forward and data gradient by shared products
@@ -110,24 +111,24 @@ struct ConvBlockPlan {
     std::int32_t vectors_back;     // of a group of input channels, in the data gradient
     std::int32_t rows;             // convolution rows of an item: an even number, or all
     std::int32_t items;            // of an image
-    std::int32_t half_rows;        // halved rows of an item of the backward pass
+    std::int32_t act_rows;         // activation rows of an item of the backward pass
     std::int32_t half_items;       // of an image
     std::int32_t forward_items;    // that are convolved together: 1, or of several images that are one item each
     std::int32_t data_grad_items;  // likewise in the data gradient: items of the block before
     std::int64_t weight_rows;      // convolution rows that the weight gradient takes at once: an even number
     std::int64_t weight_images;    // images that it takes at once
-    std::int32_t pad;              // zeros around the halved output: 1 where a convolution follows, else 0
+    std::int32_t pad;              // zeros around the activation: 1 where a convolution follows, else 0
     // Places in a task's memory, in scalars.
     std::int64_t weight;       // [groups, 9, inputs, group]
     std::int64_t weight_grad;  // like weight
     std::int64_t vector;       // [kConvVectors, channels]
     std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 has none
-    std::int64_t winner;       // [n, half_h, half_w, channels], the raw value that max-pooling takes; else, and of
+    std::int64_t winner;       // [n, act_h, act_w, channels], the raw value that max-pooling takes; else, and of
                                // block 0, none
-    std::int64_t choice;       // [n, half_h, half_w, channels] bytes, which of the four it is; else none
-    std::int64_t kept;         // images whose halved output is kept at once: all, or some
-    std::int64_t halved;       // [kept, half_h + 2 pad, half_w + 2 pad, channels], after BatchNorm and ReLU, and zeros
-    std::int64_t halved_size, halved_beyond;
+    std::int64_t choice;       // [n, act_h, act_w, channels] bytes, which of the four it is; else none
+    std::int64_t kept;         // images whose activation is kept at once: all, or some
+    std::int64_t activation;   // [kept, act_h + 2 pad, act_w + 2 pad, channels], after BatchNorm and ReLU, and zeros
+    std::int64_t activation_size, activation_beyond;
 };
 
 // Vectors of [channels] that a block keeps.
@@ -148,13 +149,13 @@ enum ConvVector : std::int32_t {
 struct ConvCpuLayout {
     std::int32_t channels;  // of every block, in whole vectors
     ConvBlockPlan blocks[kConvBlocks];
-    std::int64_t features;  // what the classifier reads: [half_h, half_w, channels] of the last block, or [channels]
+    std::int64_t features;  // what the classifier reads: [act_h, act_w, channels] of the last block, or [channels]
     // Places in a task's memory, in scalars.
-    std::int64_t images;       // [n, height + 2, width + 2, channels of the images]
-    std::int64_t readout;      // [n, features] with Readout::kMean; else none
-    std::int64_t halved_grad;  // [n, half_h, half_w, channels] of one block at a time; but see
-                               // first_grad_in_scratch
-    std::int64_t halved_grad_size;
+    std::int64_t images;           // [n, height + 2, width + 2, channels of the images]
+    std::int64_t readout;          // [n, features] with Readout::kMean; else none
+    std::int64_t activation_grad;  // [n, act_h, act_w, channels] of one block at a time; but see
+                                   // first_grad_in_scratch
+    std::int64_t activation_grad_size;
     std::int64_t classifier;       // [ways, features]
     std::int64_t classifier_grad;  // [ways, features]
     std::int64_t classifier_bias;  // [ways]
@@ -170,14 +171,14 @@ struct ConvCpuLayout {
     std::int64_t logits_grad;   // [n, ways]
     std::int64_t partial;       // what items leave to be added up: [items of all images, partial_size]
     std::int64_t partial_size;
-    std::int64_t patch_mean;      // [kConvLargestPatch] double
-    std::int64_t covariance;      // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
-    std::int64_t size;            // of a task
-    std::int64_t scratch;         // of a thread, beside it
+    std::int64_t patch_mean;       // [kConvLargestPatch] double
+    std::int64_t covariance;       // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
+    std::int64_t size;             // of a task
+    std::int64_t scratch;          // of a thread, beside it
     std::int64_t covariance_sums;  // where in scratch the sums of a covariance are, behind the centred example
-    std::int64_t shared_scratch;  // where in scratch the copies for shared products are
-    // Whether block 0's halved_grad stays in scratch, the items of one data_grad: with stride 2 no later stage needs
-    // it.
+    std::int64_t shared_scratch;   // where in scratch the copies for shared products are
+    // Whether block 0's activation_grad stays in scratch, the items of one data_grad: with stride 2 no later stage
+    // needs it.
     bool first_grad_in_scratch;
     std::int64_t first_grad;  // then from one item to the next
 };
@@ -223,8 +224,8 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
     block.in_w = static_cast<std::int32_t>(w);
     block.out_h = static_cast<std::int32_t>(pools ? h : (h + 1) / 2);
     block.out_w = static_cast<std::int32_t>(pools ? w : (w + 1) / 2);
-    block.half_h = static_cast<std::int32_t>(conv_half(h, shape.halving));
-    block.half_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
+    block.act_h = static_cast<std::int32_t>(conv_half(h, shape.halving));
+    block.act_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
     block.winograd = i > 0 && pools && conv_winograd_pays(block.out_h, block.out_w);
     block.shared = i > 0 && !pools;
     // Tiles of shared products reach each position by a pointer of its own: they rather have few.
@@ -233,8 +234,8 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
         conv_group_vectors(shape.filters, !block.shared && ceil_div(w, block.stride) >= kConvNarrow, unit);
     block.rows = conv_item_rows(block.out_h, block.out_w, shape.halving);
     block.items = static_cast<std::int32_t>(ceil_div(block.out_h, block.rows));
-    block.half_rows = conv_item_rows(larger(1, block.half_h), larger(1, block.half_w), shape.halving);
-    block.half_items = static_cast<std::int32_t>(ceil_div(block.half_h, block.half_rows));
+    block.act_rows = conv_item_rows(larger(1, block.act_h), larger(1, block.act_w), shape.halving);
+    block.half_items = static_cast<std::int32_t>(ceil_div(block.act_h, block.act_rows));
     const auto together = static_cast<std::int32_t>(conv_shared_images(block.out_h, block.out_w));
     block.forward_items = block.shared && block.items == 1 ? together : 1;
     block.pad = i + 1 < shape.blocks ? 1 : 0;
@@ -261,8 +262,8 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
             if (i == 1) block.data_grad_items = smaller(block.data_grad_items, kConvFirstGrads);
         }
         items = larger(items, larger(block.items, block.half_items));
-        h = block.half_h;
-        w = block.half_w;
+        h = block.act_h;
+        w = block.act_w;
         if (pools || i > 0 || shape.blocks == 1) largest_half = larger(largest_half, h * w);
         if (block.winograd) winograd_scratch = larger(conv_winograd_scratch(channels), conv_outer_scratch(channels));
     }
@@ -271,7 +272,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         ConvBlockPlan& block = layout.blocks[i];
         block.kept = n;
         if (!alone || pools || i + 1 == shape.blocks) continue;
-        const std::int64_t bytes = std::int64_t{block.half_h + 2} * (block.half_w + 2) * channels * scalar_bytes;
+        const std::int64_t bytes = std::int64_t{block.act_h + 2} * (block.act_w + 2) * channels * scalar_bytes;
         const ConvBlockPlan& reader = layout.blocks[i + 1];
         const std::int64_t at_once = larger(reader.weight_images, reader.forward_items);
         block.kept = smaller(n, larger(at_once, kConvKeptBytes / bytes));
@@ -283,16 +284,16 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     for (int i = 0; i < shape.blocks; ++i) {
         ConvBlockPlan& block = layout.blocks[i];
         const std::int64_t out = std::int64_t{block.out_h + 2} * (block.out_w + 2);
-        const std::int64_t half = std::int64_t{block.half_h + 2 * block.pad} * (block.half_w + 2 * block.pad);
+        const std::int64_t half = std::int64_t{block.act_h + 2 * block.pad} * (block.act_w + 2 * block.pad);
         block.raw = i > 0 ? places.take(n * out * channels) : -1;
         // Tiles of F(2x2, 3x3) over an odd image reach one row and one position beyond the last border.
-        block.halved_size = block.kept * half * channels;
-        block.halved_beyond = block.pad > 0 && pools ? (block.half_w + 3) * channels : 0;
-        block.halved = places.take(block.halved_size + block.halved_beyond);
+        block.activation_size = block.kept * half * channels;
+        block.activation_beyond = block.pad > 0 && pools ? (block.act_w + 3) * channels : 0;
+        block.activation = places.take(block.activation_size + block.activation_beyond);
     }
     for (int i = 0; i < shape.blocks; ++i) {
         ConvBlockPlan& block = layout.blocks[i];
-        const std::int64_t half = n * block.half_h * block.half_w * channels;
+        const std::int64_t half = n * block.act_h * block.act_w * channels;
         block.weight = places.take(9 * block.inputs * channels);
         block.weight_grad = places.take(9 * block.inputs * channels);
         block.vector = places.take(kConvVectors * channels);
@@ -300,8 +301,8 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
         block.choice = pools ? places.take(ceil_div(half, scalar_bytes)) : -1;
     }
     layout.readout = shape.readout == Readout::kMean ? places.take(n * channels) : -1;
-    layout.halved_grad_size = n * largest_half * channels;
-    layout.halved_grad = places.take(layout.halved_grad_size);
+    layout.activation_grad_size = n * largest_half * channels;
+    layout.activation_grad = places.take(layout.activation_grad_size);
     layout.classifier = places.take(shape.ways * layout.features);
     layout.classifier_grad = places.take(shape.ways * layout.features);
     layout.classifier_bias = places.take(shape.ways);
@@ -327,7 +328,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     // for shared products.
     const ConvBlockPlan& first = layout.blocks[0];
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
-    layout.first_grad = layout.first_grad_in_scratch ? first.half_rows * first.half_w * channels : 0;
+    layout.first_grad = layout.first_grad_in_scratch ? first.act_rows * first.act_w * channels : 0;
     const std::int64_t first_row = (shape.width + 2) * shape.channels;
     layout.covariance_sums = conv_centred((shape.height + 2) * first_row);
     const std::int64_t of_first =

@@ -1,5 +1,5 @@
-// How a meta-step of a multilayer perceptron is laid out on the CPU: tasks side by side in the lanes of vectors, a group
-// of tasks for each thread. Pure functions of the shape.
+// How a meta-step of a multilayer perceptron is laid out on the CPU: tasks side by side in the lanes of vectors, a
+// group of tasks for each thread. Pure functions of the shape.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,7 @@ constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t 
     const std::int64_t slots = within ? 1 : most;
     const MlpCpuLayout layout = mlp_cpu_layout(shape, larger(support, query));
     const std::int64_t mean_rows = smaller(tasks, mean_slots(groups, within ? 1 : threads) * lanes);
-    return {lanes,  groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes,
-            mean_rows};
+    return {lanes, groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes, mean_rows};
 }
 
 }  // namespace signmaml

@@ -40,17 +40,17 @@ LAUNCHES = (
 # kConvThreads, kConvHeadThreads, kConvUpdateThreads).
 BLOCKS = {
     "compact_sign_step_kernel": 256,
-    "conv_data_gradient_kernel": 128,
-    "conv_first_gradient_kernel": 128,
+    "conv_data_grad_kernel": 128,
+    "conv_first_grad_kernel": 128,
     "conv_first_kernel": 128,
     "conv_forward_kernel": 128,
     "conv_head_kernel": 256,
     "conv_meta_accumulate_kernel": 256,
     "conv_pack_kernel": 256,
-    "conv_raw_gradient_kernel": 128,
+    "conv_raw_grad_kernel": 128,
     "conv_sign_update_kernel": 256,
     "conv_unpack_kernel": 256,
-    "conv_weight_gradient_kernel": 128,
+    "conv_weight_grad_kernel": 128,
     "patch_moments_kernel": 128,
     "sign_step_kernel": 256,
     "flag_nonfinite_kernel": 256,
@@ -60,7 +60,7 @@ BLOCKS = {
 # Kernels that sum the covariance of patches in double, once a meta-step or for block 1's few weights only.
 IN_DOUBLE = {"conv_meta_accumulate_kernel", "conv_pack_kernel", "conv_sign_update_kernel", "patch_moments_kernel"}
 # Kernels whose operands wait in shared memory and registers; two blocks of four warps keep the tensor cores busy.
-ON_TENSOR_CORES = {"conv_data_gradient_kernel", "conv_forward_kernel", "conv_weight_gradient_kernel"}
+ON_TENSOR_CORES = {"conv_data_grad_kernel", "conv_forward_kernel", "conv_weight_grad_kernel"}
 # Of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB, of which each block's share
 # is a KiB more than it asks for.
 REGISTERS = 65536
@@ -143,7 +143,7 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
         "readout": "flatten", "conv_bias": True, "eps": [1e-5] * 4,
     }  # fmt: skip
     precision = arguments[0] if name in ON_TENSOR_CORES else "fp32"
-    plan = C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, name != "conv_raw_gradient_kernel")
+    plan = C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, name != "conv_raw_grad_kernel")
     return max(int(one["shared_bytes"]) for one in plan["launches"] if f"{one['kernel']}_kernel" == name)
 
 

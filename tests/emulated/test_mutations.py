@@ -30,8 +30,7 @@ SIGN, META, PLATFORM, SELF = (
 COMPACT = "kernels/compact_sign_step.cuh"
 VECTORS, MLP = "kernels/vectors.cuh", "kernels/mlp_meta_step.cuh"
 COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
-    f"kernels/conv_{name}.cuh"
-    for name in ("common", "forward", "data_gradient", "weight_gradient", "first", "head", "update")
+    f"kernels/conv_{name}.cuh" for name in ("common", "forward", "data_grad", "weight_grad", "first", "head", "update")
 )
 CONV_PLAN = "plan/conv_meta_step.h"
 BARRIER = "block_barrier();"
@@ -195,7 +194,7 @@ MUTATIONS = [
     Mutation("conv: second chunk of channels", WEIGHT, "blockIdx.z) / 3 % chunks * kConvChunk", "blockIdx.z) / 3 % chunks * 0"),
     Mutation("conv: shift not taken off", FIRST, "value - shift(channel)", "value"),
     Mutation("conv: last pair of values", FIRST, "number < pairs + values", "number + 1 < pairs + values"),
-    Mutation("conv: loser's patch", FIRST, "y = at.y * 2 + code / 2 % 2", "y = at.y * 2"),
+    Mutation("conv: loser's patch", FIRST, "y = at.y * 2 + choice / 2 % 2", "y = at.y * 2"),
     Mutation("conv: sums of a warp lost", FIRST, "for (int w = 0; w + 1 < kWarps; ++w)", "for (int w = 1; w + 1 < kWarps; ++w)"),
     Mutation("conv: features in torch's order", HEAD, "i % filters * pixels() + i / filters : i", "i : i"),
     Mutation("conv: a wrong label unseen", HEAD, "label < 0 || label >= p.ways", "label < 0 || label > p.ways"),

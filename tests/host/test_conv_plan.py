@@ -38,8 +38,8 @@ def test_budgets_of_the_official_set_up():
     of_a_pass = [one["kernel"] for one in found["launches"] if one["step"] == 0]
     assert of_a_pass == [
         "conv_first", "conv_forward", "conv_forward", "conv_forward", "conv_head",
-        "conv_data_gradient", "conv_weight_gradient", "conv_data_gradient", "conv_weight_gradient",
-        "conv_data_gradient", "conv_weight_gradient", "conv_first_gradient", "conv_sign_update",
+        "conv_data_grad", "conv_weight_grad", "conv_data_grad", "conv_weight_grad",
+        "conv_data_grad", "conv_weight_grad", "conv_first_grad", "conv_sign_update",
     ]  # fmt: skip
     assert sum(one["bytes"] for one in plan(OFFICIAL, precision="bf16")["launches"]) <= 0.65e9
 

@@ -145,7 +145,7 @@ def test_plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, thr
         assert block["rows"] % 2 == 0 or block["items"] == 1
         for vectors in (block["vectors"], block["vectors_back"]):
             assert plan["channels"] // plan["lanes"] % vectors == 0
-        height, width = block["half_h"], block["half_w"]
+        height, width = block["act_h"], block["act_w"]
 
 
 def test_plan_conv_meta_step_cpu_counts_beyond_32_bits_and_refuses_what_it_cannot_count():

@@ -104,7 +104,7 @@ class Task:
         return [values[:, None, None] for values in found]
 
     def input_of(self, block: int) -> tuple[str, int]:
-        return ("images", 0) if block == 0 else ("halved", block - 1)
+        return ("images", 0) if block == 0 else ("activation", block - 1)
 
     def set_input(self, block: int) -> Tensor:
         plan = self.plan(block)
@@ -339,7 +339,7 @@ def test_forward_of_block_0(task):
         assert (found != choice).float().mean() < 0.01  # two values of a window may round to the same
     else:
         best = scaled
-    task.close(task.images(("halved", 0), border=plan["pad"]), (best + shift).relu())
+    task.close(task.images(("activation", 0), border=plan["pad"]), (best + shift).relu())
 
 
 @each_later_block
@@ -383,13 +383,13 @@ def check_statistics(task: Task, block: int, raw: Tensor, gamma: Tensor, beta: T
 def test_normalise(task, block):
     plan = task.plan(block)
     scale, shift = task.set_vectors(block, "scale", "shift")
-    z = task.normal(EXAMPLES, task.net.filters, plan["half_h"], plan["half_w"])
+    z = task.normal(EXAMPLES, task.net.filters, plan["act_h"], plan["act_w"])
     pools = plan["stride"] == 1
     task.set_images(("winner" if pools else "raw", block), z, border=0 if pools else 1)
     task.run(block, "normalise")
-    task.close(task.images(("halved", block), border=plan["pad"]), (scale * z + shift).relu())
+    task.close(task.images(("activation", block), border=plan["pad"]), (scale * z + shift).relu())
     if plan["pad"]:
-        border = task["halved", block].clone()
+        border = task["activation", block].clone()
         border[:, 1:-1, 1:-1] = 0
         assert not border.any()
 
@@ -397,49 +397,49 @@ def test_normalise(task, block):
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
-def set_halved_grad(task: Task, block: int) -> Tensor:
+def set_activation_grad(task: Task, block: int) -> Tensor:
     plan = task.plan(block)
-    grad = task.normal(EXAMPLES, task.net.filters, plan["half_h"], plan["half_w"])
-    task.set_images(("halved_grad", block), grad, border=0)
+    grad = task.normal(EXAMPLES, task.net.filters, plan["act_h"], plan["act_w"])
+    task.set_images(("activation_grad", block), grad, border=0)
     return grad
 
 
-def halved_grad(task: Task, block: int) -> Tensor:
+def activation_grad(task: Task, block: int) -> Tensor:
     plan = task.plan(block)
-    return task.images(("halved_grad", block), border=0)[:, :, : plan["half_h"], : plan["half_w"]]
+    return task.images(("activation_grad", block), border=0)[:, :, : plan["act_h"], : plan["act_w"]]
 
 
 @each_later_block
-def test_halved_sums(task, block):
+def test_grad_sums(task, block):
     plan, filters = task.plan(block), task.net.filters
-    z = task.normal(EXAMPLES, filters, plan["half_h"], plan["half_w"])
+    z = task.normal(EXAMPLES, filters, plan["act_h"], plan["act_w"])
     pools = plan["stride"] == 1
     task.set_images(("winner" if pools else "raw", block), z, border=0 if pools else 1)
     scale, shift, mean, inverse = task.set_vectors(block, "scale", "shift", "mean", "inverse")
-    passed = set_halved_grad(task, block) * (scale * z + shift > 0)
-    task.run(block, "halved_sums")
-    assert halved_grad(task, block).equal(passed)
-    task.close(task["grad_sums", block][:, :filters], rows_of_items(passed, plan["half_rows"]))
-    products = rows_of_items(passed * (z - mean) * inverse, plan["half_rows"])
+    passed = set_activation_grad(task, block) * (scale * z + shift > 0)
+    task.run(block, "grad_sums")
+    assert activation_grad(task, block).equal(passed)
+    task.close(task["grad_sums", block][:, :filters], rows_of_items(passed, plan["act_rows"]))
+    products = rows_of_items(passed * (z - mean) * inverse, plan["act_rows"])
     task.close(task["grad_products", block][:, :filters], products)
 
 
 @each_net
 def test_halved_sums_of_block_0(task):
     plan = task.plan(0)
-    y = task.normal(EXAMPLES, task.net.filters, plan["half_h"], plan["half_w"]).relu()
+    y = task.normal(EXAMPLES, task.net.filters, plan["act_h"], plan["act_w"]).relu()
     y[0, 0, 0, 0] = torch.nan
-    task.set_images(("halved", 0), y, border=plan["pad"])
-    grad = set_halved_grad(task, 0)
+    task.set_images(("activation", 0), y, border=plan["pad"])
+    grad = set_activation_grad(task, 0)
     passed = grad.where(~(y <= 0), 0)  # the gradient of a NaN passes, as in torch
     if plan["stride"] == 2 and task.net.channels == 1:
         task["grad_sums", 0].fill_(torch.nan)
-        task.run(0, "halved_sums")  # first_weight_grad does it on its way
-        assert halved_grad(task, 0).equal(grad) and task["grad_sums", 0].isnan().all()
+        task.run(0, "grad_sums")  # first_weight_grad does it on its way
+        assert activation_grad(task, 0).equal(grad) and task["grad_sums", 0].isnan().all()
         return
-    task.run(0, "halved_sums")
-    assert halved_grad(task, 0).equal(passed)
-    task.close(task["grad_sums", 0][:, : task.net.filters], rows_of_items(passed, plan["half_rows"]))
+    task.run(0, "grad_sums")
+    assert activation_grad(task, 0).equal(passed)
+    task.close(task["grad_sums", 0][:, : task.net.filters], rows_of_items(passed, plan["act_rows"]))
 
 
 @each_later_block
@@ -464,7 +464,7 @@ def test_raw_grad(task, block):
     raw = task.normal(EXAMPLES, filters, plan["out_h"], plan["out_w"])
     task.set_images(("raw", block), raw)
     scale, slope, mean, offset = task.set_vectors(block, "scale", "slope", "mean", "offset")
-    grad = set_halved_grad(task, block)
+    grad = set_activation_grad(task, block)
     if plan["stride"] == 1:
         choice = torch.randint(4, grad.shape, generator=task.generator, dtype=torch.uint8)
         task.set_images(("choice", block), choice, border=0)
@@ -483,7 +483,7 @@ def test_weight_grad(task, block):
     dead = slice(2, 4)
     x[:, dead] = 0
     x[:, 3, 0, :] = 1.5  # alive in the first row alone: taps that never meet it must be exactly 0
-    task.set_images(("halved", block - 1), x)
+    task.set_images(("activation", block - 1), x)
     grad = task.normal(EXAMPLES, task.net.filters, plan["out_h"], plan["out_w"])
     task.set_images(("raw", block), grad)
     task.run(block, "weight_products", "weight_grad")
@@ -505,37 +505,37 @@ def test_weight_grad(task, block):
 
 @each_later_block
 def test_data_grad(task, block):
-    """And halved_sums of the block before, of which all outputs are positive here: every gradient passes."""
+    """And grad_sums of the block before, of which all outputs are positive here: every gradient passes."""
     plan, before, filters = task.plan(block), task.plan(block - 1), task.net.filters
     weight = task.set_weight(block)
     grad = task.normal(EXAMPLES, filters, plan["out_h"], plan["out_w"])
     task.set_images(("raw", block), grad)
-    positive = torch.ones(EXAMPLES, filters, before["half_h"], before["half_w"], dtype=task.dtype)
+    positive = torch.ones(EXAMPLES, filters, before["act_h"], before["act_w"], dtype=task.dtype)
     if block == 1:
-        task.set_images(("halved", 0), positive)
+        task.set_images(("activation", 0), positive)
     else:
         pools = before["stride"] == 1
         task.set_images(("winner" if pools else "raw", block - 1), positive, border=0 if pools else 1)
         task["scale", block - 1].fill_(1)
     task.run(block, "pack_back", "transform_back", "data_grad_kept")
     expected = torch.nn.grad.conv2d_input(positive.shape, weight, grad, stride=plan["stride"], padding=1)
-    task.close(halved_grad(task, block - 1), expected)
+    task.close(activation_grad(task, block - 1), expected)
     if block > 1 or before["stride"] == 1 or task.net.channels > 1:
         sums = task["grad_sums", block - 1][:, :filters]
-        task.close(sums, rows_of_items(expected, before["half_rows"]))
+        task.close(sums, rows_of_items(expected, before["act_rows"]))
 
 
 @each_net
 def test_first_weight_grad(task):
     plan, filters, inputs = task.plan(0), task.net.filters, task.plan(0)["inputs"]
     x = task.set_input(0)
-    grad = set_halved_grad(task, 0)
+    grad = set_activation_grad(task, 0)
     at_positions = grad
     if plan["stride"] == 1:
         choice = torch.randint(4, grad.shape, generator=task.generator, dtype=torch.uint8)
         task.set_images(("choice", 0), choice, border=0)
         at_positions = routed(grad, choice, plan["out_h"], plan["out_w"])
-    task.set_images(("halved", 0), torch.ones_like(grad), border=plan["pad"])
+    task.set_images(("activation", 0), torch.ones_like(grad), border=plan["pad"])
     task.run(0, "first_weight_grad")
     expected = torch.nn.grad.conv2d_weight(
         x, (filters, inputs, 3, 3), at_positions, stride=plan["stride"], padding=1
@@ -548,15 +548,15 @@ def test_first_weight_grad(task):
 
 @each_net
 def test_gradients_of_block_0(task):
-    """statistics, forward, halved_sums, first_weight_grad and finish_first together: what autograd says of block 0."""
+    """statistics, forward, grad_sums, first_weight_grad and finish_first together: what autograd says of block 0."""
     plan, filters, inputs = task.plan(0), task.net.filters, task.plan(0)["inputs"]
     x, weight = task.set_input(0), task.set_weight(0)
     gamma, beta = task.set_vectors(0, "gamma", "beta")
     patches = task.patches(x, 0).flatten(0, 1).double()
     task["patch_mean", 0][: 9 * inputs] = patches.mean(0)
     task["covariance", 0][: 9 * inputs, : 9 * inputs] = torch.cov(patches.T, correction=0)
-    grad = set_halved_grad(task, 0)
-    task.run(0, "statistics", "transform_weights", "forward", "halved_sums", "first_weight_grad", "finish_first")
+    grad = set_activation_grad(task, 0)
+    task.run(0, "statistics", "transform_weights", "forward", "grad_sums", "first_weight_grad", "finish_first")
 
     leaves = [each.double().requires_grad_() for each in (weight, gamma.flatten(), beta.flatten())]
     raw = F.conv2d(x.double(), leaves[0], stride=plan["stride"], padding=1)

@@ -14,7 +14,7 @@ METHODS = ["sign-maml", "fo-maml", "maml"]
 
 
 def assert_equal_to_definition(model, data, result, *, atol=1e-10, **options):
-    expected, query_loss, support_loss = definition.meta_gradient(model, *data, **options)
+    expected, query_loss, support_loss = definition.meta_gradient(model, data, **options)
     torch.testing.assert_close(result.query_loss, query_loss, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(result.support_loss, support_loss, rtol=1e-10, atol=1e-10)
     found = nets.grads(model)
@@ -77,8 +77,8 @@ def test_first_and_second_order_coincide_for_sign_steps(make, data):
     """d sign / dx = 0: differentiating through the steps adds nothing at all."""
     model, tasks = make().double(), data()
     options = {"inner_lr": 0.01, "inner_steps": 3, "method": "sign-maml"}
-    first, *_ = definition.meta_gradient(model, *tasks, **options)
-    second, *_ = definition.meta_gradient(model, *tasks, **options, second_order_sign=True)
+    first, *_ = definition.meta_gradient(model, tasks, **options)
+    second, *_ = definition.meta_gradient(model, tasks, **options, second_order_sign=True)
     for name in first:
         assert torch.equal(first[name], second[name]), name
     meta_step(model, *tasks, **options)
@@ -139,7 +139,7 @@ def test_adapt_and_evaluate_agree_with_the_definition(backend):
         logits = torch.func.functional_call(model, params, (data[2][task],))
         torch.testing.assert_close(result.logits[task], logits, rtol=1e-12, atol=1e-12)
     _, query_loss, support_loss = definition.meta_gradient(
-        model, *data, inner_lr=0.05, inner_steps=3, method="sign-maml"
+        model, data, inner_lr=0.05, inner_steps=3, method="sign-maml"
     )
     torch.testing.assert_close(result.query_loss, query_loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result.support_loss, support_loss, rtol=1e-12, atol=1e-12)

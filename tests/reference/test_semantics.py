@@ -58,11 +58,7 @@ def test_other_settings_of_cross_entropy(name, batching):
     loss, (model, data) = OTHER_LOSSES[name], (nets.mlp().double(), nets.vector_tasks())
     result = meta_step(model, *data, **OPTIONS, loss=loss, batching=batching, backend="torch")
     found = nets.grads(model)
-    definition.LOSSES["other"] = loss
-    try:
-        expected, *_ = definition.meta_gradient(model, *data, **OPTIONS, method="sign-maml", loss="other")
-    finally:
-        del definition.LOSSES["other"]
+    expected, *_ = definition.meta_gradient(model, data, **OPTIONS, method="sign-maml", loss=loss)
     for key, gradient in found.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-10, atol=1e-12)
     logits, labels = evaluate(model, *data, **OPTIONS, loss=loss, batching=batching).logits, data[3]
@@ -157,7 +153,7 @@ def two_inputs() -> tuple[TwoInputs, list[tuple[Tensor, Tensor]], list[Tensor], 
 @pytest.mark.parametrize("kind", ["tuple", "dict"])
 def test_several_inputs(kind, batching, method):
     model, (support, query), (y, qy), joined = two_inputs()
-    expected, query_loss, _ = definition.meta_gradient(OneInput(model), *joined, **OPTIONS, method=method)
+    expected, query_loss, _ = definition.meta_gradient(OneInput(model), joined, **OPTIONS, method=method)
     if kind == "dict":
         support, query = ({"tokens": tokens, "x": x} for x, tokens in (support, query))
     for backend in ("torch", "auto"):
@@ -232,7 +228,7 @@ def test_tasks_of_different_sizes_add_up():
     tasks = [nets.vector_tasks(tasks=1, shots=shots) for shots in (1, 2, 4)]
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for task in tasks:
-        expected, *_ = definition.meta_gradient(model, *task, **OPTIONS, method="sign-maml")
+        expected, *_ = definition.meta_gradient(model, task, **OPTIONS, method="sign-maml")
         total = {name: value + expected[name] / 3 for name, value in total.items()}
     for number, task in enumerate(tasks):
         meta_step(model, *task, **OPTIONS, first_task=number)
@@ -277,9 +273,8 @@ def test_queries_by_the_statistics_of_the_support_set(batching, method):
     result = meta_step(model, x, y, qx, qy, **options)
     found = nets.grads(model)
     by_hand = ByHand(model[0], model[1], model[3], x.shape[1])
-    expected, query_loss, _ = definition.meta_gradient(
-        by_hand, x, y, torch.cat([x, qx], 1), qy, **OPTIONS, method=method
-    )
+    together = (x, y, torch.cat([x, qx], 1), qy)
+    expected, query_loss, _ = definition.meta_gradient(by_hand, together, **OPTIONS, method=method)
     torch.testing.assert_close(result.query_loss, query_loss, rtol=1e-10, atol=0)
     for (name, gradient), value in zip(found.items(), expected.values(), strict=True):
         torch.testing.assert_close(gradient, value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
+from helpers.cases import definition
 from signmaml_ext import compiled
-from zoo import oracle
 from zoo.cases import CASES, METHODS, Case
 
 pytestmark = [
@@ -42,7 +42,7 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
 def check(case: Case, method: str, batching: str, backend: str) -> None:
     model, data = case.model(), case.data()
     like = case.twin(case.model()) if case.twin else model
-    expected, query_loss, support_loss = oracle.meta_gradient(like, data, **OPTIONS, method=method, **case.options)
+    expected, query_loss, support_loss = definition.meta_gradient(like, data, **OPTIONS, method=method, **case.options)
     before = state_of(model)
     options = {**OPTIONS, "method": method, "batching": batching, "backend": backend, **case.options}
     if batching == "together" and case.together is not None:
@@ -100,7 +100,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         case = CASES[name]
         model, data = case.model(), case.data()
         like = case.twin(case.model()) if case.twin else model
-        expected = oracle.meta_gradient(like, data, **OPTIONS, method="sign-maml", **case.options)[0]
+        expected = definition.meta_gradient(like, data, **OPTIONS, method="sign-maml", **case.options)[0]
         try:
             signmaml_ext.meta_step(model, *data, **OPTIONS, **case.options, compile=True)
         except ValueError as error:

@@ -1,81 +1,122 @@
-"""Sign-MAML, FO-MAML and MAML from their definition: one task after the other, one loop a line of the paper.
+"""Sign-MAML, FO-MAML and MAML from their definition: one task after the other, one gradient a step.
 
-Written apart from the package, without functional calls or batching: a copy of the module a task, its parameters
-replaced by hand.
+Written apart from the package: no functional calls, no batching, but a deep copy of the module for each task and step.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "mse": F.mse_loss,
-}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
 
-def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a tensor with history in the place of a parameter."""
-    *path, leaf = name.split(".")
-    for part in path:
-        model = getattr(model, part)
-    model._parameters.pop(leaf, None)
-    setattr(model, leaf, value)
-
-
-def task_meta_gradient(
+def meta_gradient(
     model: nn.Module,
     data: tuple[Tensor, Tensor, Tensor, Tensor],
     *,
     inner_lr: float,
     inner_steps: int,
     method: str,
-    loss: str = "cross_entropy",
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    adapt: list[str] | None = None,
     second_order_sign: bool = False,
-    still: tuple[str, ...] = (),
-) -> tuple[dict[str, Tensor], Tensor, list[Tensor]]:
-    """Meta-gradient, query loss and support losses of one task.
+) -> tuple[dict[str, Tensor | None], Tensor, Tensor]:
+    """Mean meta-gradient by name, query losses `[T]`, support losses `[K, T]`; None for what nothing depends on.
 
-    `still` names parameters that the inner loop leaves alone. `second_order_sign` differentiates through the sign.
+    BatchNorm normalises by the set at hand, in training and evaluation; every forward finds the model's own buffers.
+    `second_order_sign` differentiates through the sign, whose derivative is 0.
     """
-    support_x, support_y, query_x, query_y = data
-    learner = copy.deepcopy(model)
-    theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    phi = dict(theta)
-    losses = []
-    for _ in range(inner_steps):
-        for name, value in phi.items():
-            set_parameter(learner, name, value)
-        error = LOSSES[loss](learner(support_x), support_y)
-        losses.append(error.detach())
-        create_graph = method == "maml" or second_order_sign
-        moving = [name for name in phi if name not in still]
-        grads = torch.autograd.grad(error, [phi[name] for name in moving], create_graph=create_graph)
-        for name, gradient in zip(moving, grads, strict=True):
-            step = torch.sign(gradient) if method == "sign-maml" else gradient
-            phi[name] = phi[name] - inner_lr * step
-    for name, value in phi.items():
-        set_parameter(learner, name, value)
-    error = LOSSES[loss](learner(query_x), query_y)
-    grads = torch.autograd.grad(error, list(theta.values()))
-    return dict(zip(theta, grads, strict=True)), error.detach(), losses
-
-
-def meta_gradient(model: nn.Module, support_x, support_y, query_x, query_y, **options):  # type: ignore[no-untyped-def]
-    """Mean meta-gradient by name, query losses `[T]` and support losses `[K, T]`."""
-    sums: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    keep_history = method == "maml" or second_order_sign
+    criterion = LOSSES[loss] if isinstance(loss, str) else loss
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapted = [name for name in names if adapt is None or any(fnmatchcase(name, pattern) for pattern in adapt)]
+    sums: dict[str, Tensor | None] = dict.fromkeys(names)
     queries, supports = [], []
-    for data in zip(support_x, support_y, query_x, query_y, strict=True):
-        grads, query_loss, support_losses = task_meta_gradient(model, data, **options)
-        for name, gradient in grads.items():
-            sums[name] += gradient
-        queries.append(query_loss)
-        supports.append(torch.stack(support_losses) if support_losses else query_loss.new_empty(0))
+    # Other forms of attention have no second derivative in torch.
+    with sdpa_kernel(SDPBackend.MATH) if keep_history else nullcontext():
+        for task in zip(*data, strict=True):
+            gradients, query, support = _task(
+                model, task, adapted, inner_lr, inner_steps, method == "sign-maml", keep_history, criterion
+            )
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    gradient, previous = gradient.to_dense(), sums[name]
+                    sums[name] = gradient if previous is None else previous + gradient
+            queries.append(query)
+            supports.append(torch.stack(support) if support else query.new_empty(0))
     tasks = len(queries)
-    means = {name: total / tasks for name, total in sums.items()}
-    return means, torch.stack(queries), torch.stack(supports, dim=1)
+    means = {name: None if total is None else total / tasks for name, total in sums.items()}
+    return means, torch.stack(queries), torch.stack(supports, 1)
+
+
+def _task(
+    model: nn.Module,
+    data: tuple[Tensor, ...],
+    adapted: list[str],
+    rate: float,
+    steps: int,
+    by_sign: bool,
+    keep_history: bool,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[dict[str, Tensor | None], Tensor, list[Tensor]]:
+    support_x, support_y, query_x, query_y = data
+    learner = _copy(model)
+    theta = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    phi, losses = dict(theta), []
+    for step in range(steps):
+        if step > 0:
+            # With a history each step has a copy of its own, whose parameters are tensors that have one: a
+            # checkpointed forward reads them again in the backward pass.
+            learner = _with(model, phi, keep_history)
+            if not keep_history:
+                phi = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+        error = loss(learner(support_x), support_y)
+        losses.append(error.detach())
+        moving = [phi[name] for name in adapted]
+        found = torch.autograd.grad(error, moving, create_graph=keep_history, allow_unused=True)
+        for name, gradient in zip(adapted, found, strict=True):
+            if gradient is not None:
+                gradient = gradient.to_dense()  # of a sparse embedding
+                direction = gradient.sign() if by_sign else gradient
+                moved = phi[name] - rate * direction
+                phi[name] = moved if keep_history else moved.detach().requires_grad_()
+    learner = _with(model, phi, keep_history)
+    if not keep_history:
+        theta = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+    error = loss(learner(query_x), query_y)
+    found = torch.autograd.grad(error, list(theta.values()), allow_unused=True)
+    return dict(zip(theta, found, strict=True)), error.detach(), losses
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    learner = copy.deepcopy(model)
+    for module in learner.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.track_running_stats = False
+    return learner
+
+
+def _with(model: nn.Module, phi: dict[str, Tensor], keep_history: bool) -> nn.Module:
+    """A fresh copy with other parameters; by value, or as they are with their history."""
+    learner = _copy(model)
+    if not keep_history:
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                if name in phi:
+                    parameter.copy_(phi[name])
+        return learner
+    placed = {id(p): phi[name] for name, p in learner.named_parameters() if name in phi}
+    for module in learner.modules():
+        for name, parameter in list(module._parameters.items()):
+            if id(parameter) in placed:
+                module._parameters[name] = placed[id(parameter)]
+    return learner

@@ -178,7 +178,7 @@ def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, suppo
             batch_norm="batch", seed=0, zero_dead_bias=True,
         )  # fmt: skip
         found = mlp.meta_gradients(problem, native)
-        expected, query_loss, support_loss = definition.meta_gradient(model, *data, **options)
+        expected, query_loss, support_loss = definition.meta_gradient(model, data, **options)
         torch.testing.assert_close(found.params, expected, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(found.query_loss, query_loss, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(found.support_loss, support_loss, rtol=1e-10, atol=1e-10)

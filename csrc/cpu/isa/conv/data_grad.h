@@ -53,24 +53,24 @@ void data_grad_strided(const ConvTask<Scalar>& t, int block, const Rows& rows, s
 }
 
 template <typename Scalar>
-void halved_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+void grad_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
     if (block == 0) {
-        halved_sums_first(t, item, scratch);
+        grad_sums_first(t, item, scratch);
     } else {
-        halved_sums_later(t, block, item, scratch);
+        grad_sums_later(t, block, item, scratch);
     }
 }
 
-// halved_grad of block - 1, then halved_sums of it.
+// activation_grad of block - 1, then grad_sums of it.
 template <typename Scalar>
 void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const ConvBlockPlan& before = t.block(block - 1);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
     for (std::int64_t item = first; item < last; ++item) {
-        const Rows rows = rows_of(item, before.half_items, before.half_rows, before.half_h);
+        const Rows rows = rows_of(item, before.half_items, before.act_rows, before.act_h);
         Scalar* own = scratch + (item - first) * t.layout->first_grad;
-        Scalar* out = halved_grad_row(t, block - 1, rows.example, rows.first, own);
+        Scalar* out = activation_grad_row(t, block - 1, rows.example, rows.first, own);
         if (b.winograd) {
             const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
             winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels},
@@ -82,7 +82,7 @@ void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::in
                 t.layout->first_grad_in_scratch && block == 1 ? t.layout->first_grad : b.in_h * b.in_w * channels;
             data_grad_strided(t, block, rows, last - first, out, image, scratch);
         }
-        halved_sums(t, block - 1, item, own);
+        grad_sums(t, block - 1, item, own);
     }
 }
 

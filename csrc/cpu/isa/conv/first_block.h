@@ -72,7 +72,7 @@ struct FirstWindows {
     std::int64_t channels_in;
     const Scalar* weight;  // [4, 3 channels_in, group]
     const Scalar* shift;   // [group]
-    Scalar* halved;
+    Scalar* activation;
     std::uint8_t* choices;
     std::int64_t channels;  // from one window's output to the next
 };
@@ -117,7 +117,7 @@ void first_windows(const FirstWindows<Scalar>& w) {
             }
             const std::int64_t to = window * w.channels + v * kL;
             store_choice<Scalar>(w.choices + to, choice);
-            store(w.halved + to, relu<Scalar>(best + load(w.shift + v * kL)));
+            store(w.activation + to, relu<Scalar>(best + load(w.shift + v * kL)));
         }
     }
 }
@@ -130,7 +130,7 @@ void first_windows(FirstWindows<Scalar> w, std::int64_t windows) {
         const bool whole = windows - x >= kWindows;
         (whole ? first_windows<Scalar, kVectors, kWindows> : first_windows<Scalar, kVectors, 1>)(w);
         w.inputs += kWindows * 2 * w.channels_in;
-        w.halved += kWindows * w.channels;
+        w.activation += kWindows * w.channels;
         w.choices += kWindows * w.channels;
     }
 }
@@ -151,7 +151,7 @@ void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* 
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, c = b.inputs;
     const std::int64_t row = (b.in_w + 2) * c, plane = pieces(row, kLanes<Scalar>) * kLanes<Scalar>;
-    for (std::int64_t y = rows.first / 2; y < least((rows.first + rows.count) / 2, b.half_h); ++y) {
+    for (std::int64_t y = rows.first / 2; y < least((rows.first + rows.count) / 2, b.act_h); ++y) {
         const Scalar* x = input_row(t, 0, rows.example, 2 * y);
         for (std::int64_t i = 0; i < row; i += kLanes<Scalar>) {  // lanes beyond the row: nobody reads them
             const Vector<Scalar> d0 = load_loose(x + i), d1 = load_loose(x + row + i);
@@ -163,9 +163,9 @@ void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* 
         }
         for (std::int64_t first = 0; first < channels; first += group) {
             first_windows<Scalar>({scratch, plane, c, t.at(t.layout->first_weight) + first * 12 * c,
-                                   t.vector(0, kShift) + first, halved_row(t, 0, rows.example, y) + first,
-                                   choices_of(t, 0, rows.example) + y * b.half_w * channels + first, channels},
-                                  b.half_w, b.vectors);
+                                   t.vector(0, kShift) + first, activation_row(t, 0, rows.example, y) + first,
+                                   choices_of(t, 0, rows.example) + y * b.act_w * channels + first, channels},
+                                  b.act_w, b.vectors);
         }
     }
 }
@@ -183,7 +183,7 @@ void forward_first_gray(const ConvTask<Scalar>& t, std::int64_t item) {
         for (int tap = 0; tap < 9; ++tap) weight[tap] = load(from + tap * group);
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
             const Scalar* x = input_row(t, 0, rows.example, y);
-            Scalar* to = halved_row(t, 0, rows.example, y) + c;
+            Scalar* to = activation_row(t, 0, rows.example, y) + c;
             for (std::int64_t i = 0; i < b.out_w; ++i, x += 2, to += channels) {
                 Vector<Scalar> sum = {};
 #pragma GCC unroll 9
@@ -206,7 +206,7 @@ void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch
     for (std::int64_t first = 0; first < t.layout->channels; first += group) {
         const Rectified<Scalar> to(one_row(t.layout->channels), t.vector(0, kShift) + first);
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
-            convolve_row(halved_row(t, 0, rows.example, y) + first, to, input_row(t, 0, rows.example, y),
+            convolve_row(activation_row(t, 0, rows.example, y) + first, to, input_row(t, 0, rows.example, y),
                          b.stride * std::int64_t{b.inputs}, b.out_w, runs,
                          t.at(t.layout->first_weight) + first * 9 * b.inputs, b.vectors);
         }

@@ -9,21 +9,21 @@
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
 
-// The stage halved_sums of block 0. ReLU's output is enough for it: gamma's gradient comes from that of the weights,
+// The stage grad_sums of block 0. ReLU's output is enough for it: gamma's gradient comes from that of the weights,
 // see finish_first.
 template <typename Scalar>
-void halved_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+void grad_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     if (first_is_gray(t)) return;  // first_weight_grad has it on its way
     const ConvBlockPlan& b = t.block(0);
-    const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
+    const Rows rows = rows_of(item, b.half_items, b.act_rows, b.act_h);
     const std::int64_t channels = t.layout->channels;
     for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
         Vector<Scalar> sum = {};
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
-            const Scalar* halved = halved_row(t, 0, rows.example, y) + c;
-            Scalar* grad = halved_grad_row(t, 0, rows.example, y, scratch) + c;
-            for (std::int64_t x = 0; x < b.half_w; ++x, halved += channels, grad += channels) {
-                const Vector<Scalar> passed = passed_by_relu<Scalar>(load(halved), load(grad));
+            const Scalar* activation = activation_row(t, 0, rows.example, y) + c;
+            Scalar* grad = activation_grad_row(t, 0, rows.example, y, scratch) + c;
+            for (std::int64_t x = 0; x < b.act_w; ++x, activation += channels, grad += channels) {
+                const Vector<Scalar> passed = passed_by_relu<Scalar>(load(activation), load(grad));
                 store(grad, passed);
                 sum += passed;
             }
@@ -32,22 +32,22 @@ void halved_sums_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
     }
 }
 
-// to [rows, out_w, channels] <- block 0's halved gradient at the winners, 0 elsewhere. Rows come in pairs.
+// to [rows, out_w, channels] <- block 0's activation gradient at the winners, 0 elsewhere. Rows come in pairs.
 template <typename Scalar>
-void scatter_to_winners(const ConvTask<Scalar>& t, const Rows& rows, const Scalar* halved_grad, Scalar* to) {
+void scatter_to_winners(const ConvTask<Scalar>& t, const Rows& rows, const Scalar* activation_grad, Scalar* to) {
     const ConvBlockPlan& b = t.block(0);
     const std::int64_t channels = t.layout->channels, row = b.out_w * channels;
     const std::uint8_t* choices = choices_of(t, 0, rows.example);
     for (std::int64_t y = 0; y < rows.count; ++y) {  // pooling drops an odd last row and column
-        const bool counts = (rows.first + y) / 2 < b.half_h;
-        Scalar* dropped = to + y * row + (counts ? 2 * b.half_w * channels : 0);
+        const bool counts = (rows.first + y) / 2 < b.act_h;
+        Scalar* dropped = to + y * row + (counts ? 2 * b.act_w * channels : 0);
         for (; dropped < to + (y + 1) * row; dropped += kLanes<Scalar>) store(dropped, Vector<Scalar>{});
     }
-    for (std::int64_t y = 0; y < rows.count && (rows.first + y) / 2 < b.half_h; y += 2) {
-        const std::int64_t half = (rows.first + y) / 2 * b.half_w * channels;
-        for (std::int64_t x = 0; x < b.half_w; ++x) {
+    for (std::int64_t y = 0; y < rows.count && (rows.first + y) / 2 < b.act_h; y += 2) {
+        const std::int64_t half = (rows.first + y) / 2 * b.act_w * channels;
+        for (std::int64_t x = 0; x < b.act_w; ++x) {
             for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
-                const Vector<Scalar> grad = load(halved_grad + half + x * channels + c);
+                const Vector<Scalar> grad = load(activation_grad + half + x * channels + c);
                 const Mask<Scalar> choice = load_choice<Scalar>(choices + half + x * channels + c);
                 Scalar* corner = to + y * row + 2 * x * channels + c;
 #pragma GCC unroll 4
@@ -73,7 +73,7 @@ void copy_windows(const ConvTask<Scalar>& t, std::int64_t example, std::int64_t 
     for (int k = 0; k < kLanes<Scalar>; ++k) lane[k] = k;
     for (std::int64_t y = first; y < last; ++y) {
         const Scalar* x = input_row(t, 0, example, 2 * y);
-        for (std::int64_t i = 0; i < b.half_w; ++i, x += 2 * c) {
+        for (std::int64_t i = 0; i < b.act_w; ++i, x += 2 * c) {
             // Four positions of a row count, 4 c values; the lanes beyond are never picked.
             const Vector<Scalar> x0 = load_loose(x), x1 = load_loose(x + row);
             const Vector<Scalar> x2 = load_loose(x + 2 * row), x3 = load_loose(x + 3 * row);
@@ -117,11 +117,11 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, inputs = b.inputs;
-    const std::int64_t top = rows.first / 2, bottom = most(top, least(top + (rows.count + 1) / 2, b.half_h));
+    const std::int64_t top = rows.first / 2, bottom = most(top, least(top + (rows.count + 1) / 2, b.act_h));
     copy_windows(t, rows.example, top, bottom, scratch);
-    const std::int64_t positions = (bottom - top) * b.half_w, first_position = top * b.half_w * channels;
+    const std::int64_t positions = (bottom - top) * b.act_w, first_position = top * b.act_w * channels;
     const std::uint8_t* choices = choices_of(t, 0, rows.example) + first_position;
-    const Scalar* grads = halved_grad_row(t, 0, rows.example, top, scratch);
+    const Scalar* grads = activation_grad_row(t, 0, rows.example, top, scratch);
     auto* corners = reinterpret_cast<Mask<Scalar>*>(scratch + positions * inputs * kLanes<Scalar>);
     for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
         for (std::int64_t i = 0; i < positions; ++i) {  // where in its window a winner's patch starts
@@ -136,7 +136,8 @@ void first_weight_grad_by_picking(const ConvTask<Scalar>& t, std::int64_t item, 
     }
 }
 
-// first_weight_grad for gray images with stride 2. It also writes grad_sums, which halved_sums does for the others.
+// first_weight_grad for gray images with stride 2. It also writes grad_sums, which the stage grad_sums does
+// for other images.
 template <typename Scalar>
 void first_weight_grad_gray(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
@@ -146,10 +147,10 @@ void first_weight_grad_gray(const ConvTask<Scalar>& t, std::int64_t item, Scalar
         Vector<Scalar> sum = {}, products[9] = {};
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
             const Scalar* x = input_row(t, 0, rows.example, y);
-            const Scalar* halved = halved_row(t, 0, rows.example, y) + c;
-            const Scalar* grad = halved_grad_row(t, 0, rows.example, y, scratch) + c;
-            for (std::int64_t i = 0; i < b.out_w; ++i, x += 2, halved += channels, grad += channels) {
-                const Vector<Scalar> passed = passed_by_relu<Scalar>(load(halved), load(grad));
+            const Scalar* activation = activation_row(t, 0, rows.example, y) + c;
+            const Scalar* grad = activation_grad_row(t, 0, rows.example, y, scratch) + c;
+            for (std::int64_t i = 0; i < b.out_w; ++i, x += 2, activation += channels, grad += channels) {
+                const Vector<Scalar> passed = passed_by_relu<Scalar>(load(activation), load(grad));
                 sum += passed;
 #pragma GCC unroll 9
                 for (int tap = 0; tap < 9; ++tap) products[tap] += all(x[tap / 3 * row + tap % 3]) * passed;
@@ -173,9 +174,9 @@ void first_weight_grad(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scr
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>;
     const Scalar* grads = scratch;
     if (b.stride == 1) {
-        scatter_to_winners(t, rows, halved_grad_row(t, 0, rows.example, 0, scratch), scratch);
+        scatter_to_winners(t, rows, activation_grad_row(t, 0, rows.example, 0, scratch), scratch);
     } else {
-        grads = halved_grad_row(t, 0, rows.example, rows.first, scratch);
+        grads = activation_grad_row(t, 0, rows.example, rows.first, scratch);
     }
     const std::int64_t in_row = (b.in_w + 2) * std::int64_t{b.input_lanes};
     OuterProducts<Scalar> products;

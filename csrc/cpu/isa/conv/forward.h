@@ -74,10 +74,10 @@ void forward(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int6
         }
         item_statistics(t.partial(item), raw, row, rows.count, b.out_w);
         if (b.stride == 2) continue;
-        Scalar* winners = t.at(b.winner) + rows.example * b.half_h * b.half_w * channels;
+        Scalar* winners = t.at(b.winner) + rows.example * b.act_h * b.act_w * channels;
         choose_winners(t, block, rows, raw, row,
                        [&](std::int64_t y, std::int64_t x, std::int64_t c, Vector<Scalar> winner) {
-                           store(winners + (y * b.half_w + x) * channels + c, winner);
+                           store(winners + (y * b.act_w + x) * channels + c, winner);
                        });
     }
 }

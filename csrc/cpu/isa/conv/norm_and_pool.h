@@ -46,7 +46,7 @@ void item_statistics(const ConvPartial<Scalar>& partial, const Scalar* raw, std:
 }
 
 // Takes the first of the largest of every 2 x 2 values after BatchNorm. Gamma's sign tells it before the statistics are
-// known. Calls keep(y, x, c, winner) for rows y of the halved image, and writes which of the four it is.
+// known. Calls keep(y, x, c, winner) for rows y of the activation, and writes which of the four it is.
 template <typename Scalar, typename Keep>
 void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, const Scalar* raw, std::int64_t row,
                     const Keep& keep) {
@@ -56,8 +56,8 @@ void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, cons
     std::uint8_t* choices = choices_of(t, block, rows.example);
     for (std::int64_t y = 0; y < rows.count / 2; ++y) {
         const std::int64_t half_y = rows.first / 2 + y;
-        const std::int64_t place = half_y * b.half_w * channels;
-        for (std::int64_t x = 0; x < b.half_w; ++x) {
+        const std::int64_t place = half_y * b.act_w * channels;
+        for (std::int64_t x = 0; x < b.act_w; ++x) {
             const Scalar* z = raw + 2 * y * row + 2 * x * channels;
             for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
                 const Vector<Scalar> g = load(gamma + c), one = all(Scalar(1));
@@ -78,14 +78,14 @@ void choose_winners(const ConvTask<Scalar>& t, int block, const Rows& rows, cons
     }
 }
 
-// One row of a block's halved output, from the row's winners.
+// One row of a block's activation, from the row's winners.
 template <typename Scalar>
 void normalise_row(const ConvTask<Scalar>& t, int block, const Scalar* from, Scalar* to) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
     const Scalar* scale = t.vector(block, kScale);
     const Scalar* shift = t.vector(block, kShift);
-    for (std::int64_t x = 0; x < b.half_w; ++x, from += channels, to += channels) {
+    for (std::int64_t x = 0; x < b.act_w; ++x, from += channels, to += channels) {
         for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
             store(to + c, relu<Scalar>(load(scale + c) * load(from + c) + load(shift + c)));
         }
@@ -95,9 +95,9 @@ void normalise_row(const ConvTask<Scalar>& t, int block, const Scalar* from, Sca
 template <typename Scalar>
 void normalise(const ConvTask<Scalar>& t, int block, std::int64_t example) {
     const Winners<Scalar> winners = winners_of(t, block);
-    for (std::int64_t y = 0; y < t.block(block).half_h; ++y) {
+    for (std::int64_t y = 0; y < t.block(block).act_h; ++y) {
         normalise_row(t, block, winners.base + example * winners.example + y * winners.row,
-                      halved_row(t, block, example, y));
+                      activation_row(t, block, example, y));
     }
 }
 
@@ -123,9 +123,9 @@ void moments_of_items(const ConvTask<Scalar>& t, int block, double* mean, double
 }
 
 template <typename Scalar>
-void halved_sums_later(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
+void grad_sums_later(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
-    const Rows rows = rows_of(item, b.half_items, b.half_rows, b.half_h);
+    const Rows rows = rows_of(item, b.half_items, b.act_rows, b.act_h);
     const std::int64_t channels = t.layout->channels;
     const Winners<Scalar> winners = winners_of(t, block);
     const ConvPartial<Scalar> partial = t.partial(item);
@@ -135,8 +135,8 @@ void halved_sums_later(const ConvTask<Scalar>& t, int block, std::int64_t item, 
         Vector<Scalar> sum = {}, product = {};
         for (std::int64_t y = rows.first; y < rows.first + rows.count; ++y) {
             const Scalar* z = winners.base + rows.example * winners.example + y * winners.row + c;
-            Scalar* grad = halved_grad_row(t, block, rows.example, y, scratch) + c;
-            for (std::int64_t x = 0; x < b.half_w; ++x, z += channels, grad += channels) {
+            Scalar* grad = activation_grad_row(t, block, rows.example, y, scratch) + c;
+            for (std::int64_t x = 0; x < b.act_w; ++x, z += channels, grad += channels) {
                 const Vector<Scalar> value = load(z);
                 const Vector<Scalar> passed = passed_by_relu<Scalar>(scale * value + shift, load(grad));
                 store(grad, passed);
@@ -172,21 +172,22 @@ void norm_grads(const ConvTask<Scalar>& t, int block) {
     }
 }
 
-// d raw = scale * d halved at the winners + slope * (raw - mean) + offset everywhere; without pooling all are winners.
+// d raw = scale * d activation at the winners + slope * (raw - mean) + offset everywhere; without pooling all are
+// winners.
 template <typename Scalar>
 void raw_grad_strided(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     const ConvBlockPlan& b = t.block(block);
     const Rows rows = raw_rows(t, block, item);
     const std::int64_t channels = t.layout->channels;
-    const std::int64_t half = (rows.example * b.half_h + rows.first) * b.half_w * channels;
+    const std::int64_t half = (rows.example * b.act_h + rows.first) * b.act_w * channels;
     for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
         const Vector<Scalar> scale = load(t.vector(block, kScale) + c), slope = load(t.vector(block, kSlope) + c);
         const Vector<Scalar> mean = load(t.vector(block, kMean) + c), offset = load(t.vector(block, kOffset) + c);
-        const Scalar* halved_grad = t.at(t.layout->halved_grad) + half + c;
+        const Scalar* activation_grad = t.at(t.layout->activation_grad) + half + c;
         for (std::int64_t y = 0; y < rows.count; ++y) {
             Scalar* z = raw_row(t, block, rows.example, rows.first + y) + c;
-            for (std::int64_t x = 0; x < b.out_w; ++x, z += channels, halved_grad += channels) {
-                store(z, slope * (load(z) - mean) + offset + scale * load(halved_grad));
+            for (std::int64_t x = 0; x < b.out_w; ++x, z += channels, activation_grad += channels) {
+                store(z, slope * (load(z) - mean) + offset + scale * load(activation_grad));
             }
         }
     }
@@ -199,13 +200,13 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
     const Rows rows = raw_rows(t, block, item);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
     Scalar* raw = raw_row(t, block, rows.example, rows.first);
-    const Scalar* halved_grad = t.at(t.layout->halved_grad) + rows.example * b.half_h * b.half_w * channels;
+    const Scalar* activation_grad = t.at(t.layout->activation_grad) + rows.example * b.act_h * b.act_w * channels;
     const std::uint8_t* choices = choices_of(t, block, rows.example);
     for (std::int64_t y = 0; y < rows.count; y += 2) {
         const std::int64_t half_y = (rows.first + y) / 2;
         for (std::int64_t x = 0; x < b.out_w; x += 2) {
-            const std::int64_t half = (half_y * b.half_w + x / 2) * channels;
-            const bool counts = half_y < b.half_h && x / 2 < b.half_w;  // pooling drops an odd last row and column
+            const std::int64_t half = (half_y * b.act_w + x / 2) * channels;
+            const bool counts = half_y < b.act_h && x / 2 < b.act_w;  // pooling drops an odd last row and column
             for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
                 const Vector<Scalar> slope = load(t.vector(block, kSlope) + c);
                 const Vector<Scalar> mean = load(t.vector(block, kMean) + c);
@@ -213,7 +214,7 @@ void raw_grad(const ConvTask<Scalar>& t, int block, std::int64_t item) {
                 Vector<Scalar> routed = {};
                 Mask<Scalar> choice = {};
                 if (counts) {
-                    routed = load(t.vector(block, kScale) + c) * load(halved_grad + half + c);
+                    routed = load(t.vector(block, kScale) + c) * load(activation_grad + half + c);
                     choice = load_choice<Scalar>(choices + half + c);
                 }
                 for (int i = 0; i < 4; ++i) {

@@ -28,7 +28,7 @@ constexpr ConvStages<Scalar> table() {
     stages.forward = forward<Scalar>;
     stages.statistics = statistics<Scalar>;
     stages.normalise = normalise<Scalar>;
-    stages.halved_sums = halved_sums<Scalar>;
+    stages.grad_sums = grad_sums<Scalar>;
     stages.norm_grads = norm_grads<Scalar>;
     stages.raw_grad = raw_grad<Scalar>;
     stages.weight_products = weight_products<Scalar>;

@@ -29,7 +29,7 @@ inline Rows raw_rows(const ConvTask<Scalar>& t, int block, std::int64_t item) {
 template <typename Scalar>
 const Scalar* input_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
     const ConvBlockPlan& b = t.block(block);
-    const Scalar* base = t.at(block == 0 ? t.layout->images : t.block(block - 1).halved);
+    const Scalar* base = t.at(block == 0 ? t.layout->images : t.block(block - 1).activation);
     const std::int64_t row = (b.in_w + 2) * std::int64_t{b.input_lanes};
     if (block > 0) example -= t.held[block - 1];
     return base + (example * (b.in_h + 2) + y * b.stride) * row;
@@ -43,28 +43,30 @@ Scalar* raw_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std:
     return t.at(b.raw) + (example * (b.out_h + 2) + y + 1) * row + channels;
 }
 
-// Row `y` of an example of a block's halved output, inside its border.
+// Row `y` of an example of a block's activation, inside its border.
 template <typename Scalar>
-Scalar* halved_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
+Scalar* activation_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y) {
     const ConvBlockPlan& b = t.block(block);
-    const std::int64_t channels = t.layout->channels, row = (b.half_w + 2 * b.pad) * channels;
-    return t.at(b.halved) + ((example - t.held[block]) * (b.half_h + 2 * b.pad) + y + b.pad) * row + b.pad * channels;
+    const std::int64_t channels = t.layout->channels, row = (b.act_w + 2 * b.pad) * channels;
+    return t.at(b.activation) + ((example - t.held[block]) * (b.act_h + 2 * b.pad) + y + b.pad) * row +
+           b.pad * channels;
 }
 
-// Row `y` of an example of the gradient of a block's halved output.
+// Row `y` of an example of the gradient of a block's activation.
 template <typename Scalar>
-Scalar* halved_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y, Scalar* scratch) {
+Scalar* activation_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t example, std::int64_t y,
+                            Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
-    const std::int64_t row = b.half_w * std::int64_t{t.layout->channels};
-    if (block == 0 && t.layout->first_grad_in_scratch) return scratch + y % b.half_rows * row;
-    return t.at(t.layout->halved_grad) + (example * b.half_h + y) * row;
+    const std::int64_t row = b.act_w * std::int64_t{t.layout->channels};
+    if (block == 0 && t.layout->first_grad_in_scratch) return scratch + y % b.act_rows * row;
+    return t.at(t.layout->activation_grad) + (example * b.act_h + y) * row;
 }
 
-// Of an example, [half_h, half_w, channels]: which of its window's four values each winner is.
+// Of an example, [act_h, act_w, channels]: which of its window's four values each winner is.
 template <typename Scalar>
 std::uint8_t* choices_of(const ConvTask<Scalar>& t, int block, std::int64_t example) {
     const ConvBlockPlan& b = t.block(block);
-    return reinterpret_cast<std::uint8_t*>(t.at(b.choice)) + example * b.half_h * b.half_w * t.layout->channels;
+    return reinterpret_cast<std::uint8_t*>(t.at(b.choice)) + example * b.act_h * b.act_w * t.layout->channels;
 }
 
 // What BatchNorm reads: the winners of max-pooling, or without pooling the raw values.
@@ -78,7 +80,7 @@ template <typename Scalar>
 Winners<Scalar> winners_of(const ConvTask<Scalar>& t, int block) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels;
-    if (b.stride == 1) return {t.at(b.winner), b.half_h * b.half_w * channels, b.half_w * channels};
+    if (b.stride == 1) return {t.at(b.winner), b.act_h * b.act_w * channels, b.act_w * channels};
     const std::int64_t row = (b.out_w + 2) * channels;
     return {t.at(b.raw) + row + channels, (b.out_h + 2) * row, row};
 }

@@ -234,9 +234,9 @@ class Group {
     template <Purpose kPurpose>
     void backward(std::int64_t count, const Scalar* lr) {
         for (int layer = last() - 1; layer >= 0; --layer) {
-            if (layer > 0) data_gradient(count, layer);
+            if (layer > 0) data_grad(count, layer);
             if (kPurpose == Purpose::kGradient || p_.adapt[2 * layer] != 0) {
-                weight_gradient<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer]);
+                weight_grad<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer]);
             }
             if (kPurpose == Purpose::kGradient || p_.adapt[2 * layer + 1] != 0) {
                 bias_gradient<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer + 1]);
@@ -244,7 +244,7 @@ class Group {
         }
     }
 
-    void data_gradient(std::int64_t count, int layer) const {
+    void data_grad(std::int64_t count, int layer) const {
         const std::int64_t inputs = width(layer), outputs = width(layer + 1);
         const V* in = at(layout_.activation[layer]);
         V* below = at(layout_.delta[layer % 2]);
@@ -262,7 +262,7 @@ class Group {
     }
 
     template <Purpose kPurpose>
-    void weight_gradient(std::int64_t count, int layer, Scalar lr) {
+    void weight_grad(std::int64_t count, int layer, Scalar lr) {
         const std::int64_t inputs = width(layer), outputs = width(layer + 1);
         move<kPurpose>({{at(layout_.delta[(layer + 1) % 2]), 1, outputs},
                         {at(layout_.activation[layer]), inputs, 1},

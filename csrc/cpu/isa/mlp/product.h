@@ -25,8 +25,8 @@ inline void keep(Vector& value) {
 #endif
 }
 
-// Keeps the order in which several values are finished. GCC would do the first operation of all of them, then the second,
-// and run out of registers.
+// Keeps the order in which several values are finished. GCC would do the first operation of all of them, then the
+// second, and run out of registers.
 template <typename Vector>
 inline void pin(Vector& value) {
 #if defined(__AVX512F__)
@@ -60,8 +60,8 @@ constexpr std::int64_t kRun = 128;
 // Columns of an item of a product that threads share: a few tiles, and whole cache lines for each thread.
 constexpr std::int64_t kItemColumns = 8;
 
-// How many bytes a tile's operands move from term to term. The values are hidden from GCC, which would compile every tile
-// twice: in general, and for adjacent terms.
+// How many bytes a tile's operands move from term to term. The values are hidden from GCC, which would compile every
+// tile twice: in general, and for adjacent terms.
 struct Strides {
     std::int64_t left, right;
 
@@ -186,8 +186,8 @@ struct Product {
             for (int i = 0; i < (kRows + 2) / 3; ++i) left[i] = moved(left[i], step.left);
             right = moved(right, step.right);
         }
-        // Makes GCC read anew what the next lines need. Kept during the loop it would sit in vector registers, and moves
-        // from there wait in the queue of the multiply-adds.
+        // Makes GCC read anew what the next lines need. Kept during the loop it would sit in vector registers, and
+        // moves from there wait in the queue of the multiply-adds.
         asm volatile("" ::: "memory");
         if (place.earlier != nullptr) {
 #pragma GCC unroll 8

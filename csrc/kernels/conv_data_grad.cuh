@@ -1,8 +1,8 @@
 // da = conv_transposed(dz, W): the gradient of a block's input, from the gradient of its raw output.
 // An implicit GEMM like conv_forward: rows are positions of the input, columns its channels, depth is taps x filters.
-// dz is made on the way from z, the halving's codes and the gradient above, and stored for the weight gradient. If the
-// block below has a raw output, its gradients of beta and gamma are summed up here: sum dy, sum dy * xhat.
-// A block owns a slice of tiles of one task and 8 * kTilesN channels. Launched by launch_conv_data_gradient.
+// dz is made on the way from z, the halving's choices and the gradient above, and stored for the weight gradient. If
+// the block below has a raw output, its gradients of beta and gamma are summed up here: sum dy, sum dy * xhat. A block
+// owns a slice of tiles of one task and 8 * kTilesN channels. Launched by launch_conv_data_grad.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +13,9 @@ namespace signmaml {
 
 // Filters [first, first + depth) of the tile of dz, with zeros around the image and up to `padded`.
 template <typename Stored>
-__device__ inline void stage_raw_gradient(const ConvDataGradientParams<Stored>& p, std::int64_t task,
-                                          const TilePlace& place, const Shared<float>& tile, const Shared<float>& norm,
-                                          int first, int depth, int padded) {
+__device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::int64_t task, const TilePlace& place,
+                                      const Shared<float>& tile, const Shared<float>& norm, int first, int depth,
+                                      int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     const int quads = padded / 4;
@@ -32,13 +32,13 @@ __device__ inline void stage_raw_gradient(const ConvDataGradientParams<Stored>& 
         const int y = place.y / block.stride + row, x = place.x / block.stride + column;
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.height && x >= 0 && x < block.width && filter < depth) {
-            values = raw_gradient<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
+            values = raw_grad<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
             // Of the tiles that hold this position, the one whose own part it is stores it.
             const bool owned = row >= 0 && row < own_height && column >= 0 && column < own_width;
             if (owned && blockIdx.z == 0) {
                 const std::int64_t at =
                     ((std::int64_t{place.image + image} * block.height + y) * block.width + x) * block.filters;
-                store_floats<4>(row_of(p.layer.raw_gradient, task) + at + first + filter, values);
+                store_floats<4>(row_of(p.layer.raw_grad, task) + at + first + filter, values);
             }
         }
 #pragma unroll
@@ -69,7 +69,7 @@ __device__ inline void stage_transposed_slab(const float* weights, int tap, int 
 
 template <ConvPrecision kPrecision, int kTilesN>
 __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
-    conv_data_gradient_kernel(const ConvDataGradientParams<typename ConvStored<kPrecision>::Type> p) {
+    conv_data_grad_kernel(const ConvDataGradParams<typename ConvStored<kPrecision>::Type> p) {
     using Stored = typename ConvStored<kPrecision>::Type;
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;
     const ConvBlock& block = p.layer.block;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
     // A position of zeros after the tile: what a tap reads where no output lies.
     const int zeros = tiles.tile_images * halo * kConvRow;
 
-    prepare_raw_gradient(p.layer, task, weights, norm);
+    prepare_raw_grad(p.layer, task, weights, norm);
     if (p.below_is_raw) {
         for (int channel = threadIdx.x; channel < channels; channel += kConvThreads) {
             const NormOfChannel constants = norm_of(p.below, task, channel);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
             const int depth = smaller_of(kConvChunk, block.filters - first);
             const int padded = (depth + kDepth - 1) / kDepth * kDepth;
             block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
-            stage_raw_gradient(p, task, place, tile, norm, first, depth, padded);
+            stage_raw_grad(p, task, place, tile, norm, first, depth, padded);
             stage_transposed_slab<kColumns>(weights + p.layer.weight, 0, channels, block.filters, first, depth, padded,
                                             slabs);
             for (int tap = 0; tap < kConvTaps; ++tap) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
             }
         }
 
-        Stored* gradient = row_of(p.below.gradient, task);
+        Stored* gradient = row_of(p.below.activation_grad, task);
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j) {
             const int column = first_column + j * 8 + member * 2;
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
                 const std::int64_t at = ((image * block.in_height + y) * block.in_width + x) * channels + column;
                 store_floats<2>(gradient + at, da);
                 if (!p.below_is_raw) continue;
-                const auto codes = load<std::uint8_t, 2>(row_of(p.below.codes, task) + at);
+                const auto choices = load<std::uint8_t, 2>(row_of(p.below.choices, task) + at);
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    if (codes.at[e] < kConvActive) continue;
-                    const int winner = codes.at[e] - kConvActive;
+                    if (choices.at[e] < kConvActive) continue;
+                    const int winner = choices.at[e] - kConvActive;
                     const std::int64_t row = image * below.height + y * below.window + winner / 2;
                     const std::int64_t from =
                         (row * below.width + x * below.window + winner % 2) * channels + column + e;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
     }
     const int column = first_column + static_cast<int>(threadIdx.x);
     if (p.below_is_raw && threadIdx.x < kColumns && column < channels) {
-        float* sums = row_of(p.below.sums, task) + blockIdx.x * 2 * channels + column;
+        float* sums = row_of(p.below.grad_sums, task) + blockIdx.x * 2 * channels + column;
         store(sums, sum_dy);
         store(sums + channels, sum_dy_xhat);
     }

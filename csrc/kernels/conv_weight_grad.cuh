@@ -2,7 +2,7 @@
 // A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps, columns filters, depth
 // is positions. A block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk channels and 8 *
 // kTilesN filters; warps 0 and 2 take the first 16 channels, 1 and 3 the others; two warps share the depth. Launched by
-// launch_conv_weight_gradient; conv_sign_update adds the slices up and moves the weights.
+// launch_conv_weight_grad; conv_sign_update adds the slices up and moves the weights.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace signmaml {
 
 // Channels [first, first + depth) of the input rows that a row of taps reads, with zeros up to kConvChunk.
 template <typename Stored>
-__device__ inline void stage_input_rows(const ConvWeightGradientParams<Stored>& p, std::int64_t task,
+__device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, std::int64_t task,
                                         const TilePlace& place, const Shared<float>& tile, int tap_row, int first,
                                         int depth) {
     const ConvBlock& block = p.layer.block;
@@ -49,7 +49,7 @@ __device__ inline void stage_input_rows(const ConvWeightGradientParams<Stored>& 
 
 // The tile of dz, a row a position of the block's filters: zeros outside, so that such positions add nothing.
 template <int kColumns, typename Stored>
-__device__ inline void stage_output_gradient(const ConvWeightGradientParams<Stored>& p, std::int64_t task,
+__device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>& p, std::int64_t task,
                                              const TilePlace& place, const Shared<float>& target, int first_column) {
     const ConvBlock& block = p.layer.block;
     for (int item = threadIdx.x; item < kConvTile * (kColumns / 4); item += kConvThreads) {
@@ -60,7 +60,7 @@ __device__ inline void stage_output_gradient(const ConvWeightGradientParams<Stor
             const int y = place.y + position.y, x = place.x + position.x;
             const std::int64_t image = place.image + position.image;
             values =
-                load_floats<4>(row_of(p.layer.raw_gradient, task) +
+                load_floats<4>(row_of(p.layer.raw_grad, task) +
                                ((image * block.height + y) * block.width + x) * block.filters + first_column + column);
         }
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ inline void stage_output_gradient(const ConvWeightGradientParams<Stor
 
 template <ConvPrecision kPrecision, int kTilesN>
 __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
-    conv_weight_gradient_kernel(const ConvWeightGradientParams<typename ConvStored<kPrecision>::Type> p) {
+    conv_weight_grad_kernel(const ConvWeightGradParams<typename ConvStored<kPrecision>::Type> p) {
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>;
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
