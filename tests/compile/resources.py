@@ -170,8 +170,11 @@ def compiled(folder: Path) -> list[Path]:
         return list(pool.map(lambda job: cubin(*job), jobs))
 
 
-def by_function(listing: str, mark: str) -> dict[tuple[str, str], str]:
-    """Parts of what cuobjdump prints, by architecture and by the function's symbol."""
+def by_function(file: Path, option: str, mark: str) -> dict[tuple[str, str], str]:
+    """Parts of what cuobjdump prints of a file, by architecture and by the function's symbol."""
+    listing = output("cuobjdump", option, str(file))
+    if file.suffix == ".cubin":  # of one architecture, which only the file's name tells
+        listing = f"arch = sm_{file.suffixes[-2].removeprefix('.')}\n{listing}"
     parts = {}
     for of_code in re.split(r"^arch = ", listing, flags=re.MULTILINE)[1:]:
         for part in of_code.split(mark)[1:]:
@@ -184,8 +187,8 @@ def measure(files: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
     usage: dict[tuple[str, str], str] = {}
     code: dict[tuple[str, str], str] = {}
     for file in files:
-        usage |= by_function(output("cuobjdump", "-res-usage", str(file)), " Function ")
-        code |= by_function(output("cuobjdump", "-sass", str(file)), "Function : ")
+        usage |= by_function(file, "-res-usage", " Function ")
+        code |= by_function(file, "-sass", "Function : ")
     symbols = sorted({symbol for _, symbol in usage})
     names = dict(zip(symbols, map(plain, output("c++filt", text="\n".join(symbols)).splitlines()), strict=True))
     found: dict[str, dict[str, dict[str, int]]] = {}
