@@ -224,7 +224,6 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
 }
 
 // ---- CUDA
-// --------------------------------------------------------------------------------------------------------------
 
 ConvPrecision conv_precision_of(const std::string& precision) {
     if (precision == "fp32") return ConvPrecision::kFp32;

@@ -23,7 +23,7 @@ namespace signmaml {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- global memory ----------------------------------------------------------------------------------------------
+// ---- global memory
 
 template <typename Scalar, int kVector>
 struct alignas(sizeof(Scalar) * kVector) Vector {
@@ -59,7 +59,7 @@ inline void raise_flag(std::uint8_t* flag) {
     *flag = 1;
 }
 
-// ---- shared memory ------------------------------------------------------------------------------------------------
+// ---- shared memory
 
 template <typename Scalar>
 class Shared {
@@ -80,7 +80,7 @@ class Shared {
     std::int64_t count_;
 };
 
-// ---- barriers, lanes ------------------------------------------------------------------------------------------------
+// ---- barriers, lanes
 
 inline void block_barrier() { emulation::block_barrier(); }
 inline void warp_barrier() { emulation::warp_barrier(kAllLanes); }
@@ -111,7 +111,7 @@ inline Scalar shuffle_xor(Scalar value, int distance) {
     return operand.result;
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores
 
 // Rounds to TF32 (10 bits of mantissa), ties away from zero, as cvt.rna.tf32.f32 does. NaN and Inf stay.
 inline float to_tf32(float value) {
@@ -240,7 +240,6 @@ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) {
 }
 
 // ---- asynchronous copies to shared memory
-// -----------------------------------------------------------------------------
 
 // Starts a copy of 16 bytes. The target holds NaN until a wait that covers the copy.
 inline void cp_async_16(void* target, const void* source) { emulation::start_copy(target, source, 16); }

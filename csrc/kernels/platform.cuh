@@ -12,7 +12,7 @@ namespace signmaml {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- global memory ------------------------------------------------------------------------------------------------
+// ---- global memory
 
 // So many scalars that one load or store moves them.
 template <typename Scalar, int kVector>
@@ -43,7 +43,7 @@ __device__ inline void store(Scalar* target, Scalar value) {
 // Sets a flag that other threads may set too: all write the same value, so no order matters.
 __device__ inline void raise_flag(std::uint8_t* flag) { *flag = 1; }
 
-// ---- shared memory --------------------------------------------------------------------------------------------------
+// ---- shared memory
 
 extern __shared__ __align__(16) char dynamic_shared_memory[];
 
@@ -62,7 +62,6 @@ class Shared {
 };
 
 // ---- barriers, lanes
-// --------------------------------------------------------------------------------------------------
 
 __device__ inline void block_barrier() { __syncthreads(); }
 __device__ inline void warp_barrier() { __syncwarp(); }
@@ -75,7 +74,6 @@ __device__ inline Scalar shuffle_xor(Scalar value, int distance) {
 }
 
 // ---- tensor cores (sm_80 and later)
-// -------------------------------------------------------------------------------------
 
 // Rounds to TF32 (10 bits of mantissa), ties away from zero.
 __device__ inline float to_tf32(float value) {
@@ -119,7 +117,6 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) 
 }
 
 // ---- asynchronous copies to shared memory (sm_80 and later)
-// ---------------------------------------------------------------
 
 // Starts a copy of 16 bytes, both addresses multiples of 16; it belongs to the next group that is committed.
 __device__ inline void cp_async_16(void* target, const void* source) {
@@ -140,7 +137,6 @@ __device__ inline void cp_async_wait() {
 namespace signmaml {
 
 // ---- built from the above, the same on both machines
-// ----------------------------------------------------------------------
 
 // x - x is NaN for NaN and infinities, and 0 for every other number.
 template <typename Scalar>

@@ -127,7 +127,6 @@ struct ConvWeightGradParams {
 };
 
 // ---- block 1 by the covariance of its patches
-// -----------------------------------------------------------------------------
 
 inline constexpr int kConvPatch = kConvTaps * kConvChannels;  // values of a patch at most
 
@@ -186,7 +185,6 @@ struct ConvRawGradParams {
 };
 
 // ---- head, weights
-// ------------------------------------------------------------------------------------------------------
 
 template <typename Stored>
 struct ConvHeadParams {
