@@ -1,4 +1,4 @@
-// What the convolution kernels share: stored numbers, tiles of positions, BatchNorm's constants, tensor-core products.
+// Shared by the convolution kernels: stored numbers, tiles of positions, BatchNorm's constants, tensor-core products.
 #pragma once
 
 #include <cmath>

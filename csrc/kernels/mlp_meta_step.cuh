@@ -49,7 +49,7 @@ struct MlpTask {
     Team<Scalar, kWarp> team;
     Scalar* memory;
     std::int64_t task;
-    bool nonfinite;  // of what this thread has seen
+    bool nonfinite;  // whether this thread has seen NaN or infinity
 
     __device__ Scalar* weight(int layer) const { return memory + layout.weight[layer]; }
     __device__ Scalar* bias(int layer) const { return memory + layout.bias[layer]; }

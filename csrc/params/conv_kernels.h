@@ -81,7 +81,7 @@ inline constexpr std::uint8_t kConvActive = 4;
 inline constexpr int kConvThreads = 128;
 inline constexpr int kConvTile = 128;    // positions
 inline constexpr int kConvChunk = 32;    // channels in shared memory at once
-inline constexpr int kConvRow = 36;      // floats from one position to the next; fragment reads hit 32 banks
+inline constexpr int kConvRow = 36;      // floats from one position to the next: fragment reads hit 32 banks
 inline constexpr int kConvDeepRow = 40;  // the same where positions are the depth of the product
 inline constexpr int kConvTaps = 9;
 
@@ -95,7 +95,7 @@ struct ConvMemory {
 
 template <typename Stored>
 struct ConvForwardParams {
-    PerTask<const float> images;  // of kImage
+    PerTask<const float> images;  // for kImage
     PerTask<const float> weights;
     ConvLayer<Stored> below;  // unless kImage
     ConvLayer<Stored> layer;
@@ -117,7 +117,7 @@ struct ConvDataGradParams {
 
 template <typename Stored>
 struct ConvWeightGradParams {
-    PerTask<const float> images;  // of kImage
+    PerTask<const float> images;  // for kImage
     PerTask<const Stored> input;  // else: activation of the block below
     ConvLayer<Stored> layer;
     PerTask<float> partials;  // [slices, 9 * in_channels, filters]
@@ -196,9 +196,9 @@ struct ConvHeadParams {
     float* loss;              // [T]
     float* accuracy;          // [T]; may be null
     float* logits;            // [T, count, ways]; may be null
-    float* grads;             // [T, P] of kGradient
+    float* grads;             // [T, P] for kGradient
     std::uint8_t* nonfinite;  // [T]
-    const float* lr;          // of kStep: of the classifier's weight and bias at this step
+    const float* lr;          // for kStep: rates of the classifier's weight and bias at this step
     const std::uint8_t* adapt;
     std::int64_t weight, bias;  // places in a task's weights
     std::int64_t theta_weight;  // place in a row of grads; the bias follows
@@ -265,7 +265,7 @@ struct ConvUpdateParams {
     float eps;
     const float* lr;            // [tensors] of this step
     const std::uint8_t* adapt;  // [tensors]
-    float* grads;               // [T, P] of kGradient
+    float* grads;               // [T, P] for kGradient
     std::uint8_t* nonfinite;    // [T]
     bool by_sign;
 };

@@ -59,7 +59,7 @@ struct MlpLayout {
     std::int64_t size;
 };
 
-// Threads of a team that is a block.
+// Threads of a team that is a whole thread block.
 inline constexpr int kMlpBlock = 256;
 // Sums over a team use one element of scratch per warp.
 inline constexpr std::int64_t kMlpScratch = kMlpBlock / 32;

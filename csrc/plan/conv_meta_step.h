@@ -103,9 +103,9 @@ constexpr int halo_of(ConvHalo halo, int extent) {
 }
 
 struct ConvTileLimits {
-    int positions;    // of a tile
-    int halo;         // positions that a tile reads, over all its images
-    int slices;       // of a task
+    int positions;    // per tile, at most
+    int halo;         // positions that a tile reads, over all its images, at most
+    int slices;       // per task, at most
     int tiles;        // per slice, at least
     bool whole_rows;  // only the width has a halo: the weight gradient reads one row of taps
 };
@@ -312,7 +312,7 @@ struct ConvPlan {
     ConvBlock blocks[kConvBlocks];
     std::int64_t chunk;  // tasks at once; the launches are repeated for every chunk
     ConvWorkspace workspace;
-    std::vector<ConvLaunch> launches;  // of a chunk
+    std::vector<ConvLaunch> launches;  // of one chunk
 };
 
 // If the tasks need more workspace than this, they run in chunks, one after another.

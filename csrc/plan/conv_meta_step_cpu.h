@@ -76,7 +76,7 @@ constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
 // whose number times the products in one sum is at most this: their blended inputs are stored side by side.
 inline constexpr std::int64_t kConvSharedPositions = 384;
 inline constexpr std::int64_t kConvSharedRuns = 9;        // products in one sum: three per row times three per column
-inline constexpr std::int64_t kConvProducts = 16;         // matrices that a weight gradient is made of
+inline constexpr std::int64_t kConvProducts = 16;         // matrices of products in a weight gradient
 inline constexpr std::int64_t kConvOuterPositions = 128;  // copied side by side for one of these matrices
 // Images are taken together until they have about this many squares of 2 x 2 outputs, which fill register tiles well.
 inline constexpr std::int64_t kConvSharedPairs = 54;
@@ -108,12 +108,12 @@ struct ConvBlockPlan {
     std::int32_t stride;
     bool winograd;                 // forward and gradients by F(2x2, 3x3)
     bool shared;                   // with stride 2: forward and data gradient by shared products
-    std::int32_t vectors;          // of a group of output channels
-    std::int32_t vectors_back;     // the same for input channels, in the data gradient
+    std::int32_t vectors;          // per group of output channels
+    std::int32_t vectors_back;     // per group of input channels, in the data gradient
     std::int32_t rows;             // convolution rows per item: an even number, or all
-    std::int32_t items;            // of an image
+    std::int32_t items;            // per image
     std::int32_t act_rows;         // activation rows per item of the backward pass
-    std::int32_t half_items;       // of an image
+    std::int32_t half_items;       // per image
     std::int32_t forward_items;    // items convolved together: 1, or several images where each is one item
     std::int32_t data_grad_items;  // the same in the data gradient, counting items of the block before
     std::int64_t weight_rows;      // convolution rows that the weight gradient takes at once: an even number
@@ -174,8 +174,8 @@ struct ConvCpuLayout {
     std::int64_t partial_size;
     std::int64_t patch_mean;       // [kConvLargestPatch] double
     std::int64_t covariance;       // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
-    std::int64_t size;             // of a task
-    std::int64_t scratch;          // of a thread, beside it
+    std::int64_t size;             // memory of a task
+    std::int64_t scratch;          // further memory of each thread
     std::int64_t covariance_sums;  // offset in scratch of the covariance's sums, after the centred example
     std::int64_t shared_scratch;   // offset in scratch of the copies for shared products
     // Whether block 0's activation_grad stays in scratch, for the items of one data_grad: with stride 2 no later stage
@@ -349,7 +349,7 @@ struct ConvCpuPlan {
     std::int64_t side_by_side;     // how many tasks, counted from the first, run side by side
     std::int64_t teams;            // tasks in memory at once
     std::int64_t team_scalars;     // memory of one task and its thread
-    std::int64_t workspace_bytes;  // of all
+    std::int64_t workspace_bytes;  // for all teams
     std::int64_t mean_rows;        // rows of gradients in memory while their mean is computed
 };
 
