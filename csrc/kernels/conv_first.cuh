@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvP
 
 inline constexpr int kFirstFilters = 8;  // of one thread
 
-// Shared memory: the tile of pixels, then all weights [9 * channels, filters], then mean, scale and beta [3, filters].
+// Shared memory: all weights [9 * channels, filters], then mean, scale and beta [3, filters], then the tile of pixels.
 template <bool kMaxPool, typename Stored>
 __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirstParams<Stored> p) {
     constexpr int kSide = kMaxPool ? 2 : 1;  // of the window
