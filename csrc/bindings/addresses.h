@@ -9,7 +9,7 @@ namespace signmaml::bindings {
 
 using Addresses = std::map<std::string, std::uintptr_t>;
 
-// Null where there is none of the name.
+// Null if no address has this name.
 template <typename T>
 T* address_in(const Addresses& addresses, const char* name) {
     const auto found = addresses.find(name);

@@ -1,4 +1,4 @@
-// Checks of what Python cannot see cheaply: where memory lies and what it holds.
+// Checks that Python cannot do cheaply: of memory addresses and contents.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace signmaml::bindings {
 
-// Refuses a negative size, and sizes whose product leaves 64 bits no room: what is computed from them would wrap
-// around.
+// Throws for a negative size, and for sizes whose product exceeds 2^60, because values computed from them could
+// overflow.
 inline void check_product(const char* names, std::initializer_list<std::int64_t> factors) {
     double product = 1;
     for (const std::int64_t factor : factors) {
@@ -46,7 +46,7 @@ struct Region {
     std::uintptr_t address;
     std::int64_t bytes;
     std::int64_t element_bytes;
-    bool output = false;  // written whole before anything reads it
+    bool output = false;  // written completely before anything reads it
 
     bool overlaps(const Region& other) const {
         return bytes > 0 && other.bytes > 0 && address < other.address + static_cast<std::uintptr_t>(other.bytes) &&
@@ -64,7 +64,7 @@ inline void declare_memory(std::initializer_list<Region> written, std::initializ
 }
 #endif
 
-// What is written must share no memory with anything else that is read or written.
+// Throws unless each written region is disjoint from all others, and for a non-empty region without an address.
 inline void check_apart(std::initializer_list<Region> written, std::initializer_list<Region> read) {
     for (const auto& regions : {written, read}) {
         for (const Region& region : regions) {

@@ -44,7 +44,7 @@ Value entry(const py::dict& shape, const char* name) {
     }
 }
 
-// "max" or "stride", "flatten" or "mean": the second of two words is true.
+// For options with two words ("max" or "stride", "flatten" or "mean"): whether the second is given.
 bool second_of(const py::dict& shape, const char* name, const char* first, const char* second) {
     const auto word = entry<std::string>(shape, name);
     if (word != first && word != second) {
@@ -109,7 +109,7 @@ struct ConvSizes {
     }
 };
 
-// Sizes that int64 could not count: no machine has the memory, and a plan must not wrap around.
+// Throws for sizes so large that a plan's int64 byte counts could overflow. No machine has that much memory.
 void check_memory(const ConvShape& shape, std::int64_t examples, std::int64_t tasks) {
     const double pixels = static_cast<double>(shape.height + 2) * static_cast<double>(shape.width + 2);
     const double activations = static_cast<double>(examples) * (pixels * kConvFilters * 16 + shape.ways) * 64;
@@ -147,7 +147,7 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     return p;
 }
 
-// What a call cannot do without.
+// Throws if an address that the call needs is missing.
 template <typename Scalar>
 void check_present(const ConvMetaStepParams<Scalar>& p) {
     const auto check = [](const char* name, const void* address, bool needed) {
@@ -187,7 +187,7 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     py::dict found("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
                    "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes);
-    if (!with_blocks) return found;  // every step asks for a plan
+    if (!with_blocks) return found;  // a plan is made for every step, so keep this cheap
     py::list blocks;
     for (int i = 0; i < shape.blocks; ++i) {
         const ConvBlockPlan& b = layout.blocks[i];
@@ -224,7 +224,6 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
 }
 
 // ---- CUDA
-// --------------------------------------------------------------------------------------------------------------
 
 ConvPrecision conv_precision_of(const std::string& precision) {
     if (precision == "fp32") return ConvPrecision::kFp32;
@@ -233,7 +232,7 @@ ConvPrecision conv_precision_of(const std::string& precision) {
     refuse("precision", "'fp32', 'tf32' or 'bf16'", "'" + precision + "'");
 }
 
-// The multiprocessors of the GPU play no part: what a task computes must not depend on them.
+// The number of multiprocessors is not used: what a task computes must not depend on it.
 py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int query, int steps,
                    const std::string& precision, int multiprocessors, bool wants_grads, bool wants_adapted,
                    bool by_covariance, std::int64_t workspace_limit) {
@@ -262,7 +261,8 @@ py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int
 
 #ifdef SIGNMAML_WITH_CUDA
 #ifdef SIGNMAML_EMULATION
-// Tells the emulated GPU what it may touch: every array of the workspace by itself, so that a step out of one is seen.
+// Tells the emulated GPU which memory it may access. Every array of the workspace is a buffer of its own, so that an
+// access beyond its end is reported.
 void declare(const ConvMetaStepParams<float>& p, const ConvPlan& plan) {
     auto& buffers = emulation::settings().buffers;
     buffers.clear();

@@ -7,7 +7,7 @@
 
 namespace signmaml::bindings {
 
-// From the entries that Python knows a shape by; throws where one is missing or out of range.
+// Reads a shape from Python's dict of entries; throws if one is missing or out of range.
 ConvShape conv_shape_of(const pybind11::dict& entries);
 
 void define_conv(pybind11::module_& m);

@@ -1,5 +1,5 @@
-// The stages of the CPU's convolutional networks one at a time, on the memory of one task that Python reads and writes:
-// for tests and for benchmarks.
+// Runs single stages of the CPU's convolutional networks for tests and benchmarks. Python reads and writes the memory
+// of one task.
 
 #include <pybind11/pybind11.h>
 
@@ -33,7 +33,7 @@ class ConvStageRunner {
     virtual bool gradient_step(std::uintptr_t params, std::uintptr_t grads, double lr, std::int64_t n) const = 0;
 };
 
-// An array of numbers in a task's memory.
+// A view of an array in a task's memory.
 template <typename Scalar>
 py::memoryview view(Scalar* at, const std::vector<std::int64_t>& shape, std::int64_t first_step = 0) {
     std::vector<py::ssize_t> sizes(shape.begin(), shape.end()), strides(shape.size(), sizeof(Scalar));
@@ -42,7 +42,7 @@ py::memoryview view(Scalar* at, const std::vector<std::int64_t>& shape, std::int
     return py::memoryview::from_buffer(at, sizes, strides);
 }
 
-// Zeros, aligned to whole vectors of every instruction set.
+// Zeroed memory, aligned for the vectors of every instruction set.
 template <typename Scalar>
 class Memory {
   public:
@@ -166,7 +166,7 @@ class RunnerOf final : public ConvStageRunner {
         }
     }
 
-    // A stage over all items of all examples, on this thread.
+    // A function that runs a stage over all items of all examples, on this thread.
     std::function<void()> body_of(const std::string& stage, int block) {
         const ConvBlockPlan& b = layout_.blocks[block];
         const std::int64_t items = task_.examples * b.items, half_items = task_.examples * b.half_items;
@@ -220,7 +220,7 @@ class RunnerOf final : public ConvStageRunner {
                 stages_.weight_products(task_, block, 0, task_.examples, 0, kConvProducts, scratch);
             };
         }
-        // The same in shares, as threads and stretches of examples take them.
+        // The same in parts, as it is divided among threads and ranges of examples.
         if (stage == "weight_products_in_shares" && !first) {
             return [this, block, scratch, &b] {
                 const std::int64_t n = task_.examples, at_once = b.weight_images;
@@ -232,7 +232,7 @@ class RunnerOf final : public ConvStageRunner {
             };
         }
         if (stage == "weight_grad" && !first) return [this, block] { stages_.weight_grad(task_, block); };
-        // "..._kept": what stays in scratch is copied to first_grads_.
+        // "data_grad_kept": also copies the gradients that stay in scratch to first_grads_.
         if ((stage == "data_grad" || stage == "data_grad_kept") && !first) {
             const std::int64_t all = task_.examples * layout_.blocks[block - 1].half_items;
             const std::int64_t at_once = b.data_grad_items;

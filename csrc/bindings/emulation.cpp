@@ -13,7 +13,7 @@ namespace {
 using Address = std::uintptr_t;
 using emulation::Buffer;
 
-// Sets the memory that a launch may touch, for as long as it runs.
+// Declares the memory that a launch may access, for the lifetime of this object.
 class Arguments {
   public:
     explicit Arguments(std::vector<Buffer> buffers) { emulation::settings().buffers = std::move(buffers); }

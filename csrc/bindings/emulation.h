@@ -1,4 +1,5 @@
-// What the emulated module has beyond signmaml_ext._C: settings of the emulated GPU and the kernels that prove it.
+// What the emulated module has in addition to signmaml_ext._C: settings of the emulated GPU and the kernels that test
+// it.
 #pragma once
 
 #include <pybind11/pybind11.h>

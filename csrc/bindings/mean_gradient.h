@@ -1,4 +1,4 @@
-// What a native meta-step on the CPU adds up, out of the addresses that Python gives.
+// The mean of gradients that a native meta-step on the CPU computes, read from the addresses that Python gives.
 #pragma once
 
 #include <stdexcept>

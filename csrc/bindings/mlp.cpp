@@ -22,7 +22,7 @@ namespace py = pybind11;
 namespace signmaml::bindings {
 namespace {
 
-// Of a layer; wider ones than any machine could hold would only overflow what is computed from them.
+// The widest layer allowed. Wider ones fit no machine and would overflow what is computed from them.
 constexpr int kMlpWidest = 1 << 20;
 
 MlpShape shape_of(const std::vector<int>& widths, const std::string& activation, const std::string& loss) {
@@ -51,7 +51,7 @@ MlpShape shape_of(const std::vector<int>& widths, const std::string& activation,
     return shape;
 }
 
-// Sizes that a plan or a struct is made from.
+// Checks the sizes from which a plan or the parameters are made.
 void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query) {
     check_product("tasks, support, widths", {tasks, larger(support, 1), kMlpLayers * std::int64_t{kMlpWidest}});
     check_product("tasks, query, widths", {tasks, larger(query, 1), kMlpLayers * std::int64_t{kMlpWidest}});

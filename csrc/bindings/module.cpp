@@ -1,6 +1,6 @@
-// The Python module signmaml_ext._C and, on the emulated GPU, the tests' _emulated: addresses, sizes and a stream in,
-// nothing out. signmaml_ext/ops.py has checked shapes, types and devices; what is checked here is what only addresses
-// and host memory tell.
+// The Python module signmaml_ext._C and, on the emulated GPU, the tests' _emulated: functions take addresses, sizes and
+// a stream, and write their results to memory. signmaml_ext/ops.py has checked shapes, types and devices; the checks
+// here need addresses or the contents of host memory.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -31,7 +31,7 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// What both backends of sign_step_ are called with. Entries count elements; an absent tensor has address and count 0.
+// The arguments of both backends of sign_step_. `..._entries` count elements; an absent tensor has address and count 0.
 struct SignStepArguments {
     Address params, grads, lr, segment_offsets, mask, nonfinite;
     std::int64_t tasks, parameters, lr_entries, mask_entries, segments;
@@ -66,7 +66,7 @@ struct SignStepArguments {
     }
 };
 
-// As SignStepArguments, with counts and theta and without a mask.
+// Like SignStepArguments, with counts and theta and without a mask.
 struct CompactSignStepArguments {
     Address counts, params, theta, grads, lr, segment_offsets, nonfinite;
     std::int64_t tasks, parameters, lr_entries, segments;
@@ -121,7 +121,7 @@ struct MetaAccumulateArguments {
     }
 };
 
-// Checks, lets other Python threads run, and calls `work` with the struct of the right precision.
+// Checks the arguments, releases the GIL, and calls `work` with the struct of the right precision.
 template <typename Arguments, typename Work>
 void with_params(const Arguments& arguments, bool is_double, const Work& work) {
     arguments.check(is_double ? sizeof(double) : sizeof(float));

@@ -1,5 +1,5 @@
-// The C++ twin of kernels/platform.cuh and of the words of CUDA that kernels use. A kernel that includes the platform
-// and is compiled with SIGNMAML_EMULATION runs on the emulated GPU of machine.h.
+// The C++ twin of kernels/platform.cuh and of the CUDA keywords and built-ins that kernels use. A kernel that includes
+// platform.cuh and is compiled with SIGNMAML_EMULATION runs on the emulated GPU of machine.h.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ namespace signmaml {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- global memory ----------------------------------------------------------------------------------------------
+// ---- global memory
 
 template <typename Scalar, int kVector>
 struct alignas(sizeof(Scalar) * kVector) Vector {
@@ -59,7 +59,7 @@ inline void raise_flag(std::uint8_t* flag) {
     *flag = 1;
 }
 
-// ---- shared memory ------------------------------------------------------------------------------------------------
+// ---- shared memory
 
 template <typename Scalar>
 class Shared {
@@ -80,7 +80,7 @@ class Shared {
     std::int64_t count_;
 };
 
-// ---- barriers, lanes ------------------------------------------------------------------------------------------------
+// ---- barriers, lanes
 
 inline void block_barrier() { emulation::block_barrier(); }
 inline void warp_barrier() { emulation::warp_barrier(kAllLanes); }
@@ -111,7 +111,7 @@ inline Scalar shuffle_xor(Scalar value, int distance) {
     return operand.result;
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------------------------
+// ---- tensor cores
 
 // Rounds to TF32 (10 bits of mantissa), ties away from zero, as cvt.rna.tf32.f32 does. NaN and Inf stay.
 inline float to_tf32(float value) {
@@ -175,7 +175,7 @@ inline void mma(void* const* operands, RowOfA row_of_a, ColumnOfA column_of_a, R
         for (int e = 0; e < 4; ++e) {
             const int row = lane / 4 + (e >= 2 ? 8 : 0);
             const int column = lane % 4 * 2 + e % 2;
-            double sum = own->d[e];  // products are exact; the tensor core's own order of sums is not specified
+            double sum = own->d[e];  // products are exact; the hardware's order of summation is not specified
             for (int k = 0; k < kK; ++k) sum += double{a[row][k]} * double{b[k][column]};
             own->d[e] = static_cast<float>(sum);
         }
@@ -184,7 +184,7 @@ inline void mma(void* const* operands, RowOfA row_of_a, ColumnOfA column_of_a, R
 
 }  // namespace emulation
 
-// d (16 x 8, float) += a (16 x 8, TF32) * b (8 x 8, TF32); bits below TF32's mantissa are ignored, as by the hardware.
+// d (16 x 8, float) += a (16 x 8, TF32) * b (8 x 8, TF32); bits below TF32's mantissa are ignored, as in hardware.
 inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     emulation::MmaOperand operand{d, a, b};
     emulation::warp_operation("mma_m16n8k8_tf32", kAllLanes, &operand, [](void* const* operands) {
@@ -224,7 +224,7 @@ struct LdmatrixOperand {
 }  // namespace emulation
 
 // Four 8 x 8 matrices of 16-bit entries from shared memory: lane l gives the address of row l % 8 of matrix l / 8 and
-// receives, of every matrix, entries 2 * (l % 4) and the next of row l / 4.
+// receives, from every matrix, entries 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4.
 inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) {
     emulation::visit(row, 16, emulation::Access::kRead);
     emulation::LdmatrixOperand operand{row, result};
@@ -240,9 +240,8 @@ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) {
 }
 
 // ---- asynchronous copies to shared memory
-// -----------------------------------------------------------------------------
 
-// Starts a copy of 16 bytes. The target holds NaN until a wait that covers the copy.
+// Starts a copy of 16 bytes. The target holds NaN until a wait covers the copy.
 inline void cp_async_16(void* target, const void* source) { emulation::start_copy(target, source, 16); }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int kPending>

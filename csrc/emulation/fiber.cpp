@@ -1,4 +1,4 @@
-// Distributions that turn checks of the C library on refuse a jump to another stack.
+// Some distributions enable _FORTIFY_SOURCE by default, and its longjmp aborts on a jump to another stack.
 #undef _FORTIFY_SOURCE
 #include "emulation/fiber.h"
 
@@ -16,7 +16,7 @@
 namespace signmaml::emulation {
 namespace {
 
-// Device code has no deep calls; sanitizers need more of a frame.
+// Device code has no deep calls, but sanitizers make frames larger.
 constexpr std::size_t kStackBytes = 128 * 1024;
 
 }  // namespace
@@ -47,9 +47,9 @@ void Fiber::enter(unsigned high, unsigned low) {
     self->give_back();
 }
 
-// swapcontext asks the system about signals, which takes longer than all else that a change of threads does. So only a
-// fiber's beginning is a context; from then on jumps change the stack. AddressSanitizer takes jumps for the end of the
-// calls between, so it has contexts throughout.
+// swapcontext makes a system call for the signal mask, which takes longer than the rest of a switch. So a context only
+// starts a fiber, and later switches use longjmp. Under AddressSanitizer contexts are used throughout, because it takes
+// a longjmp for the end of all calls in between.
 #ifdef SIGNMAML_ASAN
 
 void Fiber::take_up() { swapcontext(&caller_, &own_); }

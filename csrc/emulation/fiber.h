@@ -15,18 +15,18 @@ class Fiber {
     explicit Fiber(std::function<void()> body);
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
-    // A fiber that did not finish is dropped where it stands: kernels hold nothing that needs a destructor.
+    // An unfinished fiber is simply dropped, because kernels hold nothing that needs a destructor.
     ~Fiber();
 
     // Runs the body until it ends or calls `pause`. Called from outside of any fiber.
     void resume();
-    // Hands control back to whoever resumed. Called from inside the body.
+    // Hands control back to the caller of resume. Called from inside the body.
     void pause();
     bool finished() const { return finished_; }
 
   private:
     static void enter(unsigned high, unsigned low);
-    // Changes of the stack: into the body, out of its middle, and out of its end.
+    // Switch stacks: into the body, out of it when it pauses, and out of it when it ends.
     void take_up();
     void interrupt();
     void give_back();
@@ -34,12 +34,12 @@ class Fiber {
     std::function<void()> body_;
     std::unique_ptr<char[]> stack_;
     ucontext_t own_{};
-    ucontext_t caller_{};  // where jumps are not used
+    ucontext_t caller_{};  // used only where longjmp is not
     jmp_buf to_body_{};
     jmp_buf to_caller_{};
     bool begun_ = false;
     bool finished_ = false;
-    // What AddressSanitizer wants to know when the stack changes.
+    // What AddressSanitizer must be told when the stack changes.
     void* fake_stack_ = nullptr;
     const void* caller_stack_ = nullptr;
     std::size_t caller_stack_bytes_ = 0;

@@ -1,4 +1,5 @@
-// The C++ twin of launch/device.cuh: the very .cu files of launch/, compiled as C++, start kernels on the emulated GPU.
+// The C++ twin of launch/device.cuh, with which the .cu files of launch/, compiled as C++, start kernels on the
+// emulated GPU.
 #pragma once
 
 #include <string>

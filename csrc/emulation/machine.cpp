@@ -27,7 +27,7 @@ struct Thread {
     Index3 index;
     Visitor who;
     State state = State::kReady;
-    // Of the warp operation it waits at.
+    // The warp operation that it waits at.
     const char* operation = "";
     unsigned lanes = 0;
     void* operand = nullptr;
@@ -81,7 +81,7 @@ void release_block_if_complete(Block& block) {
     }
 }
 
-// Called when a lane arrives: completes its operation if it was the last.
+// Called when a lane arrives: completes the operation if the lane is the last to arrive.
 void complete_warp_operation(Thread& arrived) {
     Block& block = *arrived.block;
     const int first = arrived.who.warp * kWarpThreads;
@@ -159,7 +159,7 @@ void run(Thread& thread) {
     }
 }
 
-// Some thread waits for ever: say for whom.
+// Some thread waits forever: report which threads it waits for.
 [[noreturn]] void report_stuck(const std::vector<std::unique_ptr<Block>>& alive) {
     for (const auto& block : alive) {
         for (const Thread& thread : block->threads) {
@@ -193,7 +193,7 @@ void run_all(Launch& launch, std::int64_t shared_bytes, const std::function<void
             }
         }
         if (ready.empty()) report_stuck(alive);
-        // Every ready thread runs once before the next look around, in random order.
+        // Run every ready thread once, in random order, before collecting the ready threads again.
         while (!ready.empty()) {
             std::swap(ready[below(ready.size())], ready.back());
             run(*ready.back());
@@ -227,7 +227,7 @@ void launch(const std::string& name, Extent3 grid, Extent3 block, std::int64_t s
         if (buffer.unwritten) std::memset(memory, 0xff, bytes);
         launch.global.emplace_back(buffer.name, memory, bytes, static_cast<std::size_t>(buffer.element_bytes),
                                    buffer.writable, !buffer.unwritten);
-        buffer.unwritten = false;  // the launches that follow read what this one wrote
+        buffer.unwritten = false;  // later launches may read what this one wrote
     }
     running = &launch;
     try {

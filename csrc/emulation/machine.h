@@ -1,5 +1,5 @@
-// The emulated GPU: runs the threads of a launch as fibers in a random order, and reports what a real GPU would let
-// pass or hang on. One launch at a time in a process thread.
+// The emulated GPU: runs the threads of a launch as fibers in random order, and reports errors that a real GPU would
+// ignore or hang on. Each host thread can run one launch at a time.
 #pragma once
 
 #include <cstdint>
@@ -34,22 +34,22 @@ struct Buffer {
 struct Settings {
     std::uint64_t seed = 0;   // of the order of threads and blocks
     int blocks_alive = 1;     // blocks that run at the same time
-    int multiprocessors = 2;  // what a plan is told
+    int multiprocessors = 2;  // the number that plans are given
     std::vector<Buffer> buffers;
 };
 
-// Of the calling process thread.
+// The settings of the calling host thread.
 Settings& settings();
 
 inline constexpr int kWarpThreads = 32;
 
-// Runs `kernel` once for each thread. Throws std::runtime_error that names the kernel, block and thread for an access
-// out of bounds, a read of what nobody wrote, a race, a barrier that not all threads reach, or threads of a warp that
-// meet at different operations.
+// Runs `kernel` once for each thread. Throws std::runtime_error naming the kernel, block and thread for an access out
+// of bounds, a read of unwritten memory, a race, a barrier that not all threads reach, or threads of a warp that wait
+// at different operations.
 void launch(const std::string& name, Extent3 grid, Extent3 block, std::int64_t shared_bytes,
             const std::function<void()>& kernel);
 
-// ---- what device code calls; only inside of a launch ----------------------------------------------------------------
+// ---- what device code calls; only inside a launch
 
 Index3 thread_index();
 Index3 block_index();
@@ -65,8 +65,8 @@ void visit(const void* address, std::int64_t bytes, Access access);
 void block_barrier();
 void warp_barrier(unsigned lanes);
 
-// An operation of several lanes of a warp. `combine` is called once, when all have arrived, with the lanes' operands
-// in order of lane; lanes that do not take part have a null operand.
+// An operation of several lanes of a warp. `combine` is called once all of them have arrived, with the operands in lane
+// order; lanes that do not take part have a null operand.
 using Combine = void (*)(void* const operands[kWarpThreads]);
 void warp_operation(const char* name, unsigned lanes, void* operand, Combine combine);
 

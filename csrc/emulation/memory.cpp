@@ -8,7 +8,7 @@ namespace {
 
 bool same_thread(const Visitor& a, const Visitor& b) { return a.block == b.block && a.thread == b.thread; }
 
-// Whether the earlier visit is over for the later visitor: the same thread, or a barrier in between.
+// Whether the earlier access happened before the later one: the same thread, or a barrier in between.
 bool ordered(const Visitor& earlier, const Visitor& later) {
     if (!earlier.exists() || same_thread(earlier, later)) return true;
     if (earlier.block != later.block) return false;

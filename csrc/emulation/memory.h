@@ -1,7 +1,8 @@
-// Memory that knows its bounds and who touched it last, so that a wrong index and a race are reported, not survived.
+// Memory that tracks its bounds and its last accesses, so that wrong indices and races are reported.
 //
-// Two accesses to an element race if two threads make them, one writes, and no barrier lies between: a block barrier,
-// or a warp barrier if both threads are of one warp. Threads of two blocks are never ordered within a launch.
+// Two accesses to an element race if different threads make them, at least one writes, and no barrier separates them: a
+// block barrier, or a warp barrier if both threads are in one warp. Threads of different blocks are never ordered
+// within a launch.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,7 @@
 
 namespace signmaml::emulation {
 
-// Which thread touches memory, and after how many barriers.
+// The thread that accesses memory, and how many barriers it has passed.
 struct Visitor {
     std::int64_t block = -1;
     int thread = -1;
@@ -22,24 +23,24 @@ struct Visitor {
     bool exists() const { return block >= 0; }
 };
 
-enum class Access { kRead, kWrite, kFlag };  // kFlag: all threads that write write the same value
+enum class Access { kRead, kWrite, kFlag };  // kFlag: a write of the same value by all threads that write
 
 class TrackedMemory {
   public:
-    // `bytes` of memory at `base` in elements of `element_bytes`. Memory that a block shares starts out unwritten:
-    // reading what nobody wrote is an error there.
+    // `bytes` of memory at `base` in elements of `element_bytes`. Unless `starts_written` (shared memory and outputs
+    // start unwritten), reading an element before it has been written is an error.
     TrackedMemory(std::string name, void* base, std::size_t bytes, std::size_t element_bytes, bool writable,
                   bool starts_written);
 
     bool holds(const void* address) const;
-    // Throws std::runtime_error that names the memory, the element and the threads, unless the access is sound.
+    // Throws std::runtime_error naming the memory, the element and the threads, unless the access is valid.
     void visit(const void* address, std::size_t bytes, Access access, const Visitor& who);
 
     const std::string& name() const { return name_; }
 
   private:
-    // Who read an element since it was written. Only the last reader is remembered by name; the marks say whether it
-    // stands for others that no barrier separates from a later writer.
+    // The threads that have read an element since it was written. Only the last reader is stored; the flags say whether
+    // other readers exist that no barrier separates from it.
     struct Readers {
         Visitor last;
         bool several_threads = false;  // of one warp, since its last barrier

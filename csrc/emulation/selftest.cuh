@@ -1,6 +1,6 @@
 // Small kernels that use what the flat-buffer kernels do not: shared memory, barriers, shuffles, tensor cores,
-// asynchronous copies. They prove the emulator (and, on a GPU, that platform.cuh and its twin agree).
-//   faulty_kernel        a copy with one fault of those that the emulator reports
+// asynchronous copies. They test the emulator (and, on a GPU, that platform.cuh and its twin agree).
+//   faulty_kernel        a copy with one of the faults that the emulator reports
 //   block_sum_kernel     out[b] = sum of row b; a block owns a row, a thread every blockDim-th element
 //   matmul_tf32_kernel   c = a b, TF32; a block of two warps owns 16 x 16 of c, a warp 16 x 8; two stages of cp.async
 //   matmul_bf16_kernel   c = a b^T, bf16; a warp owns 16 x 8 of c; ldmatrix
@@ -19,13 +19,13 @@ __global__ void block_sum_kernel(const BlockSumParams p) {
     float sum = 0.0f;
     for (std::int64_t i = threadIdx.x; i < p.columns; i += blockDim.x) sum += load(p.in + blockIdx.x * p.columns + i);
     sum = block_sum(sum, scratch);
-    // A second time over the same scratch: a missing barrier between the uses is a race.
+    // Use the same scratch again: a missing barrier between the two uses is a race.
     sum = block_sum(threadIdx.x == 0 ? sum : 0.0f, scratch);
     if (threadIdx.x == 0) store(p.out + blockIdx.x, sum);
 }
 
-// out[t] = in[t], by way of shared memory, with one fault. What is wrong is done in block 1, by thread 37 where a
-// thread does it alone.
+// out[t] = in[t] through shared memory, with one fault. The fault occurs in block 1, in thread 37 if a single thread
+// commits it.
 __global__ void faulty_kernel(const FaultParams p) {
     const Shared<float> shared(0, 64);
     const int t = static_cast<int>(threadIdx.x);
@@ -53,7 +53,7 @@ inline constexpr int kTf32Rows = 16, kTf32Columns = 16, kTf32Depth = 8;
 inline constexpr int kTf32StageOfA = kTf32Rows * kTf32Depth, kTf32StageOfB = kTf32Depth * kTf32Columns;
 inline constexpr int kTf32SharedBytes = 2 * (kTf32StageOfA + kTf32StageOfB) * 4;
 
-// Starts the copy of one slab of a and b; warp 0 takes a, warp 1 takes b, a thread 4 floats.
+// Starts to copy one slab of a and b; warp 0 copies a, warp 1 copies b, each thread 4 floats.
 __device__ inline void stage_tf32(const MatmulTf32Params& p, const Shared<float>& a, const Shared<float>& b, int slab) {
     const int stage = slab % 2;
     const int k0 = slab * kTf32Depth;

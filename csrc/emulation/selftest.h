@@ -1,4 +1,4 @@
-// Launches of the kernels in selftest.cuh, for callers that know no device code.
+// Launches of the kernels in selftest.cuh, for callers that do not include device code.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct MatmulBf16Params {
     int n, k;                // k a multiple of 16
 };
 
-// What faulty_kernel does wrong, in the words of the reports.
+// What faulty_kernel does wrong, named as in the reports.
 enum class Fault : int {
     kNone,
     kMissingBarrier,

@@ -1,6 +1,6 @@
-// counts[t, j] += sign(grads[t, j]); params[t, j] = theta[j] - lr[j] * counts[t, j]: the sign step of a task whose
-// state is one byte a parameter. A NaN gradient, and a count beyond +-127, make a count NaN for good; such tasks and
-// those with an infinite gradient are flagged. Blocks and threads own what they own in sign_step_kernel. Launched by
+// counts[t, j] += sign(grads[t, j]); params[t, j] = theta[j] - lr[j] * counts[t, j]: the sign step of tasks whose state
+// is one byte per parameter. A NaN gradient or a count beyond +-127 makes a count NaN for good. Tasks with such a count
+// or an infinite gradient are flagged. Blocks and threads own the same elements as in sign_step_kernel. Launched by
 // launch_compact_sign_step. Readable twin: compact_sign_step in signmaml_ext/reference.py.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace signmaml {
 
-// One more step on a count.
+// The count after one more step.
 template <typename Scalar>
 __device__ inline std::int8_t next_count(std::int8_t count, Scalar grad) {
     const int next = count + (grad > Scalar(0) ? 1 : 0) - (grad < Scalar(0) ? 1 : 0);
@@ -20,7 +20,7 @@ __device__ inline std::int8_t next_count(std::int8_t count, Scalar grad) {
     return static_cast<std::int8_t>(is_number ? next : kNanCount);
 }
 
-// At namespace scope: device code may use the value, but not call quiet_NaN.
+// At namespace scope because device code may use the value but not call quiet_NaN.
 template <typename Scalar>
 inline constexpr Scalar kNan = std::numeric_limits<Scalar>::quiet_NaN();
 
@@ -29,7 +29,7 @@ __device__ inline Scalar from_count(Scalar theta, Scalar lr, std::int8_t count) 
     return count == kNanCount ? kNan<Scalar> : theta - lr * static_cast<Scalar>(count);
 }
 
-// The columns [column, column + kVector) of one row. Returns whether the task is to be flagged.
+// The columns [column, column + kVector) of one row. Returns whether to flag the task.
 template <typename Scalar, int kVector, bool kPlain>
 __device__ inline bool compact_step_vector(const CompactSignStepParams<Scalar>& p, std::int64_t row,
                                            Vector<std::int8_t, kVector> counts, const Vector<Scalar, kVector>& grads,
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kBlock) compact_sign_step_kernel(const Compact
         for (std::int64_t first = blockIdx.x * kTile; first < span.bodies; first += gridDim.x * kTile) {
             Vector<std::int8_t, kVector> counts[kUnroll];
             Vector<Scalar, kVector> grads[kUnroll];
-            // All loads go out before anything waits for one.
+            // Issue all loads before the first use of a loaded value.
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
                 const std::int64_t body = first + u * kBlock + threadIdx.x;

@@ -1,4 +1,4 @@
-// What the convolution kernels share: stored numbers, tiles of positions, BatchNorm's constants, tensor-core products.
+// Shared by the convolution kernels: stored numbers, tiles of positions, BatchNorm's constants, tensor-core products.
 #pragma once
 
 #include <cmath>
@@ -16,8 +16,7 @@ __device__ inline T* row_of(const PerTask<T>& array, std::int64_t task) {
     return reinterpret_cast<T*>(reinterpret_cast<Byte*>(array.base) + task * array.stride);
 }
 
-// ---- numbers as they lie in memory: float, or bf16 as its 16 bits
-// ---------------------------------------------------------
+// ---- numbers as stored in memory: float, or bf16 as its 16 bits
 
 __device__ inline float as_float(float value) { return value; }
 __device__ inline float as_float(std::uint16_t value) { return float_of(static_cast<std::uint32_t>(value) << 16); }
@@ -35,7 +34,7 @@ struct Storing<std::uint16_t> {
     }
 };
 
-// What a value becomes by being stored.
+// A value rounded as storing it would round it.
 template <typename Stored>
 __device__ inline float rounded_to(float value) {
     return as_float(Storing<Stored>::of(value));
@@ -60,12 +59,11 @@ __device__ inline void store_floats(Stored* target, const Vector<float, kCount>&
 }
 
 // ---- tiles
-// ------------------------------------------------------------------------------------------------------------
 
-// Where a tile lies in the grid of positions.
+// Where a tile is in the grid of positions.
 struct TilePlace {
     int image, y, x;            // its first position
-    int images, height, width;  // of the part of it that is inside the grid
+    int images, height, width;  // of the part that is inside the grid
 
     __device__ int positions() const { return images * height * width; }
 };
@@ -85,7 +83,7 @@ __device__ inline TilePlace place_of(const ConvTiles& tiles, int tile) {
             smaller_of(tiles.tile_width, tiles.width - x)};
 }
 
-// One position of a tile, by its number; row by row, image by image.
+// One position of a tile. Positions are numbered row by row, image by image.
 struct TilePosition {
     int image, y, x;  // within the tile
     bool inside;      // the grid
@@ -103,13 +101,12 @@ __device__ inline int end_of_tiles(const ConvTiles& tiles, int slice) {
 }
 
 // ---- BatchNorm
-// --------------------------------------------------------------------------------------------------------
 
 struct NormOfChannel {
     float mean, inverse;
 };
 
-// Mean and 1 / sqrt(variance + eps) of a channel, from the slices' counts, means and squares, in order of slices.
+// Mean and 1 / sqrt(variance + eps) of a channel, from the slices' counts, means and squares, combined in slice order.
 template <typename Stored>
 __device__ inline NormOfChannel norm_of(const ConvLayer<Stored>& layer, std::int64_t task, int channel) {
     const float* partials = row_of(layer.statistics, task) + channel;
@@ -132,7 +129,7 @@ __device__ inline NormOfChannel norm_of(const ConvLayer<Stored>& layer, std::int
     return {mean, 1.0f / sqrtf(squares / count + layer.block.eps)};
 }
 
-// The gradients of beta (which = 0) and gamma (which = 1) of a channel.
+// The sum of one value per slice, in slice order.
 __device__ inline float sum_of_slices(const float* partials, int slices, std::int64_t stride) {
     float sum = 0.0f;
 #pragma unroll 4
@@ -140,10 +137,10 @@ __device__ inline float sum_of_slices(const float* partials, int slices, std::in
     return sum;
 }
 
-// The largest of a window after BatchNorm: the first one wins a tie, NaN wins all, as in torch.
+// Max-pooling after BatchNorm: the first of equal values wins, and NaN beats every number, as in torch.
 __device__ inline bool beats(float value, float best) { return value > best || value != value; }
 
-// What ReLU lets through; NaN, as in torch.
+// Whether ReLU passes y. It passes NaN, as in torch.
 __device__ inline bool is_active(float y) { return !(y <= 0.0f); }
 
 // kCount neighbouring channels of one position of a layer's activation, from its raw output.
@@ -188,7 +185,7 @@ __device__ inline Activated<kCount, Stored> activate(const ConvLayer<Stored>& la
     return result;
 }
 
-// Fills what `activate` reads; a barrier must follow.
+// Fills `norm` for `activate`; a barrier must follow.
 template <typename Stored>
 __device__ inline void prepare_activation(const ConvLayer<Stored>& layer, std::int64_t task, const float* weights,
                                           const Shared<float>& norm) {
@@ -202,8 +199,8 @@ __device__ inline void prepare_activation(const ConvLayer<Stored>& layer, std::i
 }
 
 // kCount neighbouring channels of one position of a layer's raw gradient,
-//   dz = gamma * r * (dy - dbeta / M - xhat * dgamma / M),
-// `norm` holds mean, r, gamma * r, dbeta / M and dgamma / M of every channel.
+//   dz = gamma * r * (dy - dbeta / M - xhat * dgamma / M).
+// `norm` holds mean, r, gamma * r, dbeta / M and dgamma / M of every channel, one array after the other.
 template <int kCount, typename Stored>
 __device__ inline Vector<float, kCount> raw_grad(const ConvLayer<Stored>& layer, std::int64_t task, int image, int y,
                                                  int x, int channel, const Shared<float>& norm) {
@@ -213,7 +210,7 @@ __device__ inline Vector<float, kCount> raw_grad(const ConvLayer<Stored>& layer,
     const auto z = load_floats<kCount>(row_of(layer.raw, task) + at);
     Vector<float, kCount> dy{};
     const int window_y = y / block.window, window_x = x / block.window;
-    if (window_y < block.act_height && window_x < block.act_width) {  // else the pooling drops it
+    if (window_y < block.act_height && window_x < block.act_width) {  // else pooling drops this position
         const std::int64_t window =
             ((std::int64_t{image} * block.act_height + window_y) * block.act_width + window_x) * filters + channel;
         const auto choices = load<std::uint8_t, kCount>(row_of(layer.choices, task) + window);
@@ -235,7 +232,7 @@ __device__ inline Vector<float, kCount> raw_grad(const ConvLayer<Stored>& layer,
     return result;
 }
 
-// Fills what `raw_grad` reads; a barrier must follow.
+// Fills `norm` for `raw_grad`; a barrier must follow.
 template <typename Stored>
 __device__ inline void prepare_raw_grad(const ConvLayer<Stored>& layer, std::int64_t task, const float* weights,
                                         const Shared<float>& norm) {
@@ -253,7 +250,6 @@ __device__ inline void prepare_raw_grad(const ConvLayer<Stored>& layer, std::int
 }
 
 // ---- products on tensor cores
-// ------------------------------------------------------------------------------------------
 
 template <ConvPrecision kPrecision>
 inline constexpr int kConvDepth = kPrecision == ConvPrecision::kBf16 ? 16 : 8;
@@ -267,7 +263,7 @@ struct ConvStored<ConvPrecision::kBf16> {
     using Type = std::uint16_t;
 };
 
-// A float as two TF32 numbers whose sum has 21 bits of it.
+// A float as two TF32 numbers whose sum keeps 21 of its bits.
 struct Halves {
     std::uint32_t high, low;
 };
@@ -316,7 +312,7 @@ __device__ inline void multiply(float (&sums)[kM][kN][4], const A& a, const B& b
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 if constexpr (kPrecision == ConvPrecision::kFp32) {
-                    // The small products first: they would be lost in the large sum.
+                    // Add the small products first: they would be lost in the large sum.
                     mma_m16n8k8_tf32(sums[i][j], low[i], columns);
                     mma_m16n8k8_tf32(sums[i][j], high[i], rest);
                 }
@@ -326,7 +322,7 @@ __device__ inline void multiply(float (&sums)[kM][kN][4], const A& a, const B& b
     }
 }
 
-// The sum of a fragment's column over its rows: over the eight lanes that share it, in a fixed order.
+// The sum of a fragment's column over its rows, i.e. over the eight lanes that share the column, in a fixed order.
 __device__ inline float sum_over_rows(float value) {
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2) value += shuffle_xor(value, distance);

@@ -1,8 +1,9 @@
 // da = conv_transposed(dz, W): the gradient of a block's input, from the gradient of its raw output.
-// An implicit GEMM like conv_forward: rows are positions of the input, columns its channels, depth is taps x filters.
-// dz is made on the way from z, the halving's choices and the gradient above, and stored for the weight gradient. If
-// the block below has a raw output, its gradients of beta and gamma are summed up here: sum dy, sum dy * xhat. A block
-// owns a slice of tiles of one task and 8 * kTilesN channels. Launched by launch_conv_data_grad.
+// An implicit GEMM like conv_forward: rows are positions of the input, columns are its channels, depth is taps x
+// filters. dz is computed on the way from z, the halving's choices and the gradient of the activation, and stored for
+// the weight gradient. If the block below has a raw output, its gradients of beta and gamma are summed here: sum dy,
+// sum dy * xhat. A thread block owns a slice of tiles of one task and 8 * kTilesN channels. Launched by
+// launch_conv_data_grad.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 
 namespace signmaml {
 
-// Filters [first, first + depth) of the tile of dz, with zeros around the image and up to `padded`.
+// Computes filters [first, first + depth) of the tile of dz, with zeros around the image and up to `padded`.
 template <typename Stored>
 __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::int64_t task, const TilePlace& place,
                                       const Shared<float>& tile, const Shared<float>& norm, int first, int depth,
@@ -20,7 +21,7 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
     const ConvTiles& tiles = p.tiles;
     const int quads = padded / 4;
     const int positions = tiles.tile_images * tiles.halo_height * tiles.halo_width;
-    // With stride 2 the tile starts at an even row and column, and dz at half of them.
+    // With stride 2 the tile starts at an even row and column, and its dz at half those indices.
     const int border = block.stride == 1 ? 1 : 0;
     const int own_height = (tiles.tile_height + block.stride - 1) / block.stride;
     const int own_width = (tiles.tile_width + block.stride - 1) / block.stride;
@@ -33,7 +34,7 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.height && x >= 0 && x < block.width && filter < depth) {
             values = raw_grad<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
-            // Of the tiles that hold this position, the one whose own part it is stores it.
+            // Several tiles may hold this position; only the one that owns it stores it.
             const bool owned = row >= 0 && row < own_height && column >= 0 && column < own_width;
             if (owned && blockIdx.z == 0) {
                 const std::int64_t at =
@@ -46,7 +47,7 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
     }
 }
 
-// Starts the copy of one tap's weights: a row a channel of the block's columns, filters [first, first + depth) in it.
+// Starts to copy one tap's weights: one row per channel of the block's columns, with filters [first, first + depth).
 template <int kColumns>
 __device__ inline void stage_transposed_slab(const float* weights, int tap, int channels, int filters, int first,
                                              int depth, int padded, const Shared<float>& slabs) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
     const float* weights = row_of(p.weights, task);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
-    // A position of zeros after the tile: what a tap reads where no output lies.
+    // One position of zeros after the tile: a tap reads it where there is no output.
     const int zeros = tiles.tile_images * halo * kConvRow;
 
     prepare_raw_grad(p.layer, task, weights, norm);
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
                     stage_transposed_slab<kColumns>(weights + p.layer.weight, tap + 1, channels, block.filters, first,
                                                     depth, padded, slabs);
                 }
-                // Output (y + 1 - ky) / stride took input y with this tap, if that is a whole number.
+                // Output (y + 1 - ky) / stride used input y with this tap, if the quotient is an integer.
                 int rows[4];
 #pragma unroll
                 for (int h = 0; h < 4; ++h) {

@@ -1,11 +1,12 @@
-// Block 1 of the network without its raw output: its input is fixed through all inner steps and a patch has only
+// Block 1 of the network without its raw output: its input is the same in all inner steps and a patch has only
 // 9 * channels values, so mean(z) = W m and var(z) = W G W^T follow from the patches' mean m and covariance G.
-//   patch_moments   sums for m and G, once a meta-step and set; a block owns a slice of tiles, a thread pairs of values
-//   conv_first      a = halve(relu(bn(conv(x, W)))), a thread one position of a and 8 filters
-//   conv_first_grad   sum dy and sum dy * patch at the winners of the halving, a lane one filter
-//   conv_raw_grad     dz of the direct form, which stores z; for tests of this one
-// x is read as x - shift (its mean, one value a channel): the mean of z then is small, and nothing cancels.
-// Launched by launch_conv_meta_step; pack and update make m, G and BatchNorm's constants (conv_update.cuh).
+//   patch_moments     sums for m and G, once per meta-step and set; a block owns a slice of tiles, a thread pairs of
+//                     values
+//   conv_first        a = halve(relu(bn(conv(x, W)))); a thread owns one position of a and 8 filters
+//   conv_first_grad   sum dy and sum dy * patch at the winners of the halving; a lane owns one filter
+//   conv_raw_grad     dz of the direct form, which stores z; only for tests of the covariance form
+// x is read as x - shift (its mean, one value per channel), so that the mean of z is small and nothing cancels.
+// Launched by launch_conv_meta_step; pack and update compute m, G and BatchNorm's constants (conv_update.cuh).
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@
 
 namespace signmaml {
 
-// The part of the images that a tile of outputs reads, minus shift, [position, channels]; outside the image x is 0.
-// A tile of `positions` outputs `spacing` inputs apart.
+// Loads the part of the images that a tile of outputs reads, minus shift, as [position, channels]; outside the image x
+// is 0. Neighbouring outputs are `spacing` inputs apart.
 template <typename Shift>
 __device__ inline void stage_pixels(const float* images, const ConvBlock& block, const ConvTiles& tiles,
                                     const TilePlace& place, int spacing, const Shift& shift,
@@ -35,9 +36,9 @@ __device__ inline void stage_pixels(const float* images, const ConvBlock& block,
     }
 }
 
-// Products of so many neighbouring positions are added in float32 before they join a sum in double.
+// Products of this many neighbouring positions are added in float32 before they are added to a sum in double.
 inline constexpr int kMomentRun = 8;
-// Pairs of patch values that one thread sums up: 27 * 28 / 2 over the block's threads, and one column of plain sums.
+// Pairs of patch values that one thread sums: 27 * 28 / 2 pairs and 27 plain sums, divided among the block's threads.
 inline constexpr int kMomentPairs = (kConvPatch * (kConvPatch + 1) / 2 + kConvPatch + kConvThreads - 1) / kConvThreads;
 
 __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvPatchMomentsParams p) {
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvP
                              tiles.tile_images * tiles.halo_height * tiles.halo_width * channels);
     const float* images = row_of(p.images, task);
 
-    // Where the slice centres: the mean of its first tile, halo and all. Any value near the images' would do.
+    // The slice is centred on the mean of its first tile, including the halo. Any value near the images' mean would do.
     const TilePlace first = place_of(tiles, first_tile(tiles, blockIdx.x));
     const auto nothing = [](int) { return 0.0f; };
     stage_pixels(images, block, tiles, first, block.stride, nothing, tile);
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvP
         if (lane() == 0) shift.set(warp, sum / static_cast<float>(pixels));
     }
 
-    // Pair number n is (i, j), i <= j, row by row; the numbers after them are single values, paired with a 1.
+    // Pair n is (i, j) with i <= j, row by row. The numbers after the pairs are single values, summed as they are.
     const int pairs = values * (values + 1) / 2;
     int left[kMomentPairs], right[kMomentPairs];
     double sums[kMomentPairs] = {};
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvP
 
 inline constexpr int kFirstFilters = 8;  // of one thread
 
-// Shared memory: the tile of pixels, then all weights [9 * channels, filters], then mean, scale and beta [3, filters].
+// Shared memory: all weights [9 * channels, filters], then mean, scale and beta [3, filters], then the tile of pixels.
 template <bool kMaxPool, typename Stored>
 __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirstParams<Stored> p) {
     constexpr int kSide = kMaxPool ? 2 : 1;  // of the window
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
             const std::int64_t image = place.image + at.image;
             const std::int64_t to =
                 ((image * block.act_height + place.y + at.y) * block.act_width + place.x + at.x) * filters + filter;
-            // Two stores of four: eight floats are more than one access moves.
+            // Two stores of four: one access cannot move eight floats.
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 Vector<float, 4> part;
@@ -226,7 +227,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
     }
 }
 
-// Lane l of every warp owns filter 32 * blockIdx.z + l; a warp takes every fourth position of the tiles.
+// Lane l of every warp owns filter 32 * blockIdx.z + l; a warp takes every kWarps-th position of the tiles.
 template <int kChannels, typename Stored>
 __global__ void __launch_bounds__(kConvThreads) conv_first_grad_kernel(const ConvFirstGradParams<Stored> p) {
     constexpr int kSums = 1 + kConvTaps * kChannels, kWarps = kConvThreads / 32;
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_grad_kernel(const Con
     }
 }
 
-// A thread owns 4 filters of one position. Shared memory: BatchNorm's constants [5, filters].
+// A thread owns 4 filters of one position at a time. Shared memory: BatchNorm's constants [5, filters].
 template <typename Stored>
 __global__ void __launch_bounds__(kConvThreads, 8) conv_raw_grad_kernel(const ConvRawGradParams<Stored> p) {
     const ConvBlock& block = p.layer.block;

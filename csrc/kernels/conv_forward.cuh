@@ -1,8 +1,9 @@
 // z = conv3x3(x, W) of one block of the network, and the statistics of z that its BatchNorm needs.
-// An implicit GEMM on tensor cores: rows are positions of z, columns filters, depth is taps x channels. A block owns a
-// slice of tiles of one task and 8 * kTilesN filters; a warp 32 positions of a tile. The input comes from the images,
-// from a stored activation, or from the raw output of the block below: normalised, halved and (for a backward pass)
-// stored on the way. Launched by launch_conv_forward. Readable twin: nn.Conv2d under reference.py.
+// An implicit GEMM on tensor cores: rows are positions of z, columns are filters, depth is taps x channels. A thread
+// block owns a slice of tiles of one task and 8 * kTilesN filters; a warp owns 32 positions of a tile. The input is
+// read from the images, from a stored activation, or from the raw output of the block below, which is normalised,
+// halved and (if a backward pass follows) stored on the way. Launched by launch_conv_forward.
+// Readable twin: nn.Conv2d under reference.py.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,7 @@ __device__ inline void stage_image(const ConvForwardParams<Stored>& p, std::int6
     }
 }
 
-// Channels [first, first + depth) of the tile's input, with zeros up to `padded`.
+// Loads channels [first, first + depth) of the tile's input, with zeros up to `padded`.
 template <typename Stored>
 __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std::int64_t task, const TilePlace& place,
                                         const Shared<float>& tile, const Shared<float>& norm, int first, int depth,
@@ -58,7 +59,7 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
                 const auto activated =
                     activate<4>(p.below, row_of(p.below.raw, task), place.image + image, y, x, first + channel, norm);
                 values = activated.values;
-                // Of the tiles that hold this position, the one whose own part it is stores it.
+                // Several tiles may hold this position; only the one that owns it stores it.
                 const bool owned = row >= 1 && row <= tiles.tile_height * block.stride && column >= 1 &&
                                    column <= tiles.tile_width * block.stride;
                 if (p.keep && owned && blockIdx.z == 0) {
@@ -72,8 +73,8 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
     }
 }
 
-// Starts the copy of one tap's weights of channels [first, first + depth) and of the block's filters; zeros up to
-// `padded` rows and beyond the last filter.
+// Starts to copy one tap's weights for channels [first, first + depth) and this thread block's filters, with zeros up
+// to `padded` rows and beyond the last filter.
 template <int kColumns>
 __device__ inline void stage_forward_slab(const float* weights, int tap, int channels, int filters, int first,
                                           int depth, int padded, const Shared<float>& slabs) {
@@ -111,17 +112,17 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
 
     if (p.source == ConvSource::kRaw) prepare_activation(p.below, task, weights, norm);
-    // Of column threadIdx.x, over the slice's tiles so far.
+    // Statistics of column threadIdx.x over the slice's tiles so far.
     float count = 0.0f, mean = 0.0f, squares = 0.0f;
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
         TilePosition positions[4];
-        int rows[4];  // where the positions' inputs lie in the tile
+        int rows[4];  // offsets of the positions' inputs in the tile
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
             positions[h] = position_of(tiles, place, warp * 32 + h * 8 + group);
             const int y = positions[h].y * block.stride, x = positions[h].x * block.stride;
-            // A position outside takes what is there: nothing that it makes is used.
+            // A position outside the grid reads any value: its results are not used.
             rows[h] = positions[h].inside ? (positions[h].image * halo + y * tiles.halo_width + x) * kConvRow : 0;
         }
         float sums[2][kTilesN][4] = {};
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
             }
         }
 
-        // z as it will be read again, and the sums of its columns.
+        // Store z, and sum it as stored: later kernels read the rounded values.
         Stored* raw = row_of(p.layer.raw, task);
         const float of_tile = static_cast<float>(place.positions());
 #pragma unroll
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
         }
         block_barrier();  // all warps' squares are there
         if (threadIdx.x < kColumns) {
-            // The tile joins the slice: counts, means and squares of two sets make those of their union.
+            // Merge the tile into the slice: combine the counts, means and squares of the two sets.
             const float distance = total_of(0, threadIdx.x) / of_tile - mean, both = count + of_tile;
             squares += total_of(1, threadIdx.x) + distance * distance * count * of_tile / both;
             mean += distance * of_tile / both;

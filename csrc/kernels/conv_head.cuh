@@ -1,8 +1,9 @@
-// The classifier of one task: features from the last block, logits, softmax cross-entropy, and the way back.
+// The classifier of one task: features from the last block, logits, softmax cross-entropy, and its backward pass.
 //   logits = f W^T + b;  dlogits = (softmax - onehot) / n;  df = dlogits W;  dW = dlogits^T f;  db = sum dlogits
-// A block owns a task. In an inner step it moves W and b itself; in the query pass of a meta-step it writes their
-// gradients. df leaves through the readout as the gradient of the last block's activation, with that block's gradients
-// of beta and gamma. Launched by launch_conv_head. Readable twin: cross_entropy in signmaml_ext/reference.py.
+// A thread block owns a task. In an inner step it updates W and b itself; in the query pass of a meta-step it writes
+// their gradients. df goes back through the readout and is stored as the gradient of the last block's activation, with
+// that block's gradients of beta and gamma. Launched by launch_conv_head.
+// Readable twin: cross_entropy in signmaml_ext/reference.py.
 #pragma once
 
 #include <cmath>
@@ -14,8 +15,8 @@ namespace signmaml {
 
 inline constexpr int kConvHeadThreads = 256;
 
-// Shared memory, in floats: constants of BatchNorm [3, filters], its mean and r [2, filters], an element a warp for
-// sums over the block, and two an element a thread.
+// Shared memory, in floats: BatchNorm's constants for `activate` [3, filters] and its r [filters], with room for
+// [5, filters]; one float per warp for sums over the block; two floats per thread.
 template <typename Stored>
 struct ConvHead {
     const ConvHeadParams<Stored>& p;
@@ -30,7 +31,7 @@ struct ConvHead {
     __device__ float* features() const { return row_of(p.features, task); }
     __device__ float* scores() const { return row_of(p.scores, task); }
 
-    // Of one image and pixel, one filter; stores the choice of the halving.
+    // The activation of one image, pixel and filter; stores the halving's choice if a backward pass follows.
     __device__ float activation(int image, int pixel, int filter) const {
         const ConvBlock& block = p.layer.block;
         const std::int64_t at = (std::int64_t{image} * pixels() + pixel) * block.filters + filter;
@@ -47,7 +48,7 @@ struct ConvHead {
         const std::int64_t items = std::int64_t{p.layer.count} * width();
         for (std::int64_t item = threadIdx.x; item < items; item += kConvHeadThreads) {
             const int filter = static_cast<int>(item % filters);
-            const int row = static_cast<int>(item / filters);  // of pixels of all images, or of images
+            const int row = static_cast<int>(item / filters);  // counts the pixels of all images, or the images
             float value = 0.0f;
             if (flat) {
                 value = activation(row / pixels(), row % pixels(), filter);
@@ -59,7 +60,7 @@ struct ConvHead {
         }
     }
 
-    // A warp an image and way.
+    // One warp per image and way.
     __device__ void make_logits() const {
         const int warp = static_cast<int>(threadIdx.x / 32);
         for (int item = warp; item < p.layer.count * p.ways; item += kConvHeadThreads / 32) {
@@ -78,8 +79,8 @@ struct ConvHead {
         }
     }
 
-    // Logits become their gradient; returns the mean loss, the same bits in every thread. One label out of range makes
-    // loss and gradient of the whole task NaN, as reference.cross_entropy does.
+    // Replaces the logits by their gradient; returns the mean loss, the same bits in every thread. One label out of
+    // range makes the loss and gradient of the whole task NaN, as in reference.cross_entropy.
     __device__ float make_loss() const {
         const std::int64_t* labels = p.labels + task * p.layer.count;
         const float count = static_cast<float>(p.layer.count);
@@ -113,13 +114,13 @@ struct ConvHead {
             loss += logf(sum) + largest - of_label;
             if (best == label) correct += 1.0f;
         }
-        // The sums also are the barrier between the gradients' writers and their readers.
+        // The barriers in these sums also separate the gradients' writers from their readers.
         correct = block_sum(correct, scratch);
         if (p.accuracy != nullptr && threadIdx.x == 0) store(p.accuracy + task, correct / count);
         return block_sum(loss, scratch) / count + invalid;
     }
 
-    // The gradient of the last block's activation, and what BatchNorm sums of it. A thread owns a filter and every
+    // The gradient of the last block's activation, and its sums for BatchNorm. A thread owns a filter and every
     // groups-th pixel of all images.
     __device__ void send_back() const {
         const ConvBlock& block = p.layer.block;
@@ -166,7 +167,7 @@ struct ConvHead {
         }
     }
 
-    // One element of the classifier: its gradient moves it, or is the result.
+    // Handles one element of the classifier: its gradient updates it, or is the result.
     __device__ bool take(std::int64_t place, std::int64_t theta_place, float gradient, int tensor) const {
         if (p.pass == ConvPass::kGradient) {
             store(p.grads + task * p.parameters + theta_place, gradient);
@@ -188,7 +189,7 @@ struct ConvHead {
                     gradient += load(scores() + static_cast<std::int64_t>(image) * p.ways + way) *
                                 load(features() + static_cast<std::int64_t>(image) * width() + i);
                 }
-                // torch flattens filter by filter, the features here lie pixel by pixel.
+                // torch flattens filter by filter; features are stored pixel by pixel here.
                 const int flattened = p.readout == Readout::kFlatten ? i % filters * pixels() + i / filters : i;
                 nonfinite |= take(p.weight + item, p.theta_weight + way * width() + flattened, gradient, 0);
             }
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kConvHeadThreads) conv_head_kernel(const ConvH
     head.make_features();
     block_barrier();  // all features are there
     head.make_logits();
-    const float loss = head.make_loss();  // begins with a sum over the block, and so with all logits there
+    const float loss = head.make_loss();  // starts with a sum over the block, whose barrier makes all logits visible
     bool nonfinite = is_nonfinite(loss);
     if (threadIdx.x == 0) store(p.loss + head.task, loss);
     if (p.pass != ConvPass::kForward) {

@@ -1,10 +1,11 @@
-// The weights of all tasks, packed [9 * channels, filters] a block of the network.
-//   conv_pack             theta to every task's weights; the patches' mean and covariance from their slices
-//   conv_sign_update      adds up the slices' partial gradients in order, takes the sign, moves the weight
-//   conv_meta_accumulate  the same sums for the query pass: a task's row of meta-gradients, in theta's order
-//   conv_unpack           every task's weights in theta's order
-// Of a task, block 0 owns block 1's parameters (by covariance), block 1 all of BatchNorm's, the others the remaining
-// convolution weights, a thread an element. Launched by launch_conv_meta_step.
+// The weights of all tasks, packed as [9 * channels, filters] for each block of the network.
+//   conv_pack             copies theta to every task's weights; computes the patches' mean and covariance from slices
+//   conv_sign_update      adds the slices' partial gradients in order, takes the sign, updates the weight
+//   conv_meta_accumulate  the same sums for the query pass, written as a task's row of meta-gradients in theta's order
+//   conv_unpack           copies every task's weights back to theta's order
+// Within a task, thread block 0 owns the parameters of the network's block 1 (by covariance), thread block 1 all other
+// BatchNorm parameters, and the others the remaining convolution weights, one element per thread. Launched by
+// launch_conv_meta_step.
 // Readable twins: sign_step and meta_accumulate in signmaml_ext/reference.py.
 #pragma once
 
@@ -28,12 +29,13 @@ __device__ inline Shared<T> first_memory(int filters, int which) {
                       : Shared<T>(doubles + floats, filters);
 }
 
-// Mean and covariance of the patches from the slices' sums, each around its own shift; all threads of a block.
+// Mean and covariance of the patches from the slices' sums, each around its own shift. Called by all threads of a
+// block.
 __device__ inline void join_moments(const ConvMomentSums* slices, int count_of_slices, int channels, ConvMoments* out) {
     const int values = kConvTaps * channels;
     double count = 0.0;
     for (int slice = 0; slice < count_of_slices; ++slice) count += load(&slices[slice].count);
-    // The mean of a patch's value: of the block's threads each one.
+    // Each thread computes the mean of one patch value.
     for (int i = threadIdx.x; i < values; i += kConvUpdateThreads) {
         double mean = 0.0, center = 0.0;
         const int at_center = kConvTaps / 2 * channels + i % channels;
@@ -65,8 +67,8 @@ __device__ inline void join_moments(const ConvMomentSums* slices, int count_of_s
     block_barrier();  // the covariance is there
 }
 
-// BatchNorm's constants of block 1: mean(z) = W m and var(z) = W G W^T, in double since W may lie along a direction of
-// small variance. All threads of a block; the weights lie in global memory.
+// BatchNorm's constants of block 1: mean(z) = W m and var(z) = W G W^T, in double because W may point along a direction
+// of small variance. Called by all threads of a block; the weights are in global memory.
 __device__ inline void first_norm(const ConvMoments* moments, const float* weights, int channels, int filters,
                                   float eps, ConvFirstNorm* norm) {
     const int values = kConvTaps * channels;
@@ -87,16 +89,16 @@ __device__ inline void first_norm(const ConvMoments* moments, const float* weigh
             mean += load(&moments->mean[i]) * static_cast<double>(load(weights + i * filters + filter));
         }
         store(&norm->mean[filter], static_cast<float>(mean));
-        const double positive = variance < 0.0 ? 0.0 : variance;  // rounding; a NaN stays
+        const double positive = variance < 0.0 ? 0.0 : variance;  // rounding can make it negative; NaN stays
         store(&norm->inverse[filter], static_cast<float>(1.0 / sqrt(positive + static_cast<double>(eps))));
     }
 }
 
-// Where an element of a task's packed weights lies in theta.
+// The index in theta of an element of a task's packed weights.
 __device__ inline std::int64_t theta_place(const ConvNetwork& net, std::int64_t place) {
     if (place >= net.head_bias) return net.theta_head_bias + place - net.head_bias;
     if (place >= net.head_weight) {
-        // torch flattens filter by filter, the features here lie pixel by pixel.
+        // torch flattens filter by filter; features are stored pixel by pixel here.
         const std::int64_t width = std::int64_t{net.pixels} * net.filters, i = place - net.head_weight;
         return net.theta_head_weight + i / width * width + i % net.filters * net.pixels + i % width / net.filters;
     }
@@ -111,12 +113,13 @@ __device__ inline std::int64_t theta_place(const ConvNetwork& net, std::int64_t 
            i / net.filters / block.in_channels;
 }
 
-// A block a task and piece; block 0 of a task also makes block 1's constants, from theta itself: another block packs.
+// One thread block per task and piece.
 __global__ void __launch_bounds__(kConvUpdateThreads) conv_pack_kernel(const ConvPackParams p) {
     const std::int64_t task = blockIdx.y;
     const ConvNetwork& net = p.network;
     float* weights = row_of(p.weights, task);
-    // Block 0 packs block 1 of the network and whatever follows from it, the others the rest.
+    // Thread block 0 packs the convolution weights of the network's block 1 and computes what depends on them; the
+    // others pack the rest.
     const ConvOffsets& first = net.blocks[0];
     if (blockIdx.x == 0) {
         for (std::int64_t i = threadIdx.x; i < first.gamma; i += kConvUpdateThreads) {
@@ -152,13 +155,13 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_unpack_kernel(const C
         store(row + theta_place(net, i), load(weights + i));
     }
     if (!net.conv_bias) return;
-    for (std::int64_t i = first; i < net.count * net.filters; i += threads) {  // never moved
+    for (std::int64_t i = first; i < net.count * net.filters; i += threads) {  // biases never change
         const std::int64_t place = net.blocks[i / net.filters].theta_bias + i % net.filters;
         store(row + place, load(p.theta + place));
     }
 }
 
-// One element: its gradient moves it (kStep), or is the result. `tensor` is its tensor among theta's.
+// Handles one element: its gradient updates it (kStep), or is the result. `tensor` is the index of its tensor in theta.
 template <bool kStep>
 __device__ inline bool take(const ConvUpdateParams& p, std::int64_t task, std::int64_t place, std::int64_t theta,
                             int tensor, float gradient) {
@@ -173,12 +176,12 @@ __device__ inline bool take(const ConvUpdateParams& p, std::int64_t task, std::i
     return is_nonfinite(gradient);
 }
 
-// The tensors of BatchNorm follow the convolution's weight and bias.
+// BatchNorm's tensors come after the convolution's weight and bias.
 __device__ inline int gamma_tensor(const ConvNetwork& net, int block) {
     return net.blocks[block].tensor + (net.conv_bias ? 2 : 1);
 }
 
-// Block 1 of the network from its sums at the winners: with dy and patches centred on their mean,
+// Gradients of the network's block 1 from its sums at the winners, with patches centred on their mean:
 //   B = sum dy (patch - m),  dgamma = r W B,  dW = gamma r (B - dgamma r G W),  dbeta = sum dy.
 template <bool kStep>
 __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) {
@@ -264,7 +267,7 @@ __device__ inline bool take_norms(const ConvUpdateParams& p, std::int64_t task) 
     return nonfinite;
 }
 
-// Every blocks-th piece of the convolution weights, from piece `piece` on.
+// Every blocks-th piece of the convolution weights, starting with `piece`.
 template <bool kStep>
 __device__ inline bool take_weights(const ConvUpdateParams& p, std::int64_t task, int piece, int blocks) {
     const ConvNetwork& net = p.network;

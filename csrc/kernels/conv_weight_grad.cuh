@@ -1,8 +1,8 @@
 // dW = sum over positions of patch(x) (x) dz: partial sums of the weight gradient of one block of the network.
-// A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps, columns filters, depth
-// is positions. A block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk channels and 8 *
-// kTilesN filters; warps 0 and 2 take the first 16 channels, 1 and 3 the others; two warps share the depth. Launched by
-// launch_conv_weight_grad; conv_sign_update adds the slices up and moves the weights.
+// A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps; columns are filters;
+// depth is positions. A thread block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk
+// channels and 8 * kTilesN filters. Warps 0 and 2 take the first 16 channels, warps 1 and 3 the others; each pair
+// splits the depth. Launched by launch_conv_weight_grad. conv_sign_update adds the slices and updates the weights.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace signmaml {
 
-// Channels [first, first + depth) of the input rows that a row of taps reads, with zeros up to kConvChunk.
+// Loads channels [first, first + depth) of the input rows that a row of taps reads, with zeros up to kConvChunk.
 template <typename Stored>
 __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, std::int64_t task,
                                         const TilePlace& place, const Shared<float>& tile, int tap_row, int first,
@@ -47,7 +47,7 @@ __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, s
     }
 }
 
-// The tile of dz, a row a position of the block's filters: zeros outside, so that such positions add nothing.
+// Loads the tile of dz, one row of the block's filters per position. Positions outside the grid are 0 and add nothing.
 template <int kColumns, typename Stored>
 __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>& p, std::int64_t task,
                                              const TilePlace& place, const Shared<float>& target, int first_column) {
@@ -85,12 +85,12 @@ __global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
     const Shared<float> outputs(p.memory.slabs * 4, p.memory.scratch - p.memory.slabs);
     const Shared<std::int32_t> places(p.memory.scratch * 4, kConvTile);
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
-    const int row0 = warp % 2 * 16;  // of the chunk's channels
+    const int row0 = warp % 2 * 16;  // the warp's first channel in the chunk
 
-    // Where the input of each position of a tile lies; the same for all tiles.
+    // Offset of each position's input within a tile; the same for all tiles.
     for (int number = threadIdx.x; number < kConvTile; number += kConvThreads) {
         const int area = tiles.tile_height * tiles.tile_width;
-        const int row = number / tiles.tile_width;  // of all images' rows
+        const int row = number / tiles.tile_width;  // counted over all images
         const int at = row * tiles.halo_width + number % tiles.tile_width * block.stride;
         places.set(number, number < tiles.tile_images * area ? at * kConvDeepRow : 0);
     }

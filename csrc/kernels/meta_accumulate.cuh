@@ -1,7 +1,7 @@
 // out[j] += (sum over live tasks t = 0, 1, ... of grads[t, j]) / live; flags tasks whose gradients are not finite.
-// A thread owns kVector columns, or one at the ends of the rows, and adds the tasks in order: no sum is ever split.
-// flag_nonfinite_kernel goes first where flagged tasks are left out; a block owns pieces of one task's row there.
-// Launched by launch_meta_accumulate. Readable twin: meta_accumulate in signmaml_ext/reference.py.
+// A thread owns kVector columns, or one at the ends of the rows, and adds the tasks in order: no sum is ever split. If
+// flagged tasks are left out, flag_nonfinite_kernel runs first; there a block owns pieces of one task's row. Launched
+// by launch_meta_accumulate. Readable twin: meta_accumulate in signmaml_ext/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ __device__ inline void accumulate_columns(const MetaAccumulateParams<Scalar>& p,
     for (std::int64_t first = 0; first < p.tasks; first += kUnroll) {
         Vector<Scalar, kVector> grads[kUnroll];
         bool counts[kUnroll];
-        // All loads go out before anything waits for one; the sums below stay in order.
+        // Issue all loads before the first use of a loaded value; the sums below stay in order.
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const std::int64_t task = first + u;
@@ -69,7 +69,7 @@ __device__ inline void accumulate_columns(const MetaAccumulateParams<Scalar>& p,
     store<Scalar, kVector>(p.out + column, out);
 }
 
-// `head` columns, then `bodies` vectors of columns, then the rest, as plan_meta_accumulate cut them.
+// `head` single columns, then `bodies` vectors of columns, then the rest, as plan_meta_accumulate divides them.
 template <typename Scalar, int kVector, int kUnroll, bool kSkip>
 __global__ void meta_accumulate_kernel(const MetaAccumulateParams<Scalar> p, std::int64_t head, std::int64_t bodies) {
     const std::int64_t singles = p.parameters - bodies * kVector;

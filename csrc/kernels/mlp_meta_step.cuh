@@ -1,9 +1,9 @@
-// A whole meta-step of small networks: for each task K inner steps on the support set, then the query set and its
-// gradient.
+// A whole meta-step of small networks in one launch: for each task K inner steps on the support set, then the query
+// loss and its gradient.
 //   forward a[l+1] = act(a[l] W[l]^T + b[l]);  backward dW = d^T a, db = sum d, d' = d W * act'(a);  W -= lr * sign(dW)
-// A team (a warp, or a block of kMlpBlock) owns every teams-th task; its weights and activations lie in shared memory
-// or, if too large, in its part of the workspace. A thread owns whole elements, so every sum has one order. One launch
-// for all. Launched by launch_mlp_meta_step. Readable twin: meta_gradients in signmaml_ext/reference.py.
+// A team (a warp, or a block of kMlpBlock threads) owns every teams-th task; its weights and activations are in shared
+// memory or, if too large, in its part of the workspace. A thread owns whole elements, so the order of every sum is
+// fixed. Launched by launch_mlp_meta_step. Readable twin: meta_gradients in signmaml_ext/reference.py.
 #pragma once
 
 #include <cmath>
@@ -41,7 +41,7 @@ struct Team {
     __device__ Scalar sum(Scalar value) const { return kWarp ? warp_sum(value) : block_sum(value, scratch); }
 };
 
-// One task's memory and the place of everything in it.
+// One task's memory and its layout.
 template <typename Scalar, bool kWarp>
 struct MlpTask {
     const MlpMetaStepParams<Scalar>& p;
@@ -49,19 +49,19 @@ struct MlpTask {
     Team<Scalar, kWarp> team;
     Scalar* memory;
     std::int64_t task;
-    bool nonfinite;  // of what this thread has seen
+    bool nonfinite;  // whether this thread has seen NaN or infinity
 
     __device__ Scalar* weight(int layer) const { return memory + layout.weight[layer]; }
     __device__ Scalar* bias(int layer) const { return memory + layout.bias[layer]; }
     __device__ Scalar* delta(int layer) const { return memory + layout.delta[layer % 2]; }
     __device__ int width(int layer) const { return p.shape.widths[layer]; }
 
-    // What goes into a layer: the examples, or the activations of the layer before.
+    // The input of a layer: the examples, or the activations of the layer before.
     __device__ const Scalar* input(int layer, const MlpSet<Scalar>& set) const {
         return layer == 0 ? set.x + task * set.count * width(0) : memory + layout.activation[layer];
     }
 
-    // From theta into padded rows.
+    // Copies theta into padded rows.
     __device__ void take_parameters() {
         const Scalar* from = p.theta;
         for (int layer = 0; layer < p.shape.layers; ++layer) {
@@ -75,7 +75,7 @@ struct MlpTask {
         }
     }
 
-    // From padded rows to row `task` of a [T, P] array.
+    // Copies padded rows to row `task` of a [T, P] array.
     __device__ void give_parameters(Scalar* rows) const {
         Scalar* to = rows + task * p.parameters;
         for (int layer = 0; layer < p.shape.layers; ++layer) {
@@ -95,7 +95,7 @@ struct MlpTask {
         return z < Scalar(0) ? Scalar(0) : z;
     }
 
-    // The gradient before the activation, from the one after it and the activation's value.
+    // The gradient with respect to the activation's input, from the gradient of its output and the output's value.
     __device__ Scalar through_activation(Scalar gradient, Scalar value) const {
         if (p.shape.activation == Activation::kTanh) return gradient * (Scalar(1) - value * value);
         return value <= Scalar(0) ? Scalar(0) : gradient;
@@ -155,7 +155,7 @@ struct MlpTask {
         return loss / static_cast<Scalar>(outputs);
     }
 
-    // A label out of range makes loss and gradient NaN: reference.cross_entropy has the rule.
+    // A label out of range makes loss and gradient NaN, as in reference.cross_entropy.
     __device__ Scalar cross_entropy(const Scalar* row, std::int64_t label, Scalar* delta_row, int outputs, int count,
                                     Scalar& correct) {
         Scalar largest = load(row);
@@ -181,8 +181,8 @@ struct MlpTask {
         return in_range ? log_of(sum) + largest - load(row + label) : invalid;
     }
 
-    // From the output's delta down. kStep: moves the weights; else each weight is replaced by its gradient, which is
-    // safe because the layer's weights are read for the last time just before.
+    // Starts from the output's delta. kStep: updates the weights; else each weight is replaced by its gradient, which
+    // is safe because the layer's weights are not read again.
     template <bool kStep>
     __device__ void backward(const MlpSet<Scalar>& set, const Scalar* lr) {
         for (int layer = p.shape.layers - 1; layer >= 0; --layer) {

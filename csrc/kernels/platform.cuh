@@ -1,5 +1,6 @@
-// All that kernels need of the machine, as small functions: memory, barriers, lanes, tensor cores. Every kernel goes
-// through them, and each has a C++ twin in emulation/device.h, so that the same .cuh runs on the emulated GPU.
+// Everything that kernels need from the hardware, as small functions: memory, barriers, lanes, tensor cores. Every
+// kernel goes through them, and each has a C++ twin in emulation/device.h, so that the same .cuh runs on the emulated
+// GPU.
 #pragma once
 
 #ifdef SIGNMAML_EMULATION
@@ -12,9 +13,9 @@ namespace signmaml {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ---- global memory ------------------------------------------------------------------------------------------------
+// ---- global memory
 
-// So many scalars that one load or store moves them.
+// kVector scalars that a single load or store moves.
 template <typename Scalar, int kVector>
 struct alignas(sizeof(Scalar) * kVector) Vector {
     Scalar at[kVector];
@@ -40,10 +41,10 @@ __device__ inline void store(Scalar* target, Scalar value) {
     *target = value;
 }
 
-// Sets a flag that other threads may set too: all write the same value, so no order matters.
+// Sets a flag that other threads may set too. All write the same value, so the order does not matter.
 __device__ inline void raise_flag(std::uint8_t* flag) { *flag = 1; }
 
-// ---- shared memory --------------------------------------------------------------------------------------------------
+// ---- shared memory
 
 extern __shared__ __align__(16) char dynamic_shared_memory[];
 
@@ -62,7 +63,6 @@ class Shared {
 };
 
 // ---- barriers, lanes
-// --------------------------------------------------------------------------------------------------
 
 __device__ inline void block_barrier() { __syncthreads(); }
 __device__ inline void warp_barrier() { __syncwarp(); }
@@ -75,7 +75,6 @@ __device__ inline Scalar shuffle_xor(Scalar value, int distance) {
 }
 
 // ---- tensor cores (sm_80 and later)
-// -------------------------------------------------------------------------------------
 
 // Rounds to TF32 (10 bits of mantissa), ties away from zero.
 __device__ inline float to_tf32(float value) {
@@ -109,7 +108,7 @@ __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)
 }
 
 // Four 8 x 8 matrices of 16-bit entries from shared memory: lane l gives the address of row l % 8 of matrix l / 8 and
-// receives, of every matrix, entries 2 * (l % 4) and the next of row l / 4.
+// receives, from every matrix, entries 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4.
 __device__ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) {
     const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -119,7 +118,6 @@ __device__ inline void ldmatrix_x4(std::uint32_t (&result)[4], const void* row) 
 }
 
 // ---- asynchronous copies to shared memory (sm_80 and later)
-// ---------------------------------------------------------------
 
 // Starts a copy of 16 bytes, both addresses multiples of 16; it belongs to the next group that is committed.
 __device__ inline void cp_async_16(void* target, const void* source) {
@@ -127,7 +125,7 @@ __device__ inline void cp_async_16(void* target, const void* source) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `kPending` of this thread's groups are on their way.
+// Waits until at most `kPending` of this thread's groups are still in flight.
 template <int kPending>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -140,7 +138,6 @@ __device__ inline void cp_async_wait() {
 namespace signmaml {
 
 // ---- built from the above, the same on both machines
-// ----------------------------------------------------------------------
 
 // x - x is NaN for NaN and infinities, and 0 for every other number.
 template <typename Scalar>
@@ -164,8 +161,7 @@ __device__ inline Scalar warp_sum(Scalar value) {
     return value;
 }
 
-// The sum over a block of full warps, in order of warps, the same bits in every thread. `scratch` has an element a
-// warp.
+// The sum over a block of full warps, in warp order, the same bits in every thread. `scratch` has one element per warp.
 template <typename Scalar>
 __device__ inline Scalar block_sum(Scalar value, const Shared<Scalar>& scratch) {
     const Scalar of_warp = warp_sum(value);

@@ -1,7 +1,8 @@
-// params[t, j] -= lr[j] * sign(grads[t, j]) for all tasks at once; flags tasks whose looked-at gradients are not
-// finite. A block owns tiles of one task's row, of kSignStepBlock * kSignStepUnroll vectors; a thread kSignStepUnroll
-// vectors of each tile, a block's width apart. Block x = 0 also takes the few elements before and after a row's aligned
-// vectors. Launched by launch_sign_step. Readable twin: sign_step in signmaml_ext/reference.py.
+// params[t, j] -= lr[j] * sign(grads[t, j]) for all tasks at once; flags tasks with a non-finite gradient among those
+// that the mask selects. A block owns tiles of kSignStepBlock * kSignStepUnroll vectors in one task's row; a thread
+// owns kSignStepUnroll vectors of each tile, one block width apart. Blocks with x = 0 also take the few elements before
+// and after a row's aligned vectors. Launched by launch_sign_step. Readable twin: sign_step in
+// signmaml_ext/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@
 
 namespace signmaml {
 
-// The last segment in [low, high] that does not start after the column. Stays in bounds whatever the offsets hold.
+// The last segment in [low, high] that does not start after the column. Stays in bounds even if the offsets are
+// invalid.
 __device__ inline std::int64_t segment_of(const std::int64_t* offsets, std::int64_t low, std::int64_t high,
                                           std::int64_t column) {
     while (low < high) {
@@ -27,16 +29,16 @@ __device__ inline std::int64_t segment_of(const std::int64_t* offsets, std::int6
 
 // The segment of consecutive columns.
 struct SegmentCursor {
-    std::int64_t low, high;  // segments that may come up
+    std::int64_t low, high;  // the range that the next column's segment is in
 
-    // Narrows the segments to those of columns [first, last], once for all threads that work there.
+    // Narrows the segments to those of columns [first, last], so that later searches are short.
     __device__ void restrict_to(const std::int64_t* offsets, std::int64_t segments, std::int64_t first,
                                 std::int64_t last) {
         low = segment_of(offsets, 0, segments - 1, first);
         high = segment_of(offsets, low, segments - 1, last);
     }
 
-    // Moves on to a column, which must be one of those that restrict_to was told.
+    // Moves on to a column, which must be in the range given to restrict_to and not before the last one.
     __device__ void seek(const std::int64_t* offsets, std::int64_t column) {
         if (low < high) low = segment_of(offsets, low, high, column);
     }
@@ -70,7 +72,7 @@ struct TableCursor {
 };
 
 // The columns [column, column + kVector) of one row, already loaded. Returns whether a gradient is not finite.
-// kPlain: one learning rate and no mask, the case that must run at the speed of memory.
+// kPlain: one learning rate and no mask, the case that must run at memory bandwidth.
 template <typename Scalar, int kVector, bool kPlain>
 __device__ inline bool step_vector(Vector<Scalar, kVector>& params, const Vector<Scalar, kVector>& grads,
                                    TableCursor<Scalar> tables, Scalar plain_lr, std::int64_t column) {
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kBlock) sign_step_kernel(const SignStepParams<
         for (std::int64_t first = blockIdx.x * kTile; first < span.bodies; first += gridDim.x * kTile) {
             Vector<Scalar, kVector> params[kUnroll];
             Vector<Scalar, kVector> grads[kUnroll];
-            // All loads go out before anything waits for one.
+            // Issue all loads before the first use of a loaded value.
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {
                 const std::int64_t body = first + u * kBlock + threadIdx.x;

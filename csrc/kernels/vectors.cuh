@@ -1,4 +1,4 @@
-// Where a row of memory can be accessed sixteen bytes at a time, whatever its length and alignment.
+// Which part of a row can be accessed sixteen bytes at a time, for any length and alignment.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace signmaml {
 
-// Where the aligned vectors of a row lie: `head` single elements come before them, the rest of the row after.
+// The aligned vectors of a row: `head` single elements come before them, the rest of the row after.
 struct RowSpan {
     std::int64_t head;
     std::int64_t bodies;  // number of vectors

@@ -9,7 +9,7 @@
 namespace signmaml {
 namespace {
 
-// One chunk of tasks: hands every launch of the plan its arrays.
+// Runs the launches of a plan on one chunk of tasks, with the arrays that each needs.
 template <ConvPrecision kPrecision>
 class ConvRun {
     using Stored = typename ConvStored<kPrecision>::Type;
@@ -42,7 +42,7 @@ class ConvRun {
         return {set.x + first_ * of_task, of_task * std::int64_t{sizeof(float)}};
     }
 
-    // Of every set, block and pass.
+    // The parameters of one block of the network for the launch's set.
     ConvLayer<Stored> layer(const ConvLaunch& one, int number) const {
         const ConvWorkspace& space = plan_.workspace;
         const ConvOffsets& places = plan_.network.blocks[number];
@@ -66,7 +66,7 @@ class ConvRun {
         return layer;
     }
 
-    // The head makes the sums of the last block, the data gradient of the next block those of any other.
+    // The head computes the sums of the last block; for the others, data_grad of the next block does.
     int grad_sums_slices(int number, int count) const {
         return number + 1 == plan_.network.count ? 1 : data_grad_tiles(plan_.blocks[number + 1], count).slices;
     }

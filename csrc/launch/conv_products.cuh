@@ -1,4 +1,4 @@
-// The three kernels on tensor cores, one .cu file a precision: together they would take a compiler minutes.
+// The three kernels on tensor cores, in one .cu file per precision: in a single file they would compile for minutes.
 #pragma once
 
 #include "launch/device.cuh"

@@ -1,4 +1,4 @@
-// The definitions behind conv_products.cuh, for the file of a precision to instantiate.
+// The definitions for conv_products.cuh, which the file of each precision instantiates.
 #pragma once
 
 #include "kernels/conv_data_grad.cuh"

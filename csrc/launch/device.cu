@@ -5,7 +5,7 @@ namespace signmaml {
 
 void check_cuda(cudaError_t status, const std::string& what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // forgets it, or the next launch would be blamed
+    cudaGetLastError();  // clear the error, or the next launch would report it
     std::string message = what + " failed: " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
     if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion ||
         status == cudaErrorInsufficientDriver) {

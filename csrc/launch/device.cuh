@@ -1,4 +1,4 @@
-// What every launch needs: the device made current, and an error that names the kernel.
+// What every launch needs: make the device current, and throw errors that name the kernel.
 #pragma once
 
 #ifdef SIGNMAML_EMULATION
@@ -15,10 +15,10 @@
 
 namespace signmaml {
 
-// Throws std::runtime_error that says what was being done, unless the status is success.
+// Throws std::runtime_error saying what was being done, unless the status is success.
 void check_cuda(cudaError_t status, const std::string& what);
 
-// Makes a device current for a scope. Our CUDA runtime is not torch's, so torch's guard is not relied on.
+// Makes a device current for a scope. Torch's guard is not enough because our CUDA runtime is not torch's.
 class DeviceScope {
   public:
     explicit DeviceScope(int device);
@@ -31,11 +31,11 @@ class DeviceScope {
     int device_;
 };
 
-// What a block gets without asking.
+// The dynamic shared memory that a block gets without opt-in.
 inline constexpr std::int64_t kPlainSharedBytes = 48 * 1024;
 
-// Loads a kernel's code now if the stream is being captured: the lazy loading of a first launch may do what a capture
-// forbids.
+// Loads a kernel's code now if the stream is being captured: lazy loading at the first launch may do things that a
+// capture forbids.
 void load_if_capturing(const void* kernel, cudaStream_t stream);
 
 template <typename... Parameters, typename... Arguments>

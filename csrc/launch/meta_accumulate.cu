@@ -13,7 +13,8 @@ auto kernel_for(bool skip) {
                 : meta_accumulate_kernel<Scalar, kVector, kMetaAccumulateUnroll, false>;
 }
 
-// The grid of a sign step fits: rows of all tasks, read once. Rows are aligned each for itself, so it is always wide.
+// Uses the grid of a sign step, which also visits every row once. Each row is aligned separately, so vectors always
+// fit.
 template <typename Scalar>
 void launch_flag_nonfinite(const MetaAccumulateParams<Scalar>& params, int device, cudaStream_t stream) {
     const auto address = reinterpret_cast<std::uintptr_t>(params.grads);

@@ -1,5 +1,4 @@
-// The definition of launch_mlp_meta_step, for the file of a scalar type to instantiate: both would take a compiler
-// long.
+// The definition of launch_mlp_meta_step. One file per scalar type instantiates it, because both in one compile slowly.
 #pragma once
 
 #include "kernels/mlp_meta_step.cuh"

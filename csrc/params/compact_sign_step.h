@@ -1,4 +1,4 @@
-// What one sign step on int8 step counts works on; handed as it is to CPU and CUDA code.
+// Arguments of one sign step on int8 step counts, the same struct for CPU and CUDA code.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What the single kernels of a Conv-N meta-step work on. The whole step is described by conv_meta_step.h; the plan cuts
-// it into these.
+// Arguments of the kernels of a Conv-N meta-step. conv_meta_step.h has those of the whole step, which the plan divides
+// into these.
 #pragma once
 
 #include <cstdint>
@@ -8,42 +8,42 @@
 
 namespace signmaml {
 
-// How the products of convolutions are taken; everything else is float32.
+// How the products of convolutions are computed; everything else is float32.
 enum class ConvPrecision : std::int32_t {
-    kFp32 = 0,  // high and low TF32 halves, three products: the error of float32
+    kFp32 = 0,  // three products of high and low TF32 halves: errors like float32
     kTf32 = 1,  // one product of TF32 operands
     kBf16 = 2,  // bf16 operands, and activations stored in bf16
 };
 
-// Where a convolution reads its input.
+// Where a convolution gets its input.
 enum class ConvSource : std::int32_t {
     kImage = 0,       // the images [count, channels, height, width]
     kActivation = 1,  // what conv_first stored: [count, height, width, channels]
     kRaw = 2,         // the raw output of the block below, normalised and halved on the way
 };
 
-// What becomes of the gradients of a pass.
+// What a pass does with its gradients.
 enum class ConvPass : std::int32_t {
-    kStep = 0,      // an inner step: they move the weights
+    kStep = 0,      // an inner step: they update the weights
     kGradient = 1,  // the query set of a meta-step: they are the result
     kForward = 2,   // the query set of an evaluation: there are none
 };
 
-// One array a task, `stride` bytes apart.
+// One array per task, `stride` bytes apart.
 template <typename T>
 struct PerTask {
     T* base;
     std::int64_t stride;
 };
 
-// A grid of positions (count x height x width) cut into tiles of whole images or of rectangles of one, and the tiles
-// dealt out to slices: tile i belongs to slice i / tiles_per_slice. Depends on the shape and the count, never on T.
+// A grid of positions (count x height x width) divided into tiles of several whole images or of a rectangle of one
+// image. Tile i belongs to slice i / tiles_per_slice. Depends on the shape and the count, never on T.
 struct ConvTiles {
     std::int32_t count, height, width;                  // the grid
-    std::int32_t tile_images, tile_height, tile_width;  // at most so many positions a tile as the kernel takes
+    std::int32_t tile_images, tile_height, tile_width;  // at most as many positions as the kernel's tile has
     std::int32_t tiles_y, tiles_x, tiles;               // of an image, and in all
     std::int32_t tiles_per_slice, slices;
-    std::int32_t halo_height, halo_width;  // of one image's part of what the tile reads
+    std::int32_t halo_height, halo_width;  // of the input that a tile reads from one image
 };
 
 // Sizes of one block of the network.
@@ -53,12 +53,12 @@ struct ConvBlock {
     std::int32_t act_height, act_width;  // after the halving
     std::int32_t filters;
     std::int32_t stride;  // of the convolution
-    std::int32_t window;  // 2: of a 2x2 max-pooling; 1: there is none
+    std::int32_t window;  // 2: 2x2 max-pooling; 1: no pooling
     float eps;
 };
 
-// One block of the network in one pass. `choices` holds what the backward pass must know of the halving: the winner's
-// place in its window (row * 2 + column), plus kConvActive where ReLU lets it through.
+// One block of the network in one pass. `choices` holds what the backward pass must know about the halving: the
+// winner's place in its window (row * 2 + column), plus kConvActive where ReLU passes the value.
 template <typename Stored>
 struct ConvLayer {
     ConvBlock block;
@@ -80,14 +80,14 @@ inline constexpr std::uint8_t kConvActive = 4;
 // Threads of a block of the convolution kernels: four warps, two rows of fragments each.
 inline constexpr int kConvThreads = 128;
 inline constexpr int kConvTile = 128;    // positions
-inline constexpr int kConvChunk = 32;    // channels that lie in shared memory at once
-inline constexpr int kConvRow = 36;      // floats from one position's channels to the next: fragment reads hit 32 banks
+inline constexpr int kConvChunk = 32;    // channels in shared memory at once
+inline constexpr int kConvRow = 36;      // floats from one position to the next: fragment reads hit 32 banks
 inline constexpr int kConvDeepRow = 40;  // the same where positions are the depth of the product
 inline constexpr int kConvTaps = 9;
 
-// Where the parts of a block's shared memory begin, in floats; the tile of positions comes first.
+// Offsets of the parts of a block's shared memory, in floats. The tile of positions is at 0.
 struct ConvMemory {
-    std::int32_t slabs;    // two of weights; or the other operand
+    std::int32_t slabs;    // two slabs of weights, or the other operand
     std::int32_t norm;     // constants of BatchNorm
     std::int32_t scratch;  // sums of warps
     std::int32_t end;
@@ -95,13 +95,13 @@ struct ConvMemory {
 
 template <typename Stored>
 struct ConvForwardParams {
-    PerTask<const float> images;  // of kImage
+    PerTask<const float> images;  // for kImage
     PerTask<const float> weights;
     ConvLayer<Stored> below;  // unless kImage
     ConvLayer<Stored> layer;
     ConvTiles tiles;  // of the raw output
     ConvSource source;
-    bool keep;  // store activation and choices of the block below, which a backward pass reads
+    bool keep;  // store activation and choices of the block below for a backward pass
     ConvMemory memory;
 };
 
@@ -111,13 +111,13 @@ struct ConvDataGradParams {
     ConvLayer<Stored> below;
     ConvLayer<Stored> layer;
     ConvTiles tiles;    // of the block's input
-    bool below_is_raw;  // the block below has a raw output whose gradient sums are wanted
+    bool below_is_raw;  // the block below has a raw output, so compute its gradient sums
     ConvMemory memory;
 };
 
 template <typename Stored>
 struct ConvWeightGradParams {
-    PerTask<const float> images;  // of kImage
+    PerTask<const float> images;  // for kImage
     PerTask<const Stored> input;  // else: activation of the block below
     ConvLayer<Stored> layer;
     PerTask<float> partials;  // [slices, 9 * in_channels, filters]
@@ -127,18 +127,17 @@ struct ConvWeightGradParams {
 };
 
 // ---- block 1 by the covariance of its patches
-// -----------------------------------------------------------------------------
 
-inline constexpr int kConvPatch = kConvTaps * kConvChannels;  // values of a patch at most
+inline constexpr int kConvPatch = kConvTaps * kConvChannels;  // the most values in a patch
 
-// Centred on one value a channel (`shift`), so that sums of squares do not cancel. A patch is [taps, channels].
+// Centred on one value per channel (`shift`), so that sums of squares do not cancel. A patch is [taps, channels].
 struct ConvMoments {
-    double mean[kConvPatch];  // of the patch, minus shift
+    double mean[kConvPatch];  // of the patch minus shift
     double covariance[kConvPatch][kConvPatch];
     float shift[kConvChannels];
 };
 
-// One slice's share of them.
+// One slice's contribution to them.
 struct ConvMomentSums {
     double count;
     double shift[kConvChannels];
@@ -146,7 +145,7 @@ struct ConvMomentSums {
     double product[kConvPatch][kConvPatch];  // i <= j
 };
 
-// BatchNorm's constants of block 1, of the current weights and set.
+// BatchNorm's constants of block 1 for the current weights and set.
 struct ConvFirstNorm {
     float mean[kConvFilters];     // of the raw output of images minus shift
     float inverse[kConvFilters];  // 1 / sqrt(variance + eps)
@@ -178,7 +177,7 @@ struct ConvFirstGradParams {
     ConvTiles tiles;          // of the activation
 };
 
-// The gradient of block 1's raw output, where the direct form keeps one.
+// For the gradient of block 1's raw output, which only the direct form stores.
 template <typename Stored>
 struct ConvRawGradParams {
     PerTask<const float> weights;
@@ -186,7 +185,6 @@ struct ConvRawGradParams {
 };
 
 // ---- head, weights
-// ------------------------------------------------------------------------------------------------------
 
 template <typename Stored>
 struct ConvHeadParams {
@@ -198,9 +196,9 @@ struct ConvHeadParams {
     float* loss;              // [T]
     float* accuracy;          // [T]; may be null
     float* logits;            // [T, count, ways]; may be null
-    float* grads;             // [T, P] of kGradient
+    float* grads;             // [T, P] for kGradient
     std::uint8_t* nonfinite;  // [T]
-    const float* lr;          // of kStep: of the classifier's weight and bias at this step
+    const float* lr;          // for kStep: rates of the classifier's weight and bias at this step
     const std::uint8_t* adapt;
     std::int64_t weight, bias;  // places in a task's weights
     std::int64_t theta_weight;  // place in a row of grads; the bias follows
@@ -212,7 +210,7 @@ struct ConvHeadParams {
     ConvPass pass;
 };
 
-// Where one block's parameters lie, packed and in theta.
+// Offsets of one block's parameters, packed and in theta.
 struct ConvOffsets {
     std::int64_t weight, gamma, beta;
     std::int64_t theta_weight, theta_bias, theta_gamma, theta_beta;  // theta_bias: -1 without one
@@ -226,13 +224,13 @@ struct ConvNetwork {
     std::int64_t parameters;  // P
     std::int32_t count;       // of blocks
     std::int32_t filters, ways, channels;
-    std::int32_t pixels;  // positions that the classifier reads of every filter
+    std::int32_t pixels;  // positions that the classifier reads per filter
     std::int32_t tensors;
     bool conv_bias;
-    bool by_covariance;  // block 1 is
+    bool by_covariance;  // block 1 uses the covariance of its patches
 };
 
-// theta to every task's packed weights, and block 1's constants; and back.
+// Copies theta to every task's packed weights and computes block 1's constants. ConvUnpackParams is the way back.
 struct ConvPackParams {
     const float* theta;
     PerTask<float> weights;
@@ -240,8 +238,8 @@ struct ConvPackParams {
     PerTask<const ConvMomentSums> support_sums, query_sums;
     PerTask<ConvMoments> support, query;
     PerTask<ConvFirstNorm> norm;
-    std::int32_t support_slices, query_slices;  // 0: there is no such set
-    bool starts_with_query;                     // no inner step: the constants are those of the query set
+    std::int32_t support_slices, query_slices;  // 0: no such set
+    bool starts_with_query;                     // without inner steps the constants are those of the query set
     float eps;                                  // of block 1
 };
 
@@ -262,12 +260,12 @@ struct ConvUpdateParams {
     // Block 1 by the covariance of its patches.
     PerTask<const float> first_partials;
     std::int32_t first_slices;
-    PerTask<const ConvMoments> moments, next_moments;  // of this pass and of the next; null after the last
+    PerTask<const ConvMoments> moments, next_moments;  // of this pass and the next; null after the last
     PerTask<ConvFirstNorm> norm;
     float eps;
     const float* lr;            // [tensors] of this step
     const std::uint8_t* adapt;  // [tensors]
-    float* grads;               // [T, P] of kGradient
+    float* grads;               // [T, P] for kGradient
     std::uint8_t* nonfinite;    // [T]
     bool by_sign;
 };

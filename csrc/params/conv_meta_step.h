@@ -1,5 +1,5 @@
-// What one meta-step of a convolutional network works on: blocks of a 3x3 convolution (padding 1), BatchNorm on the
-// statistics of the set at hand, ReLU and a halving of the image, then one linear classifier and cross-entropy.
+// Arguments of one meta-step of a convolutional network: blocks of a 3x3 convolution (padding 1), BatchNorm on the
+// statistics of the current set, ReLU and a halving of the image, then one linear classifier and cross-entropy.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ enum class Halving : std::int32_t {
     kStride = 1,   // stride-2 convolution, no pooling
 };
 
-// What the classifier reads of the last block's [filters, h, w].
+// What the classifier reads from the last block's [filters, h, w].
 enum class Readout : std::int32_t {
     kFlatten = 0,  // all of it, filter by filter as torch flattens NCHW
     kMean = 1,     // the mean over h and w
@@ -63,7 +63,7 @@ struct ConvMetaStepParams {
     Scalar* adapted;            // [T, P] Scalar, the parameters after the inner loop; may be null
     Scalar* grads;              // [T, P] Scalar, gradient of the query loss; may be null
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
-    void* workspace;            // as large as the plan says
+    void* workspace;            // of the size that the plan gives
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K

@@ -1,4 +1,4 @@
-// What one accumulation of meta-gradients works on; handed as it is to CPU and CUDA code.
+// Arguments of one accumulation of meta-gradients, the same struct for CPU and CUDA code.
 #pragma once
 
 #include <cstdint>

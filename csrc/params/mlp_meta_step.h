@@ -1,4 +1,4 @@
-// What one meta-step of a multilayer perceptron works on: linear layers with an activation between them.
+// Arguments of one meta-step of a multilayer perceptron: linear layers with an activation between them.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,7 @@ struct MlpMetaStepParams {
     Scalar* adapted;            // [T, P] Scalar; may be null
     Scalar* grads;              // [T, P] Scalar, gradient of the query loss; may be null
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
-    Scalar* workspace;          // [groups, workspace of one] Scalar; null where shared memory is enough
+    Scalar* workspace;          // [teams, memory of one] Scalar; null where shared memory is enough
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
@@ -59,9 +59,9 @@ struct MlpLayout {
     std::int64_t size;
 };
 
-// Threads of a team that is a block.
+// Threads of a team that is a whole thread block.
 inline constexpr int kMlpBlock = 256;
-// Sums over a team pass through an element a warp.
+// Sums over a team use one element of scratch per warp.
 inline constexpr std::int64_t kMlpScratch = kMlpBlock / 32;
 
 }  // namespace signmaml

@@ -1,16 +1,16 @@
-// What one sign step works on; handed as it is to CPU and CUDA code.
+// Arguments of one sign step, the same struct for CPU and CUDA code.
 #pragma once
 
 #include <cstdint>
 
 namespace signmaml {
 
-// Which entry of a small table belongs to a parameter: of a learning rate, or of a mask.
+// How a table of learning rates or a mask maps to parameters.
 enum class Spread : std::int32_t {
     kNone = 0,        // there is no table
     kAll = 1,         // one entry for all parameters
-    kPerElement = 2,  // one entry a parameter
-    kPerSegment = 3,  // one entry a segment of consecutive parameters
+    kPerElement = 2,  // one entry per parameter
+    kPerSegment = 3,  // one entry per segment of consecutive parameters
 };
 
 template <typename Scalar>

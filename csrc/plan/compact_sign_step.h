@@ -1,4 +1,5 @@
-// How a sign step on int8 counts is cut into pieces: as one on scalars, if the counts allow it.
+// How a sign step on int8 counts is divided into pieces: like one on scalars, but with vectors only if the counts are
+// aligned to match.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 
 namespace signmaml {
 
-// Element i of the scalars lies on a vector's boundary exactly where count i does.
+// Whether element i of the scalars is on a vector boundary exactly where count i is.
 constexpr bool counts_congruent(std::uint64_t params_address, std::uint64_t counts_address, int scalar_bytes) {
     const auto width = static_cast<std::uint64_t>(16 / scalar_bytes);
     return (params_address / static_cast<std::uint64_t>(scalar_bytes) - counts_address) % width == 0;

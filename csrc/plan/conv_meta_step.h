@@ -1,16 +1,18 @@
-// How a Conv-N meta-step runs on a GPU: the launches in order, their grids and memory, the workspace. Pure functions of
-// the shape and the counts; what a task computes never depends on T.
+// How a Conv-N meta-step runs on a GPU: the launches in order, their grids and shared memory, and the workspace. Pure
+// functions of the shape and the counts; what a task computes never depends on T.
 //
-// Design. Activations lie [task][image][height][width][channel], weights [task][9 * channels in][filters], packed from
-// theta once a meta-step. A convolution is an implicit GEMM through mma.sync over tiles of at most 128 positions whose
-// input, halo and all, lies in shared memory 32 channels at a time, while the weights of one tap after the other come
-// in by cp.async. Of block l a pass stores the raw output z_l; what z_l becomes (BatchNorm, ReLU, halving) is made by
-// whoever reads it, once stored on the way (a_l and a byte a value that says who won the pooling), and dz_l likewise.
-// BatchNorm's sums are epilogues: a block of a kernel owns a slice of the tiles and writes one partial sum a channel,
-// and every reader adds the at most 64 slices up again in order, which costs less than a launch of its own. A pass of N
-// blocks is: first (or forward) of block 1, forward of blocks 2..N, head; and backward: data_grad and
-// weight_grad of blocks N..2, first_gradient of block 1, and sign_update or meta_accumulate for all weights at
-// once: 3 N + 1 launches, 13 for Conv4. Block 1 needs no raw output: see kernels/conv_first.cuh.
+// Design. Activations are stored as [task][image][height][width][channel], weights as [task][9 * channels in][filters],
+// packed from theta once per meta-step. A convolution is an implicit GEMM through mma.sync over tiles of at most 128
+// positions. A tile's input, including its halo, is in shared memory 32 channels at a time, while cp.async brings in
+// the weights tap by tap. A pass stores the raw output z_l of block l. The next kernel applies BatchNorm, ReLU and the
+// halving as it reads z_l, and stores the result if a backward pass follows: a_l, and one byte per value that names the
+// winner of the pooling. Likewise data_grad computes dz_l as it reads its inputs, and stores it for weight_grad.
+// BatchNorm's sums are epilogues: a thread block owns a slice of the tiles and writes one partial sum per channel.
+// Every reader adds the slices (at most 64) again in order, which costs less than a launch of its own.
+// A forward pass of N blocks launches first (or forward) for block 1, forward for blocks 2..N, and head. The backward
+// pass launches data_grad and weight_grad for blocks N..2, first_grad for block 1, and sign_update or meta_accumulate
+// for all weights at once: 3 N + 1 launches in all, 13 for Conv4. Block 1 needs no raw output: see
+// kernels/conv_first.cuh.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +24,6 @@
 namespace signmaml {
 
 // ---- sizes
-// -------------------------------------------------------------------------------------------------------------
 
 inline ConvBlock conv_block(const ConvShape& shape, int number) {
     ConvBlock block{};
@@ -46,7 +47,7 @@ inline ConvBlock conv_block(const ConvShape& shape, int number) {
     return block;
 }
 
-// Places of all parameters, packed and in theta. The packed tensors begin at multiples of four floats.
+// Offsets of all parameters, packed and in theta. The packed tensors begin at multiples of four floats.
 inline ConvNetwork conv_network(const ConvShape& shape, bool by_covariance) {
     ConvNetwork net{};
     std::int64_t packed = 0, theta = 0;
@@ -86,13 +87,12 @@ inline ConvNetwork conv_network(const ConvShape& shape, bool by_covariance) {
 }
 
 // ---- tiles
-// --------------------------------------------------------------------------------------------------------------
 
-// What a tile of positions reads of its input, along one axis.
+// Which inputs a tile of positions reads, along one axis.
 enum class ConvHalo : std::int32_t {
     kForward1 = 0,     // a 3-wide convolution, stride 1
     kForward2 = 1,     // the same, stride 2
-    kTransposed2 = 2,  // the outputs that inputs of a stride-2 convolution went into; tiles begin at even places
+    kTransposed2 = 2,  // the outputs that inputs of a stride-2 convolution contribute to; tiles begin at even positions
     kPooled = 3,       // the pixels under a 2-wide window of a stride-1 convolution
 };
 
@@ -103,14 +103,14 @@ constexpr int halo_of(ConvHalo halo, int extent) {
 }
 
 struct ConvTileLimits {
-    int positions;    // of a tile
-    int halo;         // positions that it reads, of all its images
-    int slices;       // of a task
-    int tiles;        // of a slice at least
+    int positions;    // per tile, at most
+    int halo;         // positions that a tile reads, over all its images, at most
+    int slices;       // per task, at most
+    int tiles;        // per slice, at least
     bool whole_rows;  // only the width has a halo: the weight gradient reads one row of taps
 };
 
-// The tile that makes the least work: every tile costs the products of a full one, and what it reads.
+// Chooses the tile with the least total cost: every tile costs the products of a full one plus the positions it reads.
 inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, const ConvTileLimits& limits) {
     ConvTiles best{};
     std::int64_t least = -1;
@@ -162,12 +162,13 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
     return best;
 }
 
-// Slices of a task: enough blocks to fill a GPU with few tasks; few enough that every reader can add them up.
+// At most this many slices per task: enough blocks to fill a GPU when tasks are few, yet few enough for every reader to
+// add them up.
 inline constexpr int kConvSlices = 64;
-// Of a weight gradient every slice costs 9 * channels * filters floats, written and read.
+// Fewer for weight gradients: each slice writes and reads back 9 * channels * filters floats.
 inline constexpr int kConvWeightSlices = 8;
 inline constexpr int kConvMomentSlices = 16;
-// Positions in shared memory that leave room for three blocks on a multiprocessor, and for two with stride 2.
+// At most this many positions in shared memory, so that three blocks fit on one multiprocessor (two with stride 2).
 inline constexpr int kConvHalo = 224;
 inline constexpr int kConvStridedHalo = 416;
 inline constexpr int kConvRowHalo = 168;
@@ -186,7 +187,7 @@ inline ConvTiles data_grad_tiles(const ConvBlock& block, int count) {
 }
 
 inline ConvTiles weight_grad_tiles(const ConvBlock& block, int count) {
-    // More filters make the partial sums dear and give more blocks anyway.
+    // With more filters the partial sums are more expensive, and there are more blocks anyway.
     const int tiles = static_cast<int>(larger(1, block.filters / 32));
     return conv_tiles(block.stride == 2 ? ConvHalo::kForward2 : ConvHalo::kForward1, count, block.height, block.width,
                       {kConvTile, kConvRowHalo, kConvWeightSlices, tiles, true});
@@ -204,10 +205,9 @@ inline ConvTiles first_tiles(const ConvBlock& block, int count) {
 }
 
 // ---- kernels
-// ------------------------------------------------------------------------------------------------------------
 
-// Columns of a product's tile that a block of threads takes: 8 for the narrowest network, else 32, or 64 where that
-// reads the input once instead of twice.
+// Columns of the product that a thread block computes: 8 for the narrowest network, else 32, or 64 where that reads the
+// input once instead of twice.
 constexpr int conv_columns(int filters) { return filters <= 8 ? 8 : filters <= 32 ? 32 : 64; }
 constexpr int conv_weight_columns(int filters) { return filters <= 8 ? 8 : 32; }
 
@@ -222,7 +222,7 @@ inline ConvMemory forward_memory(const ConvTiles& tiles, int channels, int colum
 
 inline ConvMemory data_grad_memory(const ConvTiles& tiles, int channels, int filters, int columns) {
     ConvMemory memory{};
-    memory.slabs = (tiles.tile_images * tiles.halo_height * tiles.halo_width + 1) * kConvRow;  // one of zeros
+    memory.slabs = (tiles.tile_images * tiles.halo_height * tiles.halo_width + 1) * kConvRow;  // + 1: zeros
     memory.norm = memory.slabs + 2 * columns * kConvRow;
     memory.scratch = memory.norm + 5 * filters + 2 * channels;
     memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
@@ -277,14 +277,13 @@ struct ConvLaunch {
     std::int64_t grid_x, grid_y, grid_z;
     int threads;
     std::int64_t shared_bytes;
-    double flops;  // multiplications and additions of the algorithm, whatever the precision splits them into
-    double bytes;  // every array that the kernel touches counted once
+    double flops;  // multiplications and additions of the algorithm, before a precision splits them into several
+    double bytes;  // of memory traffic, each array that the kernel touches counted once
 };
 
 // ---- workspace
-// ----------------------------------------------------------------------------------------------------------
 
-// One array of the workspace: `stride` bytes a task, from `offset` on.
+// One array of the workspace: `stride` bytes per task, starting at `offset`.
 struct ConvArray {
     std::int64_t offset, stride;
     int element_bytes;
@@ -313,12 +312,12 @@ struct ConvPlan {
     ConvBlock blocks[kConvBlocks];
     std::int64_t chunk;  // tasks at once; the launches are repeated for every chunk
     ConvWorkspace workspace;
-    std::vector<ConvLaunch> launches;  // of a chunk
+    std::vector<ConvLaunch> launches;  // of one chunk
 };
 
-// Tasks beyond what fits here run one chunk after the other.
+// If the tasks need more workspace than this, they run in chunks, one after another.
 inline constexpr std::int64_t kConvWorkspaceLimit = std::int64_t{4} << 30;
-inline constexpr std::int64_t kLargestConvChunk = 65535;  // the y extent of a grid
+inline constexpr std::int64_t kLargestConvChunk = 65535;  // the largest y extent of a grid
 
 inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
     ConvWorkspace space{};
@@ -372,7 +371,7 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
     return space;
 }
 
-// Every array that is there, with a name: for whoever checks or prints them.
+// Calls `visit` with the name of every array that exists, for checks and printing.
 template <typename Visit>
 void for_each_array(const ConvWorkspace& space, const Visit& visit) {
     const auto one = [&](const char* name, const ConvArray& array) {
@@ -400,7 +399,6 @@ void for_each_array(const ConvWorkspace& space, const Visit& visit) {
 }
 
 // ---- the launches
-// --------------------------------------------------------------------------------------------------------
 
 class ConvPlanner {
   public:
@@ -601,7 +599,8 @@ class ConvPlanner {
     }
 };
 
-// `workspace_limit`: bytes that the workspace should not exceed unless one task needs them; 0: kConvWorkspaceLimit.
+// `workspace_limit`: bytes that the workspace may take, exceeded only if a single task needs more; 0:
+// kConvWorkspaceLimit.
 inline ConvPlan plan_conv_meta_step(const ConvShape& shape, const ConvRequest& request, ConvPrecision precision,
                                     bool by_covariance = true, std::int64_t workspace_limit = 0) {
     ConvPlan plan{};

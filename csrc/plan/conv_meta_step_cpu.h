@@ -1,6 +1,6 @@
-// How the CPU backend lays out a meta-step of a convolutional network: sizes of every block, places in a task's
+// How the CPU backend lays out a meta-step of a convolutional network: the sizes of every block, offsets into a task's
 // memory, and the pieces ("items") that threads may share. Pure functions of the shape.
-// No choice here but the last function's depends on the number of threads or tasks, and none changes a result.
+// Only plan_conv_meta_step_cpu depends on the number of threads or tasks, and no choice here changes a result.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace signmaml {
 
-// How one instruction set's kernels want channels: `lanes` scalars a vector, and so many vectors of channels at most
-// in a register tile, of many positions or of few.
+// How one instruction set's kernels group channels: `lanes` scalars per vector, and at most `vectors_wide` vectors of
+// channels in a register tile of many positions, `vectors_narrow` in one of few.
 struct ConvUnit {
     std::int32_t lanes;
     std::int32_t vectors_wide;
@@ -25,7 +25,8 @@ constexpr std::int32_t conv_channels(int filters, ConvUnit unit) {
     return static_cast<std::int32_t>(ceil_div(filters, unit.lanes) * unit.lanes);
 }
 
-// Vectors of a group of channels: the most that divide all of them evenly, so that one tile size serves a whole row.
+// Vectors in a group of channels: the largest number that divides all of them evenly, so that one tile size serves a
+// whole row.
 constexpr std::int32_t conv_group_vectors(int filters, bool wide, ConvUnit unit) {
     const std::int32_t all = conv_channels(filters, unit) / unit.lanes;
     std::int32_t vectors = wide ? unit.vectors_wide : unit.vectors_narrow;
@@ -33,67 +34,67 @@ constexpr std::int32_t conv_group_vectors(int filters, bool wide, ConvUnit unit)
     return vectors;
 }
 
-// Values of an image under one 3x3 window.
+// The largest number of values under one 3x3 window.
 inline constexpr int kConvLargestPatch = 9 * kConvChannels;
-// An image of which the patches' covariance is made, in whole vectors and with one beyond; and sums for it.
+// Scratch for the covariance of the patches: a centred image in whole vectors plus one more, and the sums.
 constexpr std::int64_t conv_centred(std::int64_t image) { return ceil_div(image, 64) * 64 + 64; }
 inline constexpr std::int64_t kConvCovarianceSums = 8 * 3 * 3 * kConvChannels * 16;
-// Positions that the rows of one item should have together at least: fewer would spend more on the item than on its
-// convolution, more would leave the first-level cache before their statistics are taken.
+// An item takes just enough rows to have this many positions. With fewer, its overhead exceeds its convolution; with
+// more, the results leave L1 before their statistics are computed.
 inline constexpr std::int64_t kConvItemPositions = 128;
 
-// Rows, in pairs, of an item of an image with so many rows. Strided networks rather have an image in one item: their
-// register tiles then pass over several images.
+// Rows of an item, in pairs, for an image of `rows` rows. Strided networks prefer a whole image in one item because
+// their register tiles can then span several images.
 constexpr std::int32_t conv_item_rows(std::int64_t rows, std::int64_t width, Halving halving) {
     const std::int64_t positions = halving == Halving::kMaxPool ? kConvItemPositions : 2 * kConvItemPositions;
     return static_cast<std::int32_t>(smaller(rows, 2 * ceil_div(positions, 2 * width)));
 }
 
-// F(2x2, 3x3) handles so many tiles of 2 x 2 outputs at once: enough for whole register tiles, and their 16 values a
-// channel, transformed and multiplied, stay close in the cache.
+// F(2x2, 3x3) handles this many tiles of 2 x 2 outputs at once: enough to fill register tiles, and few enough that
+// their 16 transformed and 16 multiplied values per channel stay in cache.
 inline constexpr std::int64_t kConvWinogradTiles = 12;
 
 constexpr std::int64_t conv_winograd_scratch(std::int64_t channels) { return 2 * 16 * kConvWinogradTiles * channels; }
 
-// Whether F(2x2, 3x3) saves multiplications, with a fifth on top for its transforms: not where most of a tile is cut
-// off.
+// Whether F(2x2, 3x3) saves multiplications, counting its transforms as a fifth more. It does not where most of a tile
+// lies outside the image.
 constexpr bool conv_winograd_pays(std::int64_t height, std::int64_t width) {
     return 16 * ceil_div(height, 2) * ceil_div(width, 2) * 6 < 9 * height * width * 5;
 }
 
-// The weight gradient handles more of them: all its matrices are read and written for each.
+// The weight gradient handles more tiles at once because each batch reads and writes all its matrices.
 inline constexpr std::int64_t kConvOuterTiles = 48;
-// From one tile or copied position to the next in the weight gradients, beyond its channels: a power of two would crowd
-// into a few sets of the first-level cache.
+// Padding between tiles or copied positions in the weight gradients: a power-of-two stride would map them to a few sets
+// of L1.
 inline constexpr std::int64_t kConvOuterGap = 16;
 
 constexpr std::int64_t conv_outer_scratch(std::int64_t channels) {
     return 2 * 16 * kConvOuterTiles * (channels + kConvOuterGap);
 }
 
-// Shared products (cpu/isa/conv/shared_products.h) of a convolution with stride 2 are computed for at most so many
-// positions at once, times the products in one sum: the blended inputs of all lie side by side.
+// Shared products (cpu/isa/conv/shared_products.h) of a stride-2 convolution are computed for a batch of positions
+// whose number times the products in one sum is at most this: their blended inputs are stored side by side.
 inline constexpr std::int64_t kConvSharedPositions = 384;
-inline constexpr std::int64_t kConvSharedRuns = 9;        // products in one sum: three of a row times three of a column
-inline constexpr std::int64_t kConvProducts = 16;         // matrices that a weight gradient is made of
-inline constexpr std::int64_t kConvOuterPositions = 128;  // that are copied side by side for one of them
-// Two by two outputs that fill register tiles well: so many images are taken together.
+inline constexpr std::int64_t kConvSharedRuns = 9;        // products in one sum: three per row times three per column
+inline constexpr std::int64_t kConvProducts = 16;         // matrices of products in a weight gradient
+inline constexpr std::int64_t kConvOuterPositions = 128;  // copied side by side for one of these matrices
+// Images are taken together until they have about this many squares of 2 x 2 outputs, which fill register tiles well.
 inline constexpr std::int64_t kConvSharedPairs = 54;
-// Images whose gradient of block 0's output a thread keeps at once.
+// A thread keeps the gradient of block 0's output for at most this many images at once.
 inline constexpr std::int64_t kConvFirstGrads = 6;
-// Bytes of inputs and gradients of which all matrices of a weight gradient's products are made before the next: they
-// stay in the second-level cache.
+// The weight gradient takes about this many bytes of inputs and gradients at a time, and computes all its matrices from
+// them before it goes on: they stay in L2.
 inline constexpr std::int64_t kConvWeightBytes = 448 * 1024;
-// Bytes of a block's output, but for the last block's, that a thread with a task to itself keeps in a network with
-// stride 2, or those of the images that the next block takes at once. Outputs of further images are recomputed in L2, a
-// few at a time, which beats reading them back.
+// In a network with stride 2, a thread that has a task to itself keeps about this many bytes of each block's output
+// except the last one's, and at least the images that the next block takes at once. The other images' outputs are
+// recomputed in L2, a few at a time, which beats reading them back.
 inline constexpr std::int64_t kConvKeptBytes = 512 * 1024;
 
 constexpr std::int64_t conv_shared_images(std::int64_t out_h, std::int64_t out_w) {
     return larger(1, kConvSharedPairs / (larger(1, out_h / 2) * larger(1, out_w / 2)));
 }
 
-// Of inputs or gradients, or of both.
+// Scalars for copies of inputs or gradients (convolution and data gradient) or of both (weight gradient).
 constexpr std::int64_t conv_shared_scratch(std::int64_t channels) {
     return larger(kConvSharedPositions * channels, 2 * kConvOuterPositions * (channels + kConvOuterGap));
 }
@@ -107,14 +108,14 @@ struct ConvBlockPlan {
     std::int32_t stride;
     bool winograd;                 // forward and gradients by F(2x2, 3x3)
     bool shared;                   // with stride 2: forward and data gradient by shared products
-    std::int32_t vectors;          // of a group of output channels
-    std::int32_t vectors_back;     // of a group of input channels, in the data gradient
-    std::int32_t rows;             // convolution rows of an item: an even number, or all
-    std::int32_t items;            // of an image
-    std::int32_t act_rows;         // activation rows of an item of the backward pass
-    std::int32_t half_items;       // of an image
-    std::int32_t forward_items;    // that are convolved together: 1, or of several images that are one item each
-    std::int32_t data_grad_items;  // likewise in the data gradient: items of the block before
+    std::int32_t vectors;          // per group of output channels
+    std::int32_t vectors_back;     // per group of input channels, in the data gradient
+    std::int32_t rows;             // convolution rows per item: an even number, or all
+    std::int32_t items;            // per image
+    std::int32_t act_rows;         // activation rows per item of the backward pass
+    std::int32_t half_items;       // per image
+    std::int32_t forward_items;    // items convolved together: 1, or several images where each is one item
+    std::int32_t data_grad_items;  // the same in the data gradient, counting items of the block before
     std::int64_t weight_rows;      // convolution rows that the weight gradient takes at once: an even number
     std::int64_t weight_images;    // images that it takes at once
     std::int32_t pad;              // zeros around the activation: 1 where a convolution follows, else 0
@@ -122,12 +123,13 @@ struct ConvBlockPlan {
     std::int64_t weight;       // [groups, 9, inputs, group]
     std::int64_t weight_grad;  // like weight
     std::int64_t vector;       // [kConvVectors, channels]
-    std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; block 0 has none
-    std::int64_t winner;       // [n, act_h, act_w, channels], the raw value that max-pooling takes; else, and of
-                               // block 0, none
-    std::int64_t choice;       // [n, act_h, act_w, channels] bytes, which of the four it is; else none
-    std::int64_t kept;         // images whose activation is kept at once: all, or some
-    std::int64_t activation;   // [kept, act_h + 2 pad, act_w + 2 pad, channels], after BatchNorm and ReLU, and zeros
+    std::int64_t raw;          // [n, out_h + 2, out_w + 2, channels]; -1 for block 0
+    std::int64_t winner;  // [n, act_h, act_w, channels], the raw value that max-pooling takes; -1 without pooling and
+                          // for block 0
+    std::int64_t choice;  // [n, act_h, act_w, channels] bytes, which of the four it is; -1 without pooling
+    std::int64_t kept;    // images whose activation is kept at once: all, or some of them
+    std::int64_t
+        activation;  // [kept, act_h + 2 pad, act_w + 2 pad, channels], after BatchNorm and ReLU, with a border of zeros
     std::int64_t activation_size, activation_beyond;
 };
 
@@ -141,46 +143,45 @@ enum ConvVector : std::int32_t {
     kInverse,  // 1 / standard deviation
     kScale,    // gamma * inverse
     kShift,    // beta - mean * scale
-    kSlope,    // of the raw value's gradient in the raw value
-    kOffset,   // the constant in that gradient
+    kSlope,    // coefficient of (raw - mean) in the raw gradient
+    kOffset,   // constant term of the raw gradient
     kConvVectors
 };
 
 struct ConvCpuLayout {
-    std::int32_t channels;  // of every block, in whole vectors
+    std::int32_t channels;  // of every block, padded to whole vectors
     ConvBlockPlan blocks[kConvBlocks];
     std::int64_t features;  // what the classifier reads: [act_h, act_w, channels] of the last block, or [channels]
     // Places in a task's memory, in scalars.
     std::int64_t images;           // [n, height + 2, width + 2, channels of the images]
-    std::int64_t readout;          // [n, features] with Readout::kMean; else none
-    std::int64_t activation_grad;  // [n, act_h, act_w, channels] of one block at a time; but see
-                                   // first_grad_in_scratch
+    std::int64_t readout;          // [n, features] with Readout::kMean; else -1
+    std::int64_t activation_grad;  // [n, act_h, act_w, channels] of one block at a time; see first_grad_in_scratch
     std::int64_t activation_grad_size;
     std::int64_t classifier;       // [ways, features]
     std::int64_t classifier_grad;  // [ways, features]
     std::int64_t classifier_bias;  // [ways]
     std::int64_t classifier_bias_grad;
-    // Of one block at a time, of those after the first.
+    // The following hold one block at a time, of those after the first.
     std::int64_t first_weight;  // block 0's with BatchNorm's scale: [groups, 9 inputs, group], or where it pools
                                 // [groups, 4, 3 inputs, group] for F(2, 3)
     std::int64_t weight_back;   // [groups, 9, filters, group], window and channels exchanged
-    std::int64_t transformed;   // weights: [16, filters, channels] for F(2x2, 3x3), or mixed ones
-                                // [groups, 16, filters, group] for shared products
-    std::int64_t products;      // [16, groups, filters, group], of which the weight gradient is made
+    std::int64_t transformed;   // weights: [16, filters, channels] for F(2x2, 3x3), or [groups, 16, filters, group]
+                                // mixed for shared products
+    std::int64_t products;      // [16, groups, filters, group], combined into the weight gradient
     std::int64_t logits;        // [n, ways]
     std::int64_t logits_grad;   // [n, ways]
-    std::int64_t partial;       // what items leave to be added up: [items of all images, partial_size]
+    std::int64_t partial;       // partial sums of items: [items of all images, partial_size]
     std::int64_t partial_size;
     std::int64_t patch_mean;       // [kConvLargestPatch] double
     std::int64_t covariance;       // [kConvLargestPatch, kConvLargestPatch] double, of layer 1's patches
-    std::int64_t size;             // of a task
-    std::int64_t scratch;          // of a thread, beside it
-    std::int64_t covariance_sums;  // where in scratch the sums of a covariance are, behind the centred example
-    std::int64_t shared_scratch;   // where in scratch the copies for shared products are
-    // Whether block 0's activation_grad stays in scratch, the items of one data_grad: with stride 2 no later stage
-    // needs it.
+    std::int64_t size;             // memory of a task
+    std::int64_t scratch;          // further memory of each thread
+    std::int64_t covariance_sums;  // offset in scratch of the covariance's sums, after the centred example
+    std::int64_t shared_scratch;   // offset in scratch of the copies for shared products
+    // Whether block 0's activation_grad stays in scratch, for the items of one data_grad: with stride 2 no later stage
+    // reads it.
     bool first_grad_in_scratch;
-    std::int64_t first_grad;  // then from one item to the next
+    std::int64_t first_grad;  // if so, scalars from one item to the next
 };
 
 constexpr std::int64_t conv_half(std::int64_t size, Halving halving) {
@@ -200,7 +201,7 @@ constexpr std::int64_t conv_parameters(const ConvShape& shape) {
     return count + shape.ways * (features + 1);
 }
 
-// Hands out places at multiples of 64 bytes.
+// Hands out offsets that are multiples of 64 bytes.
 struct ConvPlaces {
     std::int64_t step;  // scalars in 64 bytes
     std::int64_t at;
@@ -228,7 +229,7 @@ constexpr ConvBlockPlan conv_block_plan(const ConvShape& shape, int i, std::int6
     block.act_w = static_cast<std::int32_t>(conv_half(w, shape.halving));
     block.winograd = i > 0 && pools && conv_winograd_pays(block.out_h, block.out_w);
     block.shared = i > 0 && !pools;
-    // Tiles of shared products reach each position by a pointer of its own: they rather have few.
+    // Tiles of shared products need one pointer per position, so they have few positions.
     block.vectors = conv_group_vectors(shape.filters, !block.shared && block.out_w >= kConvNarrow, unit);
     block.vectors_back =
         conv_group_vectors(shape.filters, !block.shared && ceil_div(w, block.stride) >= kConvNarrow, unit);
@@ -279,7 +280,7 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     }
 
     ConvPlaces places{64 / scalar_bytes, 0};
-    // Convolutions read the borders of these, where zeros are before the first task and stay.
+    // Convolutions read the borders of these arrays. They are zeroed before the first task and never written again.
     layout.images = places.take(n * (shape.height + 2) * (shape.width + 2) * shape.channels);
     for (int i = 0; i < shape.blocks; ++i) {
         ConvBlockPlan& block = layout.blocks[i];
@@ -314,8 +315,8 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.products = places.take(16 * matrix);
     layout.logits = places.take(n * shape.ways);
     layout.logits_grad = places.take(n * shape.ways);
-    // An item leaves two vectors of channels and its part of layer 1's weight gradient; or an example that of the
-    // patches' covariance.
+    // An item leaves two vectors of channels and its part of layer 1's weight gradient; an example leaves its part of
+    // the patches' covariance in the same place.
     const std::int64_t patch = 9 * shape.channels;
     layout.partial_size = 2 * channels + larger(patch * channels, ceil_div(patch * patch, unit.lanes) * unit.lanes);
     layout.partial = places.take(n * items * layout.partial_size);
@@ -323,9 +324,9 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     layout.patch_mean = places.take(kConvLargestPatch * doubles);
     layout.covariance = places.take(kConvLargestPatch * kConvLargestPatch * doubles);
     layout.size = places.at;
-    // A thread keeps to itself of block 0: an item's gradient, with the inputs under its windows; what F(2, 3) makes of
-    // two rows' inputs; or the example of which the covariance is made. Or the tiles of F(2x2, 3x3); and what is copied
-    // for shared products.
+    // A thread's scratch holds one of these at a time: an item's gradient in block 0, with the inputs under its
+    // windows; two rows of inputs as F(2, 3) transforms them; the example whose covariance is computed; the tiles of
+    // F(2x2, 3x3); block 0's gradient for one data_grad. The copies for shared products come after it.
     const ConvBlockPlan& first = layout.blocks[0];
     layout.first_grad_in_scratch = !pools && shape.blocks > 1;
     layout.first_grad = layout.first_grad_in_scratch ? first.act_rows * first.act_w * channels : 0;
@@ -343,13 +344,13 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     return layout;
 }
 
-// Which tasks run side by side, one thread each; the rest run one after the other, all threads on each.
+// Which tasks run side by side, one thread each. The rest run one after another with all threads on each.
 struct ConvCpuPlan {
-    std::int64_t side_by_side;     // the first so many tasks
+    std::int64_t side_by_side;     // how many tasks, counted from the first, run side by side
     std::int64_t teams;            // tasks in memory at once
-    std::int64_t team_scalars;     // of one task and its thread
-    std::int64_t workspace_bytes;  // of all
-    std::int64_t mean_rows;        // of gradients, while their mean is made
+    std::int64_t team_scalars;     // memory of one task and its thread
+    std::int64_t workspace_bytes;  // for all teams
+    std::int64_t mean_rows;        // rows of gradients in memory while their mean is computed
 };
 
 constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64_t tasks, std::int64_t support,
@@ -360,7 +361,7 @@ constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64
     const std::int64_t teams = side_by_side > 0 ? threads : 1;
     const std::int64_t one = side_by_side > 0 ? alone.size + alone.scratch : 0;
     const std::int64_t large_team = side_by_side < tasks ? together.size + threads * together.scratch : 0;
-    // The first place is moved up to a multiple of 64 bytes.
+    // 64 extra bytes: the start of the workspace is rounded up to a multiple of 64.
     return {side_by_side, teams, one, larger(teams * one, large_team) * scalar_bytes + 64, mean_slots(tasks, threads)};
 }
 

@@ -5,7 +5,7 @@
 
 namespace signmaml {
 
-// Of a numerator >= 0, up to the largest there is.
+// For any numerator >= 0: cannot overflow.
 constexpr std::int64_t ceil_div(std::int64_t numerator, std::int64_t denominator) {
     return numerator / denominator + (numerator % denominator != 0 ? 1 : 0);
 }
@@ -13,8 +13,8 @@ constexpr std::int64_t ceil_div(std::int64_t numerator, std::int64_t denominator
 constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a < b ? b : a; }
 
-// Groups of tasks whose gradients are in memory at once while they are added up in order: one for every thread, and one
-// to begin with before the oldest has been added.
+// Groups of tasks whose gradients are in memory at once while they are added in order: one per thread, and one more so
+// that a thread can start the next group before the oldest has been added.
 constexpr std::int64_t mean_slots(std::int64_t groups, int threads) {
     return larger(1, smaller(groups, std::int64_t{threads} + 1));
 }

@@ -1,5 +1,5 @@
-// How an accumulation of meta-gradients is cut into pieces. Pure functions of sizes and addresses.
-// A column's sum runs over tasks 0, 1, ..., T - 1 whatever the cut, so no choice here changes a result.
+// How an accumulation of meta-gradients is divided into pieces. Pure functions of sizes and addresses.
+// A column's sum always runs over tasks 0, 1, ..., T - 1, so no choice here changes a result.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace signmaml {
 
 inline constexpr int kMetaAccumulateBlock = 128;
-// Tasks whose loads are in flight at once in a thread; the sums stay in order.
+// Tasks whose loads a thread has in flight at once; the sums stay in order.
 inline constexpr int kMetaAccumulateUnroll = 8;
 inline constexpr int kMetaAccumulateBlocksPerMultiprocessor = 32;
 
@@ -24,7 +24,7 @@ struct MetaAccumulateGrid {
     std::int64_t blocks;  // over vectors, then over single columns
 };
 
-// All rows of grads and out reach 16-byte boundaries in the same columns: their bases and the row length agree.
+// Whether all rows of grads and out reach 16-byte boundaries in the same columns: their bases and the row length agree.
 constexpr bool rows_congruent(std::int64_t parameters, int scalar_bytes, std::uint64_t out_address,
                               std::uint64_t grads_address, std::int64_t tasks) {
     return congruent(out_address, grads_address) && (tasks <= 1 || parameters % (16 / scalar_bytes) == 0);
@@ -34,7 +34,7 @@ constexpr MetaAccumulateGrid plan_meta_accumulate(std::int64_t tasks, std::int64
                                                   std::uint64_t out_address, std::uint64_t grads_address,
                                                   int multiprocessors) {
     const std::int64_t width = 16 / scalar_bytes;
-    // Few columns: one a thread, to have more threads and so more bytes in flight.
+    // With few columns, a thread takes one: more threads put more bytes in flight.
     const std::int64_t wide_threads = std::int64_t{multiprocessors} * 4 * kMetaAccumulateBlock;
     const bool wide = rows_congruent(parameters, scalar_bytes, out_address, grads_address, tasks) &&
                       parameters / width >= wide_threads;
@@ -49,7 +49,7 @@ constexpr MetaAccumulateGrid plan_meta_accumulate(std::int64_t tasks, std::int64
         vector, kMetaAccumulateBlock, kMetaAccumulateUnroll, head, bodies, tail, larger(1, smaller(blocks, budget))};
 }
 
-// The sums of one piece and the rows being added to them fit the first-level cache together.
+// The sums of one piece and the rows being added to them fit in L1 together.
 inline constexpr std::int64_t kLargestColumnChunk = 1024;
 inline constexpr std::int64_t kSmallestColumnChunk = 256;
 

@@ -1,5 +1,5 @@
-// How a meta-step of a multilayer perceptron is laid out: who owns a task, and where its weights and activations lie.
-// Pure functions of the shape.
+// How a meta-step of a multilayer perceptron is laid out: which threads own a task, and where its weights and
+// activations are stored. Pure functions of the shape.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace signmaml {
 
-// A row of weights ends at an odd number of scalars, so that threads that walk down a column hit different banks.
+// Rows of weights have an odd stride, so that threads reading down a column hit different banks.
 constexpr std::int64_t mlp_row(std::int64_t inputs) { return inputs | 1; }
 
 constexpr MlpLayout mlp_layout(const MlpShape& shape, std::int64_t count) {
@@ -45,11 +45,12 @@ constexpr std::int64_t mlp_parameters(const MlpShape& shape) {
     return count;
 }
 
-// What every GPU gives a block without asking; more would cost resident blocks, and so the latency they hide.
+// Every GPU gives a block this much without opt-in. More would reduce the number of resident blocks, which hide
+// latency.
 inline constexpr std::int64_t kMlpSharedBytes = 48 * 1024;
-// A warp serves a task as long as no activation has more elements than this many for each of its threads.
+// One warp works on a task if no activation has more than 64 elements per thread of the warp; else a block does.
 inline constexpr std::int64_t kMlpWarpWork = 32 * 64;
-// Warps of all teams on a multiprocessor: what may be resident; more would only make the workspace larger.
+// Warps of all teams on one multiprocessor: as many as can be resident. More would only enlarge the workspace.
 inline constexpr std::int64_t kMlpWarpsPerMultiprocessor = 32;
 
 struct MlpPlan {

@@ -10,7 +10,7 @@
 
 namespace signmaml {
 
-// Places in a group's own memory, in vectors: one element of all its tasks each.
+// Offsets in a group's memory, in vectors; each vector holds one element for all tasks of the group.
 struct MlpCpuLayout {
     std::int64_t parameters;                  // as in theta
     std::int64_t weight[kMlpLayers];          // [out, in] of each layer, among them
@@ -48,19 +48,19 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t count)
 }
 
 struct MlpCpuPlan {
-    int lanes;                       // tasks of a group
+    int lanes;                       // tasks per group
     std::int64_t groups;             // the last one may be partly empty
-    std::int64_t slots;              // groups at work at the same time, each with its memory
-    bool within;                     // threads share the work of a group, since there are too few groups
-    std::int64_t workspace_scalars;  // of all slots, and what it takes to start at a whole vector
-    std::int64_t mean_rows;          // of gradients, while their mean is made
+    std::int64_t slots;              // groups that run at the same time, each with its own memory
+    bool within;                     // threads share the work of a group because there are too few groups
+    std::int64_t workspace_scalars;  // of all slots, plus slack to align the start to a whole vector
+    std::int64_t mean_rows;          // rows of gradients in memory while their mean is computed
 };
 
-// The longest vector.
+// Bytes of the longest vector.
 inline constexpr std::int64_t kMlpAlignment = 64;
 
-// `wide` and `narrow`: the lanes that the instruction set offers. Few tasks take the narrow ones, which waste less and
-// give every thread a group.
+// `wide` and `narrow`: the lanes that the instruction set offers. With few tasks narrow vectors waste fewer lanes and
+// give more threads a group.
 constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
                                             std::int64_t query, int scalar_bytes, int wide, int narrow, int threads) {
     const std::int64_t most = larger(1, threads);

@@ -1,4 +1,4 @@
-// How a sign step is cut into pieces. Pure functions of sizes and addresses.
+// How a sign step is divided into pieces. Pure functions of sizes and addresses.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace signmaml {
 
-// Which entry of a table of so many entries belongs to a parameter. The tables that callers may pass have P entries,
-// one a segment, or (learning rates) 1; where two of these are equal, they mean the same or the segments win.
+// How a table with `entries` entries maps to parameters. Callers may pass one entry per parameter, one per segment, or
+// (learning rates) one in all. If two of these counts are equal, either both mean the same or the segments win.
 constexpr Spread spread_of(std::int64_t entries, std::int64_t parameters, std::int64_t segments) {
     if (segments > 0 && entries == segments) return Spread::kPerSegment;
     return entries == parameters ? Spread::kPerElement : Spread::kAll;
@@ -17,9 +17,9 @@ constexpr Spread spread_of(std::int64_t entries, std::int64_t parameters, std::i
 
 // Threads of a block: small enough to fill a multiprocessor evenly, large enough to need few blocks.
 inline constexpr int kSignStepBlock = 256;
-// Vectors a thread has in flight at once. Four 16-byte loads of two streams cover the latency of device memory.
+// Vectors that a thread has in flight at once. Four 16-byte loads of two streams cover the latency of device memory.
 inline constexpr int kSignStepUnroll = 4;
-// Blocks a multiprocessor is given before blocks loop: several waves, so that the last one is short.
+// Blocks per multiprocessor before blocks loop: several waves, so that the last one is short.
 inline constexpr int kSignStepBlocksPerMultiprocessor = 32;
 // The y extent of a grid is 16 bits wide.
 inline constexpr std::int64_t kLargestGridY = 65535;
@@ -27,13 +27,13 @@ inline constexpr std::int64_t kLargestGridY = 65535;
 struct SignStepGrid {
     int vector;                  // elements of one access: 16 bytes' worth, or 1 where rows are not congruent
     int block;                   // threads of a block
-    int unroll;                  // vectors a thread has in flight
+    int unroll;                  // vectors that a thread has in flight
     std::int64_t tiles_per_row;  // pieces of block * unroll * vector parameters; the last may be short
     std::int64_t blocks_x;       // over the tiles of a row
     std::int64_t blocks_y;       // over tasks
 };
 
-// Rows start at base + t * P: params and grads reach a 16-byte boundary together exactly if their bases do.
+// Rows start at base + t * P, so params and grads reach 16-byte boundaries together exactly if their bases do.
 constexpr bool congruent(std::uint64_t a, std::uint64_t b) { return (a - b) % 16 == 0; }
 
 constexpr SignStepGrid sign_step_grid(std::int64_t tasks, std::int64_t parameters, int vector, int multiprocessors) {
@@ -52,13 +52,13 @@ constexpr SignStepGrid plan_sign_step(std::int64_t tasks, std::int64_t parameter
 }
 
 struct CpuPlan {
-    std::int64_t chunk;           // elements of one piece of a row
+    std::int64_t chunk;           // elements per piece of a row
     std::int64_t chunks_per_row;  // the last may be short
     std::int64_t items;           // pieces in all
-    int threads;                  // that are worth waking
+    int threads;                  // how many are worth waking
 };
 
-// Fewer elements than this a thread are done sooner than a thread is woken.
+// Waking a thread takes longer than processing fewer elements than this.
 inline constexpr std::int64_t kElementsWorthAThread = 65536;
 // Pieces of a row: long enough to make the loop's start and end cheap, short enough to balance.
 inline constexpr std::int64_t kSignStepChunk = 16384;
