@@ -112,7 +112,7 @@ class TrainConfig:
 
     def _check_combinations(self) -> None:
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
-            raise ValueError(f"device: expected auto, cpu, cuda or cuda:INDEX, found {self.device!r}")
+            raise ValueError(f"device: expected auto, cpu, cuda, cuda:INDEX or INDEX, found {self.device!r}")
         if self.data == "folder" and self.data_root is None:
             raise ValueError("data_root: expected the folder that holds the images for data 'folder', found none")
         if self.data == "sinusoid" and self.model != "mlp":

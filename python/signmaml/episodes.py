@@ -60,6 +60,10 @@ class Episodes(NamedTuple):
         """How many tasks there are."""
         return len(self.support_x)
 
+    def __repr__(self) -> str:
+        support, query = list(self.support_x.shape), list(self.query_x.shape)
+        return f"Episodes({self.tasks} tasks: support_x {support}, query_x {query})"
+
     def part(self, first: int, stop: int) -> Episodes:
         """Tasks `first` to `stop - 1`, fewer where there are not so many; views."""
         return Episodes(*(tensor[first:stop] for tensor in self))
@@ -383,6 +387,9 @@ class SinusoidSampler:
         self.phase = _checked_range("phase", phase)
         self.x_range = _checked_range("x_range", x_range)
         self.device = _checked_device(device)
+
+    def __repr__(self) -> str:
+        return f"SinusoidSampler({self.shots} support and {self.queries} query points, {self.tasks} tasks)"
 
     def draw(self, iteration: int) -> Episodes:
         """The meta-batch of one iteration; see `EpisodeSampler.draw`. x and y: ``[T, points, 1]`` float32."""

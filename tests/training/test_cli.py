@@ -126,7 +126,7 @@ def test_help_is_fast_and_complete() -> None:
         ("evaluate r --filters 3", "there is no --filters here; it belongs behind train\n"),
         ("--ways=3 train", "there is no --ways=3 here; it belongs behind train or evaluate\n"),
         ("train --device 99", "found 'cuda:99'"),
-        ("train --device gpu", "device: expected auto, cpu, cuda or cuda:INDEX, found 'gpu'"),
+        ("train --device gpu", "device: expected auto, cpu, cuda, cuda:INDEX or INDEX, found 'gpu'"),
         ("train --ways 5000", "ways: expected an integer in 2..735 (classes in glyphs/train), found 5000"),
         ("train --ways one", "ways: expected an integer, found 'one'"),
         ("train --method sign", "(did you mean 'sign-maml'?)"),

@@ -282,7 +282,7 @@ def test_drawing_neither_waits_nor_loops(kind: str, on_device: bool) -> None:
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_sets_and_samplers_print_as_one_line() -> None:
+def test_sets_samplers_and_episodes_print_as_one_line() -> None:
     images = random_set([6, 5, 6, 6, 6, 6])
     assert repr(images) == "ImageSet(random/train: 6 classes, 35 images of 1 x 4 x 4)"
     sampler = EpisodeSampler(images, ways=3, shots=1, queries=2, tasks=5, rotations=True)
@@ -290,6 +290,9 @@ def test_sets_and_samplers_print_as_one_line() -> None:
         "EpisodeSampler(random/train: 6 classes (24 with rotations), 35 images; "
         "3-way 1-shot, 2 queries a class, 5 tasks)"
     )
+    assert repr(sampler.draw(0)) == "Episodes(5 tasks: support_x [5, 3, 1, 4, 4], query_x [5, 6, 1, 4, 4])"
+    waves = SinusoidSampler(shots=5, queries=10, tasks=2)
+    assert repr(waves) == "SinusoidSampler(5 support and 10 query points, 2 tasks)"
 
 
 @pytest.mark.parametrize(
