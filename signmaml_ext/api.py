@@ -13,7 +13,7 @@ from .dispatch import Explanation
 from .inputs import Inputs, Output
 from .losses import Loss
 from .problem import Problem, Rate
-from .results import Adaptation, EvaluateResult, MetaGradients, MetaStepResult
+from .results import Adaptation, EvaluateResult, MetaGradients, MetaStepResult, raise_if_asked
 
 
 def meta_step(
@@ -183,7 +183,7 @@ def meta_step(
     check_compiled_order(problem)
     compute = graphs.run if graphs.serve(problem) else dispatch.meta_gradients
     used, meta = modes.undisturbed(lambda: compute(problem))
-    _raise_if_asked(problem, meta.nonfinite)
+    raise_if_asked(problem, meta.nonfinite)
     _accumulate(problem, meta)
     return MetaStepResult(
         query_loss=meta.query_loss,
@@ -431,14 +431,8 @@ def _adaptation(problem: Problem) -> tuple[str, Adaptation]:
     if problem.method == "maml":
         problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient alone
     used, adaptation = modes.undisturbed(lambda: dispatch.adapt(problem))
-    _raise_if_asked(problem, adaptation.nonfinite)
+    raise_if_asked(problem, adaptation.nonfinite)
     return used, adaptation
-
-
-def _raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
-    if problem.nonfinite == "raise" and nonfinite.any():
-        tasks = nonfinite.nonzero().flatten().tolist()
-        raise FloatingPointError(f"a NaN or an Inf in the losses or gradients of tasks {tasks} (nonfinite='raise')")
 
 
 # Several threads may add to the `.grad` of one model: "there is none yet" and "now there is" must not come apart.

@@ -36,10 +36,11 @@ from .losses import Loss, accuracy, cross_entropy
 from .norms import SupportStatistics
 from .problem import Problem
 from .replica import Replicas
-from .results import NAN_COUNT, Adaptation, CompactParams, MetaGradients, TaskParams, from_counts
+from .results import NAN_COUNT, Adaptation, CompactParams, MetaGradients, TaskParams, from_counts, raise_if_asked
 from .watch import Facts, Watch, address
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
+Result = TypeVar("Result", bound=MetaGradients | Adaptation)
 
 
 def meta_gradients(problem: Problem) -> MetaGradients:
@@ -206,7 +207,10 @@ def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Resu
 
     def with_streams(randomness: modes.Randomness) -> Result:
         with modes.call_modes(problem):
-            return compute(Run(problem, randomness=randomness, most_threads=most_threads))
+            result = compute(Run(problem, randomness=randomness, most_threads=most_threads))
+        if isinstance(randomness, modes.KeyedRandomness):
+            raise_if_asked(problem, result.nonfinite)  # now: a call that raises leaves the generators as they were
+        return result
 
     with modes.without_collector():
         result, draws = modes.with_randomness(problem, with_streams, answers.get(question, False))
@@ -414,7 +418,7 @@ class Run:
         """The random numbers of one task's pass."""
         return self.randomness.at(self.problem.first_task + task, step)
 
-    def by_task(self, values: Iterable[Result]) -> list[Result]:
+    def by_task(self, values: Iterable[Value]) -> list[Value]:
         """Tensors of the tasks' own (or None) as `[t, *shape]`, also for a task by itself."""
         return [value if self.batched or value is None else value[None] for value in values]  # type: ignore[index]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .problem import StepRates
+from .problem import Problem, StepRates
 
 TaskParams = dict[str, Tensor]  # name -> [t, *shape]: a parameter of t tasks
 
@@ -96,6 +96,13 @@ class Adaptation:
     logits: Tensor | None
     nonfinite: Tensor
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
+    """With `nonfinite="raise"`, raises FloatingPointError if one of the tasks `[T]` is flagged."""
+    if problem.nonfinite == "raise" and nonfinite.any():
+        tasks = nonfinite.nonzero().flatten().tolist()
+        raise FloatingPointError(f"a NaN or an Inf in the losses or gradients of tasks {tasks} (nonfinite='raise')")
 
 
 def from_counts(counts: Tensor, theta: Tensor, lr: Tensor | float) -> Tensor:

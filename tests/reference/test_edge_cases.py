@@ -296,6 +296,21 @@ def test_without_a_seed_torchs_generator_decides_and_advances_only_for_random_mo
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["first call", "known to draw"])
+def test_a_call_that_raises_for_a_nan_leaves_torchs_generator(known):
+    model, (x, y, qx, _) = dropout_net().double(), nets.vector_tasks()
+    qy = torch.full((*qx.shape[:2], 3), torch.nan, dtype=torch.float64)
+    y = torch.zeros(*x.shape[:2], 3, dtype=torch.float64)
+    options = {"inner_lr": 0.05, "inner_steps": 1, "loss": "mse"}
+    if known:
+        evaluate(model, x, y, qx, torch.zeros_like(qy), **options)
+    before = torch.get_rng_state()
+    for call in (meta_step, evaluate):
+        with pytest.raises(FloatingPointError, match=r"tasks \[0, 1"):
+            call(model, x, y, qx, qy, **options, nonfinite="raise")
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_training_mode_cannot_batch_evaluation_still_may():
     """So a result does not depend on whether the model was trained before."""
     model, data = dropout_net().double(), nets.vector_tasks()
