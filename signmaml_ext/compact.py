@@ -1,7 +1,7 @@
 """Tasks whose state is int8 step counts: chunks of tasks, one after the other.
 
-What is kept of a task is a byte a parameter; its parameters and gradients exist in full precision only while its chunk
-is at work. Definition: `inner_loop` in reference.py. Kernel: csrc/kernels/compact_sign_step.cuh.
+A task keeps one byte per parameter; its parameters and gradients exist in full precision only while its chunk runs.
+Definition: `inner_loop` in reference.py. Kernel: csrc/kernels/compact_sign_step.cuh.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .inputs import take
 from .problem import Problem
 from .results import Adaptation, CompactParams, MetaGradients
 
-# Parameters of so many bytes are in full precision at once; their gradients take as much again, twice while they are
-# gathered.
+# At most this many bytes of parameters are in full precision at once; their gradients take as much again, twice as much
+# while they are gathered.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -46,7 +46,7 @@ def meta_gradients(problem: Problem, compute: Callable[[Problem], MetaGradients]
                 previous = sums[name]
                 sums[name] = weighted if previous is None else previous.add_(weighted)
     if len(parts) == 1:
-        return parts[0]  # unrounded by a product and a quotient
+        return parts[0]  # without the rounding of a product and a quotient
     live_tasks = torch.stack([part.live_tasks for part in parts]).sum()
     return MetaGradients(
         params={name: None if total is None else total / live_tasks.clamp(min=1) for name, total in sums.items()},
