@@ -30,7 +30,8 @@ def load() -> ModuleType:
     Raises:
         ImportError: if this is a source folder in the way of the installed package, if the native module is missing,
             was built for another Python, does not load, or is of another version, if torch is missing or older than
-            2.8, or if SIGNMAML_CPU_ISA names no usable instruction set. The message says built for, found, what to do.
+            2.8, or if SIGNMAML_CPU_ISA names no usable instruction set. The message says what it was built
+            for, what was found, and what to do.
     """
     check_not_shadowing(FOLDER, sys.path)
     check_torch()

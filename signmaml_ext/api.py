@@ -295,7 +295,7 @@ def adapt(
 
     Returns:
         name -> `[T, *shape]` for each adapted parameter, detached; a dict, or with ``task_state="int8"`` a
-        `CompactParams`, which holds step counts and computes a parameter when it is asked for. One task's model is
+        `CompactParams`, which holds step counts and computes a parameter on access. One task's model is
         ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``. In that call BatchNorm
         follows the model's mode: after ``model.train()`` it normalises by the batch, as ``batch_norm="batch"`` does,
         and writes its running statistics. With ``batch_norm="support"`` the result also holds the statistics of each

@@ -31,9 +31,9 @@ class Layer:
 
     Attributes:
         kind: "conv", "norm", "linear", "relu", "tanh", "pool" (2x2 maximum), "mean" (over height and width), "flatten",
-            or "images" (a view as images, whatever the shape before).
+            or "images" (a view as images, regardless of the shape before).
         name: In messages: the module's path, or the node of the graph.
-        module: What "conv", "norm" and "linear" compute with; its path is `name`.
+        module: The module of a "conv", "norm" or "linear"; its path is `name`.
         size: The sizes that a "flatten" or "images" view spells out, if it does: `[features]`, `[C, H, W]`.
     """
 

@@ -195,7 +195,7 @@ def check_labels(problem: Problem, classes: int) -> None:
 
 
 def check_prediction(prediction: object, target: Tensor, loss: Loss) -> None:
-    """The model's output for one task, against what the loss needs; a callable may take anything."""
+    """Checks the model's output for one task against what the loss needs; a callable may take anything."""
     if not isinstance(prediction, Tensor):
         if callable(loss):
             return
@@ -210,7 +210,7 @@ def check_prediction(prediction: object, target: Tensor, loss: Loss) -> None:
 
 
 def check_loss(value: object) -> None:
-    """What a caller's loss function returned for one task."""
+    """Checks what a caller's loss function returned for one task."""
     if not isinstance(value, Tensor) or value.ndim != 0:
         found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else describe(value)
         refuse("loss", "a callable that returns a scalar tensor (mean over the examples)", found)
@@ -432,7 +432,7 @@ def _check_task_state(task_state: str, method: str, rates: StepRates, params: Ma
 def _check_set(
     which: Literal["support", "query"], x: object, y: object, loss: Loss, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """One set of examples, `[T, S, ...]` inputs with their targets."""
+    """Checks one set of examples, `[T, S, ...]` inputs with their targets."""
     letter = "S" if which == "support" else "Q"
     named = _named_inputs(f"{which}_x", x)
     for argument, value in (*named.items(), (f"{which}_y", y)):

@@ -34,7 +34,7 @@ def _tasks(problem: Problem, tasks: slice) -> Problem:
 
 
 def meta_gradients(problem: Problem, compute: Callable[[Problem], MetaGradients]) -> MetaGradients:
-    """The meta-step of all tasks from those of the chunks: means weighted by the tasks that count."""
+    """The meta-step of all tasks from those of the chunks: means weighted by the number of live tasks."""
     sums: dict[str, Tensor | None] = dict.fromkeys(problem.params)
     parts = []
     for chunk in chunks(problem):
@@ -66,7 +66,7 @@ def _mean(parts: list[MetaGradients], key: str, live_tasks: Tensor) -> Tensor | 
 
 
 def adapt(problem: Problem, compute: Callable[[Problem], Adaptation]) -> Adaptation:
-    """The inner loop of all tasks from those of the chunks; only counts are kept of the parameters."""
+    """The inner loop of all tasks from those of the chunks; of the parameters only the counts are kept."""
     parts = [compute(chunk) for chunk in chunks(problem)]
     counts: dict[str, list[Tensor]] = {name: [] for name in problem.adapted}
     for part in parts:

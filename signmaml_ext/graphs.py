@@ -502,7 +502,7 @@ class GraphCache:
                 self._forget(number)
 
     def info(self) -> GraphInfo:
-        """What is kept, and what was done."""
+        """How many graphs are kept, were built, and were replayed."""
         with self._lock:
             self._drop_gone()
             kept = sum(recorded is not None for recorded in self._graphs.values())

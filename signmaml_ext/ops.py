@@ -242,7 +242,7 @@ class SignStep(NamedTuple):
         return self.params
 
     def written(self) -> tuple[Tensor, ...]:
-        """What changes in place."""
+        """The tensors that are changed in place."""
         return self.params, self.nonfinite
 
     def native(self) -> tuple[int | bool, ...]:

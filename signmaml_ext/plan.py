@@ -8,7 +8,7 @@ from typing import Any
 from . import _loader, conv, fused
 from .problem import Problem
 
-# The model's GPU is an H200 with these figures: bytes per second of a copy, operations per second of products by
+# The modelled GPU is an H200 with these figures: bytes per second of a copy, operations per second of products by
 # precision (three TF32 products make one of fp32) and of everything else, seconds between two launches of a graph.
 BANDWIDTH = 4.3e12
 PRODUCTS = {"fp32": 500e12 / 3, "tf32": 500e12, "bf16": 790e12}

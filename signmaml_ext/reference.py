@@ -202,7 +202,7 @@ def no_saved_tensor_hooks() -> Iterator[None]:
 def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     """`compute` task by task, which works for every module."""
     answers, question = chain.of_module(problem.model).answers, (_DRAWS, problem.model.training)
-    most_threads = _threads_for(problem)  # before `with_randomness`: it may set torch's generators
+    most_threads = _threads_for(problem)  # may set torch's generators, so not in `with_randomness`
 
     def with_streams(randomness: modes.Randomness) -> Result:
         with modes.call_modes(problem):
@@ -667,7 +667,7 @@ def _rate_key(key: str) -> str:
 
 
 def _add_live(sums: dict[str, Tensor | None], gradients: Mapping[str, Tensor | None], live: Tensor | None) -> None:
-    """Adds the gradients of the live tasks (None: of all), in task order."""
+    """Adds the gradients of the live tasks (of all tasks if None), in task order."""
     for name, gradient in gradients.items():
         if gradient is None:
             sums.setdefault(name, None)

@@ -33,10 +33,10 @@ _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-# What every module keeps; `training` is a setting like others.
+# Attributes of every module; `training` counts as a setting.
 _KEPT = frozenset(vars(nn.Module())) - {"training"}
 
-# What Python keeps on a class, which no forward reads.
+# Attributes that Python keeps on a class and no forward reads.
 _UNREAD = frozenset(vars(type("_", (), {}))) | {"__annotations__", "__firstlineno__", "__static_attributes__"}
 
 
