@@ -7,7 +7,7 @@ Turns the environment switches into CMake cache variables. The sources are liste
     TORCH_CUDA_ARCH_LIST    architectures in torch's grammar: "8.0;9.0+PTX", "Hopper", "9.0a", "native"
     MAX_JOBS                how many compilers may run at once
     CUDACXX, CUDA_HOME      which nvcc to use; without them the one on PATH, then /usr/local/cuda
-    CUDAHOSTCXX             which C++ compiler nvcc shall use
+    CUDAHOSTCXX             which C++ compiler nvcc uses
     SIGNMAML_DEBUG=1        debug symbols and assertions, little optimisation
     SIGNMAML_EMULATED=1     build the CUDA kernels for the emulated GPU as well, into build/emulated, for the tests
 """
@@ -31,11 +31,11 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_NVCC = (12, 0)
-# Where SIGNMAML_EMULATED=1 leaves its module: outside of the packages, so that no wheel can hold it.
+# Where SIGNMAML_EMULATED=1 leaves its module: outside of the packages, so that no wheel can contain it.
 EMULATED_FOLDER = ROOT / "build" / "emulated"
 
-# One each of the generations in use. SASS runs on the later members of a generation (8.0 on 8.6 and 8.9), the PTX of
-# the newest on whatever comes after, so more entries would cost build time and change no result.
+# One per generation in use. SASS also runs on later members of its generation (8.0 on 8.6 and 8.9), and the PTX of the
+# newest on all later GPUs, so more entries would cost build time and change no result.
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0", "12.0"]
 
 # torch's names for generations (torch.utils.cpp_extension).
@@ -143,7 +143,7 @@ def visible_architectures() -> str:
 
 @dataclass(frozen=True)
 class Nvcc:
-    """An nvcc that was seen to compile."""
+    """An nvcc that has compiled a test file."""
 
     path: str
     version: tuple[int, int]
@@ -166,9 +166,9 @@ class Nvcc:
 
 
 def find_nvcc(environment: Mapping[str, str]) -> tuple[str | None, str]:
-    """The path of nvcc and, where there is none, the reason. Whether a GPU is present plays no part.
+    """The path of nvcc and, if there is none, the reason. Whether a GPU is present does not matter.
 
-    CUDA_HOME, where set, is the only place looked at: what the user points at wins over what lies around.
+    If CUDA_HOME is set, only that folder is searched: the user's explicit choice wins over other installations.
     """
     chosen = environment.get("CUDACXX", "").strip()
     if chosen:
@@ -186,7 +186,7 @@ def find_nvcc(environment: Mapping[str, str]) -> tuple[str | None, str]:
 
 
 def probe_nvcc(path: str, environment: Mapping[str, str]) -> Nvcc:
-    """Asks nvcc what it is and lets it compile three lines, to fail here in words rather than in CMake's log."""
+    """Asks for nvcc's version and compiles three lines, to fail here with a message rather than in CMake's log."""
     advice = "Set CUDAHOSTCXX to a C++ compiler that it accepts, CUDACXX to another nvcc, or SIGNMAML_NO_CUDA=1."
     host = environment.get("CUDAHOSTCXX", "").strip()
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +215,7 @@ def probe_nvcc(path: str, environment: Mapping[str, str]) -> Nvcc:
 
 
 def choose_nvcc(environment: Mapping[str, str]) -> Nvcc | None:
-    """The nvcc to build with, or None for a build without CUDA, after saying so loudly."""
+    """The nvcc to build with, or None, after printing a banner, for a build without CUDA."""
     forced = read_flag(environment, "FORCE_CUDA")
     refused = read_flag(environment, "SIGNMAML_NO_CUDA")
     if forced and refused:
@@ -248,7 +248,7 @@ def tool(name: str) -> str:
 
 
 def keep_emulated(built: Path, target: Path) -> Path:
-    """Copies the emulated module from CMake's folder to where the tests look for it; an older one goes."""
+    """Copies the emulated module from CMake's folder to where the tests look for it, in place of an older one."""
     modules = sorted(built.glob("_emulated*.so"))
     if len(modules) != 1:
         raise SetupError(f"SIGNMAML_EMULATED is set: expected one _emulated module in {built}, found {len(modules)}")
@@ -258,10 +258,10 @@ def keep_emulated(built: Path, target: Path) -> Path:
 
 
 def forget_configuration(folder: Path) -> None:
-    """Removes what CMake noted of an earlier build: its cache, and what it found out about the compilers.
+    """Removes CMake's records of an earlier build: its cache, and what it found out about the compilers.
 
-    An isolated build finds another cmake, ninja and pybind11 at each call, and the switches may have changed. Object
-    files stay, which `cmake --fresh` would remove: ninja compiles again what is older than its sources or was compiled
+    An isolated build gets another cmake, ninja and pybind11 each time, and the switches may have changed. Object files
+    stay (`cmake --fresh` would remove them): ninja recompiles those that are older than their sources or were compiled
     by another command.
     """
     folder.joinpath("CMakeCache.txt").unlink(missing_ok=True)

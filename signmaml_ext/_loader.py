@@ -1,4 +1,4 @@
-"""Loads the native module `signmaml_ext._C`, or says what it was built for, what was found, and what to do.
+"""Loads the native module `signmaml_ext._C`; an error says what it was built for, what was found, and what to do.
 
 Holds the version of the package: `pyproject.toml` reads it from here, so that a native module built from another
 version is noticed.
@@ -30,7 +30,8 @@ def load() -> ModuleType:
     Raises:
         ImportError: if this is a source folder in the way of the installed package, if the native module is missing,
             was built for another Python, does not load, or is of another version, if torch is missing or older than
-            2.8, or if SIGNMAML_CPU_ISA names no usable instruction set. The message says built for, found, what to do.
+            2.8, or if SIGNMAML_CPU_ISA names no usable instruction set. The message says what it was built
+            for, what was found, and what to do.
     """
     check_not_shadowing(FOLDER, sys.path)
     check_torch()
@@ -50,17 +51,17 @@ def load() -> ModuleType:
 
 
 def native_files(folder: Path) -> list[Path]:
-    """The native modules in a package folder, for whatever Python."""
+    """The native modules in a package folder, for any Python."""
     return sorted(path for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd", ".dylib"))
 
 
 def is_source_folder(folder: Path) -> bool:
-    """Whether a package folder lies in the source tree."""
+    """Whether a package folder is in the source tree."""
     return (folder.parent / "csrc").is_dir() and (folder.parent / "setup.py").is_file()
 
 
 def installed_elsewhere(folder: Path, search_path: list[str]) -> Path | None:
-    """Another package folder than the given one to which the search path leads, itself or by an editable install."""
+    """A package folder other than the given one, on the search path or installed from there as editable."""
     for entry in search_path:
         candidate = (Path(entry or ".") / PACKAGE).resolve()
         if candidate != folder and (candidate / "__init__.py").is_file():
@@ -152,13 +153,13 @@ def choose_cpu_isa(native: ModuleType) -> None:
 
 
 def python_tag() -> str:
-    """What a native module's name says of this Python: `cpython-311-x86_64-linux-gnu`."""
+    """The tag of this Python in a native module's name: `cpython-311-x86_64-linux-gnu`."""
     suffix: str = sysconfig.get_config_var("EXT_SUFFIX") or ""
     return suffix.strip(".").split(".")[0]
 
 
 def reinstall() -> str:
-    """The command that builds the native module anew."""
+    """The command that rebuilds the native module."""
     if is_source_folder(FOLDER):
         return f"`{sys.executable} -m pip install -e {FOLDER.parent}`"
     return f"`{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {PACKAGE}`"

@@ -50,40 +50,40 @@ def meta_step(
     ``"maml"`` (Finn et al. 2017) differentiates through the steps.
 
     Nothing else changes: no parameter, no buffer, no module mode, not even during the call. Every forward pass runs on
-    a private copy of the module objects with tensors of its own, so what a forward leaves behind (`self.features = h`)
-    is gone afterwards. BatchNorm buffers are neither read nor written unless ``batch_norm="running"``. Dropout and
-    everything else follow `model.training`.
+    a private copy of the module objects with tensors of its own, so attributes that a forward sets
+    (`self.features = h`) are gone afterwards. BatchNorm buffers are neither read nor written unless
+    ``batch_norm="running"``. Dropout and everything else follow `model.training`.
 
     Hooks: forward and backward hooks of modules run in every pass, on the private copies; a model with such hooks is
     served task by task, so that they see one task's tensors. Hooks of parameters (`Tensor.register_hook`,
     `register_post_accumulate_grad_hook`) run once, on the meta-gradient, as after `backward()`; they see no inner step.
 
-    Threads: any number may call on one model at a time, with the results of calls one after the other. `.grad` is
-    added to by one call at a time.
+    Threads: any number of threads may call on one model at the same time, with the results of sequential calls. Only
+    one call at a time adds to `.grad`.
 
     Args:
         model: Any module whose forward takes tensors `[S, ...]`. Parameters that require grad are float32 or float64,
             on one device. Others are never moved and get no gradient. Tied parameters count once. Not a wrapper such as
             DistributedDataParallel: pass the module in it.
         support_x: `[T, S, ...]`, the model's inputs to adapt on, on the model's device; if floating point, in its
-            dtype. For a model of several inputs a tuple of such tensors, or a dict by the names of its forward's
-            arguments. Tasks of different sizes do not stack: make one call a task, numbered by `first_task`, and
-            divide `.grad` by their number.
+            dtype. For a model with several inputs, a tuple of such tensors, or a dict by the names of its forward's
+            arguments. Tasks of different sizes cannot be stacked: make one call per task, numbered by `first_task`, and
+            divide `.grad` by the number of tasks.
         support_y: `[T, S]` int64 labels for "cross_entropy"; `[T, S, ...]` of the predictions' shape and dtype for
             "mse"; `[T, S, ...]` of any dtype for a callable.
         query_x: `[T, Q, ...]`, like `support_x`.
         query_y: `[T, Q]` or `[T, Q, ...]`, like `support_y`.
-        inner_lr: Inner learning rate ("alpha"): a float >= 0, or a tensor `[]` (one rate) or `[K]` (a rate a step),
-            or a mapping from the name of every adapted parameter to a float or a tensor that broadcasts to the
-            parameter, or has one leading axis `[K, ...]` more (a rate a step). A tensor that requires grad receives
-            its exact gradient in `.grad` (for fo-maml: exact for the steps taken as constants).
+        inner_lr: Inner learning rate ("alpha"): a float >= 0, or a tensor `[]` (one rate) or `[K]` (one rate
+            per step), or a mapping from the name of every adapted parameter to a float or a tensor that broadcasts to
+            the parameter, optionally with an extra leading axis `[K, ...]` (one rate per step). A tensor that requires
+            grad receives its exact gradient in `.grad` (for fo-maml: exact for the steps taken as constants).
         inner_steps: K >= 0. With 0 this is joint training on the query sets.
         method: "sign-maml", "fo-maml" or "maml".
         loss: "cross_entropy" (mean over examples), "mse" (mean over all elements), or a callable
             `(prediction [S, ...], target [S, ...]) -> scalar tensor`, called once for each task. `F.cross_entropy`,
-            `nn.CrossEntropyLoss()`, `F.mse_loss` and `nn.MSELoss()` as they are count as the named ones, which the
-            native kernels know. (On CUDA, where labels are not looked at, a label of -100 then makes the loss of its
-            task NaN instead of being left out.) A sign step ignores the scale of the loss.
+            `nn.CrossEntropyLoss()`, `F.mse_loss` and `nn.MSELoss()` with default settings count as the named ones,
+            which the native kernels serve. (On CUDA, where labels are not checked, a label of -100 then makes the loss
+            of its task NaN instead of being ignored.) A sign step ignores the scale of the loss.
         adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
             ``["classifier.*"]`` (ANIL); the name of a module stands for all its parameters. All others still get the
             meta-gradient. None: all that require grad.
@@ -92,42 +92,42 @@ def meta_step(
             "auto" takes and why.
         precision: "fp32" (strict, also where torch would allow TF32), "tf32" (CUDA) or "bf16" (autocast). The sign
             is always taken on the parameters' dtype.
-        nonfinite: What a NaN or an Inf in a task does. "propagate": NaN in, NaN out. "skip": the task is left out of
-            the mean. "raise": FloatingPointError, which makes the host wait for the device. In every case
+        nonfinite: What happens when a task meets a NaN or an Inf. "propagate": NaN in, NaN out. "skip": the task is
+            left out of the mean. "raise": FloatingPointError, which makes the host wait for the device. In every case
             `result.nonfinite` flags the task.
         batch_norm: "batch": BatchNorm normalises each set by its own statistics, in training and evaluation, task by
-            task (transductive: what is predicted for a query depends on the other queries). "support": queries by the
-            statistics of their task's support set at the adapted parameters (inductive), with gradients through them.
-            "running": by its running statistics, which stay as they are; a warning says so, once, if they were never
-            written.
-        seed: Integer >= 0 that, with task and step, keys the dropout masks; vary it from call to call. None: one is
-            taken from torch's CPU generator, which advances by one draw, if the model draws random numbers at all.
+            task (transductive: the prediction for a query depends on the other queries). "support": it normalises
+            queries by the statistics of their task's support set at the adapted parameters (inductive), with gradients
+            through them. "running": it normalises by its running statistics, which are not updated; there is one
+            warning if they were never written.
+        seed: Integer >= 0 that, with task and step, keys the dropout masks; vary it from call to call. None: if
+            the model draws random numbers, one is taken from torch's CPU generator, which advances by one draw.
         zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics has its true gradient, 0. False
             uses autograd's rounding noise, whose sign moves the bias at random, as the official code does.
-        first_task: For a meta-batch in pieces (over processes, or because memory is short): the number of this piece's
-            first task in it, so that dropout masks are those of the whole. Weigh the pieces' gradients by
+        first_task: For a meta-batch computed in pieces (over processes, or to save memory): the number of this piece's
+            first task in it, so that dropout masks are those of the whole. Weight the pieces' gradients by
             `live_tasks`.
-        graph: True: the whole call is recorded as one CUDA graph when it comes the first time, and replayed after that
-            with one launch and a copy of its inputs; `signmaml_ext.graphs` has the rules on when it is recorded anew.
-            False: never. None: where the Conv-N kernels serve a call on a CUDA device. Inside a CUDA graph capture of
-            the caller's own the call always becomes part of that graph; make it once before, outside.
-        task_state: "full": a task's parameters in their own dtype. "int8": as counts n of sign steps, phi = theta -
-            alpha * n, with which a task takes a byte a parameter (worth it for `adapt`, whose result holds all tasks);
-            parameters and gradients are in full precision for a chunk of tasks at a time. For "sign-maml", at most
-            127 steps and rates that are the same in every step, on the backends "cpu", "cuda" (flat buffers) and
-            "torch". phi is rounded twice, whatever K, instead of once a step, so that trajectories agree to rounding
-            (float64: to 1e-12 as long as no gradient is that near 0). A NaN gradient is count -128 and stays NaN, as
-            in full precision.
+        graph: True: the first call is recorded as one CUDA graph, and later calls replay it with one launch and a copy
+            of their inputs; `signmaml_ext.graphs` has the rules on when it is recorded again. False: never. None: where
+            the Conv-N kernels serve a call on a CUDA device. Inside a CUDA graph capture of the caller's own, the call
+            always becomes part of that graph; make it once before the capture.
+        task_state: "full": a task's parameters are kept in their own dtype. "int8": they are kept as counts n of sign
+            steps, phi = theta - alpha * n, so that a task takes one byte per parameter (worth it for `adapt`, whose
+            result holds all tasks); parameters and gradients are in full precision for one chunk of tasks at a time.
+            Only for "sign-maml", at most 127 steps and rates that are the same in every step, on the backends "cpu",
+            "cuda" (flat buffers) and "torch". phi is rounded twice for any K, instead of once per step, so trajectories
+            agree up to rounding (float64: to 1e-12 as long as no gradient is that close to 0). A NaN gradient gives
+            count -128 and stays NaN, as in full precision.
         output: Which part of what the model returns is the prediction: a key or an attribute ("logits"), a number, or a
-            callable `(returned) -> tensor`. None: all of it, which a named loss wants to be one tensor.
-        batching: How tasks run that no whole-meta-step kernel serves. "together": side by side under torch.vmap;
-            a module that vmap refuses is refused. "one-by-one": by themselves, which serves every module; on a CPU as
-            many at a time as torch has threads. "auto": together where the operators of one task are too small to be
-            worth their calls, as far as the caches hold the tasks, and always on CUDA; one by one where that does not
-            work. The choice depends on the model and on sizes alone, never on a clock; `explain` says which, and why.
+            callable `(returned) -> tensor`. None: all of it, which must be one tensor for a named loss.
+        batching: How tasks run that no whole-meta-step kernel serves. "together": under torch.vmap; a module that vmap
+            refuses is refused. "one-by-one": separately, which serves every module; on a CPU as many at a time as torch
+            has threads. "auto": together where the operators of one task are too small to be worth their calls, as many
+            tasks as fit in the caches, and always on CUDA; one by one where that does not work. The choice depends only
+            on the model and on sizes, never on a clock; `explain` says which, and why.
         compile: Whether torch.compile makes the forward and backward passes where no whole-meta-step kernel serves
             ("conv" and "mlp" have nothing to compile). The first call of a kind takes seconds to minutes. Compiled
-            passes round otherwise than torch's own operators, and draw other dropout masks, repeatably. The query pass
+            passes round differently from torch's own operators and draw other dropout masks, repeatably. The query pass
             of ``batch_norm="support"`` is not compiled. What torch.compile does not serve is refused with its reason:
             a machine without a compiler, some modules, a `meta_step` with "maml" (there is no second derivative);
             likewise ``graph=True`` and the backend "torch".
@@ -144,7 +144,7 @@ def meta_step(
 
     Determinism: the same call gives the same result wherever torch's kernels do; CPU runs are bitwise repeatable for a
     fixed number of threads. Memory: one forward and backward pass; it grows with K for "maml" and for an `inner_lr`
-    that requires grad, else not. A recorded graph keeps its memory; `signmaml_ext.graphs.clear()` gives it back.
+    that requires grad, otherwise not. A recorded graph keeps its memory; `signmaml_ext.graphs.clear()` gives it back.
     Native meta-steps on the CPU keep two work buffers of at most 128 MiB each for the next call.
 
     Example:
@@ -222,7 +222,7 @@ def evaluate(
 
     Arguments, errors and determinism are those of `meta_step`. "maml" and "fo-maml" take the same inner steps. Call
     `model.eval()` first if the model has dropout. A task that met a NaN or an Inf is flagged; with "skip" its row is
-    still there.
+    kept.
 
     Returns:
         An `EvaluateResult`.
@@ -295,12 +295,12 @@ def adapt(
 
     Returns:
         name -> `[T, *shape]` for each adapted parameter, detached; a dict, or with ``task_state="int8"`` a
-        `CompactParams`, which holds step counts and computes a parameter when it is asked for. One task's model is
-        ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``. There BatchNorm does
-        what the model's mode says: after ``model.train()`` it normalises by the batch, as ``batch_norm="batch"`` does,
+        `CompactParams`, which holds step counts and computes a parameter on access. One task's model is
+        ``torch.func.functional_call(model, {name: p[i] for name, p in adapted.items()}, (x,))``. In that call BatchNorm
+        follows the model's mode: after ``model.train()`` it normalises by the batch, as ``batch_norm="batch"`` does,
         and writes its running statistics. With ``batch_norm="support"`` the result also holds the statistics of each
         task's support set, under the names of the running ones, `[T, C]`: with them, and after ``model.eval()``, that
-        call predicts one query at a time what `evaluate` predicts.
+        call gives the predictions of `evaluate` one query at a time.
 
     Example:
         >>> import torch, signmaml_ext
@@ -364,13 +364,12 @@ def explain(
     """Which backend would serve this call of `meta_step`, and why the others would not.
 
     Arguments and errors are those of `meta_step`; without data the answer is for data that fits. A module whose
-    structure is known runs on a few random examples to verify it, once; others run once on the first task's examples,
-    to see how much work a task is. That a module's forward cannot be batched is known after the first real call.
+    structure is known runs once on a few random examples, to verify it; others run once on the first task's examples,
+    to measure the work of a task. Whether a module's forward can be batched is known only after the first real call.
 
     Args:
-        plan: Also say what the call would launch on a GPU, launch by launch with modelled work, bytes and time, and how
-            much workspace it would take: for Conv-N networks, with or without a GPU at hand. Give the data whose sizes
-            count.
+        plan: Also list the launches of the call on a GPU, with modelled work, bytes and time, and the workspace that it
+            would take. For Conv-N networks, with or without a GPU in the machine. Pass data of the sizes in question.
 
     Returns:
         An `Explanation`; print it, or read `.backend` and `.reasons`.
@@ -411,7 +410,7 @@ def explain(
 
 
 def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Small data of the shape that the model takes: one task of two examples. Features are made up if it is unknown."""
+    """Small data of the shape that the model takes: one task of two examples. One feature if it is unknown."""
     like, outputs = torch.empty(()), 1
     example: tuple[int, ...] = (1,)
     if isinstance(model, nn.Module):
@@ -429,13 +428,13 @@ def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def _adaptation(problem: Problem) -> tuple[str, Adaptation]:
     if problem.method == "maml":
-        problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient alone
+        problem = problem.replace(method="fo-maml")  # they differ only in the meta-gradient
     used, adaptation = modes.undisturbed(lambda: dispatch.adapt(problem))
     raise_if_asked(problem, adaptation.nonfinite)
     return used, adaptation
 
 
-# Several threads may add to the `.grad` of one model: "there is none yet" and "now there is" must not come apart.
+# Several threads may add to the `.grad` of one model, so the test for None and the assignment must be atomic.
 _grad_lock = threads.lasting_lock()
 
 

@@ -1,9 +1,9 @@
-"""Whether tasks run together or one by one, and how many at once: by what one forward pass of a task amounts to.
+"""Whether tasks run together or one by one, and how many at once, decided by the cost of one task's forward pass.
 
-Together (under torch.vmap) an operator is called once for all tasks, which pays where calls are most of the time. One
+Together (under torch.vmap) an operator is called once for all tasks, which pays where calls take most of the time. One
 by one, matrix products run at their best rate, a task's parameters stay in the cache, and several tasks run on several
-threads. The choice depends on the model and on sizes, never on a clock: the same call takes the same way in every run
-and on every machine, so that runs repeat bitwise.
+threads. The choice depends on the model and on sizes, never on a clock: it is the same in every run and on every
+machine, so that runs repeat bitwise.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from .problem import Problem
 from .replica import Replicas
 
 # Seconds, fitted to benchmarks/zoo_models.py on the CPUs of benchmarks/results, and rounded. A forward and backward
-# pass takes PASS and CALL for each operator; a core multiplies and adds at RATE. For tasks side by side an operator
-# takes longer to call, convolutions become grouped ones, and parameters and what is saved for the backward pass no
-# longer stay in the cache, which costs so much a byte.
+# pass takes PASS plus CALL for each operator; a core multiplies and adds at RATE. Under vmap an operator takes longer
+# to call, convolutions become grouped and slower, and parameters and saved activations no longer stay in the cache,
+# which costs PARAMETER_BYTE and SAVED_BYTE per byte.
 PASS, CALL = 350e-6, 30e-6
 RATE = 35e9
 TOGETHER_CALL = 1.5
 TOGETHER_CONVOLUTIONS = 0.15
 PARAMETER_BYTE, SAVED_BYTE = 0.7e-9, 0.8e-9
-# Parameters of the tasks that are at work together: as many as stay in a core's cache; and all that they need, at most.
+# Limits for tasks that run together: bytes of parameters that stay in a core's cache, and bytes of all that they need.
 CACHE_BYTES = 4 * 2**20
 MOST_BYTES = 256 * 2**20
-# Seconds of a task from which on threads pay.
+# Threads pay if a task takes longer than this, in seconds.
 LONG = 2e-3
 
 
 @dataclass(frozen=True)
 class Size:
-    """One forward pass of one task.
+    """The cost of one forward pass of one task.
 
     Attributes:
         calls: Operators called.
-        products: Multiply-adds, twice each, of matrix products.
-        convolutions: The same of convolutions.
+        products: Floating-point operations of matrix products, two per multiply-add.
+        convolutions: The same for convolutions.
         saved: Bytes that the backward pass needs.
         parameters: Bytes of the trainable parameters.
     """
@@ -60,34 +60,34 @@ class Size:
         return PASS + CALL * self.calls + 3 * (self.products + self.convolutions) / RATE
 
     def together(self, tasks: int) -> float:
-        """The same for a task among so many."""
+        """The same for one of `tasks` tasks that run together."""
         calls = TOGETHER_CALL * (PASS + CALL * self.calls) / tasks
         work = 3 * (self.products + self.convolutions / TOGETHER_CONVOLUTIONS) / RATE
         return calls + work + PARAMETER_BYTE * self.parameters + SAVED_BYTE * self.saved
 
     @property
     def most_together(self) -> int:
-        """Tasks that may be at work together."""
+        """Most tasks that may run together."""
         in_cache = CACHE_BYTES // max(1, self.parameters)
         return max(1, min(in_cache, int(MOST_BYTES / max(1.0, self.saved + 6 * self.parameters))))
 
     def scaled(self, share: float) -> Size:
-        """Of a pass with so many times the examples."""
+        """The cost of a pass with `share` times as many examples."""
         products, convolutions, saved = (share * v for v in (self.products, self.convolutions, self.saved))
         return replace(self, products=products, convolutions=convolutions, saved=saved)
 
 
 def size_of(problem: Problem) -> Size | None:
-    """What a task's pass on its query set (or, without one, on its support set) amounts to; None if it fails.
+    """The cost of a task's pass on its query set (or, without one, on its support set); None if it fails.
 
-    Found by one forward pass, whose random draws are taken back; remembered for the model, the shapes and the mode.
+    Measured by one forward pass, which leaves torch's generators as they were; cached by model, shapes and mode.
     """
     x = problem.support_x if problem.query_x is None else problem.query_x
     shapes = tuple((part.shape[1:], part.dtype) for part in inputs.parts(x))
     key = ("size", problem.model.training, problem.batch_norm, problem.precision, tuple(problem.params), shapes)
     answers = chain.of_module(problem.model).answers
     if key not in answers:
-        # A copy of the examples: the forward may work on its input in place.
+        # A copy of the examples, because the forward may modify its input in place.
         answers[key] = _measured(problem, inputs.each(inputs.take(x, 0), Tensor.clone))
     size: Size | None = answers[key]
     return size
@@ -114,7 +114,7 @@ def _measured(problem: Problem, x: inputs.Inputs) -> Size | None:
 
     try:
         modes.without_drawing(problem.device, in_modes)
-    except Exception:  # the call itself will meet it, where it can be told
+    except Exception:  # the call itself will raise it, with a proper message
         return None
     parameters = sum(p.nbytes for p in problem.params.values())
     return Size(counter.calls, counter.products, counter.convolutions, saved, parameters)
@@ -130,7 +130,7 @@ class _Counter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """False: torch would load its compiler, for a second, only to keep it out of here."""
+        """False, because torch would otherwise take a second to import its compiler, only to disable it here."""
         return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,7 +185,7 @@ def why_one_by_one(problem: Problem) -> str | None:
 
 
 def _share(problem: Problem) -> float:
-    """Examples of the usual pass, over those of the one that `size_of` looks at."""
+    """Mean number of examples of a pass, divided by that of the pass that `size_of` measures."""
     if problem.query_y is None:
         return 1.0
     support, query = problem.support_y.shape[1], problem.query_y.shape[1]
@@ -193,13 +193,13 @@ def _share(problem: Problem) -> float:
 
 
 def pays_on_threads(problem: Problem) -> bool:
-    """Whether a task one by one takes so long that several threads pay."""
+    """Whether a task takes long enough by itself for several threads to pay."""
     size = size_of(problem)
     return size is not None and size.scaled(_share(problem)).alone * (problem.steps + 1) > LONG
 
 
 def chunk(problem: Problem) -> int:
-    """How many tasks run together at most."""
+    """Most tasks that run together."""
     if problem.device.type != "cpu":
         return problem.tasks
     size = size_of(problem)

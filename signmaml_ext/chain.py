@@ -1,6 +1,6 @@
-"""A module's forward as a chain of layers, read by torch.fx: what counts is the computation, not the class.
+"""Reads a module's forward as a chain of layers, with torch.fx: the computation counts, not the class.
 
-What is found out about a module is remembered as long as the module stays as it is. What that means, see structure.py.
+What is known about a module is cached until the module changes; structure.py defines what a change is.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Layer:
 
     Attributes:
         kind: "conv", "norm", "linear", "relu", "tanh", "pool" (2x2 maximum), "mean" (over height and width), "flatten",
-            or "images" (a view as images, whatever the shape before).
+            or "images" (a view as images, regardless of the shape before).
         name: In messages: the module's path, or the node of the graph.
-        module: What "conv", "norm" and "linear" compute with; its path is `name`.
-        size: The sizes that a "flatten" or "images" view is written with, if it names them: `[features]`, `[C, H, W]`.
+        module: The module of a "conv", "norm" or "linear"; its path is `name`.
+        size: The sizes that a "flatten" or "images" view spells out, if it does: `[features]`, `[C, H, W]`.
     """
 
     kind: str
@@ -45,14 +45,14 @@ class Layer:
 
 @dataclass
 class Known:
-    """What was found out about a module, good for as long as it stays as it is.
+    """What is known about a module, valid until it changes.
 
     Attributes:
-        structure: Of the module, see `structure.of_module`.
+        structure: The module's structure, see `structure.of_module`.
         answers: By question, see `remembered`.
-        computed: What its numbers were held against, see `computes`.
-        reads: What its forward read while it was traced.
-        values: What that was, see `structure.of_reads`.
+        computed: The specs and example shapes that it was verified for, see `recognition.verified`.
+        reads: The attributes that its forward read while it was traced.
+        values: Their values, see `structure.of_reads`.
     """
 
     structure: Hashable
@@ -65,13 +65,13 @@ class Known:
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 
 
-# The modules that were looked at within `one_look`; None outside.
+# The modules already compared within `one_look`; None outside.
 _seen: ContextVar[dict[nn.Module, Known] | None] = ContextVar("_seen", default=None)
 
 
 @contextmanager
 def one_look() -> Iterator[None]:
-    """Compares a module's structure once, however often it is asked for: for a call, which changes no structure."""
+    """Compares a module's structure only once within the context. A call changes no structure, so once suffices."""
     token = _seen.set({})
     try:
         yield
@@ -100,7 +100,7 @@ def _of_module(model: nn.Module) -> Known:
 
 
 def remembered(model: nn.Module, question: str, find: Callable[[nn.Module], Answer]) -> Answer:
-    """What `find` says about a module; asked once, and again when the module has changed."""
+    """The result of `find` for a module, cached until the module changes."""
     answers = of_module(model).answers
     if question not in answers:
         answers[question] = find(model)
@@ -109,7 +109,7 @@ def remembered(model: nn.Module, question: str, find: Callable[[nn.Module], Answ
 
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...] | str:
-    """The chain that a module's forward is, or why it is none."""
+    """A module's forward as a chain of layers, or why it is not one."""
     return remembered(model, "layers", lambda model: _why_untraceable(model) or _traced(model))
 
 
@@ -122,9 +122,9 @@ _HOOKS = {
 
 
 def _why_untraceable(model: nn.Module) -> str | None:
-    """What torch.fx would silently leave out."""
+    """A feature of the module that torch.fx would silently leave out; None if there is none."""
     if structure.is_layer(model):
-        return "it is a single layer"  # and what is known of a model must not hold the model
+        return "it is a single layer"  # its `Layer` would keep the model alive in `_known`
     for dictionary, kind in _HOOKS.items():
         if getattr(nn.modules.module, f"_global{dictionary}"):
             return f"global {kind} are registered"
@@ -145,7 +145,7 @@ def _why_untraceable(model: nn.Module) -> str | None:
 
 
 class _Refused(Exception):
-    """The module is no chain of known layers; the message says why."""
+    """The module is not a chain of known layers; the message says why."""
 
 
 def _traced(model: nn.Module) -> tuple[Layer, ...] | str:
@@ -156,7 +156,7 @@ def _traced(model: nn.Module) -> tuple[Layer, ...] | str:
 
 
 def _trace(model: nn.Module) -> tuple[tuple[Layer, ...] | str, Reads]:
-    """The chain or why there is none, and what the forward read on the way there.
+    """The chain, or why there is none, and the attributes that the forward read.
 
     torch.fx's own `symbolic_trace` replaces `nn.Module.__call__` for the whole process while it runs. Here a private
     copy of the module runs instead, whose layers record their calls.
@@ -233,7 +233,7 @@ class _Reader:
         return False
 
     def _layer(self, node: torch.fx.Node) -> Layer | None:
-        """The layer that a node is; None if it hands its input on."""
+        """The layer of a node; None if it passes its input through."""
         if node.op == "call_module":
             name = str(node.target)
             return self._module(name, self.modules[name])
@@ -286,7 +286,7 @@ _Read = Callable[[str, _Arguments, dict[str, Any], tuple[bool, ...]], Layer]
 
 def _activation(kind: str) -> _Read:
     def read(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
-        return Layer(kind, name)  # in place or not, a chain reads nothing twice
+        return Layer(kind, name)  # in-place ones are the same here: a chain reads nothing twice
 
     return read
 
@@ -383,10 +383,10 @@ def computes(
 ) -> bool:
     """Whether a module computes what `forward` does with its parameters `names`: values and gradients.
 
-    A structure can be read wrongly: a forward may leave out the gradient, switch to another precision, or count on a
-    wrapped function. Float64 tells a factor of 1 + 1e-8 from 1; what rounds float32 only, float32 tells. The numbers
-    are random ones of the shape of `x` `[S, ...]`, with BatchNorm on the batch: real examples may be constant, or not
-    finite. The answer makes the host wait for the device.
+    A structure can be misread: a forward may drop the gradient, switch to another precision, or rely on a wrapped
+    function. The float64 run tells a factor of 1 + 1e-8 from 1; the float32 run detects rounding that affects only
+    float32. The examples are random, with the shape of those of `x` `[S, ...]`, and BatchNorm normalises by the batch:
+    real examples may be constant or not finite. The check makes the host wait for the device.
     """
     if modes.is_capturing(x.device):
         raise RuntimeError(
@@ -406,7 +406,7 @@ def computes(
             try:
                 expected = forward(parameters, inputs)
                 found = copies.make(parameters)(inputs)
-            except Exception:  # examples that do not fit, say: the reference will meet it again and raise
+            except Exception:  # such as examples that do not fit: the reference will raise it again
                 return False
             if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:
                 return False
@@ -417,7 +417,7 @@ def computes(
 
 
 def _agree(found: Tensor, expected: Tensor, weights: Tensor, parameters: list[Tensor], tolerance: float) -> bool:
-    """Two results and their gradients, by the norm of the difference."""
+    """Whether two results and their gradients agree, by the norm of the difference."""
     if not found.requires_grad:
         return False
 

@@ -1,6 +1,6 @@
 """Turns the arguments of a call into a checked `Problem`, before any work starts.
 
-Every refusal is a ValueError or a TypeError that names the argument, what was expected and what came.
+Every refusal is a ValueError or a TypeError that names the argument, what was expected and what was found.
 Nothing here reads a tensor's values on an accelerator: that would make the host wait for the device.
 """
 
@@ -43,7 +43,7 @@ class ForwardError(ValueError, RuntimeError):
 
 
 def refuse(argument: str, expected: str, found: object, error: type[Exception] = ValueError) -> NoReturn:
-    """Raises the one form that every message about an argument has."""
+    """Raises an error in the form that all messages about arguments have."""
     raise error(f"{argument}: expected {expected}, found {found}")
 
 
@@ -195,7 +195,7 @@ def check_labels(problem: Problem, classes: int) -> None:
 
 
 def check_prediction(prediction: object, target: Tensor, loss: Loss) -> None:
-    """The model's output for one task, against what the loss needs; a callable may take anything."""
+    """Checks the model's output for one task against what the loss needs; a callable may take anything."""
     if not isinstance(prediction, Tensor):
         if callable(loss):
             return
@@ -210,7 +210,7 @@ def check_prediction(prediction: object, target: Tensor, loss: Loss) -> None:
 
 
 def check_loss(value: object) -> None:
-    """What a caller's loss function returned for one task."""
+    """Checks what a caller's loss function returned for one task."""
     if not isinstance(value, Tensor) or value.ndim != 0:
         found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else describe(value)
         refuse("loss", "a callable that returns a scalar tensor (mean over the examples)", found)
@@ -227,7 +227,7 @@ def _listing(words: Sequence[str]) -> str:
     return ", ".join(repr(word) for word in words)
 
 
-# Wrappers by the name of their class, and what takes their place.
+# Refused wrappers by the name of their class, and why.
 _WRAPPERS = {
     "DistributedDataParallel": "which averages gradients in a backward pass of its own that meta_step never runs",
     "DataParallel": "which spreads one batch over devices; tasks are spread over processes instead",
@@ -237,7 +237,7 @@ _WRAPPERS = {
 
 
 def _check_served(model: nn.Module) -> None:
-    """Modules whose parameters or gradients are not their own."""
+    """Refuses modules whose parameters or gradients are not their own."""
     for name, module in model.named_modules():
         where = f"{type(module).__name__} (module {name!r})" if name else type(module).__name__
         for kind in type(module).__mro__:
@@ -290,7 +290,7 @@ def _check_precision(precision: str, device: torch.device, dtype: torch.dtype) -
         refuse("precision", f"'fp32' or 'bf16' on {device.type} (tf32 is a mode of CUDA devices)", repr(precision))
 
 
-# Models whose running statistics were looked at.
+# Models whose running statistics were checked already.
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -308,7 +308,7 @@ def _check_batch_norm(model: nn.Module, batch_norm: str) -> None:
             refuse("batch_norm", "'batch' for a model without running statistics", f"'running' with none in {name!r}")
     if model in _looked_at or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
-    _looked_at.add(model)  # once: on a CUDA device, looking makes the host wait
+    _looked_at.add(model)  # once: on a CUDA device the check makes the host wait
     for name, module in norms.items():
         if module.num_batches_tracked is not None and int(module.num_batches_tracked) == 0:
             warnings.warn(
@@ -380,7 +380,7 @@ def _check_rates(
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    """An int, a float, or a scalar of NumPy's."""
+    """An int, a float, or a NumPy scalar."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -395,7 +395,7 @@ def _check_rate(argument: str, rate: object, device: torch.device, dtype: torch.
         refuse(argument, expected, describe(rate), TypeError)
     elif not 0 <= rate <= sys.float_info.max:  # an int may be beyond any float; nan compares as false
         refuse(argument, expected, rate if isinstance(rate, float) else describe(rate)[:40])
-    elif rate > torch.finfo(dtype).max:  # as a number of the parameters' type it would be infinite
+    elif rate > torch.finfo(dtype).max:  # it would be infinite in the parameters' dtype
         refuse(argument, f"at most {torch.finfo(dtype).max!r}, the largest {dtype} like the parameters", float(rate))
 
 
@@ -415,7 +415,7 @@ def _check_rate_shape(name: str, rate: Rate, parameter: Tensor, steps: int) -> N
 
 
 def _check_task_state(task_state: str, method: str, rates: StepRates, params: Mapping[str, Tensor]) -> None:
-    """Step counts say where a task is only if all its steps were of one size, and few enough to count."""
+    """Step counts determine a task's parameters only if all steps have one size and an int8 can count them."""
     _check_choice("task_state", task_state, TASK_STATES)
     if task_state == "full":
         return
@@ -432,7 +432,7 @@ def _check_task_state(task_state: str, method: str, rates: StepRates, params: Ma
 def _check_set(
     which: Literal["support", "query"], x: object, y: object, loss: Loss, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """One set of examples, `[T, S, ...]` inputs with their targets."""
+    """Checks one set of examples, `[T, S, ...]` inputs with their targets."""
     letter = "S" if which == "support" else "Q"
     named = _named_inputs(f"{which}_x", x)
     for argument, value in (*named.items(), (f"{which}_y", y)):
@@ -465,7 +465,7 @@ def _check_set(
 
 
 def _named_inputs(argument: str, x: object) -> dict[str, Any]:
-    """The tensors of some inputs, under the names that messages have for them."""
+    """The tensors of some inputs, under the names that messages use for them."""
     if isinstance(x, list):
         refuse(
             argument,
@@ -483,7 +483,7 @@ def _named_inputs(argument: str, x: object) -> dict[str, Any]:
 
 
 def _check_alike(support_x: Inputs, query_x: Inputs) -> None:
-    """Both sets have the same tasks, and examples of the same shape."""
+    """Checks that both sets have as many tasks, and examples of the same shape."""
     support, query = _named_inputs("support_x", support_x), _named_inputs("query_x", query_x)
     if {name.removeprefix("query_x") for name in query} != {name.removeprefix("support_x") for name in support}:
         refuse("query_x", f"inputs as in support_x ({', '.join(support)})", ", ".join(query))

@@ -1,7 +1,7 @@
 """Tasks whose state is int8 step counts: chunks of tasks, one after the other.
 
-What is kept of a task is a byte a parameter; its parameters and gradients exist in full precision only while its chunk
-is at work. Definition: `inner_loop` in reference.py. Kernel: csrc/kernels/compact_sign_step.cuh.
+A task keeps one byte per parameter; its parameters and gradients exist in full precision only while its chunk runs.
+Definition: `inner_loop` in reference.py. Kernel: csrc/kernels/compact_sign_step.cuh.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .inputs import take
 from .problem import Problem
 from .results import Adaptation, CompactParams, MetaGradients
 
-# Parameters of so many bytes are in full precision at once; their gradients take as much again, twice while they are
-# gathered.
+# At most this many bytes of parameters are in full precision at once; their gradients take as much again, twice as much
+# while they are gathered.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -34,7 +34,7 @@ def _tasks(problem: Problem, tasks: slice) -> Problem:
 
 
 def meta_gradients(problem: Problem, compute: Callable[[Problem], MetaGradients]) -> MetaGradients:
-    """The meta-step of all tasks from those of the chunks: means weighted by the tasks that count."""
+    """The meta-step of all tasks from those of the chunks: means weighted by the number of live tasks."""
     sums: dict[str, Tensor | None] = dict.fromkeys(problem.params)
     parts = []
     for chunk in chunks(problem):
@@ -46,7 +46,7 @@ def meta_gradients(problem: Problem, compute: Callable[[Problem], MetaGradients]
                 previous = sums[name]
                 sums[name] = weighted if previous is None else previous.add_(weighted)
     if len(parts) == 1:
-        return parts[0]  # unrounded by a product and a quotient
+        return parts[0]  # without the rounding of a product and a quotient
     live_tasks = torch.stack([part.live_tasks for part in parts]).sum()
     return MetaGradients(
         params={name: None if total is None else total / live_tasks.clamp(min=1) for name, total in sums.items()},
@@ -66,7 +66,7 @@ def _mean(parts: list[MetaGradients], key: str, live_tasks: Tensor) -> Tensor | 
 
 
 def adapt(problem: Problem, compute: Callable[[Problem], Adaptation]) -> Adaptation:
-    """The inner loop of all tasks from those of the chunks; only counts are kept of the parameters."""
+    """The inner loop of all tasks from those of the chunks; of the parameters only the counts are kept."""
     parts = [compute(chunk) for chunk in chunks(problem)]
     counts: dict[str, list[Tensor]] = {name: [] for name in problem.adapted}
     for part in parts:

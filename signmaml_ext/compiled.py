@@ -1,7 +1,7 @@
-"""Passes of a module through torch.compile: prediction, loss and gradients of a task, or of tasks side by side, in one.
+"""Compiled passes: one torch.compile'd function for prediction, loss and gradients of one task, or of tasks under vmap.
 
-What is compiled takes a private copy of the module as an argument. torch.compile guards all that it reads there, so a
-module that changed is compiled anew. It is kept with what else is known of the module.
+The function takes a private copy of the module as an argument. torch.compile guards everything that it reads there, so
+a module that changed is compiled again. The function is cached with everything else that is known about the module.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ Found = tuple[Tensor, Tensor, dict[str, Tensor | None]]
 def run_pass(
     run: Run, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int, differentiates: bool
 ) -> Found:
-    """One pass of t tasks, as `Run.loss_and_prediction` and `gradients_of`, compiled.
+    """One compiled pass of t tasks, which does what `Run.loss_and_prediction` and `gradients_of` do.
 
     Args:
         run: The pass over all tasks that it belongs to.
-        params: Parameters of the tasks' own, `[t, *shape]` for tasks together and `[*shape]` for one by itself.
+        params: Per-task parameters, `[t, *shape]` under vmap and `[*shape]` for a single task.
         x: `[t, S, ...]`.
         y: `[t, S, ...]`.
         first_task: Number of the first of these tasks.
         step: Inner step; the query pass counts as step K.
-        differentiates: Whether gradients are wanted; there are none otherwise.
+        differentiates: Whether to compute gradients; otherwise the dictionary is empty.
 
     Raises:
-        ValueError: torch.compile cannot do it here; tasks that are together then go one by one.
+        ValueError: torch.compile cannot compile it here. Tasks that run together are then tried one by one.
     """
     run.wait_for_first(first_task, step)
     modes.collect()
@@ -56,11 +56,11 @@ def run_pass(
         if compiled.times <= 1:
             run.first_is_done(step)
             return found
-        # Something that the forward reads is other than before, and what was seen of it may not hold any more.
+        # Something that the forward reads has changed, so what is known about the pass may no longer hold.
 
 
 def _kind(run: Run, params: TaskParams, x: Inputs, y: Tensor, differentiates: bool, step: int) -> Hashable:
-    """What tells passes apart that are compiled each by itself."""
+    """The key of a compiled pass: passes with different keys are compiled separately."""
     problem = run.problem
     settings: tuple[Hashable, ...] = (
         problem.model.training,
@@ -74,14 +74,14 @@ def _kind(run: Run, params: TaskParams, x: Inputs, y: Tensor, differentiates: bo
 
 
 class _Compiled:
-    """What torch.compile made of passes of a kind.
+    """The compiled function for passes of one kind.
 
     Args:
-        before: What this one takes the place of, because the forward reads something that changed.
+        before: The one that this replaces, because something that the forward reads has changed.
 
     Attributes:
-        seen: What a pass of this kind showed that could be looked into.
-        times: How often it was compiled: more than once if the forward reads something that changed.
+        seen: What an uncompiled pass of this kind showed.
+        times: How often it was compiled: more than once if something that the forward reads has changed.
     """
 
     seen: Seen
@@ -90,7 +90,7 @@ class _Compiled:
         self._changes: int = 0 if before is None else before._changes + 1
         if self._changes > MOST_CHANGES:
             _refuse("a forward that reads something that changes from call to call")
-        # Each has code of its own: torch keeps what it compiled with the code, and only so much of it.
+        # Each has its own code object: torch caches compiled code per code object, up to a limit.
         assert isinstance(_whole_pass, types.FunctionType)
         own = types.FunctionType(_whole_pass.__code__.replace(), _whole_pass.__globals__, _whole_pass.__name__)
         self.times = 0
@@ -106,7 +106,7 @@ class _Compiled:
         return made
 
 
-# torch's name of what makes code of a traced forward; and how often a model may change.
+# The torch.compile backend, and how often a model may change.
 BACKEND = "inductor"
 MOST_CHANGES = 32
 
@@ -122,8 +122,8 @@ def _pass_of(
     differentiates: bool,
 ) -> Found:
     detached = {name: value.detach() for name, value in params.items()}
-    # Of the device "meta": a parameter that the forward reaches by another way than by name fails there, instead of
-    # being a constant.
+    # On the device "meta": a parameter that the forward reaches other than by name then causes an error instead of
+    # becoming a constant.
     copy = run.replicas.make({name: value.to("meta") for name, value in detached.items()})
     if compiled.seen.writes_input:
         x = inputs.each(x, Tensor.clone)
@@ -142,14 +142,14 @@ def _pass_of(
 
 
 class _How(NamedTuple):
-    """What of a call a pass depends on, beside tensors.
+    """What a pass depends on besides tensors.
 
     Attributes:
         loss: As in `meta_step`.
         output: As in `meta_step`.
-        autocast: Type of the device where forwards run in bfloat16; None: they do not.
-        together: Whether tasks have a leading axis.
-        differentiates: Whether it gives gradients.
+        autocast: Device type for bfloat16 autocast; None: no autocast.
+        together: Whether tensors have a leading task axis.
+        differentiates: Whether to compute gradients.
     """
 
     loss: Loss
@@ -160,7 +160,7 @@ class _How(NamedTuple):
 
 
 def _whole_pass(copy: nn.Module, params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor, how: _How) -> Found:
-    """What is compiled."""
+    """The function that is compiled."""
 
     def of_task(params: TaskParams, buffers: TaskParams, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         return _loss_and_prediction(copy, params, buffers, x, y, how)
@@ -193,10 +193,10 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _told(work: Callable[[], Any]) -> Any:
-    """Runs something; what torch.compile cannot do becomes a refusal.
+    """Runs `work` and turns errors of torch.compile into a refusal.
 
     Raises:
-        ValueError: No compiler is there, or it does not serve this module.
+        ValueError: There is no compiler, or torch.compile does not serve this module.
     """
     try:
         return work()
@@ -204,5 +204,5 @@ def _told(work: Callable[[], Any]) -> Any:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")) and "Dynamo" not in str(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = " ".join(lines[:2])  # the first may only say which part of torch.compile it was
+        reason = " ".join(lines[:2])  # the first may only name the part of torch.compile that failed
     _refuse(f"torch.compile: {reason}")

@@ -39,7 +39,7 @@ class Backend:
     """Ways to compute a meta-step on one kind of device.
 
     Attributes:
-        name: What `backend=` says.
+        name: The value of `backend=`.
         device_type: Where it runs; None: anywhere.
         why_not_here: None if this installation and machine can run it at all, else the reason.
         families: In order of preference.
@@ -51,7 +51,7 @@ class Backend:
     families: tuple[Family, ...]
 
     def why_not_there(self, problem: Problem) -> str | None:
-        """Why no family can serve the problem, whatever it is; None if one may."""
+        """Why no family of this backend can serve the problem; None if one may."""
         reason = self.why_not_here()
         if reason is None and self.device_type not in (None, problem.device.type):
             return f"the model is on {problem.device}"
@@ -170,7 +170,7 @@ def choose(problem: Problem) -> tuple[Backend, Family]:
 
 
 def run(problem: Problem, compute: Callable[[Family, Problem], reference.Result]) -> tuple[str, reference.Result]:
-    """Computes with the chosen backend; its name, and the result."""
+    """Computes with the chosen backend; returns its name and the result."""
     # What is computed here outlives the caller's inference mode.
     with chain.one_look(), torch.inference_mode(False):
         backend, family = choose(problem)

@@ -1,8 +1,8 @@
-"""The flat-buffer family: sign steps and plain steps of any module, its gradients by torch.
+"""The flat-buffer family: sign steps and plain steps of any module, with gradients by torch.
 
-All trainable parameters of the tasks at work are one buffer `[t, P]`, and the model sees views of it. torch computes
-the gradients; one operator then moves all tensors of these tasks and flags what is not finite, and one adds up the
-meta-gradients. Tasks run together under vmap or one by one, then several at a time on threads of their own.
+All trainable parameters of the running tasks are one buffer `[t, P]`, and the model sees views of it. torch computes
+the gradients; one operator then moves all tensors of these tasks and flags non-finite values, and another sums the
+meta-gradients. Tasks run together under vmap, or one by one, then several at a time on threads.
 Definition: reference.py.
 """
 
@@ -57,7 +57,7 @@ def adapt(problem: Problem) -> Adaptation:
     return batched_or_not(problem, _adapt)
 
 
-# Constants that a CUDA graph reads, by id. A graph knows them by address only, so they stay for good.
+# Constants that a CUDA graph reads, by id. A graph knows them only by address, so they are never freed.
 _captured: dict[int, Tensor] = {}
 
 
@@ -74,7 +74,7 @@ def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) 
     return tensor
 
 
-# Some columns of a row, first and one past the last, and the gradients there `[t, columns]`.
+# Some columns of a row: the first, one past the last, and their gradients `[t, columns]`.
 Stretch = tuple[int, int, Tensor]
 
 
@@ -83,10 +83,10 @@ class StepRate:
     """The rates of one step over the adapted columns, as `sign_step_` takes them.
 
     Attributes:
-        lr: `[1]`, `[G]` (a rate a tensor) or `[P]`.
+        lr: `[1]`, `[G]` (one rate per tensor) or `[P]`.
         offsets: `[G + 1]` int64, where the columns of each tensor start; None unless `lr` is `[G]`.
         sizes: Columns of each of the G tensors.
-        number: The rate where it is one number.
+        number: The rate, if it is one Python number.
     """
 
     lr: Tensor
@@ -96,27 +96,27 @@ class StepRate:
 
     @cached_property
     def columns(self) -> Tensor:
-        """`lr` written out, `[1]` or `[P]`."""
+        """`lr` expanded to columns, `[1]` or `[P]`."""
         if self.offsets is None:
             return self.lr
         parts = zip(self.lr.unbind(), self.sizes, strict=True)
         return torch.cat([rate.expand(size) for rate, size in parts])
 
     def within(self, first: int, last: int) -> float | Tensor:
-        """The rates of some columns: a number, `[1]` or one each."""
+        """The rates of some columns: a number, `[1]` or one per column."""
         if self.number is not None:
             return self.number
         return self.columns if self.columns.numel() == 1 else self.columns[first:last]
 
 
 class Layout:
-    """Where each trainable parameter lies in a row `[P]`, adapted ones first; shared by all tasks of a call.
+    """Where each trainable parameter is stored in a row `[P]`, adapted ones first; shared by all tasks of a call.
 
     Attributes:
-        names: Of the parameters, in order.
+        names: The parameters' names, in order.
         theta: `[P]`, where all tasks start.
         adapted_size: Number of leading columns that the inner loop moves.
-        rates: Of each step.
+        rates: One for each step.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -136,7 +136,7 @@ class Layout:
     def views(self, buffer: Tensor, batched: bool) -> TaskParams:
         """The parameters in the columns of a buffer `[t, columns]`, as leaves of a new graph.
 
-        `[t, *shape]` for tasks together; `[*shape]` for one by itself.
+        `[t, *shape]` under vmap; `[*shape]` for a single task.
         """
         sizes = list(self._sizes_in(buffer.shape[1]))
         parts = zip(self.names, self._shapes, buffer.detach().split(sizes, dim=1), strict=False)
@@ -148,8 +148,8 @@ class Layout:
     ) -> list[Stretch]:
         """Gradients as stretches of columns; 0 for those in `zero` and those that are None.
 
-        Of several tasks, and where `whole` says so, all columns are one stretch; of one, a large tensor is a stretch by
-        itself, which spares a copy.
+        With several tasks, or with `whole`, all columns are one stretch. With one task each large tensor is a stretch
+        by itself, which saves a copy.
         """
         stretches: list[Stretch] = []
         together: list[Tensor] = []
@@ -177,7 +177,7 @@ class Layout:
         return stretches
 
     def follow(self, buffer: Tensor, views: TaskParams) -> None:
-        """Takes over parameters of a task to which a forward gave other memory (`weight.data = ...`)."""
+        """Copies back parameters that a forward moved to other memory (`weight.data = ...`)."""
         first, size = 0, buffer.element_size()
         for view in views.values():
             columns = view.numel() // buffer.shape[0]
@@ -186,7 +186,7 @@ class Layout:
             first += columns
 
     def by_name(self, row: Tensor) -> dict[str, Tensor]:
-        """The parameters in a row `[P]`, or of a row `[columns]` the leading ones."""
+        """The parameters in a row `[P]`, or the adapted ones in a row `[adapted columns]`."""
         parts = zip(self.names, self._shapes, row.split(list(self._sizes_in(row.shape[-1])), dim=-1), strict=False)
         return {name: part.reshape((*row.shape[:-1], *shape)) for name, shape, part in parts}
 
@@ -212,18 +212,18 @@ class Layout:
 
 
 class Tasks:
-    """Some tasks in one buffer, on their way through the inner loop and the query pass.
+    """Some tasks in one buffer: their inner loop and their query pass.
 
     Args:
         run: The pass they belong to.
-        layout: Of their parameters.
+        layout: The layout of their parameters.
         which: Their slice of the task axis.
-        learns: Whether the gradient of inner rates will be asked for.
+        learns: Whether the gradient of inner rates will be needed.
 
     Attributes:
         buffer: `[t, P]`, their parameters.
         counts: `[t, adapted columns]` int8 with `task_state="int8"`, else None.
-        directions: `[t, adapted columns]` of each step, if rates learn.
+        directions: `[t, adapted columns]` of each step, if `learns` and rates are learnable; else None.
         nonfinite: `[t]` bool.
     """
 
@@ -238,7 +238,7 @@ class Tasks:
             self.counts = self.buffer.new_zeros((self.number, layout.adapted_size), dtype=torch.int8)
 
     def inner_loop(self) -> Tensor:
-        """Moves the parameters through the K steps; returns the support loss `[K, t]`."""
+        """Takes the K inner steps; returns the support loss `[K, t]`."""
         problem = self.run.problem
         x, y = inputs.take(problem.support_x, self.which), problem.support_y[self.which]
         adapted_part = self.buffer[:, : self.layout.adapted_size]
@@ -300,7 +300,7 @@ class Tasks:
     def rate_gradients(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The gradient of each learnable rate, `[t, *rate_shape]` by key, from that of the query loss.
 
-        Steps move by constants, so d loss / d rate = -<gradient, direction>, summed over what shares the rate.
+        Directions are constants, so d loss / d rate = -<gradient, direction>, summed over all that share the rate.
         """
         rates, totals = self.run.problem.rates, dict[str, Tensor]()
         for step, direction in enumerate(self.directions or ()):
@@ -331,7 +331,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class _Part:
-    """What some tasks' meta-step gave: gradients, names that have one, and results by task."""
+    """Results of a meta-step on some tasks: gradients, names that have one, and per-task values."""
 
     grads: list[Stretch]
     rates: dict[str, Tensor]
@@ -376,7 +376,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
                 mask = live.view(-1, *[1] * (of_tasks.ndim - 1))
                 rates[key] += torch.where(mask, of_tasks, torch.zeros_like(of_tasks)).sum(0)
             lives.append(live)
-            # Gradients of tasks that are done take no memory while others are at work.
+            # Without the gradients, which would take memory while other tasks run.
             parts.append((part.loss, part.accuracy, part.support_loss, part.nonfinite))
     losses, accuracies, support_losses, flags = zip(*parts, strict=True)
     live_tasks = torch.cat(lives).sum()
@@ -394,7 +394,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
 
 
 def _add(total: Tensor, grads: Tensor, nonfinite: Tensor, skip: bool, whole: bool) -> None:
-    """Adds the sum over some live tasks (of all tasks, their mean), in order, and flags what is not finite."""
+    """Adds the sum over live tasks (with `whole`, their mean), in order, and flags non-finite gradients."""
     if whole or grads.shape[0] == 1:  # the mean over one task is its gradient
         ops.meta_accumulate_(total, grads, nonfinite=nonfinite, skip_nonfinite=skip)
         return

@@ -1,8 +1,8 @@
 """What the fused families share: a whole meta-step of all tasks in one native call and one fixed-order mean.
 
-A family (conv/, mlp/) says which problems it serves and makes the native call. Here is the rest: parameters as one
-row, rates as a table, memory for the results, the mean. On the CPU it is made while tasks run; on CUDA tasks go in
-chunks, whose gradients are then added up.
+A family (conv/, mlp/) says which problems it serves and makes the native call. This module does the rest: parameters
+as one row, rates as a table, memory for the results, the mean. On the CPU the mean is computed while tasks run; on CUDA
+tasks run in chunks, whose gradients are then summed.
 Definition: reference.py.
 """
 
@@ -27,10 +27,10 @@ from .problem import Problem
 from .recognition import Spec as AnySpec
 from .results import Adaptation, MetaGradients
 
-# Gradients of so many bytes are held at once on CUDA; more tasks run in several calls.
+# On CUDA at most this many bytes of gradients are held at once; more tasks run in several calls.
 CHUNK_BYTES = 256 * 2**20
 
-# The largest buffer of a kind that stays between calls on the CPU.
+# The largest buffer of each kind that is kept between calls on the CPU.
 KEPT_BYTES = 128 * 2**20
 
 Spec = TypeVar("Spec", bound=AnySpec)
@@ -39,17 +39,17 @@ Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
 
 
 class Scratch:
-    """Memory that a call on the CPU hands on to the next one: pages of fresh memory are zeroed one fault at a time.
+    """Memory that a call on the CPU leaves to the next one: fresh memory is zeroed one page fault at a time.
 
-    One buffer of at most `KEPT_BYTES` stays. Calls at the same time, on several threads, get buffers of their own.
+    One buffer of at most `KEPT_BYTES` is kept. Concurrent calls, on several threads, get their own buffers.
     """
 
     def __init__(self) -> None:
-        self._kept: deque[Tensor] = deque(maxlen=1)  # of bytes; taking out and putting back are atomic
+        self._kept: deque[Tensor] = deque(maxlen=1)  # of bytes; pop and append are atomic
 
     @contextlib.contextmanager
     def of(self, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
-        """A contiguous tensor for the duration of a context; holds anything."""
+        """A contiguous, uninitialised tensor for the duration of a context."""
         size = math.prod(shape) * dtype.itemsize
         try:
             buffer = self._kept.pop()
@@ -68,7 +68,7 @@ WORKSPACE, MEAN_ROWS = Scratch(), Scratch()
 
 
 def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)) -> str | None:
-    """What no fused family serves, whatever the layers; None if there is nothing of the kind.
+    """Why no fused family serves this problem, whatever its layers; None if one may.
 
     Args:
         problem: The call.
@@ -112,7 +112,7 @@ def _parameters(problem: Problem, names: tuple[str, ...]) -> list[Tensor]:
 
 
 def on_cuda(problem: Problem, native: ModuleType) -> bool:
-    """Whether the CUDA kernels run: on a CUDA device, or emulated, by another module than the package's own."""
+    """Whether the CUDA kernels run: on a CUDA device, or emulated, by a module other than the package's own."""
     return problem.device.type == "cuda" or native is not _loader.C
 
 
@@ -212,11 +212,11 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
 def _run(
     problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], gradients: dict[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """One native call; the results by name, of the tasks of the problem.
+    """Makes one native call for the tasks of the problem; returns the results by name.
 
     Args:
-        gradients: What a meta-step fills, `mean` `[P]` or `grads` `[T, P]`; None: the adapted parameters and the
-            predictions are wanted.
+        gradients: The buffer that a meta-step fills, `mean` `[P]` or `grads` `[T, P]`; None: returns the adapted
+            parameters and the predictions instead.
     """
     tasks, dtype, device = problem.tasks, problem.dtype, problem.device
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in _parameters(problem, spec.names)])
@@ -250,7 +250,7 @@ def _run(
 
 
 def _rates(problem: Problem, names: tuple[str, ...]) -> Tensor:
-    """`[K * tensors]`: the rate of every tensor of the network at every step; 0 for those that stay."""
+    """`[K * tensors]`: the rate of every tensor of the network at every step; 0 for those that do not adapt."""
     if problem.steps == 0:
         return constant((), problem.dtype, problem.device)
     if not problem.rates.tensors():
@@ -272,7 +272,7 @@ def _set(which: str, x: Inputs | None, y: Tensor | None, classifies: bool) -> di
 
 
 def addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """As the native calls take them; what is empty is absent."""
+    """Addresses as the native calls take them; empty tensors are left out."""
     return {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor.numel()}
 
 
@@ -284,12 +284,12 @@ def sizes_of(problem: Problem) -> dict[str, int]:
 
 @contextlib.contextmanager
 def memory_on_cpu(tensors: dict[str, Tensor], workspace: int, mean_rows: int) -> Iterator[dict[str, int]]:
-    """The addresses of a native call on the CPU, among them those of memory that it has for its duration.
+    """The addresses for a native call on the CPU, including those of scratch memory for its duration.
 
     Args:
         tensors: Arguments and results by name.
-        workspace: Bytes.
-        mean_rows: Gradients `[P]` that it holds at once if it makes their mean.
+        workspace: Size in bytes.
+        mean_rows: Number of gradients `[P]` that it holds at once if it computes their mean.
     """
     theta = tensors["theta"]
     rows = (mean_rows, theta.numel()) if "mean" in tensors else (0,)

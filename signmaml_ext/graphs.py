@@ -1,23 +1,24 @@
 """CUDA graphs: a whole meta-step recorded once, then replayed with one launch and a copy of its inputs.
 
 A graph repeats what was launched while it was recorded. Python does not run again, so a graph is right only for calls
-that would launch the same. What decides that is the *key* of a recorded call:
+that would launch the same work. The *key* of a recorded call decides that:
 
-- the model (a weak reference), all that its forward may depend on (structure.py: modules, settings, hooks, code, and
-  the attributes of each module; of a chain of layers only those that its forward reads), and the address, shape,
+- the model (a weak reference), everything that its forward may depend on (structure.py: modules, settings, hooks, code,
+  and the attributes of each module; for a chain of layers only those that its forward reads), and the address, shape,
   strides and dtype of every parameter and buffer;
 - shape, strides, dtype and device of the data and of `inner_lr` tensors, and the value of an `inner_lr` float;
-- every other argument but `seed`, and torch's settings of autocast, determinism and cuDNN.
+- every other argument except `seed`, `first_task` and `graph`, and torch's settings for autocast, determinism and
+  cuDNN.
 
 Hence these rules. **Not rebuilt:** for other data, for weights or buffers changed in place (an optimizer step,
 `load_state_dict`), for another value in a rate tensor, for another `seed`, on another stream. **Built again:** when
 anything in the key is new: another shape, another float rate (a rate that changes often belongs in a tensor), a
 parameter that was replaced, moved or frozen, `train()` against `eval()`, another function object as `loss`. The last
-`LIMIT` graphs are kept, so models and shapes alternate without rebuilding; graphs of a model that is gone are dropped.
-**Not seen:** what a loss reads from elsewhere, or a forward through more than a few levels of objects. After changing
-such a thing call `clear()`. **Refused,** with a ValueError: a model that draws random
-numbers, a model or loss that makes the host wait, ``nonfinite="raise"`` (which makes it wait in every call), an
-`inner_lr` that requires grad, a loss that cannot be hashed, and devices other than CUDA.
+`LIMIT` graphs are kept, so models and shapes alternate without rebuilding; graphs of a deleted model are dropped.
+**Not detected:** changes to anything else that a loss reads, or that a forward reads through more than a few levels of
+objects. After such a change call `clear()`. **Refused,** with a ValueError: a model that draws random numbers, a model
+or loss that makes the host wait, ``nonfinite="raise"`` (which makes it wait in every call), an `inner_lr` that requires
+grad, a loss that cannot be hashed, and devices other than CUDA.
 
 A graph serves a call with ``graph=True`` and, unless it says ``graph=False``, a call that the Conv-N kernels serve on
 a CUDA device. Inside a capture of the caller's own, `meta_step` launches plainly and becomes part of that graph.
@@ -66,7 +67,7 @@ class Recording(Protocol):
     outputs: tuple[Tensor, ...]
 
     def in_turn(self) -> AbstractContextManager[object]:
-        """A context in which inputs are written, the replay launched and outputs read, after any other such."""
+        """A context for writing inputs, launching the replay and reading outputs; such contexts never overlap."""
 
     def replay(self) -> None:
         """Runs what was recorded, on the current stream."""
@@ -76,13 +77,13 @@ class Recorder(Protocol):
     """Records functions without arguments on one device; its `why_not` is None where that is possible."""
 
     def warm_up(self, function: Function) -> None:
-        """Runs the function, more than once: what happens on a first call only must not be recorded."""
+        """Runs the function more than once: one-time work of the first call must not be recorded."""
 
     def record(self, function: Function) -> Recording:
         """Records the function without running it."""
 
 
-# Graphs whose recording failed. torch's allocator goes on asking them whether a stream is theirs.
+# Graphs whose recording failed. They are kept because torch's allocator goes on asking them whether a stream is theirs.
 _failed: list[Any] = []
 
 
@@ -162,8 +163,8 @@ class _CudaRecording:
 def _refusing_to_wait() -> Iterator[None]:
     """Turns a call that makes the host wait into a refusal.
 
-    Found out before the recording: a recording that fails leaves torch's allocator in a state that it does not get out
-    of. The setting is the process's, so another thread that waits just now meets the error too.
+    This is checked before recording, because a failed recording leaves torch's allocator in a state from which it does
+    not recover. The setting is process-wide, so another thread that waits meanwhile gets the error too.
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -180,7 +181,7 @@ def _refusing_to_wait() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-# By type of device: what makes a recorder for a device.
+# Makers of recorders, by device type.
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
 
 
@@ -207,7 +208,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def why_not_graph(problem: Problem) -> str | None:
-    """Whether a graph could hold a meta-step, found out by one that is thrown away.
+    """Whether a graph could hold a meta-step; runs one and discards its result.
 
     Returns:
         None if it could, else the reason. `.grad` and torch's generators are as before.
@@ -228,7 +229,7 @@ def why_not_graph(problem: Problem) -> str | None:
 
 @contextmanager
 def _refusing_random_draws(device: torch.device) -> Iterator[None]:
-    """Refuses, at its end, if a random number was drawn; torch's generators are put back."""
+    """Refuses at its end if a random number was drawn; restores torch's generators."""
     generators = modes.generators(device)
     before = [generator.get_state() for generator in generators]
     try:
@@ -250,8 +251,8 @@ def _refusing_random_draws(device: torch.device) -> Iterator[None]:
 def _what_it_is(model: nn.Module) -> Hashable:
     """What the forward of a model depends on besides the numbers in its tensors.
 
-    Of a chain of layers it is known what its forward reads, so that a counter or an epoch kept on the model is not part
-    of it; of another model everything is.
+    For a chain of layers it is known what the forward reads, so a counter or an epoch kept on the model is left out.
+    For any other model everything counts.
     """
     if isinstance(chain.layers_of(model), tuple):
         known = chain.of_module(model)
@@ -267,8 +268,8 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.shape, tensor.stride(), tensor.dtype)
 
 
-# Of a problem's attributes, those that the key holds as they are. The rest have a form of their own there, or none: the
-# streams of random numbers, of which a graph draws none, and how the call asks for a graph.
+# The attributes of a problem that the key holds as they are. The others are in the key in another form, or left out: a
+# graph draws no random numbers, and how the call asks for a graph does not matter.
 _BY_VALUE = tuple(
     field.name
     for field in fields(Problem)
@@ -281,7 +282,7 @@ _BY_VALUE = tuple(
 
 
 def key_of(problem: Problem) -> tuple[object, ...]:
-    """Everything that the launches of a call depend on; see the module."""
+    """Everything that the launches of a call depend on; see the module's docstring."""
     model, device = problem.model, problem.device
     tensors = itertools.chain(
         model.named_parameters(remove_duplicate=False),
@@ -327,7 +328,7 @@ def _inputs_of(problem: Problem) -> list[Tensor]:
 
 
 class _Layout:
-    """Where tensors of a result lie in flat buffers, one for each dtype: few copies bring all of them out."""
+    """Where a result's tensors are in flat buffers, one per dtype, so that few copies bring all of them out."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._groups: dict[torch.dtype, dict[str, torch.Size]] = {}
@@ -349,7 +350,7 @@ class _Layout:
 
 
 class _MetaStep:
-    """A meta-step on inputs of its own, as a function without arguments."""
+    """A meta-step on its own copies of the inputs, as a function without arguments."""
 
     def __init__(self, problem: Problem) -> None:
         self.inputs = [torch.empty_like(value).copy_(value) for value in _inputs_of(problem)]
@@ -361,7 +362,7 @@ class _MetaStep:
             keyed=False,
         )
         self.backend = ""
-        # Gradients apart: a result that somebody keeps should not keep them.
+        # Gradients are separate, so that a result that the caller keeps does not keep them alive.
         self.gradients = self.numbers = _Layout({})
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -388,7 +389,7 @@ class _Recorded:
         self.backend = call.backend
         self._names = tuple(problem.params)
         self._gradients, self._numbers = call.gradients, call.numbers
-        # Side by side by dtype: one copy kernel moves all of a kind.
+        # Grouped by dtype, because one copy kernel moves all tensors of a dtype.
         self._inputs = call.inputs
         self._kinds: dict[torch.dtype, list[int]] = {}
         for place, value in enumerate(call.inputs):
@@ -399,7 +400,7 @@ class _Recorded:
             for places in self._kinds.values():
                 torch._foreach_copy_([self._inputs[place] for place in places], [inputs[place] for place in places])
             self.recording.replay()
-            # Copies: the next replay writes its own results in the same place.
+            # Copies, because the next replay overwrites the outputs.
             buffers = [output.clone() for output in self.recording.outputs]
         gradients = self._gradients.unpack(buffers[: len(self._gradients)])
         numbers = self._numbers.unpack(buffers[len(self._gradients) :])
@@ -415,7 +416,7 @@ class _Recorded:
 
 
 class GraphInfo(NamedTuple):
-    """What the graphs of this process did.
+    """Counts of the graphs in this process.
 
     Attributes:
         graphs: Graphs that are kept now.
@@ -439,16 +440,16 @@ class GraphCache:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
-        # None: a call that was not asked to be a graph and turned out not to be one.
+        # None: a call that did not ask for a graph and is launched plainly.
         self._graphs: OrderedDict[tuple[object, ...], _Recorded | None] = OrderedDict()
         self._models: dict[int, weakref.ref[nn.Module]] = {}
-        # Models that were collected, at any moment and in any thread: the next call drops their graphs.
+        # Ids of models that were garbage-collected, at any time and in any thread; the next call drops their graphs.
         self._gone: deque[int] = deque()
         self._lock = threads.lasting_lock()
         self._builds = self._replays = 0
 
     def meta_gradients(self, problem: Problem) -> tuple[str, MetaGradients]:
-        """Backend and result of a meta-step, replayed; recorded first if its key is new.
+        """Replays a meta-step, recording it first if its key is new; returns backend and result.
 
         Raises:
             GraphRefused: A graph cannot hold this call, and the call asked for one.
@@ -501,7 +502,7 @@ class GraphCache:
                 self._forget(number)
 
     def info(self) -> GraphInfo:
-        """What is kept, and what was done."""
+        """How many graphs are kept, were built, and were replayed."""
         with self._lock:
             self._drop_gone()
             kept = sum(recorded is not None for recorded in self._graphs.values())
@@ -511,17 +512,17 @@ class GraphCache:
 CACHE = GraphCache()
 
 
-# Families whose calls are graphs unless the caller says no: many short launches that nothing decides on the way.
+# Families that use graphs unless the caller says no: many short launches, with no decisions between them.
 BY_DEFAULT = (dispatch.CONV,)
 
 
 def serve(problem: Problem) -> bool:
-    """Whether a meta-step comes here at all: its device has graphs, or the caller insists on one."""
+    """Whether a meta-step goes through this module: its device has graphs, or the caller asked for one."""
     return problem.device.type in RECORDERS or problem.graph is True
 
 
 def run(problem: Problem) -> tuple[str, MetaGradients]:
-    """Backend and result of a meta-step, by a graph if one is asked for or usual, else launched plainly.
+    """Backend and result of a meta-step: by a graph if one is asked for or the default, else launched plainly.
 
     Raises:
         GraphRefused: A graph was asked for and cannot hold this call.

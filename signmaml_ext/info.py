@@ -1,6 +1,6 @@
 """What this installation is and can do: `python -m signmaml_ext.info`, with `--json` for machines.
 
-Everything that a report of a problem should say: versions, where the package was imported from, what the native module
+Everything that a problem report should contain: versions, where the package was imported from, what the native module
 was built for, what the CPU and the GPUs offer, and which backends are usable or why not.
 """
 

@@ -28,7 +28,7 @@ def first(inputs: Inputs) -> Tensor:
 
 
 def only(inputs: Inputs) -> Tensor:
-    """The tensor of inputs that are one."""
+    """The tensor of inputs that are a single tensor."""
     assert isinstance(inputs, Tensor), "several inputs are for the generic path"
     return inputs
 

@@ -1,4 +1,4 @@
-"""The losses: those that have a name, and what is known about the callables of the user's."""
+"""The losses: those that have a name, and what is known about the user's callables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NAMES = ("cross_entropy", "mse")
-# What torch's cross-entropy leaves out unless it is told otherwise.
+# The default `ignore_index` of torch's cross-entropy.
 IGNORED = -100
 
 LossFunction = Callable[..., Tensor]
@@ -22,8 +22,8 @@ def named(loss: Loss, targets: list[object]) -> Loss:
 
     Args:
         loss: As the caller gave it.
-        targets: The targets of all sets. Cross-entropy has its name for labels `[T, S]`; where the host can look, only
-            if none is left out by torch's default `ignore_index`.
+        targets: The targets of all sets. Cross-entropy gets its name only for labels `[T, S]` and, if these are on the
+            CPU, only if none equals torch's default `ignore_index`.
     """
     tensors = [target for target in targets if isinstance(target, Tensor)]
     if _is_plain_cross_entropy(loss):
@@ -54,7 +54,7 @@ def _is_exactly(loss: Loss, kind: type[nn.Module]) -> bool:
 
 
 def ignored_label(loss: Loss) -> int | None:
-    """The label that a loss leaves out; None if all count."""
+    """The label that a loss ignores; None if all count."""
     if isinstance(loss, str):
         return None
     if isinstance(loss, functools.partial):
@@ -65,7 +65,7 @@ def ignored_label(loss: Loss) -> int | None:
 
 
 def accuracy(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor | None:
-    """Share of right answers among the labels that count, `[t]`, if these are class labels and scores.
+    """Share of correct predictions among labels that count, `[t]`; None if these are not class labels and scores.
 
     NaN for a task without a label that counts.
     """
@@ -82,8 +82,8 @@ def accuracy(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor | None:
 def cross_entropy(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean softmax cross-entropy of one task; NaN if a label is out of range.
 
-    On a CUDA device torch's own kernel would answer a wrong label by a device assertion, after which the process can
-    no longer use the device. A NaN loss flags the task instead.
+    For a wrong label torch's own CUDA kernel would fail a device assertion, after which the process can no longer use
+    the device. A NaN loss flags the task instead.
     """
     classes = prediction.shape[-1]
     in_range = ((target >= 0) & (target < classes)).all()

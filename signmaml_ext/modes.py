@@ -1,7 +1,7 @@
-"""What holds for the duration of a call: precision, the form of attention, streams of random numbers.
+"""Settings for the duration of a call: precision, the attention kernel, streams of random numbers.
 
-All of it belongs to the thread that calls, but for what torch has one of a process: its CPU generator, its switches for
-TF32 and for kinds of attention. Calls of several threads share these in turn, see `Turns`.
+Most of them are per thread. torch's CPU generator and its switches for TF32 and attention kernels are per process, so
+calls from several threads take turns on them, see `Turns`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def call_modes(problem: Problem) -> Iterator[None]:
-    """All modes of a problem, put back at the end, also after an error."""
+    """Enters all modes of a problem and restores them at the end, also after an error."""
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_attention.of(problem.method == "maml"))
@@ -38,11 +38,11 @@ def call_modes(problem: Problem) -> Iterator[None]:
 
 
 class Turns:
-    """Calls of several threads that agree on something share a turn; others wait until the turn is over.
+    """Threads whose calls ask for the same value share a turn; the others wait until the turn is over.
 
-    A thread that is inside goes on inside, whatever a call within its call asks for. Who takes several turns takes them
-    in the order random numbers, attention, TF32: in two orders, two threads would wait for each other. All agree on the
-    collector, so nobody waits for that one.
+    A nested call never waits: its thread already holds the turn, even if the nested call asks for another value. Turns
+    are taken in the order random numbers, attention, TF32, so that two threads cannot deadlock. All calls ask for the
+    same setting of the collector, so that turn never blocks.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Turns:
 
     @contextmanager
     def of(self, value: object) -> Iterator[None]:
-        """A turn for calls whose value equals this one."""
+        """A turn shared by calls that ask for an equal value."""
         ticket, thread = object(), threading.get_ident()
         try:
             with self._lock:
@@ -70,7 +70,7 @@ class Turns:
             self.leave([ticket])
 
     def _wait_for(self, value: object) -> None:
-        first = True  # who comes into a turn while others wait for its end waits with them
+        first = True  # for fairness, a new thread does not join a turn that others wait to end
         self._waiting += 1
         try:
             while self._inside and (self._value != value or (first and self._waiting > 1)):
@@ -93,21 +93,21 @@ class Turns:
                     self._changed.notify_all()
 
     def begin(self, value: object) -> None:
-        """At the start of a turn."""
+        """Called at the start of a turn."""
 
     def end(self) -> None:
-        """At its end."""
+        """Called at the end of a turn."""
 
 
-# What reads a switch, what sets it, and what it should be.
+# Getter and setter of a switch, and the wanted value.
 _Switch = tuple[Callable[[], Any], Callable[[Any], None], Any]
 
 
 class _Switches(Turns):
-    """Settings of the process: a turn's first call sets them, its last one puts the caller's back.
+    """Process-wide settings: a turn's first call sets them, its last one restores the caller's.
 
     Args:
-        wanted: The switches for the value of a turn.
+        wanted: Returns the switches for a turn's value.
     """
 
     def __init__(self, wanted: Callable[[object], list[_Switch]]) -> None:
@@ -127,7 +127,7 @@ class _Switches(Turns):
         self._before = []
 
     def switched_off(self) -> bool:
-        """Whether a turn is on that set a switch of the caller's from True to False."""
+        """Whether the current turn set one of the caller's switches from True to False."""
         return any(setting is True for _, setting in self._before)
 
 
@@ -143,7 +143,7 @@ def _precision(allowed: object) -> list[_Switch]:
 
 
 def _plain_attention(only: object) -> list[_Switch]:
-    """Only the plain form of attention has a second derivative in torch."""
+    """In torch, only the math kernel of attention has a second derivative."""
     cuda = torch.backends.cuda
     switches: list[_Switch] = [
         (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
@@ -155,7 +155,7 @@ def _plain_attention(only: object) -> list[_Switch]:
 
 
 def _no_collector(_: object) -> list[_Switch]:
-    """Python's garbage collector by itself, off."""
+    """Turns off Python's automatic garbage collection."""
     return [(gc.isenabled, lambda on: gc.enable() if on else gc.disable(), False)]
 
 
@@ -163,18 +163,18 @@ _attention, _tf32, _collector = _Switches(_plain_attention), _Switches(_precisio
 
 
 def without_collector() -> AbstractContextManager[None]:
-    """Python's garbage collector does not start by itself; `collect` does its work at moments that are safe.
+    """Turns off automatic garbage collection; `collect` runs it at safe moments instead.
 
-    torch holds the lock of a generator while it wraps the generator's state as an object (`torch.get_rng_state`, which
-    `torch.utils.checkpoint` calls). If the collector starts just then and frees a graph of autograd, torch lets go of
-    Python's own lock meanwhile, and waits for it again with the generator's lock held. Another thread that asks for the
-    state then waits for the generator's lock with Python's held: both wait for ever.
+    This avoids a deadlock in torch. `torch.get_rng_state`, which `torch.utils.checkpoint` calls, holds the generator's
+    lock while it wraps the state as a Python object. If the collector starts just then and frees an autograd graph,
+    torch releases the GIL and waits for it again, still holding the generator's lock. Another thread that asks for the
+    state meanwhile waits for the generator's lock, holding the GIL.
     """
     return _collector.of(True)
 
 
 def collect() -> None:
-    """The collections that would have been due, if the collector is off for `without_collector`; never a full one."""
+    """Runs the collections that are due while `without_collector` is active; never a full one."""
     if not _collector.switched_off():
         return
     (young, old, _), (most_young, most_old, _) = gc.get_count(), gc.get_threshold()
@@ -190,7 +190,7 @@ def autocast(problem: Problem) -> AbstractContextManager[object]:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph instead of being run."""
+    """Whether launches are now captured in a CUDA graph instead of being run."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -198,14 +198,14 @@ def is_capturing(device: torch.device) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whatever ends a call
+# The end of a call, also by an interrupt
 
 
 def undisturbed(call: Callable[[], Result]) -> Result:
-    """Runs a call; whatever ends it, torch's settings of this thread are afterwards what they were.
+    """Runs a call and restores this thread's torch settings afterwards, however the call ends.
 
-    Context managers do that too, but for an exception that arrives between two of their own lines, as Ctrl-C may. The
-    settings are put back twice: an interrupt in the first attempt leaves the second.
+    Context managers alone miss an exception that arrives between two of their own lines, as Ctrl-C may. The settings
+    are restored twice, so that after an interrupt in the first attempt there is still the second.
     """
     put_back = _settings()
     try:
@@ -220,9 +220,9 @@ def undisturbed(call: Callable[[], Result]) -> Result:
 
 
 def _finish_frames() -> None:
-    """Lets go of what an interrupt left half done, such as context managers between two of their own lines.
+    """Finishes what an interrupt left half done, such as context managers between two of their own lines.
 
-    Whenever Python got round to that, it would put back settings of then.
+    Python would otherwise finish them at some later time and restore outdated settings.
     """
     error = sys.exc_info()[1]
     if error is None or isinstance(error, Exception):
@@ -233,7 +233,7 @@ def _finish_frames() -> None:
 
 
 def _settings() -> Callable[[], None]:
-    """What puts torch's settings of this thread back to what they are now."""
+    """A function that restores this thread's torch settings to their present values."""
     functorch, hooks = torch._C._functorch, torch._C._autograd
     depth = functorch.get_dynamic_layer_stack_depth()
     grad_mode, cores = torch.is_grad_enabled(), torch.get_num_threads()
@@ -283,21 +283,21 @@ def generators(device: torch.device) -> list[torch.Generator]:
 
 
 class PlainRandomness:
-    """Forward passes draw from torch's generators as they are: what a captured call must do.
+    """Forward passes draw from torch's generators as they are, as a captured call must.
 
-    A graph cannot read or set a generator; whatever is captured draws from torch's CUDA generator at every replay.
+    A graph cannot read or set a generator; captured draws use torch's CUDA generator at every replay.
     """
 
     def at(self, task: int, step: int) -> AbstractContextManager[object]:
-        """No stream of its own for any forward pass."""
+        """Does nothing: forward passes have no streams of their own."""
         return nullcontext()
 
 
 class KeyedRandomness:
-    """Gives every (task, step) forward pass a random stream of its own, whatever ran before it.
+    """Gives every (task, step) forward pass its own random stream, independent of what ran before.
 
     Args:
-        seed: Keys the streams, with task and step.
+        seed: Keys the streams, together with task and step.
         device: Where the model is; forward passes draw from torch's generators there and on the CPU.
 
     Attributes:
@@ -322,21 +322,21 @@ class KeyedRandomness:
 
 Randomness = KeyedRandomness | PlainRandomness
 
-# There is one generator on the CPU for all threads: who sets it must be alone, who leaves it alone need not be.
+# All threads share the CPU generator: calls that set it must run alone, calls that do not may overlap.
 _drawing = Turns()
 
 
 def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], draws: bool) -> tuple[Result, bool]:
-    """`compute`, every forward pass with a stream of random numbers of its own if the model draws any.
+    """Runs `compute`; if the model draws random numbers, every forward pass draws from its own stream.
 
-    Whether it does, trying tells: when torch's generators are afterwards where they were, nothing was drawn and the
-    result stands. Else all is computed again with streams, alone among the threads' calls. The generators end where
-    they started, but for one draw of the CPU's where the caller gave no seed, so that the next call has other masks.
+    A trial run shows whether the model draws: if torch's generators did not move, the result stands. Otherwise
+    everything is computed again with streams, in a turn of its own. The generators end where they started, except that
+    the CPU generator advances by one draw if the caller gave no seed, so that the next call has other masks.
 
     Args:
         problem: The call.
-        compute: What runs its forward passes.
-        draws: Whether the model is thought to draw; only how soon the answer is found depends on it.
+        compute: Runs the forward passes of the call.
+        draws: Whether the model is expected to draw; a wrong guess only costs time.
 
     Returns:
         What `compute` returned, and whether the model drew.
@@ -363,7 +363,7 @@ def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], d
         try:
             result = compute(randomness)
         finally:
-            # If nothing was drawn here, it was another thread that moved the generators on.
+            # If nothing was drawn here, another thread advanced the generators.
             _put_back(found, start if randomness.drawn else now)
         if problem.seed is None and randomness.drawn:
             torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
@@ -371,7 +371,7 @@ def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], d
 
 
 def without_drawing(device: torch.device, work: Callable[[], Result]) -> Result:
-    """Runs something, alone among the threads' calls, and puts torch's generators back."""
+    """Runs `work` in a turn of its own and restores torch's generators."""
     found = generators(device)
     with without_collector(), _drawing.of(object()):
         before = _states(found)
@@ -396,7 +396,7 @@ def _moved(found: list[torch.Generator], before: list[Tensor]) -> bool:
 
 
 def _bytes(state: Tensor) -> bytes:
-    """A generator's state; it lies on the host, whatever the device, so that reading it waits for nothing."""
+    """A generator's state. It is stored on the host for every device, so reading it never synchronises."""
     return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 

@@ -1,6 +1,6 @@
 """BatchNorm on the statistics of another set: queries normalised by their task's support set.
 
-A prediction then depends on the one query and the support set alone (inductive), not on what else is asked.
+A prediction then depends only on its query and the support set (inductive), not on the other queries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Moments = tuple[Tensor, Tensor]  # mean and biased variance, `[C]`
 
 
 class SupportStatistics:
-    """What the BatchNorms of a model's private copies saw in one forward pass, for use in another."""
+    """The statistics of a model's BatchNorms in one forward pass of a private copy, for use in another."""
 
     def __init__(self) -> None:
         self._seen: defaultdict[str, list[Moments]] = defaultdict(list)  # by path: one for each use in the pass
@@ -26,20 +26,20 @@ class SupportStatistics:
         self._recorded = False
 
     def record(self, copy: nn.Module) -> None:
-        """Makes a copy's BatchNorms note the statistics of what they normalise."""
+        """Makes a copy's BatchNorms record the statistics of their inputs."""
         for path, norm in _norms(copy).items():
             vars(norm)["forward"] = self._recording(path, norm.forward)
 
     def use(self, copy: nn.Module) -> None:
-        """Makes a copy's BatchNorms normalise by what was noted, with gradients through it."""
-        self._recorded = True  # what the first pass computes again for its own backward pass is no use of its own
+        """Makes a copy's BatchNorms normalise by the recorded statistics, with gradients through them."""
+        self._recorded = True  # the first pass may be recomputed in the backward pass; that is not recorded
         for path, norm in _norms(copy).items():
             vars(norm)["forward"] = self._using(path, norm)
 
     def buffers(self, copy: nn.Module) -> dict[str, Tensor]:
-        """The statistics under the names of the running ones, with which `model.eval()` normalises by them.
+        """The statistics under the names of the running ones, so that `model.eval()` normalises by them.
 
-        Also for a norm that keeps no running statistics: `functional_call` puts them in all the same.
+        Also for a norm that keeps no running statistics: `functional_call` sets them all the same.
         """
         found: dict[str, Tensor] = {}
         for path in _norms(copy):
@@ -54,7 +54,7 @@ class SupportStatistics:
     def _recording(self, path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def normalise(x: Tensor) -> Tensor:
             axes = _axes(x)
-            moments = x.mean(axes), x.var(axes, unbiased=False)  # also the second time: checkpointing counts tensors
+            moments = x.mean(axes), x.var(axes, unbiased=False)  # also if recomputed: checkpointing counts tensors
             if not self._recorded:
                 self._seen[path].append(moments)
             return forward(x)
@@ -66,8 +66,8 @@ class SupportStatistics:
             if not self._seen[path]:
                 refuse("batch_norm", f"'batch' for a model whose forward does not always use {path!r}", "'support'")
             shape = [1, -1] + [1] * (x.ndim - 2)
-            # In turn; for a checkpointed forward once more in the backward pass, and which of several that is, nothing
-            # tells.
+            # Each use takes the next statistics. A checkpointed forward runs again in the backward pass, and nothing
+            # tells which of several uses that is.
             if len(self._seen[path]) > 1 and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
                 refuse(
                     "batch_norm", f"'batch' for a model that uses {path!r} more than once, checkpointed", "'support'"
@@ -88,5 +88,5 @@ def _norms(copy: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
 
 
 def _axes(x: Tensor) -> list[int]:
-    """All axes but the channels'."""
+    """All axes except that of the channels."""
     return [0, *range(2, x.ndim)]

@@ -1,4 +1,4 @@
-"""Names for profilers: a native CUDA call runs inside an NVTX range that bears the operation's stem."""
+"""Names for profilers: a native CUDA call runs inside an NVTX range named by the operation's stem."""
 
 from __future__ import annotations
 

@@ -33,23 +33,23 @@ def sign_step_(
     """One signSGD step of all tensors of all tasks, in place: `params -= lr * sign(grads)`.
 
     The sign is three-valued: 0 for zeros of either sign, NaN for NaN, so that a broken gradient breaks the parameter.
-    Subnormal gradients have a sign, whatever `torch.set_flush_denormal` says.
+    Subnormal gradients have a sign, regardless of `torch.set_flush_denormal`.
 
     Args:
         params: `[T, P]` float32 or float64, contiguous; updated in place.
         grads: `[T, P]`, dtype and device of `params`, contiguous. May not share memory with `params`.
-        lr: learning rates, dtype and device of `params`: `[1]` for all parameters, `[P]` one a parameter, or, with
-            `segment_offsets`, `[G]` one a segment.
+        lr: learning rates, dtype and device of `params`: `[1]` for all parameters, `[P]` one per parameter, or,
+            with `segment_offsets`, `[G]` one per segment.
         segment_offsets: `[G + 1]` int64 on the device of `params`, 0 first, P last, non-decreasing: segment `g` is
             columns `offsets[g]` to `offsets[g + 1] - 1`. The values are checked on the CPU. On CUDA a check would have
             to wait for the device, so wrong values choose wrong segments there. Default: no segments.
         mask: `[P]` bool or, with `segment_offsets`, `[G]` bool, on the device of `params`. Where it is False the
-            parameter is never touched and its gradient not even looked at. Default: all parameters are stepped.
-        nonfinite: `[T]` bool on the device of `params`; set where a task's looked-at gradients hold a NaN or an
-            infinity, otherwise left as it is.
+            parameter is not touched and its gradient is ignored. Default: all parameters are stepped.
+        nonfinite: `[T]` bool on the device of `params`; set where a task's gradients, except ignored ones, hold a NaN
+            or an infinity, otherwise left as it is.
 
     Raises:
-        TypeError: for an argument that is no tensor, or of another dtype than above.
+        TypeError: for an argument that is not a tensor or has another dtype than above.
         ValueError: for another shape, device or layout than above, for tensors that overlap, and on the CPU for bad
             values of `segment_offsets`. Nothing is changed then.
         RuntimeError: where gradients would be recorded (grad mode is on and an argument requires grad), and for CUDA
@@ -83,10 +83,10 @@ def compact_sign_step_(
     """One signSGD step of tasks whose state is int8: `counts += sign(grads)`, then `params = theta - lr * counts`.
 
     With a learning rate that is the same in every step, K steps from `theta` end at `theta - lr * n` with whole
-    numbers |n| <= K: a byte a parameter holds what `sign_step_` keeps in four. `params` is written for the next forward
-    pass and need not live longer. It is rounded twice (the product, the difference) whatever K, where `sign_step_`
-    rounds once a step. A gradient that is NaN makes its count -128 for good, which stands for NaN in `params`; so does
-    the step that would leave -127..127.
+    numbers |n| <= K: one byte per parameter holds what `sign_step_` keeps in four. `params` is written for the next
+    forward pass and need not be kept longer. It is rounded twice (the product, the difference) for any K, where
+    `sign_step_` rounds once per step. A gradient that is NaN makes its count -128 for good, which stands for NaN in
+    `params`; so does the step that would leave -127..127.
 
     Args:
         counts: `[T, P]` int8, contiguous, zeros at `theta`; updated in place.
@@ -165,7 +165,7 @@ def check_no_autograd(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor, shape: str, dtype: torch.dtype, like: Tensor) -> None:
-    """Dtype, device and layout; `check_shape` and `check_table` see to the rest."""
+    """Checks dtype, device and layout; `check_shape` and `check_table` check the rest."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected {shape} {dtype}, found {tensor.dtype}")
     if tensor.device != like.device:
@@ -187,7 +187,7 @@ def check_shape(name: str, tensor: Tensor, expected: str, allowed: bool) -> None
 
 
 def check_table(name: str, tensor: Tensor, lengths: dict[str, int]) -> None:
-    """One dimension, of one of the lengths."""
+    """Checks for one dimension of one of the lengths."""
     if tensor.dim() != 1 or tensor.shape[0] not in lengths.values():
         described = " or ".join(f"{letter} = [{length}]" for letter, length in lengths.items())
         raise ValueError(f"{name}: expected {described}, found shape {list(tensor.shape)}")
@@ -196,7 +196,7 @@ def check_table(name: str, tensor: Tensor, lengths: dict[str, int]) -> None:
 def check_step_buffers(
     params: Tensor, grads: Tensor, lr: Tensor, segment_offsets: Tensor | None, nonfinite: Tensor
 ) -> dict[str, int]:
-    """Checks what both forms of a sign step take; the lengths that a table over its columns may have."""
+    """Checks what both sign steps take; returns the lengths that a table over the columns may have."""
     check_matrix("params", params)
     tasks, parameters = params.shape
     dtype = params.dtype
@@ -242,11 +242,11 @@ class SignStep(NamedTuple):
         return self.params
 
     def written(self) -> tuple[Tensor, ...]:
-        """What changes in place."""
+        """The tensors that are changed in place."""
         return self.params, self.nonfinite
 
     def native(self) -> tuple[int | bool, ...]:
-        """What both native implementations take first."""
+        """The leading arguments of both native implementations."""
         tasks, parameters = self.params.shape
         return (
             self.params.data_ptr(),
@@ -365,12 +365,12 @@ def check_built_with_cuda(op: str) -> None:
 
 
 def register(stem: str, call: type[SignStep] | type[CompactSignStep] | type[MetaAccumulate], schema: str) -> None:
-    """Defines `<stem>_` with its implementations; torch allows it once a process, and the module is imported once.
+    """Defines `<stem>_` with its implementations; torch allows it once per process, and the module is imported once.
 
     Args:
-        stem: Of the operator and of the native functions `<stem>_cpu` and `<stem>_cuda`.
-        call: What its arguments are.
-        schema: Of the arguments.
+        stem: Stem of the name of the operator and of the native functions `<stem>_cpu` and `<stem>_cuda`.
+        call: Type of its arguments.
+        schema: Schema of the arguments.
     """
     name = f"{stem}_"
 

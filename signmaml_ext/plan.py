@@ -8,8 +8,8 @@ from typing import Any
 from . import _loader, conv, fused
 from .problem import Problem
 
-# The GPU of the model is an H200 by these figures: bytes a second of a copy, operations a second by precision of the
-# products (three TF32 products make one of fp32) and of all else, seconds between two launches of a graph.
+# The modelled GPU is an H200 with these figures: bytes per second of a copy, operations per second of products by
+# precision (three TF32 products make one of fp32) and of everything else, seconds between two launches of a graph.
 BANDWIDTH = 4.3e12
 PRODUCTS = {"fp32": 500e12 / 3, "tf32": 500e12, "bf16": 790e12}
 SCALAR = 67e12
@@ -59,7 +59,7 @@ def _total(launches: Sequence[Launch], what: str) -> float:
 
 
 def _parts(launches: Sequence[Launch], steps: int) -> list[tuple[str, list[Launch]]]:
-    """The launches in order; of the inner steps, which are alike, the first."""
+    """The launches in order; only the first of the inner steps, which are all alike."""
     groups = [
         ("before", [one for one in launches if one["step"] < 0 and one["kernel"] != "conv_unpack"]),
         (f"inner step (one of {steps}, all alike)", [one for one in launches if one["step"] == 0 < steps]),

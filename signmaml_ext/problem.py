@@ -13,7 +13,7 @@ from . import losses
 from .inputs import Inputs, Output
 from .losses import Loss
 
-# What the arguments of these names may be.
+# Allowed values of the arguments of these names.
 METHODS = ("sign-maml", "fo-maml", "maml")
 LOSSES = losses.NAMES
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -21,7 +21,7 @@ NONFINITE = ("propagate", "raise", "skip")
 BATCH_NORM = ("batch", "support", "running")
 TASK_STATES = ("full", "int8")
 BATCHINGS = ("auto", "together", "one-by-one")
-MOST_COUNTED_STEPS = 127  # what an int8 counts
+MOST_COUNTED_STEPS = 127  # the most that an int8 counts
 BACKENDS = ("auto", "torch", "cpu", "cuda")
 
 Rate = float | Tensor
@@ -33,7 +33,7 @@ class StepRates:
 
     Attributes:
         values: One rate under the key "" for all parameters, or a rate by parameter name. A tensor has shape
-            `[]` or `[1]` (one rate), `[steps]` (one a step; only under ""), or, under a name, any shape that
+            `[]` or `[1]` (one rate), `[steps]` (one per step; only under ""), or, under a name, any shape that
             broadcasts to the parameter, with a leading axis of length `steps` when it has one axis more.
         steps: Number of inner steps.
     """
@@ -42,11 +42,11 @@ class StepRates:
     steps: int
 
     def learnable(self) -> dict[str, Tensor]:
-        """The rates that want a gradient, by their key in `values`."""
+        """The rates that require a gradient, by their key in `values`."""
         return {k: v for k, v in self.values.items() if isinstance(v, Tensor) and v.requires_grad}
 
     def tensors(self) -> bool:
-        """Whether any rate is a tensor; if none is, `number` says it all."""
+        """Whether any rate is a tensor; if none is, `number` suffices."""
         return any(isinstance(value, Tensor) for value in self.values.values())
 
     def number(self, name: str) -> float:
@@ -71,7 +71,7 @@ class StepRates:
             name: Name of the parameter.
             parameter: `[t, *shape]`, the parameter of t tasks.
             leaves: Learnable rates by key, each with a leading task axis `[t, *rate_shape]`, so that every task
-                has a gradient of its own; all other rates are taken from `values`.
+                has its own gradient; all other rates are taken from `values`.
 
         Returns:
             A float, or a tensor that broadcasts to `parameter`, in its dtype.
@@ -95,8 +95,8 @@ class StepRates:
         Args:
             key: One of `learnable()`.
             step: Inner step.
-            products: Gradient times direction by parameter, `[t, *shape]`; those that the rate is for.
-            totals: By key, `[t, *rate_shape]`, added to.
+            products: Gradient times direction by parameter, `[t, *shape]`, for parameters that have this rate.
+            totals: By key, `[t, *rate_shape]`; added to in place.
         """
         rate = self.values[key]
         assert isinstance(rate, Tensor)
@@ -139,11 +139,11 @@ class Problem:
         zero_dead_bias: Whether a bias directly before a BatchNorm has gradient exactly 0.
         first_task: Number of the first task in a meta-batch that is computed in pieces; keys the dropout masks.
         graph: Whether the call replays a CUDA graph: True, False, or None where its kernels are made for it.
-        keyed: Whether forward passes that run task by task draw from streams of their own; False inside a graph.
+        keyed: Whether forward passes that run task by task draw from their own streams; False inside a graph.
         task_state: One of `TASK_STATES`.
         batching: One of `BATCHINGS`.
-        output: What of the model's output is the prediction; None: all of it.
-        compile: Whether torch.compile makes the passes that torch computes.
+        output: Which part of the model's output is the prediction; None: all of it.
+        compile: Whether torch.compile compiles the passes that torch computes.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What a native family knows of a module: read off its structure, and verified by numbers."""
+"""What a native family knows about a module: read from its structure and verified numerically."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Spec(Hashable, Protocol):
 
 
 def computes(spec: Spec, model: nn.Module, x: Tensor) -> bool:
-    """Whether the module computes on examples like `x` `[S, ...]` what its spec says: the numbers, in float64."""
+    """Whether the module computes what its spec says, checked numerically on examples like `x` `[S, ...]`."""
     return chain.computes(model, spec.names, spec.forward, x)
 
 
@@ -52,7 +52,7 @@ def linear(layer: Layer) -> nn.Linear:
 
 
 def used_twice(layers: Sequence[Layer]) -> str | None:
-    """Why layers with parameters are not each a layer of its own; None if they are."""
+    """Why the layers do not each have parameters of their own; None if they do."""
     names: set[str] = set()
     owners: dict[int, str] = {}
     for layer in layers:

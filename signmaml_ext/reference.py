@@ -44,14 +44,14 @@ Result = TypeVar("Result", bound=MetaGradients | Adaptation)
 
 
 def meta_gradients(problem: Problem) -> MetaGradients:
-    """The meta-step of all tasks; determinism is that of torch's own kernels."""
+    """The meta-step of all tasks, as deterministic as torch's own kernels."""
     return batched_or_not(problem, _meta_gradients)
 
 
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks and, if the problem has a query set, its evaluation."""
     if problem.method == "maml":
-        problem = problem.replace(method="fo-maml")  # the second order concerns the meta-gradient only
+        problem = problem.replace(method="fo-maml")  # they differ only in the meta-gradient
     return batched_or_not(problem, _adapt)
 
 
@@ -97,7 +97,7 @@ def why_not_batched(problem: Problem) -> str | None:
 
 
 def _hooked(model: nn.Module) -> str | None:
-    """A module with hooks of the user's; those by which torch.nn.utils computes weights do not count."""
+    """Which module has user hooks, if any; those that torch.nn.utils adds to compute weights do not count."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(nn.modules.module, f"_global{kind}") for kind in kinds):
         return "every module"
@@ -114,21 +114,21 @@ def _is_torchs(loss: Any) -> bool:
     return isinstance(module, str) and module.startswith("torch.nn")
 
 
-# What is remembered of a model, as long as its structure stays (see `chain`): by which way to try first. Whatever is
-# tried, its result is exact.
+# Questions whose answers are cached for a model until its structure changes (see `chain`). An answer only decides which
+# way is tried first; the result is exact either way.
 _REFUSED, _OWN_BUFFERS, _DRAWS = "vmap refused it", "its tasks have buffers of their own", "it draws random numbers"
 
 
 def _refusal(problem: Problem) -> Hashable:
-    """The question whether vmap refused such a call: what in a call may be the cause."""
+    """The key under which a refusal by vmap is cached: everything in a call that may cause it."""
     of_call = (problem.method, problem.batch_norm, problem.precision, kind_of(problem.loss), kind_of(problem.output))
     return (_REFUSED, problem.model.training, problem.compile, *of_call)
 
 
 def kind_of(value: Any) -> Hashable:
-    """A loss or an output, for a key: of a function its code, not what its closure holds.
+    """A key for a loss or an output: a function is identified by its code, not by what its closure holds.
 
-    One that is made anew for each call is of the same kind.
+    A function that is created anew for each call thus keeps its key.
     """
     kind: Any = value if isinstance(value, (str, int)) else getattr(value, "__code__", type(value))
     return kind
@@ -138,7 +138,7 @@ class NotBatchable(Exception):
     """The tasks of this call cannot run together under vmap; the message says why.
 
     Attributes:
-        lasts: Whether that holds for the next call of the model too, as long as it stays as it is.
+        lasts: Whether the reason also holds for later calls, until the model changes.
     """
 
     def __init__(self, message: str, *, lasts: bool) -> None:
@@ -150,7 +150,7 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     """`compute` on all tasks at once.
 
     Raises:
-        NotBatchable: If that is known not to work or not to pay, or turns out not to work.
+        NotBatchable: If running them together is known not to work or not to pay, or turns out not to work.
     """
     reason = why_not_batched(problem)
     if reason is not None:
@@ -158,7 +158,7 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
     answers, question = chain.of_module(problem.model).answers, (_OWN_BUFFERS, problem.model.training)
     ways = (False, True) if next(problem.model.buffers(), None) is not None else (False,)
     together = batching.chunk(problem)
-    # Tasks share the buffers while no forward writes to them: what a task writes, vmap refuses to put into one for all.
+    # Tasks share the buffers unless a forward writes to them: vmap refuses to write per-task values to a shared tensor.
     for own_buffers in ways if question not in answers else (answers[question],):
         try:
             with modes.call_modes(problem), no_saved_tensor_hooks():
@@ -171,14 +171,14 @@ def run_batched(problem: Problem, compute: Callable[[Run], Result]) -> Result:
             raise NotBatchable("all tasks together do not fit in memory", lasts=False) from error
         except Exception as error:
             # vmap refuses random draws, data-dependent control flow, in-place writes and operators without a batching
-            # rule, each with its own exception type. If the fault is the caller's, task by task meets it again.
+            # rule, each with its own exception type. If the fault is the caller's, task by task raises it again.
             _raise_interrupt(error)
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise NotBatchable(f"vmap refused it: {first_line}", lasts=True)
 
 
 def _raise_interrupt(error: BaseException) -> None:
-    """Raises the Ctrl-C that an error came out of: torch's own cleaning up may fail when it arrives in the middle."""
+    """Re-raises the Ctrl-C behind an error: torch's own cleanup may fail when it is interrupted."""
     before = error.__context__
     while before is not None:
         if not isinstance(before, Exception):
@@ -190,20 +190,20 @@ def _raise_interrupt(error: BaseException) -> None:
 def no_saved_tensor_hooks() -> Iterator[None]:
     """Refuses activation checkpointing and the like.
 
-    What is recomputed in the backward pass is computed outside vmap, on tensors that vmap no longer knows: a wrong
-    gradient, without a word.
+    Checkpointing recomputes activations in the backward pass, outside vmap and on tensors that vmap no longer tracks.
+    The gradient would be silently wrong.
     """
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
-        yield  # they are refused already
+        yield  # already refused
         return
     with torch.autograd.graph.disable_saved_tensors_hooks("it saves tensors in a way of its own (checkpointing)"):
         yield
 
 
 def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Result:
-    """`compute` on one task after the other: works for every module."""
+    """`compute` task by task, which works for every module."""
     answers, question = chain.of_module(problem.model).answers, (_DRAWS, problem.model.training)
-    most_threads = _threads_for(problem)  # before the turn, in which nobody may set a generator
+    most_threads = _threads_for(problem)  # may set torch's generators, so not in `with_randomness`
 
     def with_streams(randomness: modes.Randomness) -> Result:
         with modes.call_modes(problem):
@@ -219,31 +219,31 @@ def run_task_by_task(problem: Problem, compute: Callable[[Run], Result]) -> Resu
 
 
 def _threads_for(problem: Problem) -> int:
-    """How many tasks one by one run at once: as many as torch has threads, unless their order may be seen."""
+    """How many tasks run at once outside vmap: torch's thread count; 1 if order may be seen or threads do not pay."""
     if problem.device.type != "cpu" or problem.tasks < 2 or torch.get_num_threads() == 1:
         return 1
     if callable(problem.loss) and not _is_torchs(problem.loss):
-        return 1  # a loss that keeps a record would keep it in another order
+        return 1  # a stateful loss would see the tasks in another order
     if threads.why_one_thread() is not None or _hooked(problem.model) is not None:
         return 1
     return torch.get_num_threads() if batching.pays_on_threads(problem) else 1
 
 
 def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result:
-    """`compute` on tasks together if that works and pays, else on one after the other.
+    """`compute` on all tasks together if that works and pays, else task by task.
 
     Raises:
-        ValueError: The call asks for tasks together, and they cannot be.
+        ValueError: The call asks for tasks to run together, and they cannot.
     """
     try:
         return run_batched(problem, compute)
     except NotBatchable as error:
-        reason, lasts = str(error), error.lasts  # not the error itself, whose frames hold the tensors of all tasks
+        reason, lasts = str(error), error.lasts  # not the error: its frames hold the tensors of all tasks
     if problem.batching == "together":
         refuse("batching", "'auto' or 'one-by-one' for this call", f"'together': {reason}")
-    # Outside the except clause: an error of the caller's own should not come with the refusal in its trace.
+    # Outside the except clause, so that the caller's own errors are not chained to the refusal.
     result = run_task_by_task(problem, compute)
-    # Remembered only now: had the call itself been at fault, the line above would have raised.
+    # Cached only now: if the call itself were at fault, `run_task_by_task` would have raised.
     if lasts:
         chain.of_module(problem.model).answers[_refusal(problem)] = reason
     return result
@@ -251,7 +251,7 @@ def batched_or_not(problem: Problem, compute: Callable[[Run], Result]) -> Result
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of passes of a kind.
+    """What is known about passes of one kind (support or query).
 
     Attributes:
         facts: What the autograd graph showed.
@@ -270,10 +270,10 @@ class Run:
 
     Attributes:
         problem: The call.
-        together: How many tasks run together under vmap at most; 0: they run one by one.
-        own_buffers: Whether tasks that run together have buffers of their own, which their forwards may write to.
-        randomness: Where forward passes one by one draw from.
-        most_threads: How many tasks one by one may run at once, if none draws random numbers.
+        together: Most tasks that run together under vmap; 0: tasks run one by one.
+        own_buffers: Whether each task under vmap has its own buffers, which its forward may write to.
+        randomness: Random streams of forward passes that run one by one.
+        most_threads: How many tasks may run at once outside vmap, if the model draws no random numbers.
     """
 
     problem: Problem
@@ -285,15 +285,15 @@ class Run:
     def __post_init__(self) -> None:
         self._replicas: dict[int, Replicas] = {}
         self.buffers = self.replicas.own_buffers() if self.own_buffers else {}
-        self._facts: dict[bool, Facts] = {}  # by whether it is the query pass
-        self._writes: dict[bool, bool] = {}  # whether a forward writes to its input, likewise
-        # The first task's passes find these out; tasks on other threads wait for them.
+        self._facts: dict[bool, Facts] = {}  # key: whether it is the query pass
+        self._writes: dict[bool, bool] = {}  # whether a forward writes to its input; same key
+        # The first task's passes fill these in; tasks on other threads wait for that.
         self._found_out = {is_query: threads.Latch() for is_query in (False, True)}
         self._stopped = False
 
     @property
     def replicas(self) -> Replicas:
-        """What makes private copies of the model, one for each thread: what a forward writes, no other thread sees."""
+        """This thread's maker of private copies: no thread may see what another thread's forward writes."""
         thread = threading.get_ident()
         if thread not in self._replicas:
             by = "running" if self.problem.batch_norm == "running" else "batch"
@@ -306,16 +306,16 @@ class Run:
         return self.together > 0
 
     def chunks(self) -> list[slice]:
-        """Slices of the task axis: as many tasks as are at work together."""
+        """Slices of the task axis, one for each group of tasks that runs together."""
         tasks, size = self.problem.tasks, self.together or 1
         return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
 
     def dead(self, step: int) -> frozenset[str]:
-        """Parameters whose gradient is exactly 0; known after the first pass of the kind."""
+        """Parameters whose gradient is exactly 0; known after the first pass of this kind."""
         is_query = step == self.problem.steps
         found = self._facts[is_query].dead_biases
         if is_query and self.problem.batch_norm == "support" and False in self._facts:
-            # The statistics of the support set hold the bias as those of the query set would.
+            # The support set's statistics contain the bias too, so it cancels in the query pass as well.
             found |= self._facts[False].dead_biases
         return found
 
@@ -325,8 +325,8 @@ class Run:
         """Loss `[t]` and prediction `[t, S, ...]` of t tasks.
 
         Args:
-            params: Parameters of the tasks' own, `[t, *shape]` for tasks together and `[*shape]` for one by itself. All
-                others are as in the model.
+            params: Per-task parameters, `[t, *shape]` under vmap and `[*shape]` for a single task. All others are taken
+                from the model.
             x: `[t, S, ...]`.
             y: `[t, S, ...]`.
             first_task: Number of the first of these tasks.
@@ -339,7 +339,7 @@ class Run:
         return found
 
     def wait_for_first(self, task: int, step: int) -> None:
-        """Holds a task up until the first one's pass of this kind is done."""
+        """Blocks a task until the first task's pass of this kind (support or query) is done."""
         if task > 0 and self.threads() > 1:
             self._found_out[step == self.problem.steps].wait()
             if self._stopped:
@@ -352,7 +352,7 @@ class Run:
     def _noted(self, params: TaskParams, x: Inputs, y: Tensor, first_task: int, step: int) -> tuple[Tensor, Tensor]:
         is_query = step == self.problem.steps
         is_first = is_query not in self._writes
-        # A forward may work on its input in place; whether it does, the first pass tells, on a copy.
+        # A forward may modify its input in place. The first pass, which gets a copy, shows whether it does.
         if is_first or self._writes[is_query]:
             x = inputs.each(x, Tensor.clone)
         versions = [part._version for part in inputs.parts(x)] if is_first else []
@@ -362,7 +362,7 @@ class Run:
         return found
 
     def stop(self) -> None:
-        """Ends the passes of tasks that wait for the first one's."""
+        """Makes tasks that wait for the first one give up."""
         self._stopped = True
         for latch in self._found_out.values():
             latch.open()
@@ -380,12 +380,12 @@ class Run:
         return loss[None], prediction[None]
 
     def look(self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int) -> Seen:
-        """What passes of a kind do, for passes that cannot be looked into.
+        """Finds out what passes of a kind do, for compiled passes, which cannot be inspected.
 
-        By a pass of one task that counts for nothing else; arguments as for `loss_and_prediction`.
+        Runs a pass of one task and discards its result; arguments as for `loss_and_prediction`.
 
         Raises:
-            ValueError: They write to their parameters.
+            ValueError: The forward writes to its parameters.
         """
         self.forget(step)
         alone = {name: value[:1] if self.batched else value for name, value in params.items()}
@@ -399,31 +399,31 @@ class Run:
         return Seen(self._facts[is_query], self._writes[is_query], prediction.shape[-1])
 
     def know(self, seen: Seen, step: int) -> None:
-        """Takes over what an earlier call has seen of passes of a kind."""
+        """Takes over what an earlier call found out about passes of a kind."""
         if self.problem.loss == "cross_entropy" and not self._facts:
             check_labels(self.problem, seen.outputs)
         is_query = step == self.problem.steps
         self._facts[is_query], self._writes[is_query] = seen.facts, seen.writes_input
 
     def forget(self, step: int) -> None:
-        """The opposite."""
+        """Drops what is known about passes of a kind."""
         self._facts.pop(step == self.problem.steps, None)
         self._writes.pop(step == self.problem.steps, None)
 
     def buffers_of(self, tasks: int) -> TaskParams:
-        """Buffers of the tasks' own, `[t, *shape]`."""
+        """One copy of the buffers per task, `[t, *shape]`."""
         return {name: b.expand(tasks, *b.shape).clone() for name, b in self.buffers.items()}
 
     def stream(self, task: int, step: int) -> AbstractContextManager[object]:
-        """The random numbers of one task's pass."""
+        """A context in which one task's pass draws from its own random stream."""
         return self.randomness.at(self.problem.first_task + task, step)
 
     def by_task(self, values: Iterable[Value]) -> list[Value]:
-        """Tensors of the tasks' own (or None) as `[t, *shape]`, also for a task by itself."""
+        """Per-task tensors (or None) as `[t, *shape]`, also for a single task."""
         return [value if self.batched or value is None else value[None] for value in values]  # type: ignore[index]
 
     def _statistics_from(self, tasks: slice | int, step: int) -> Inputs | None:
-        """What BatchNorm's statistics come from, if not from the set at hand."""
+        """The inputs that BatchNorm's statistics come from; None: the set at hand."""
         by_support = self.problem.batch_norm == "support" and step == self.problem.steps
         return inputs.take(self.problem.support_x, tasks) if by_support else None
 
@@ -459,21 +459,21 @@ class Run:
             if self.batched and places != {name: address(tensor) for name, tensor in own.items()}:
                 raise NotBatchable("its forward gives parameters other memory, which vmap forgets", lasts=True)
             self._facts[is_query] = self._checked(watch.facts(loss, self.problem.params))
-        # What only the loss understands is not among the results.
+        # A prediction that only the caller's loss understands is not returned.
         return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)
 
     def _forward(self, copy: nn.Module, x: Inputs) -> Any:
         try:
             return inputs.call(copy, x)
         except RuntimeError as error:
-            # Out of memory and faults of a device are subclasses; what vmap refuses is tried again task by task.
+            # Out-of-memory and device errors are subclasses. What vmap refuses is tried again task by task.
             if self.batched or type(error) is not RuntimeError:
                 raise
             taken = ", ".join(map(describe, inputs.parts(x)))
             raise ForwardError(f"model: expected a forward that takes {taken}, found: {error}") from error
 
     def support_statistics(self, params: TaskParams) -> dict[str, Tensor]:
-        """What a BatchNorm's running statistics would be if they were those of a task's support set, `[T, C]` by name.
+        """Each task's support-set statistics under the names of BatchNorm's running statistics, `[T, C]`.
 
         Args:
             params: Parameters of all tasks, `[T, *shape]`.
@@ -517,7 +517,7 @@ class Run:
 def task_loss(loss: Loss, prediction: Any, target: Tensor) -> Tensor:
     """The scalar loss of one task."""
     if loss == "cross_entropy":
-        # On a CPU labels were looked at before, see `check_labels`.
+        # On the CPU the labels were checked before, see `check_labels`.
         return F.cross_entropy(prediction, target) if target.is_cpu else cross_entropy(prediction, target)
     if loss == "mse":
         return F.mse_loss(prediction, target)
@@ -539,8 +539,8 @@ def inner_loop(
     Args:
         run: The pass this belongs to.
         tasks: Which tasks.
-        theta: All trainable parameters, `[t, *shape]` for tasks together and `[*shape]` for one by itself, where the
-            graph of the result starts.
+        theta: All trainable parameters, `[t, *shape]` under vmap and `[*shape]` for a single task: the leaves of the
+            result's graph.
         rates: Learnable rates by key, `[t, *rate_shape]`.
         nonfinite: `[t]` bool, set where a task meets a NaN or an Inf.
 
@@ -561,12 +561,12 @@ def inner_loop(
 
     for step in range(problem.steps):
         moving = {name: phi[name] for name in problem.adapted}
-        # What the inner loop leaves alone is one for all tasks, cheaper than a copy each; but where the steps are
-        # differentiated, how they depend on it counts.
+        # Tasks share the parameters that do not adapt, which is cheaper than one copy each. Second order needs the
+        # copies, because the steps depend on these parameters too.
         loss, _ = run.loss_and_prediction(phi if second_order else moving, x, y, first_task=tasks.start, step=step)
         losses.append(loss.detach())
         nonfinite |= ~loss.detach().isfinite()
-        # Not of what stays where it is: to that, the graph of earlier steps would lead as well.
+        # Only of parameters that move: with second order, the graph of earlier steps leads to the others too.
         wanted = {name: value for name, value in moving.items() if name not in run.dead(step)}
         gradients = gradients_of(loss, wanted, create_graph=second_order)
         nonfinite |= ~all_finite_together(
@@ -589,7 +589,7 @@ def inner_loop(
 
 
 def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False) -> dict[str, Tensor | None]:
-    """Per-task gradients: tasks share nothing in `params`, so the sum's gradient is every task's own."""
+    """Per-task gradients. Tasks share no tensor in `params`, so the summed loss has each task's own gradient."""
     if not loss.requires_grad or not params:
         return dict.fromkeys(params)
     grads = torch.autograd.grad(loss.sum(), list(params.values()), create_graph=create_graph, allow_unused=True)
@@ -597,12 +597,12 @@ def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False
 
 
 def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
-    """Theta and the learnable rates, one view a task, as leaves of a new graph."""
+    """Theta and the learnable rates, one view per task, as leaves of a new graph."""
 
     def leaf(value: Tensor) -> Tensor:
         return value.detach().clone().expand(count, *value.shape).requires_grad_()
 
-    # Copies: an Embedding with max_norm writes to the weight that it is given.
+    # Copies, because an Embedding with max_norm writes to its weight.
     params = run.problem.params
     alone = {} if run.batched else {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     theta = alone or {name: leaf(p) for name, p in params.items()}
@@ -611,7 +611,7 @@ def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
 
 @dataclass(frozen=True)
 class _Part:
-    """What the meta-step of some tasks gave, by task."""
+    """Per-task results of a meta-step on some tasks."""
 
     gradients: dict[str, Tensor | None]
     loss: Tensor
@@ -629,7 +629,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
     ) as in_order:
         for part in in_order:
             _add_live(sums, part.gradients, ~part.nonfinite if problem.nonfinite == "skip" else None)
-            parts.append(replace(part, gradients={}))  # those take no memory while others are at work
+            parts.append(replace(part, gradients={}))  # free them while other tasks run
     nonfinite = torch.cat([part.nonfinite for part in parts])
     live_tasks = (~nonfinite).sum() if problem.nonfinite == "skip" else torch.full_like(nonfinite, True).sum()
     means = {name: None if s is None else s / live_tasks.clamp(min=1) for name, s in sums.items()}
@@ -666,12 +666,12 @@ def _part(run: Run, tasks: slice) -> _Part:
 
 
 def _rate_key(key: str) -> str:
-    """A learnable rate's name among the gradients; no parameter name holds a slash after 'rate'."""
+    """A learnable rate's name among the gradients; no parameter name starts with 'rate/'."""
     return f"rate/{key}"
 
 
 def _add_live(sums: dict[str, Tensor | None], gradients: Mapping[str, Tensor | None], live: Tensor | None) -> None:
-    """Adds the gradients of the live tasks (None: of all), in task order."""
+    """Adds the gradients of the live tasks (of all tasks if None), in task order."""
     for name, gradient in gradients.items():
         if gradient is None:
             sums.setdefault(name, None)
@@ -699,7 +699,7 @@ def _adapt(run: Run) -> Adaptation:
         loss = prediction = shares = None
         if problem.query_x is not None and problem.query_y is not None:
             x, y = inputs.take(problem.query_x, tasks), problem.query_y[tasks]
-            # With gradients allowed: a forward may take one of its own, for a force, say. None reaches phi.
+            # Grad mode stays on, because a forward may take gradients itself (for a force, say). phi is detached.
             found = run.loss_and_prediction(phi, x, y, first_task=tasks.start, step=problem.steps)
             loss, prediction = (value.detach() for value in found)
             nonfinite |= ~loss.isfinite()
@@ -727,16 +727,16 @@ def all_finite(value: Tensor) -> Tensor:
     rows = value.flatten(1)
     if rows.shape[1] == 0:
         return torch.ones(rows.shape[0], dtype=torch.bool, device=value.device)
-    # The least and the largest are NaN if any value is; 20 times as fast as `isfinite` of all, or as `aminmax`.
+    # Minimum and maximum are NaN if any value is. 20 times as fast as `isfinite` on all values, or as `aminmax`.
     return rows.amin(1).isfinite() & rows.amax(1).isfinite()
 
 
-# Elements of a task from which on a tensor is looked at by itself: copying it takes longer than one more call.
+# From this many elements per task, a tensor is handled separately: copying it takes longer than one more call.
 LARGE = 2**18
 
 
 def all_finite_together(values: Iterable[Tensor | None], like: Tensor) -> Tensor:
-    """`[t]` bool, as `like`: no NaN and no Inf in any of several tensors `[t, ...]`; None holds none."""
+    """`[t]` bool, as `like`: no NaN and no Inf in any of several tensors `[t, ...]`; None counts as finite."""
     rows = [value.detach().reshape(value.shape[0], -1) for value in values if value is not None]
     small = [value for value in rows if value.shape[1] < LARGE]
     large = [value for value in rows if value.shape[1] >= LARGE]
@@ -747,6 +747,6 @@ def all_finite_together(values: Iterable[Tensor | None], like: Tensor) -> Tensor
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:
-    """One tensor of all chunks; None if the chunks have none."""
+    """The chunks concatenated; None if the chunks have no such tensor."""
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None

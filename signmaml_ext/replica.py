@@ -3,7 +3,7 @@
 A forward may use its module in any way: read parameters late (activation checkpointing recomputes in the backward
 pass), leave tensors behind (`self.features = h`), write buffers, run in several threads at once. So no tensor is ever
 put into the user's module, not even for a moment. Each forward pass gets module objects of its own: same class, same
-attributes, hooks and submodules, with the given tensors in the place of parameters and buffers.
+attributes, hooks and submodules, with the given tensors in place of parameters and buffers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .checks import refuse
 # BatchNorm of any dimension.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
-# Longer containers are data, such as a vocabulary: handed on as they are, not searched and not copied.
+# Longer containers are data, such as a vocabulary: shared as they are, neither searched nor copied.
 LONGEST = 1024
 # How deep plain objects within plain objects are searched for modules and tensors of the tree.
 DEEPEST = 3
 
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _CONTAINERS = (list, dict, set, deque)
-# What torch.nn.Module itself keeps, and every copy has its own of.
+# Attributes of torch.nn.Module itself; every copy gets its own.
 _TREE = ("_parameters", "_buffers", "_modules")
 _KEPT = frozenset(key for key, value in vars(nn.Module()).items() if isinstance(value, _CONTAINERS)) - set(_TREE)
 
@@ -39,9 +39,9 @@ _KEPT = frozenset(key for key, value in vars(nn.Module()).items() if isinstance(
 class Replicas:
     """Makes private copies of one module's tree.
 
-    What the tensors are that do not change from task to task (buffers, frozen parameters, tensors that are plain
-    attributes) is copied once, and again only after a forward has written into the copy: each forward pass finds them
-    as the user's module holds them now.
+    Tensors that are the same for all tasks (buffers, frozen parameters, tensors in plain attributes) are copied once,
+    and again only after a forward has written to the copy, so each forward pass finds the values that the user's module
+    holds.
 
     Args:
         model: The module. Its tree must stay as it is while copies are made.
@@ -57,7 +57,7 @@ class Replicas:
         self._names = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
         self._held: dict[int, Tensor] = {}  # tensors of the tree by id, as the user's modules hold them
         self._copies: dict[int, tuple[Tensor, int]] = {}  # by the same id: the private copy, and its version
-        self._modules: dict[int, nn.Module] = {}  # the tree by id, with modules that are in no dictionary of modules
+        self._modules: dict[int, nn.Module] = {}  # the tree by id, also modules that are only in attributes
         self._owned: set[int] = set()  # ids of containers in attributes
         self._gather(model)
         self._plans: list[_Plan] = []
@@ -74,8 +74,8 @@ class Replicas:
         """A private copy.
 
         Args:
-            tensors: What takes the place of parameters and buffers, by their first names. The others are copies of
-                what the module holds.
+            tensors: Replacements for parameters and buffers, by their first names. The others are copies of what the
+                module holds.
         """
         placed: dict[int, Any] = {}
         for number, held in self._held.items():
@@ -101,7 +101,7 @@ class Replicas:
         return made
 
     def own_buffers(self) -> dict[str, Tensor]:
-        """The buffers outside BatchNorm, by name: what a forward may write, and tasks side by side need one each of."""
+        """The buffers outside BatchNorm, by name. A forward may write to them, so tasks under vmap need their own."""
         norms = [f"{name}." if name else "" for name, m in self._model.named_modules() if isinstance(m, BatchNorm)]
         buffers = self._model.named_buffers()
         return {name: buffer for name, buffer in buffers if not any(map(name.startswith, norms))}
@@ -145,23 +145,23 @@ class Replicas:
             elif key in _TREE:
                 members.append((key, value))
             elif key in _KEPT and not value:
-                empty.append((key, kind))  # most hooks of most modules; of its own, lest a forward adds to the user's
+                empty.append((key, kind))  # most hook dictionaries; new ones, lest a forward add to the user's
             elif isinstance(value, _CONTAINERS) or id(value) in self._held or self._refers(value, set()):
                 referring.append((key, value))
             else:
                 shared[key] = value
-        # A copy of what was compiled in place would call what was compiled for the user's module.
+        # Otherwise the copy of a module compiled in place would call the code compiled for the user's module.
         shared["_compiled_call_impl"] = None
         if batch_norm is not None and isinstance(module, BatchNorm):
             # Without `track_running_stats`, torch's forward neither reads nor writes the running buffers.
             shared["training"] = batch_norm == "batch"
             shared["track_running_stats"] = batch_norm == "running"
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            shared["sparse"] = False  # the same gradient, written out: the sign of 0 is 0
+            shared["sparse"] = False  # the same gradient as a dense tensor: the sign of 0 is 0
         return _Plan(type(module), id(module), shared, tuple(empty), tuple(members), tuple(referring))
 
     def _refers(self, value: Any, seen: set[int], depth: int = 0) -> bool:
-        """Whether a value leads to the tree, so that a copy needs another in its place."""
+        """Whether a value refers to the tree, so that a copy needs its own version."""
         if type(value) in _PLAIN or isinstance(value, (type, types.ModuleType)) or id(value) in seen:
             return False
         if id(value) in self._modules or id(value) in self._names or id(value) in self._owned:
@@ -170,9 +170,10 @@ class Replicas:
         return any(self._refers(part, seen, depth + 1) for part in _parts_of(value, depth))
 
     def _mapped(self, value: Any, placed: dict[int, Any]) -> Any:
-        """A value with the copies in the place of the modules and tensors of the tree.
+        """A value with the tree's modules and tensors replaced by their copies.
 
-        Lists, dicts, sets and deques are always new ones: a forward that appends to one should not reach the user's.
+        Lists, dicts, sets and deques are always copied, so that a forward that appends to one does not change the
+        user's.
         """
         kind = type(value)
         if kind in _PLAIN or isinstance(value, (type, types.ModuleType)):
@@ -244,17 +245,17 @@ class Replicas:
         try:
             copy = kind.__new__(kind)
         except TypeError:
-            # It cannot be made without arguments, as what functools.lru_cache returns. A parameter that the forward
-            # reaches through it is the user's own, and refused.
+            # It cannot be created without arguments, like the result of functools.lru_cache. If the forward reaches a
+            # parameter through it, that is the user's own, and the call is refused.
             return value
         placed[id(value)] = copy
         vars(copy).update({key: self._linked(part, placed) for key, part in vars(value).items()})
         return copy
 
     def _linked(self, value: Any, placed: dict[int, Any]) -> Any:
-        """A part of a function or plain object: as it is unless it leads to the tree or is an attribute in it.
+        """A part of a function or plain object, unchanged unless it refers to the tree or is an attribute in it.
 
-        What hooks collect in a list that the user holds elsewhere is for the user to read.
+        A list in which hooks collect values, and which the user holds elsewhere, thus stays the user's own.
         """
         if isinstance(value, _CONTAINERS) and not self._refers(value, set()):
             return value
@@ -262,13 +263,13 @@ class Replicas:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` made it; asked without loading the compiler, which takes a second."""
+    """Whether `torch.compile` made it; checked without importing the compiler, which takes a second."""
     kind = type(module)
     return kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
 
 
 class _Plan:
-    """What the copies of one module are made of."""
+    """How the copies of one module are made."""
 
     __slots__ = ("empty", "kind", "members", "number", "referring", "shared")
 
@@ -283,14 +284,14 @@ class _Plan:
     ) -> None:
         self.kind = kind
         self.number = number  # id of the user's module
-        self.shared = shared  # attributes handed on as they are
+        self.shared = shared  # attributes shared as they are
         self.empty = empty  # attributes that are empty containers, with their type
         self.members = members  # parameters, buffers, submodules
         self.referring = referring  # attributes that are mapped anew for each copy
 
 
 def _parts_of(value: Any, depth: int = 0) -> Iterable[Any]:
-    """What a value holds that may be a module or tensor of a tree."""
+    """The parts of a value that may be modules or tensors of a tree."""
     if isinstance(value, (*_CONTAINERS, tuple, frozenset)):
         if len(value) > LONGEST:
             return ()
@@ -310,7 +311,7 @@ def _parts_of(value: Any, depth: int = 0) -> Iterable[Any]:
 
 
 def _is_searched(value: Any) -> bool:
-    """Whether a plain object may be copied without harm; one that owns something (`__del__`) may not."""
+    """Whether a plain object may be copied safely; one that owns a resource (`__del__`) may not."""
     kind = type(value)
     if kind.__module__.partition(".")[0] in ("builtins", "numpy", "threading"):
         return False

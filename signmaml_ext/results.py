@@ -1,4 +1,4 @@
-"""What is computed: for callers (`MetaStepResult`, `EvaluateResult`, `CompactParams`) and between modules."""
+"""Results: for callers (`MetaStepResult`, `EvaluateResult`, `CompactParams`) and between modules."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NAN_COUNT = -128
 
 
 class CompactParams(Mapping[str, Tensor]):
-    """Adapted parameters of T tasks as int8 step counts: theta - inner_lr * counts, a byte a parameter and task.
+    """Adapted parameters of T tasks as int8 step counts: theta - inner_lr * counts, one byte per parameter and task.
 
-    A mapping from name to `[T, *shape]`; a parameter is computed when it is asked for, rounded twice (the product, the
-    difference), and not kept.
+    A mapping from name to `[T, *shape]`; a parameter is computed on each access, rounded twice (the product, the
+    difference), and not cached.
 
     Attributes:
         counts: Name -> `[T, *shape]` int8; -128 stands for NaN.
     """
 
     def __init__(self, counts: TaskParams, theta: Mapping[str, Tensor], rates: StepRates) -> None:
-        """Theta and the rates are copied: training goes on from them."""
+        """Copies theta and the rates, because training goes on to change them."""
         self.counts = counts
         self._theta = {name: theta[name].detach().clone() for name in counts}
         values = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in rates.values.items()}
@@ -77,7 +77,7 @@ class MetaGradients:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Tasks after the inner loop, and how the query set fares with them (None without a query set).
+    """Tasks after the inner loop, and their results on the query set (None without a query set).
 
     Attributes:
         params: Adapted parameters, name -> `[T, *shape]`; a `CompactParams` for `task_state="int8"`.
@@ -106,14 +106,14 @@ def raise_if_asked(problem: Problem, nonfinite: Tensor) -> None:
 
 
 def from_counts(counts: Tensor, theta: Tensor, lr: Tensor | float) -> Tensor:
-    """Parameters of tasks that have taken so many sign steps of `lr` from `theta`."""
+    """Parameters of tasks that have taken `counts` sign steps of `lr` from `theta`."""
     steps = torch.where(counts == NAN_COUNT, torch.nan, counts.to(theta.dtype))
     return theta - lr * steps
 
 
 @dataclass(frozen=True)
 class MetaStepResult:
-    """What `meta_step` tells; all tensors are on the model's device, detached.
+    """The result of `meta_step`; all tensors are on the model's device, detached.
 
     Attributes:
         query_loss: `[T]`, mean loss of each task's query set at its adapted parameters.
@@ -135,14 +135,14 @@ class MetaStepResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` tells; all tensors are on the model's device, detached.
+    """The result of `evaluate`; all tensors are on the model's device, detached.
 
     Attributes:
         query_loss: `[T]`.
         query_accuracy: `[T]` float32 in 0..1; None unless targets are int64 labels and predictions class scores. Labels
             that the loss leaves out (`ignore_index`) do not count; NaN where none counts.
-        logits: `[T, Q, ...]`, the adapted models' output for the query sets; `[T, 0]` where that is several tensors of
-            which no `output=` names one.
+        logits: `[T, Q, ...]`, the adapted models' output for the query sets; `[T, 0]` if that is several tensors and
+            no `output=` names one.
         support_loss: `[K, T]`, loss of each task's support set before each inner step.
         nonfinite: `[T]` bool, tasks that met a NaN or an Inf.
         backend: The backend that served the call.

@@ -1,6 +1,6 @@
-"""All that a module's forward may depend on besides its numbers, cheap to compare from call to call.
+"""Everything that a module's forward may depend on besides its numbers, cheap to compare from call to call.
 
-Two parts make it up:
+It has two parts:
 
 - the structure, for every module: the tree, the types, the settings of torch's own layers, hooks, which tensors there
   are;
@@ -9,7 +9,7 @@ Two parts make it up:
 
 An attribute that no forward reads (a counter, what a trainer keeps on its model) is in neither, so it may change from
 call to call at no cost. What a forward reads through an object that is not a module is followed a few levels deep:
-numbers, words, containers and plain objects of them, such as a configuration.
+numbers, strings, containers and plain objects of them, such as a configuration.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 Reads = frozenset[tuple[str, str]]  # path of a module, name of an attribute
 
-# Of plain objects and functions, so many levels are compared by what they hold; deeper ones by which object they are.
+# Plain objects and functions are compared by content down to this many levels, and by identity below.
 DEEPEST = 3
-# Larger containers and objects are compared by which object they are and by their length.
+# Larger containers and objects are compared by identity and length.
 LARGEST = 256
 
 _PLAIN = frozenset((bool, int, float, complex, str, bytes, type(None)))
@@ -33,10 +33,10 @@ _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-# What every module keeps; `training` is a setting like others.
+# Attributes of every module; `training` counts as a setting.
 _KEPT = frozenset(vars(nn.Module())) - {"training"}
 
-# What Python keeps on a class, which no forward reads.
+# Attributes that Python keeps on a class and no forward reads.
 _UNREAD = frozenset(vars(type("_", (), {}))) | {"__annotations__", "__firstlineno__", "__static_attributes__"}
 
 
@@ -46,7 +46,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def of_module(model: nn.Module) -> Hashable:
-    """The structure, as one flat tuple: most of what a call costs on the host is spent here."""
+    """The structure, as one flat tuple for speed: most of a call's host time is spent here."""
     found: list[Any] = []
     for name, module in model.named_modules():
         attributes = vars(module)
@@ -91,7 +91,7 @@ def of_attributes(model: nn.Module) -> Hashable:
 
 
 def _attribute(module: nn.Module | None, name: str) -> Any:
-    """What an attribute is, without running a property's code (what it reads is among the reads itself)."""
+    """An attribute's value. A property's code is not run, because what it reads is among the reads itself."""
     if module is None:
         return None
     for held in (vars(module), module._parameters, module._buffers, module._modules):
@@ -101,14 +101,14 @@ def _attribute(module: nn.Module | None, name: str) -> Any:
 
 
 def of_value(value: Any, depth: int = 0) -> Hashable:
-    """A value, as something to compare: equal ones have the same effect on a forward that reads them."""
+    """A comparable form of a value: if equal, the values have the same effect on a forward that reads them."""
     kind = type(value)
     if kind in _PLAIN:
         return kind, value
     if isinstance(value, nn.Parameter):
         return id(value), value.shape
     if isinstance(value, Tensor):
-        # A forward may ask a buffer for its numbers: the version tells when they were written.
+        # A forward may read a buffer's numbers: the version changes when they are written.
         return id(value), value.shape, 0 if value.is_inference() else value._version
     if isinstance(value, (nn.Module, type, types.ModuleType, types.BuiltinFunctionType)):
         return id(value)
@@ -155,7 +155,7 @@ def _closure(value: types.FunctionType) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The names that a code looks up, with those of the code inside it."""
+    """The names that a code object looks up, including those of nested code."""
     inside = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const))
     return tuple(dict.fromkeys((*code.co_names, *inside)))
 

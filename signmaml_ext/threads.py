@@ -1,4 +1,4 @@
-"""Tasks on several threads, each with one of torch's own threads; and locks that an interrupt cannot leave held."""
+"""Tasks on several threads, each using one torch thread; and locks that an interrupt cannot leave held."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _locks: list[Any] = []
 
 
 def lasting_lock() -> Any:
-    """A `threading.RLock` that `free_locks` knows, for as long as the process lives.
+    """A `threading.RLock` that `free_locks` can release; it lives as long as the process.
 
-    Use `with` on the lock itself, not on a `threading.Condition` around it: that is entered by lines of Python, and an
-    interrupt between two of them leaves the lock held.
+    Use `with` on the lock itself, not on a `threading.Condition` around it: entering the latter runs Python code, and
+    an interrupt between two lines of it leaves the lock held.
     """
     lock = threading.RLock()
     _locks.append(lock)
@@ -32,14 +32,14 @@ def held_locks() -> list[Any]:
 
 
 def free_locks(but: list[Any]) -> None:
-    """Lets go of the locks that this thread holds, but for some: what an interrupt left half done may hold more."""
+    """Releases the locks that this thread holds except those in `but`; interrupted code may have left some held."""
     for lock in held_locks():
         if not any(lock is kept for kept in but):
             _free(lock)
 
 
 def wait_for(changed: threading.Condition, lock: Any) -> None:
-    """Waits on a condition of a lock that is held; holds it afterwards, also after an interrupt."""
+    """Waits on a condition whose lock is held; the lock is held afterwards too, also after an interrupt."""
     try:
         changed.wait()
     finally:
@@ -57,16 +57,16 @@ def _free(lock: Any) -> None:
 
 
 class Latch:
-    """Holds threads up until it is opened; unlike a `threading.Event` it is whole after an interrupt."""
+    """Blocks threads until it is opened; unlike a `threading.Event` it stays consistent after an interrupt."""
 
     def __init__(self) -> None:
         self._held, self._is_open = threading.Lock(), False
         self._held.acquire()
 
     def open(self) -> None:
-        """Lets all through, from now on; the second time it does nothing."""
+        """Releases all threads from now on; opening it again does nothing."""
         if not self._is_open:
-            if self._held.locked():  # else an interrupt ended the first time here
+            if self._held.locked():  # else an interrupt ended the first call here
                 self._held.release()
             self._is_open = True
 
@@ -77,13 +77,13 @@ class Latch:
                 pass
 
 
-# Calls that use all cores take turns: with several at once each would be slower. While one is at work, a thread that
-# uses torch for the first time takes over 1 as its number of torch's threads.
+# Calls that use all cores run one at a time, because each would be slower with several at once. While one runs, a
+# thread that uses torch for the first time inherits a thread count of 1.
 _cores = lasting_lock()
 
 
 def why_one_thread() -> str | None:
-    """None if work may move to other threads, else what of this thread's state they would not have."""
+    """None if work may move to other threads, else the thread-local state that they would lack."""
     if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
         return "a torch mode is on around the call"
     if torch.is_autocast_enabled("cpu"):
@@ -98,17 +98,17 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """The function's results in the order of the items, computed by several threads; close it to stop them early.
 
-    An item's result does not depend on the number of threads. The caller's thread does the first item, so that others
-    may wait for what that finds out.
+    An item's result does not depend on the number of threads. The caller's thread processes the first item, so that
+    other threads may wait for its findings.
 
     Args:
-        function: What is done.
-        items: With what.
-        threads: How many at most.
-        stop: Ends all waiting in the function; called when the results are not wanted any more.
+        function: Is applied to each item.
+        items: Its arguments.
+        threads: Most threads to use.
+        stop: Ends all waiting in the function; called when no more results are wanted.
 
     Raises:
-        BaseException: What the function raised for the first item for which it did.
+        BaseException: The function's error for the first item that raised one.
     """
     if threads < 2 or len(items) < 2:
         yield from map(function, items)
@@ -138,13 +138,13 @@ class _Team(Generic[Item, Result]):
         self._stopped = False
 
     def results(self) -> Generator[Result, None, None]:
-        """In the order of the items, which the caller's thread works on too."""
+        """The results in the order of the items; the caller's thread computes some of them."""
         others: list[Latch] = []
         try:
             try:
                 for number in range(1, self._threads):
                     ended = Latch()
-                    # Not a `threading.Thread`: an interrupt in the lines of its `start` would leave that half done.
+                    # Not a `threading.Thread`: an interrupt within its `start` would leave it half started.
                     _thread.start_new_thread(self._work_until, (number, ended))
                     others.append(ended)
                 for number in range(len(self._items)):
@@ -154,7 +154,7 @@ class _Team(Generic[Item, Result]):
             finally:
                 self._end(others)
         finally:
-            self._end(others)  # of an interrupt in the first one
+            self._end(others)  # again, in case an interrupt ended the first one
 
     def _wait_for_result(self, number: int) -> Result:
         with self._lock:
@@ -185,7 +185,7 @@ class _Team(Generic[Item, Result]):
         torch.set_num_threads(1)
         for number in range(first, len(self._items), self._threads):
             with self._lock:
-                # Results wait for their turn; only so many of them, for they take memory.
+                # Finished results wait for their turn and take memory, so threads may run only this far ahead.
                 while not self._stopped and number >= self._handed_out + 2 * self._threads:
                     wait_for(self._changed, self._lock)
                 if self._stopped:

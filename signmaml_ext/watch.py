@@ -1,6 +1,6 @@
-"""What the autograd graph of a forward pass says about a model, read off the pass that a call makes anyway.
+"""Facts about a model, read from the autograd graph of a forward pass that a call runs anyway.
 
-Nothing here is remembered: the next call looks at its own passes.
+Nothing is cached here: the next call inspects its own passes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Facts:
 
     Attributes:
         dead_biases: Names of biases whose only use is in front of a BatchNorm on batch statistics. The mean that
-            BatchNorm subtracts holds the bias, so its gradient is exactly 0; what autograd computes for it is rounding
-            noise around 1e-17 whose sign is a coin flip.
+            BatchNorm subtracts contains the bias, so its gradient is exactly 0; autograd computes rounding noise around
+            1e-17 for it, with a random sign.
         reached: Name of a parameter that the pass took from the user's own module instead of its private copy; None if
             there is none.
         pads: Whether an embedding has a padding row.
@@ -46,13 +46,13 @@ class Watch:
     Args:
         copy: The copy, before its forward; hooks are added to it.
         tensors: The parameters that it was given, by name.
-        find_dead: Whether biases in front of BatchNorm matter.
+        find_dead: Whether to look for biases in front of BatchNorm.
     """
 
     def __init__(self, copy: nn.Module, tensors: Mapping[str, Tensor], find_dead: bool) -> None:
         self._tensors = tensors
-        self._sources: defaultdict[int, list[Output | None]] = defaultdict(list)  # by bias: outputs that hold it
-        self._normalised: set[Output | None] = set()  # what goes into a BatchNorm
+        self._sources: defaultdict[int, list[Output | None]] = defaultdict(list)  # by bias: outputs that contain it
+        self._normalised: set[Output | None] = set()  # inputs of BatchNorms
         if find_dead:
             modules = list(copy.modules())
             biased = [m for m in modules if isinstance(m, _ADDS_BIAS) and m._parameters.get("bias") is not None]
@@ -75,7 +75,7 @@ class Watch:
         """Reads the graph of the loss.
 
         Args:
-            loss: What the pass ended with.
+            loss: The loss that the pass computed.
             originals: The user's own parameters by name, none of which the graph should hold.
         """
         given = {name: _origin(tensor) for name, tensor in self._tensors.items()}
@@ -94,14 +94,14 @@ class Watch:
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor lies; under vmap, where the tensor of all tasks does."""
+    """A tensor's address; under vmap, that of the tensor of all tasks."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.data_ptr()
 
 
 def _origin(tensor: Tensor) -> Output | None:
-    """Where a tensor comes from in the autograd graph; under vmap, where the tensor of all tasks does."""
+    """The output of the autograd graph that is this tensor; under vmap, that of the tensor of all tasks."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -112,7 +112,7 @@ def _origin(tensor: Tensor) -> Output | None:
 
 
 def _uses(end: Output | None, starts: Iterable[Any]) -> tuple[Counter[Output | None], list[Any]]:
-    """How often each output is used in the graph that leads to `end`, and its nodes; `starts` are not passed."""
+    """How often each output is used in the graph that leads to `end`, and its nodes; stops at `starts`."""
     uses: Counter[Output | None] = Counter()
     if end is None:
         return uses, []
@@ -132,6 +132,6 @@ def _uses(end: Output | None, starts: Iterable[Any]) -> tuple[Counter[Output | N
 
 
 def _pads(node: Any) -> bool:
-    """Whether a node is an embedding's that leaves a row without gradient; torch writes "none" as -1, unsigned."""
+    """Whether a node is an embedding with a padding row, which gets no gradient; torch stores "none" as unsigned -1."""
     row = getattr(node, "_saved_padding_idx", None) if "Embedding" in node.name() else None
     return row is not None and 0 <= row < 2**63

@@ -22,7 +22,7 @@ MOST_CHANNELS = 3  # kConvChannels
 
 
 def why_not(problem: Problem) -> str | None:
-    """None if the Conv-N kernels serve this problem, on whatever device, else the reason."""
+    """None if the Conv-N kernels serve this problem, on any device, else the reason."""
     found = read(problem.model)
     if isinstance(found, str):
         return found
@@ -109,7 +109,7 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
             shape, **sizes, steps=steps, precision=problem.precision, multiprocessors=native.multiprocessors(index),
             wants_grads="grads" in tensors, wants_adapted="adapted" in tensors,
         )  # fmt: skip
-        # Held until the call returns; on a stream, torch's allocator gives it to nobody who could come before.
+        # Held until the call returns; after that, torch's allocator reuses it in stream order only.
         tensors["workspace"] = torch.empty(plan["workspace_bytes"], dtype=torch.uint8, device=problem.device)
         with Range("conv_meta_step", problem.device):
             native.conv_meta_step_cuda(

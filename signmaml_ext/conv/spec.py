@@ -33,8 +33,8 @@ class ConvSpec:
     Attributes:
         blocks: The blocks in order; all have a convolution bias or none has.
         classifier: Names of weight `[ways, features]` and bias `[ways]`.
-        channels: Of the images.
-        filters: Of every block.
+        channels: Channels of the images.
+        filters: Filters of every block.
         ways: Width of the output.
         halving: "max" (stride 1, then 2x2 max-pooling) or "stride" (stride-2 convolution).
         readout: "flatten" (NCHW order) or "mean" (over height and width): what the classifier reads.
@@ -75,7 +75,7 @@ class ConvSpec:
         return F.linear(features, parameters[self.classifier[0]], parameters[self.classifier[1]])
 
     def example(self, model: nn.Module) -> tuple[int, ...]:
-        """A square image if there is one, else a flat one: the classifier says how many features it leaves."""
+        """A square image if the classifier's number of features allows one, else one of the least height."""
         scale = 2 ** len(self.blocks)
         flattened = model.get_parameter(self.classifier[0]).shape[1] // self.filters
         positions = flattened if self.readout == "flatten" else 1
@@ -85,9 +85,9 @@ class ConvSpec:
 
 
 def read(model: nn.Module) -> ConvSpec | str:
-    """The blocks of a module that is a Conv-N network by its structure, or why it is none.
+    """The blocks of a module that is a Conv-N network by its structure, or why it is not.
 
-    Served are the usual ways of writing conv3x3, BatchNorm, ReLU and a halving: modules or functions, in blocks or in
+    Recognises the usual ways of writing conv3x3, BatchNorm, ReLU and a halving: modules or functions, in blocks or in
     one sequence, pooling after or before the ReLU (their order changes neither value nor gradient), the classifier on
     the flattened features or on their mean over height and width; see `chain`.
     """
@@ -96,7 +96,7 @@ def read(model: nn.Module) -> ConvSpec | str:
 
 def _read(model: nn.Module) -> ConvSpec | str:
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return "it has no 2d convolution"  # said without tracing, which takes its time
+        return "it has no 2d convolution"  # decided without tracing, which is slow
     layers = chain.layers_of(model)
     return layers if isinstance(layers, str) else _match(layers)
 
@@ -180,7 +180,7 @@ def _why_not_norm(layer: Layer) -> str | None:
 
 
 def _readout(tail: Sequence[Layer]) -> str:
-    """ "flatten" or "mean", or why the layers after the blocks are no linear classifier."""
+    """ "flatten" or "mean", or why the layers after the blocks are not a linear classifier."""
     kinds = tuple(layer.kind for layer in tail)
     if kinds not in (("flatten", "linear"), ("mean", "linear"), ("mean", "flatten", "linear")):
         return f"after its blocks come {', '.join(kinds) or 'no layers'}, not flatten or mean, and one linear layer"

@@ -1,7 +1,7 @@
 """The MLP family: multilayer perceptrons.
 
-On CUDA a team of threads owns a task, whose weights and activations stay on the chip through all inner steps and the
-query pass; on the CPU the lanes of a vector hold as many tasks.
+On CUDA a team of threads computes one task, whose weights and activations stay on the chip through all inner steps and
+the query pass; on the CPU each lane of a vector holds one task.
 Definition: reference.py. Kernels: csrc/kernels/mlp_meta_step.cuh, csrc/cpu/mlp_meta_step.cpp.
 """
 

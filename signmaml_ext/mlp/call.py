@@ -19,7 +19,7 @@ MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
 
 
 def why_not(problem: Problem) -> str | None:
-    """None if the MLP kernels serve this problem, on whatever device, else the reason."""
+    """None if the MLP kernels serve this problem, on any device, else the reason."""
     found = read(problem.model)
     if isinstance(found, str):
         return found

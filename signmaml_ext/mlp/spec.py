@@ -20,7 +20,7 @@ class MlpSpec:
 
     Attributes:
         layers: Parameter names of each linear layer, (weight `[out, in]`, bias `[out]`).
-        widths: Of the input, the hidden layers and the output.
+        widths: Widths of the input, the hidden layers and the output.
         activation: "relu" or "tanh".
     """
 
@@ -50,9 +50,9 @@ class MlpSpec:
 
 
 def read(model: nn.Module) -> MlpSpec | str:
-    """The layers of a module that is a multilayer perceptron by its structure, or why it is none.
+    """The layers of a module that is a multilayer perceptron by its structure, or why it is not.
 
-    What counts is the computation, not the class: any module whose forward is flatten (if at all), linear, activation,
+    The computation counts, not the class: any module whose forward is flatten (if at all), linear, activation,
     linear, ..., linear; see `chain`.
     """
     return chain.remembered(model, "mlp", _read)
@@ -62,7 +62,7 @@ def _read(model: nn.Module) -> MlpSpec | str:
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         return "it has no linear layer"
     if any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()):
-        return "it has convolutions"  # said without tracing, which takes its time
+        return "it has convolutions"  # decided without tracing, which is slow
     layers = chain.layers_of(model)
     return layers if isinstance(layers, str) else _match(layers)
 
