@@ -99,7 +99,7 @@ def try_one_task(training: Training) -> Trial:
 
 
 def why_no_graph(training: Training) -> str | None:
-    """None if iterations can be replayed as CUDA graphs, else the reason; checks the problem of one task."""
+    """None if iterations can be replayed as CUDA graphs, else the reason; tries a meta-step of one task."""
     if training.config.graph is False:
         return "the configuration says no"
     if training.device.type not in graphs.RECORDERS:

@@ -1,6 +1,6 @@
 """A meta-step in pieces: tasks are split over processes, and further into smaller batches if memory is short.
 
-Let G_i be the mean meta-gradient of piece i and n_i the number of its live tasks. The meta-batch's gradient is
+Let G_i be the mean meta-gradient over the n_i live tasks of piece i. The meta-batch's gradient is
 sum_i n_i G_i / sum_i n_i, so each live task has the same weight, whatever the sizes of the pieces and whichever tasks
 were left out as non-finite.
 """

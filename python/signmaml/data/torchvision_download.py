@@ -17,7 +17,7 @@ def torchvision_datasets(purpose: str) -> Any:
     """
     try:
         import torchvision.datasets
-    # A torchvision built for another torch fails with RuntimeError or OSError, whatever the step.
+    # A torchvision built for another torch may fail with any of these.
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         import torch
 
