@@ -8,7 +8,7 @@
       repeats that call and prints its time; profile_nsys.sh and profile_ncu.sh run this. On CUDA the profiler is on
       only for the timed calls (cudaProfilerStart). On the CPU: perf record -- python ... replay FILE
 
-A file holds a pickled module: replay only what you saved yourself.
+A file contains a pickled module: replay only files that you saved yourself.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def make_sampler(
 
 
 def rotated(config: TrainConfig, named_data: bool = True) -> bool:
-    """Whether training counts rotated classes as classes of their own.
+    """Whether training counts rotated classes as separate classes.
 
     Args:
         config: The configuration.

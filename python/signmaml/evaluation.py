@@ -68,7 +68,7 @@ class Evaluation:
         inner_lr: Inner learning rate, or "learned".
         method: "sign-maml", "fo-maml" or "maml".
         batch_norm: "batch", "support" or "running" statistics.
-        rotations: Whether rotated classes counted as classes of their own.
+        rotations: Whether rotated classes counted as separate classes.
         seed: Seed of the tasks; None if the sampler has none.
         data: Name of the data set.
         split: "train", "val" or "test".
@@ -109,7 +109,7 @@ class Evaluation:
         return f"mean squared error {self.mean:.4g} +- {self.ci95:.2g}"
 
     def protocol(self) -> str:
-        """What the number depends on, in one line."""
+        """The settings that the result depends on, in one line."""
         if self.ways is None:
             setting = f"{self.shots} support and {self.queries} query points a task"
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class InnerRates(nn.Module):
-    """The inner learning rates of a run; `values()` is what `signmaml_ext.meta_step` takes as `inner_lr`.
+    """The inner learning rates of a run; pass `values()` to `signmaml_ext.meta_step` as `inner_lr`.
 
     Learned rates are stored as logarithms: they stay positive, and a step of the outer Adam changes them by a fraction
     of their size (an outer rate of 1e-3 changes them by 0.1% per iteration).

@@ -22,7 +22,7 @@ from .progress import track
 from .sources import Source, SourceFile
 
 IMAGE_SIZES = (8, 1024)  # least and greatest height and width that images may be resized to
-# What Pillow, zipfile and zlib raise on damaged files; Pillow's PNG reader raises SyntaxError.
+# Errors of Pillow, zipfile and zlib on damaged files; Pillow's PNG reader raises SyntaxError.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"})

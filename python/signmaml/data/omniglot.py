@@ -36,7 +36,7 @@ def omniglot(
             ``images_background.zip`` and ``images_evaluation.zip`` inside it are read in place). None: where
             `download` puts it.
         image_size: Height and width, 8 to 1024. Default 28.
-        download: Whether torchvision may fetch what is missing (with its progress bar and checksums).
+        download: Whether torchvision may download missing files (with its progress bar and checksums).
         progress: Whether to show progress on stderr.
 
     Returns:

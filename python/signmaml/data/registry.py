@@ -28,7 +28,7 @@ class DatasetInfo:
         channels: 1 (grey) or 3 (RGB); None: as the images are.
         classes: Split -> number of classes, without rotations; empty if it depends on the images.
         images_per_class: As published; None if it depends on the images.
-        rotations: Whether training usually counts rotated classes as classes of their own.
+        rotations: Whether training usually counts rotated classes as separate classes.
         download: Whether `load` can fetch it with ``download=True``.
         needs_root: Whether `root` is required.
     """

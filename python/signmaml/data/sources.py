@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 64 * 2**20  # per image; an uncompressed 4600 x 4600 bitmap
 MAX_INNER_ARCHIVE_BYTES = 512 * 2**20
 # Images hardly compress, and bilevel bitmaps by about 100 times. An archive beyond this is a zip bomb.
 MAX_EXPANSION = 200
-SMALL_ARCHIVE_BYTES = 2**30  # an archive that expands to less is harmless whatever its ratio
+SMALL_ARCHIVE_BYTES = 2**30  # an archive that expands to less is harmless at any ratio
 
 
 @dataclass(frozen=True)

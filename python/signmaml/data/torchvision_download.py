@@ -10,7 +10,7 @@ def torchvision_datasets(purpose: str) -> Any:
     """The module ``torchvision.datasets``.
 
     Args:
-        purpose: What it is needed for, for the message.
+        purpose: The purpose of the import, for the message.
 
     Raises:
         ImportError: torchvision is missing or does not fit the installed torch.
