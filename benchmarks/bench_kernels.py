@@ -1,10 +1,10 @@
 """Each native kernel against the machine's own limits: python benchmarks/bench_kernels.py
 
-Operators on flat buffers: time and GB/s (bytes that must move, counted once: counts.py), as a share of what a plain
-copy of as many bytes reaches in the same rounds; caches are flushed before every call. Sizes include tails (1023 to
-1027 parameters) and rows of odd length. Stages of the CPU's convolutional family: GFLOP/s of direct convolutions on one
-thread, as a share of a large matrix product on one thread in the same rounds; caches stay warm, as in a meta-step.
-Whole fused meta-steps are in bench_meta_step.py.
+Operators on flat buffers: time and GB/s (bytes that must move, counted once: counts.py), as a fraction of the rate of a
+plain copy of as many bytes in the same rounds; caches are flushed before every call. Sizes include tails (1023 to 1027
+parameters) and rows of odd length. Stages of the CPU's convolutional family: GFLOP/s of direct convolutions on one
+thread, as a fraction of a large matrix product on one thread in the same rounds; caches stay warm, as in a meta-step.
+bench_meta_step.py measures whole fused meta-steps.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ CONV_WORKLOADS = ("A", "B", "C")
 
 
 def operators(tasks: int, parameters: int, device: torch.device) -> dict[str, tuple[Callable[[], object], int]]:
-    """By name: what to run, and the bytes it must read and write."""
+    """By name: the call, and the bytes that it must read and write."""
     params, grads = (torch.randn(tasks, parameters, device=device) for _ in range(2))
     out, lr = torch.zeros(parameters, device=device), torch.full((1,), 1e-9, device=device)
     flags = torch.zeros(tasks, dtype=torch.bool, device=device)
     live = torch.ones(tasks, dtype=torch.bool, device=device)
     step, mean = counts.sign_step_bytes(tasks, parameters), counts.meta_accumulate_bytes(tasks, parameters)
-    # As many bytes as the sign step moves, so that both are in the same place of the memory hierarchy.
+    # As many bytes as the sign step moves, so that both use the same level of the memory hierarchy.
     source, target = (torch.randn(step // 8, device=device) for _ in range(2))
     return {
         "copy": (lambda: target.copy_(source), counts.copy_bytes(source.numel())),
@@ -73,8 +73,8 @@ def bench_operators(device: torch.device, seconds: float, sizes: tuple[tuple[int
 def stages(workload: str) -> dict[str, tuple[tuple[str, ...], int, float, float]]:
     """By name: stages, block, FLOPs and bytes of one call on the support or query set, whichever is larger.
 
-    Bytes: what a stage reads and writes of images and activations, each once. They are counted for stages that are no
-    convolutions only.
+    Bytes are those of images and activations that a stage reads and writes, each counted once. Only stages that are not
+    convolutions have them.
     """
     net = WORKLOADS[workload].net
     assert isinstance(net, counts.ConvNet)
@@ -93,13 +93,13 @@ def stages(workload: str) -> dict[str, tuple[tuple[str, ...], int, float, float]
         else:
             found["patch_covariance, block 1"] = (("patch_covariance",), 0, 0, 4 * images * net.channels * net.size**2)
             found["conv_weight_grad at the winners, block 1"] = (("first_weight_grad",), 0, 0, 2 * half)
-        if i or net.halving == "max" or net.channels > 1:  # else block 1's weight gradient does it on its way
+        if i or net.halving == "max" or net.channels > 1:  # else block 1's weight gradient includes it
             found[f"grad_sums, block {i + 1}"] = (("grad_sums",), i, 0, 3 * half)
     return found
 
 
 def shape_of(workload: str) -> dict[str, Any]:
-    """The network as the native module knows it."""
+    """The network's shape for the native module."""
     net = WORKLOADS[workload].net
     assert isinstance(net, counts.ConvNet)
     return {
@@ -117,7 +117,7 @@ def shape_of(workload: str) -> dict[str, Any]:
 
 
 def warm_runner(workload: str, images: int) -> C.ConvStageRunner:
-    """Random images, weights and gradients, and what every stage of the forward pass makes of them."""
+    """A runner with random images, weights and gradients, and the results of every forward stage."""
     shape = shape_of(workload)
     runner = C.ConvStageRunner(shape, images)
     generator = np.random.default_rng(0)

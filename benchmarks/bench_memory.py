@@ -1,9 +1,9 @@
 """Memory of tasks in full precision and as int8 step counts: python benchmarks/bench_memory.py [--out FILE]
 
-A network of P parameters whose layers the flat-buffer operators serve, T tasks, K sign steps. For each case, in a
-process of its own: bytes that hold the T adapted models, and the peak above what was there before the call (resident
-memory on a CPU, allocated memory on a GPU). "full, in chunks" calls with full precision for as many tasks at a time as
-the int8 form has at work: what chunks alone save, without the counts.
+A network of P parameters that runs on the flat-buffer operators, T tasks, K sign steps. Each case runs in its own
+process and reports the bytes of the T adapted models, and the peak above the memory in use before the call (resident
+memory on a CPU, allocated memory on a GPU). "full, in chunks" uses full precision for as many tasks at a time as the
+int8 form processes together, which shows what chunks save without the counts.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ OPTIONS = {"inner_lr": 0.01, "inner_steps": STEPS, "loss": "mse"}
 
 
 def network() -> nn.Module:
-    """1-40-40-1 with an activation that no whole-step kernel serves."""
+    """1-40-40-1 with an activation that no whole-step kernel supports."""
     return nn.Sequential(nn.Linear(1, 40), nn.GELU(), nn.Linear(40, 40), nn.GELU(), nn.Linear(40, 1))
 
 
 def held_bytes(adapted: Any) -> int:
-    """What the adapted models of all tasks take."""
+    """Bytes of the adapted models of all tasks."""
     tensors = adapted.counts if isinstance(adapted, CompactParams) else adapted
     return sum(value.nbytes for value in tensors.values())
 
 
 def call(case: str, model: nn.Module, data: list[Tensor]) -> int | None:
-    """One case; the bytes of its result, if it keeps the tasks."""
+    """Runs one case; returns the bytes of its result if it keeps the adapted models."""
     state = "int8" if "int8" in case else "full"
     if case.startswith("adapt"):
         return held_bytes(signmaml_ext.adapt(model, *data[:2], **OPTIONS, task_state=state))
@@ -55,7 +55,7 @@ def call(case: str, model: nn.Module, data: list[Tensor]) -> int | None:
 
 
 def peak_of(work: Callable[[], int | None], device: torch.device) -> tuple[int | None, int]:
-    """The work's result and its peak memory above what was there before."""
+    """The work's result and its peak memory above the memory in use before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -68,7 +68,7 @@ def peak_of(work: Callable[[], int | None], device: torch.device) -> tuple[int |
 
 
 def resident() -> int:
-    """This process's resident memory. Linux only, as the package is."""
+    """This process's resident memory. Linux only, like the package."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -80,7 +80,7 @@ def measure(case: str, tasks: int) -> dict[str, int | None]:
     model = network().to(device)
     data = [torch.randn(tasks, 10, 1, device=device) for _ in range(4)]
     small = [value[:2] for value in data]
-    call(case, model, small)  # what a first call loads is not the tasks' memory
+    call(case, model, small)  # load everything that a first call loads before measuring
     held, peak = peak_of(lambda: call(case, model, data), device)
     return {"held_bytes": held, "peak_bytes": peak}
 

@@ -1,20 +1,20 @@
 """Whole meta-steps against every peer: python benchmarks/bench_meta_step.py --workload A B C D
 
-Workloads A to D are described in workloads.py, the implementations in peers/. Before anything is timed, each of them
-must give the right meta-gradient:
-  1. in float64, at the K that is timed, on some of the tasks: equal to the sequential loop to 1e-9 of its norm;
+workloads.py describes workloads A to D, peers/ the implementations. Before anything is timed, each implementation must
+compute the right meta-gradient:
+  1. in float64, at the timed K, on some of the tasks: equal to the sequential loop to 1e-9 of its norm;
   2. in float32 with K = 0: equal to the float64 result to 0.02 (no sign can flip, but a ReLU whose input rounds to the
-     other side of 0 moves the norm by up to 0.006 on B; usual is 1e-6);
-  3. in float32 with the K and T that are timed and a hundredth of the rate: within a quarter of what the steps change
-     of the float64 result. (At the full rate a rounding near g = 0 flips a whole step and the flips cascade: on A
-     everybody, the sequential loop included, is 0.1 to 0.6 from float64; a hundredth of the rate leaves about 0.03 of
-     the change.)
-  4. the very call that is timed: its distance from float64 is printed as "drift" and must be below 1, that of unrelated
-     gradients.
-Then all run in turns in one process. The speed-up is the median of the ratios within a round. The rate counts the
-operations of a direct convolution (counts.py); its share is of a large matrix product timed in the same rounds.
-Memory is that of one meta-step in a process of its own: the peak of its resident set (CPU) or of torch's allocator
-(CUDA) during the second step, less what there was before the first.
+     other side of 0 changes the norm by up to 0.006 on B; 1e-6 is usual);
+  3. in float32 with the timed K and T and a hundredth of the rate: within a quarter of the change that the steps make
+     to the float64 result. (At the full rate, a rounding error near g = 0 flips a whole step and the flips cascade: on
+     A every implementation, the sequential loop included, is 0.1 to 0.6 from float64; a hundredth of the rate leaves
+     about 0.03 of the change.)
+  4. in the timed call itself: its distance from float64 is printed as "drift" and must be below 1, the distance of
+     unrelated gradients.
+Then all run interleaved in one process. The speed-up is the median of the ratios within a round. The rate counts the
+operations of a direct convolution (counts.py), and its share is relative to a large matrix product timed in the same
+rounds. Memory is that of one meta-step in a separate process: the peak of its resident set (CPU) or of torch's
+allocator (CUDA) during the second step, minus the memory in use before the first.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def implementations() -> list[Implementation]:
 
 
 class WrongGradient(Exception):
-    """An implementation does not compute the meta-gradient of the others."""
+    """An implementation computes a different meta-gradient from the others."""
 
 
 def flat(gradients: Mapping[str, Tensor], problem: Problem) -> Tensor:
@@ -99,12 +99,12 @@ def flat(gradients: Mapping[str, Tensor], problem: Problem) -> Tensor:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference in units of the norm of what was expected."""
+    """Norm of the difference relative to the norm of the expected vector."""
     return float((found - expected).norm() / expected.norm())
 
 
 class Checker:
-    """Holds the meta-gradients that everybody has to give for one problem."""
+    """Checks implementations against the meta-gradients of one problem."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -132,14 +132,14 @@ class Checker:
         )
         for what, problem, expected, tolerance in cases:
             if problem is self.few_float64 and implementation.why_not(problem) is not None:
-                continue  # a backend that has no float64 shows in float32 that it is right
+                continue  # a backend without float64 is checked in float32
             step = implementation.prepare(problem)
             found = distance(flat(step.gradients(step.run()), self.problem), expected)
             if not found <= tolerance:  # also for NaN
                 raise WrongGradient(f"another meta-gradient ({what}: {found:.1e} away, allowed {tolerance:.1e})")
 
     def drift(self, step: Step) -> float:
-        """Check 4, of the call that will be timed.
+        """Check 4, on the call that will be timed.
 
         Raises:
             WrongGradient: If it fails.
@@ -182,7 +182,7 @@ def measure(
                 prepared[name] = implementation.prepare(problem)
                 if checker is not None:
                     drifts[name] = checker.drift(prepared[name])
-            except Exception as error:  # a peer on versions that it was not written for fails in its own way
+            except Exception as error:  # a peer on untested versions may raise anything
                 if name.startswith("signmaml_ext") or name == BASE:
                     raise
                 prepared.pop(name, None)
@@ -233,7 +233,7 @@ def measure(
 
 
 def as_table(workload: str, point: Mapping[str, Any]) -> str:
-    """One point for people."""
+    """One point as a printable table."""
     matrix = point["matrix_gflops"].median
     lines = [
         f"\n{workload}: {WORKLOADS[workload].summary}",
@@ -261,7 +261,7 @@ def as_table(workload: str, point: Mapping[str, Any]) -> str:
 
 
 def memory(workload: str, name: str, tasks: int, steps: int, device: torch.device) -> float | None:
-    """MiB of one implementation, measured by `probe` in a process of its own."""
+    """MiB of one implementation, measured by `probe` in a separate process."""
     command = [sys.executable, __file__, "--probe", name, "--workload", workload, "--device", str(device)]
     done = subprocess.run(
         [*command, "--tasks", str(tasks), "--steps", str(steps)], capture_output=True, text=True, timeout=600

@@ -1,14 +1,14 @@
-"""Whole training: time an iteration and time to accuracy, by method: python benchmarks/bench_training.py
+"""Whole training: time per iteration and time to accuracy, by method: python benchmarks/bench_training.py
 
-An iteration is everything: drawing the tasks, the meta-step, Adam. Training time leaves validation out; accuracies are
-those of the validation of `signmaml train`, on tasks that are the same for all methods. Examples:
+An iteration includes drawing the tasks, the meta-step and Adam. Training time excludes validation. Accuracies are those
+of the validation of `signmaml train`, on the same tasks for all methods. Examples:
 
   python benchmarks/bench_training.py --preset omniglot --data-root DIR --methods sign-maml fo-maml maml --seconds 60
-      the trade-off on two CPU cores: each method gets 60 seconds of training, in which its learning rate falls to 0
+      the trade-off on two CPU cores: each method trains for 60 seconds, in which its learning rate falls to 0
   python benchmarks/bench_training.py --iterations 60000 --data-root DIR
       the official run of Sign-MAML (mini-ImageNet, T = 8, K = 5), for a GPU
 
-The inner rates of fo-maml and maml are those of the preset times 0.1 / 0.0035 and 0.14 / 0.0035, the ratios of the
+The inner rates of fo-maml and maml are the preset's rate times 0.1 / 0.0035 and 0.14 / 0.0035, the ratios in the
 official code. `--set NAME=VALUE` changes any other field of the configuration, such as data=fc100.
 """
 
@@ -36,7 +36,7 @@ TARGETS = (0.7, 0.8, 0.9)
 
 
 class Timed(MetaTrainer):
-    """A trainer that knows how long it has trained, validation left out."""
+    """A trainer that measures its training time without validation."""
 
     def __init__(self, config: TrainConfig, **arguments: Any) -> None:
         self.curve: list[dict[str, float]] = []
@@ -50,7 +50,7 @@ class Timed(MetaTrainer):
 
     def validate(self) -> Evaluation:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # training that is still queued is not validation
+            torch.cuda.synchronize(self.device)  # do not count queued training as validation
         began = time.perf_counter()
         found = super().validate()
         self._validating += time.perf_counter() - began
@@ -60,21 +60,21 @@ class Timed(MetaTrainer):
         if record["split"] != "val":
             return
         point = {"iteration": record["iteration"], "seconds": time.perf_counter() - self._began - self._validating}
-        # Regression has a loss only.
+        # Regression has only a loss.
         point |= {key: record[key] for key in ("loss", "accuracy", "ci95") if key in record}
         self.curve.append({key: round(value, 5) for key, value in point.items()})
         print(f"    {point['seconds']:7.1f} s  {point}", flush=True)
 
 
 def train(config: TrainConfig) -> tuple[Timed, FitResult]:
-    """A run in a folder that is thrown away."""
+    """A run in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Timed(config, out=Path(folder) / "run", progress=False)
         return trainer, trainer.fit()
 
 
 def iterations_in(config: TrainConfig, seconds: float, enough: float = 3) -> int:
-    """How many iterations a budget of time has, from so many as take `enough` seconds."""
+    """The number of iterations in a time budget, extrapolated from a trial of at least `enough` seconds."""
     few = 15
     while (spent := _seconds_of(config.replace(iterations=few, validate_every=0, test_tasks=0))) < enough:
         few *= 4

@@ -1,8 +1,8 @@
-"""Models without a kernel of their own against the plain loop: python benchmarks/bench_zoo.py [--threads 1 2] --out DIR
+"""Models without their own kernel against the plain loop: python benchmarks/bench_zoo.py [--threads 1 2] --out DIR
 
-For each model of zoo_models.py and each method: the time of a meta-step and of the loop that a user would write, in
-turns, and what both take in memory, each in a process of its own. With --compile instead, for "sign-maml": a meta-step
-with `compile=True`, one without, and the loop whose gradients and steps torch.compile makes.
+For each model of zoo_models.py and each method, times a meta-step and the loop that a user would write, interleaved,
+and measures the memory of each in a separate process. With --compile, for "sign-maml" only: a meta-step with
+`compile=True`, one without, and the loop with its gradients and steps compiled by torch.compile.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Case:
         self.options = {**options, "loss": self.work.loss, "method": method}
 
     def ours(self, compile: bool = False) -> signmaml_ext.MetaStepResult:
-        """By the package."""
+        """The meta-step by the package."""
         options = {**self.options, "inner_lr": self.rate, "inner_steps": STEPS, "compile": compile}
         return signmaml_ext.meta_step(self.model, *self.data, **options)
 
     def loop(self) -> None:
-        """By hand."""
+        """The meta-step by the plain loop."""
         zoo_models.loop(self.work, self.model, self.data, steps=STEPS, rate=self.rate, method=self.method)
 
     def explain(self) -> str:
@@ -56,7 +56,7 @@ class Case:
         return str(found).splitlines()[0]
 
     def check(self) -> None:
-        """Both ways give the same meta-gradient, in float64 and at a rate that flips no sign."""
+        """Checks that both ways give the same meta-gradient, in float64 and at a rate that flips no sign."""
         model, data = self.model.double(), [x.double() if x.is_floating_point() else x for x in self.data]
         self.model, self.data = model, tuple(data)
         rate, self.rate = self.rate, 1e-6 if not isinstance(self.rate, torch.Tensor) else self.rate.detach().double()
@@ -115,7 +115,7 @@ def measure_compiled(name: str, threads: int, seconds: float) -> dict[str, Any]:
 
 
 def memory(name: str, method: str, way: str) -> float:
-    """MiB at the peak of the second call, above what was there before the first."""
+    """MiB at the peak of the second call, above the memory in use before the first."""
     torch.set_num_threads(1)
     case = Case(name, method)
     peak = harness.PeakMemory(CPU)
@@ -125,7 +125,7 @@ def memory(name: str, method: str, way: str) -> float:
 
 
 def memory_apart(name: str, method: str, way: str) -> float:
-    """The same in a process of its own."""
+    """The same in a separate process."""
     command = [sys.executable, __file__, "--memory", name, method, way]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

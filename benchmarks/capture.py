@@ -1,14 +1,14 @@
 """A real call of meta_step, saved and replayed under a profiler.
 
   python benchmarks/capture.py save FILE [--call N] -- train --preset omniglot --data-root DIR
-      runs `signmaml` with the words after --, saves the model and the arguments of its N-th meta_step, and stops
+      runs `signmaml` with the arguments after --, saves the model and the arguments of its N-th meta_step, and stops
   python benchmarks/capture.py workload FILE --workload A
       saves the call of a workload of bench_meta_step.py instead
   python benchmarks/capture.py replay FILE [--calls 10]
-      makes that call again and again and prints its time; profile_nsys.sh and profile_ncu.sh run this. On CUDA the
-      profiler is on for the timed calls alone (cudaProfilerStart). On the CPU: perf record -- python ... replay FILE
+      repeats that call and prints its time; profile_nsys.sh and profile_ncu.sh run this. On CUDA the profiler is on
+      only for the timed calls (cudaProfilerStart). On the CPU: perf record -- python ... replay FILE
 
-A file holds a pickled module: replay only what you saved yourself.
+A file contains a pickled module: replay only files that you saved yourself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from signmaml import cli
 
 
 class Saved(BaseException):
-    """Ends the program that made the call; no handler of ordinary errors stops it."""
+    """Ends the program that made the call. A BaseException, so that handlers of ordinary errors do not catch it."""
 
 
 def save(path: Path, call: int, words: list[str]) -> None:
@@ -63,7 +63,7 @@ def write(path: Path, arguments: dict[str, Any]) -> None:
 
 
 def of_workload(path: Path, workload: str, device: torch.device) -> None:
-    """Saves the call that bench_meta_step.py times."""
+    """Saves the call that bench_meta_step.py times for a workload."""
     chosen = WORKLOADS[workload]
     problem = chosen.problem(tasks=chosen.tasks, steps=5, device=device)
     names = ("support_x", "support_y", "query_x", "query_y")
@@ -72,7 +72,7 @@ def of_workload(path: Path, workload: str, device: torch.device) -> None:
 
 
 def replay(path: Path, calls: int, backend: str | None) -> None:
-    """Makes the saved call several times."""
+    """Repeats the saved call and prints its time."""
     arguments = torch.load(path, weights_only=False)
     if backend is not None:
         arguments["backend"] = backend

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# gpu_check.sh OUT [--part PART]... [--dry-run]: builds, tests and measures this tree on a machine with a GPU, without the
-# network and without git, with the interpreter that is there (PYTHON, default python3). Ends within 9 minutes.
+# gpu_check.sh OUT [--part PART]... [--dry-run]: builds, tests and measures this tree on a machine with a GPU, without
+# network or git, using the installed interpreter (PYTHON, default python3). Ends within 9 minutes.
 #
-#   parts      build tests sanitizer kernels meta_step training (all, in this order, unless --part names some)
-#   --dry-run  goes on without a GPU: what needs one is noted as such, the rest runs in small on the CPU; the build is with
-#              CUDA if there is an nvcc
+#   parts      build tests sanitizer kernels meta_step training (all, in this order, unless --part selects some)
+#   --dry-run  continues without a GPU: parts that need one are reported as such, the others run small cases on the CPU;
+#              the build includes CUDA if nvcc is installed
 #
-# The tree is copied and installed below OUT; nothing outside OUT is written. OUT/results holds the JSON files, OUT/logs a
-# log of each part, OUT/summary.txt the table that is printed last. A part that fails is noted and the rest goes on.
-# Exit code: 0 if every part ended well, 1 if one failed, 2 for bad arguments, 3 without a GPU (and no --dry-run).
+# Copies and installs the tree below OUT and writes nothing elsewhere. OUT/results has the JSON files, OUT/logs one log
+# per part, OUT/summary.txt the table that is printed last. If a part fails, this is reported and the others still run.
+# Exit code: 0 if all parts succeeded, 1 if one failed, 2 for bad arguments, 3 without a GPU (and no --dry-run).
 set -uo pipefail
 
 usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }
@@ -54,7 +54,7 @@ device=$([ "$gpu" -eq 1 ] && echo cuda || echo cpu)
 
 left() { echo $((limit - SECONDS)); }
 
-# run NAME SECONDS COMMAND...: runs with a limit of time, output to the part's log.
+# run NAME SECONDS COMMAND...: runs with a time limit, with output to the part's log.
 run() {
   local name=$1 seconds=$2 room
   shift 2
@@ -65,7 +65,7 @@ run() {
   timeout --kill-after=10 "$seconds" "$@" >>"$out/logs/$name.log" 2>&1
 }
 
-# In the copy, with the package as it was installed.
+# Runs in the copy, with the installed package.
 in_copy() {
   local name=$1 seconds=$2
   shift 2
@@ -75,7 +75,7 @@ in_copy() {
 part_build() {
   rm -rf "$source_copy" "$site"
   mkdir -p "$source_copy" "$site" || return 1
-  # A plain copy: the project's own folders and files, without results of other builds.
+  # Copy only the project's own folders and files, without results of other builds.
   (cd "$tree" && tar --exclude='__pycache__' --exclude='*.so' --exclude=build --exclude=runs -cf - \
     CMakeLists.txt setup.py pyproject.toml README.md LICENSE MANIFEST.in csrc signmaml_ext python tests benchmarks \
     examples) | tar -C "$source_copy" -xf - || return 1
@@ -91,7 +91,7 @@ part_build() {
   fi
   in_copy build 300 env "${switches[@]}" "$python" -m pip install --no-build-isolation --no-deps --no-index \
     --target "$site" . || return 1
-  # The source folder would be imported instead of the installed package.
+  # Rename the source folders, which would be imported instead of the installed package.
   mv "$source_copy/signmaml_ext" "$source_copy/signmaml_ext.source" && mv "$source_copy/python" \
     "$source_copy/python.source" || return 1
   in_copy build 60 "$python" -m signmaml_ext.info || return 1
@@ -102,7 +102,7 @@ part_build() {
 part_tests() {
   in_copy tests 170 "$python" -m pytest -q -m gpu tests/gpu tests/ops
   local code=$?
-  # 5: nothing collected, which on a machine with a GPU would be a mistake.
+  # 5: no tests collected, which is an error only on a machine with a GPU.
   [ "$code" -eq 0 ] || { [ "$code" -eq 5 ] && [ "$gpu" -eq 0 ]; }
 }
 
@@ -141,7 +141,7 @@ part_meta_step() {
   done
   in_copy meta_step 60 "$python" benchmarks/bench_meta_step.py --device cuda --workload A --growth --seconds 1 \
     --only "sequential loop" signmaml_ext --out "$results" || code=1
-  # Slow to prepare: only with the time that is left.
+  # The other peers are slow to prepare, so they run only if enough time is left.
   if [ "$(left)" -gt 150 ]; then
     in_copy meta_step 80 "$python" benchmarks/bench_meta_step.py --device cuda --workload A --seconds 3 --no-memory \
       --out "$results" || echo "not all peers in time; the result without the slow ones stays" >>"$out/logs/meta_step.log"
@@ -152,7 +152,7 @@ part_meta_step() {
 part_training() {
   local iterations=1000
   [ "$gpu" -eq 1 ] || iterations=3
-  # The official sizes on images that need no download: time an iteration, sampling and Adam included.
+  # The official sizes on images that need no download: time per iteration, including sampling and Adam.
   in_copy training 90 "$python" benchmarks/bench_training.py --iterations "$iterations" --validations 2 --out "$results" \
     --set data=glyphs image_size=84 rotations=false "device=$device" test_tasks=20 validate_tasks=20
 }

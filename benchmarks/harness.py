@@ -1,8 +1,8 @@
-"""Timing that a sceptic can rerun: interleaved repetitions, paired ratios, medians and quartiles, and where it was.
+"""Reproducible timing: interleaved repetitions, paired ratios, medians and quartiles, and a stamp of the machine.
 
-Candidates run in turns, one sample each a round, the order turned round every other time: a slow minute of the machine
-hits all of them, and the ratio of two of them within a round cancels it. On a CUDA device the time is that between two
-events on the stream, on the CPU that of a monotonic clock.
+Candidates are interleaved: each round takes one sample of each, and every other round reverses the order. A slow phase
+of the machine thus affects all of them and cancels in the ratio of two samples of a round. Times are those between two
+events on the stream on a CUDA device, and those of a monotonic clock on the CPU.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from signmaml_ext.info import info
 
 ROOT = Path(__file__).resolve().parents[1]
-FLUSH_BYTES = 256 << 20  # larger than any last-level cache of a CPU or L2 of a GPU that we know
+FLUSH_BYTES = 256 << 20  # larger than the last-level cache of common CPUs and the L2 of common GPUs
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Median and quartiles of some numbers."""
+    """Median and quartiles of a sample."""
 
     median: float
     low: float
@@ -42,7 +42,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
-        """Of at least one number."""
+        """The summary of at least one number."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0], 1)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -51,12 +51,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Samples of each candidate in milliseconds a call; sample i of all of them belongs to round i."""
+    """Samples of each candidate in milliseconds per call; sample i of each belongs to round i."""
 
     samples: Mapping[str, Sequence[float]]
 
     def timing(self, name: str) -> Summary:
-        """Milliseconds a call."""
+        """Milliseconds per call."""
         return Summary.of(self.samples[name])
 
     def ratio(self, of: str, to: str) -> Summary:
@@ -64,12 +64,12 @@ class Comparison:
         return Summary.of([b / a for a, b in zip(self.samples[of], self.samples[to], strict=True)])
 
     def rate(self, name: str, amount: float) -> Summary:
-        """Amount a call per nanosecond: GB/s of bytes, GFLOP/s of operations."""
+        """`amount` (per call) per nanosecond: GB/s for bytes, GFLOP/s for operations."""
         return Summary.of([amount / ms / 1e6 for ms in self.samples[name]])
 
 
 class Flush:
-    """Fills the caches with something else, so that a kernel finds its operands in memory."""
+    """Evicts the caches, so that a kernel reads its operands from memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.buffer = torch.zeros(FLUSH_BYTES // 4, device=device)
@@ -88,21 +88,21 @@ def compare(
     sample_ms: float = 20,
     flush: Callable[[], object] | None = None,
 ) -> Comparison:
-    """Times candidates in turns.
+    """Times candidates, interleaved.
 
     Args:
-        candidates: What to run, by name; each is run before anything is timed.
+        candidates: The calls, by name; each runs once before anything is timed.
         seconds: Time for all rounds together.
-        device: Where they run; a CUDA device is waited for.
-        least: Rounds at least, however long they take.
-        most: Rounds at most.
-        sample_ms: A sample repeats a call until it lasts about this long, against the clock's own noise.
+        device: Where they run; a CUDA device is synchronised.
+        least: Minimum number of rounds, however long they take.
+        most: Maximum number of rounds.
+        sample_ms: A sample repeats a call for about this long, to reduce the clock's noise.
         flush: Called before each sample, outside the clock; a sample is then a single call.
     """
     calls = {}
     for name, run in candidates.items():
         once = _sample(run, 1, device)
-        if once < 10 * sample_ms:  # the first call pays for caches and pages; of a slow one that is a small part
+        if once < 10 * sample_ms:  # a first call includes cache and page misses, which matter only if it is short
             once = min(once, _sample(run, 1, device))
         calls[name] = 1 if flush else max(1, min(1000, round(sample_ms / max(once, 1e-4))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -120,7 +120,7 @@ def compare(
 
 
 def _sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Milliseconds a call."""
+    """Milliseconds per call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -146,7 +146,7 @@ def matrix_product(
 
 
 def stamp(device: torch.device) -> dict[str, Any]:
-    """Where, when, with what and by which command a result was measured."""
+    """Machine, date, versions and command of a measurement."""
     found = info()
     versions = {key: found["versions"][key] for key in ("signmaml_ext", "python", "torch", "torch_cuda", "driver")}
     return {
@@ -166,7 +166,7 @@ def stamp(device: torch.device) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it was typed, with paths as seen from the project's folder."""
+    """The command as typed, with paths relative to the project's folder."""
     words = []
     for word in (sys.argv[0], *sys.argv[1:]):
         path = Path(word)
@@ -175,7 +175,7 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a mark if tracked files differ from it; in a copy without git, that there is none."""
+    """The measured commit, marked if tracked files differ from it; "not a clone" in a copy without git."""
 
     def git(*words: str) -> str | None:
         try:
@@ -187,7 +187,7 @@ def commit() -> str:
     head = git("rev-parse", "--short", "HEAD")
     if head is None:
         return "not a clone"
-    # What was measured is the code, not the results of other runs.
+    # Changes to results and documentation do not affect the measured code.
     changed = git("status", "--porcelain", "-uno", "--", ":!benchmarks/results", ":!docs", ":!README.md")
     return head + ("+changes" if changed else "")
 
@@ -195,7 +195,7 @@ def commit() -> str:
 def processor() -> str:
     """The processor's name and how many cores this process may use.
 
-    With its family and model where /proc/cpuinfo has them: on virtual machines one name serves several generations.
+    Includes family and model if /proc/cpuinfo has them, because virtual machines use one name for several generations.
     """
     name = platform.processor() or platform.machine()
     path = Path("/proc/cpuinfo")
@@ -209,14 +209,14 @@ def processor() -> str:
 
 
 def plain(value: object) -> object:
-    """For `json.dumps`: summaries as plain rounded numbers."""
+    """The `default` of `json.dumps`: turns summaries into plain rounded numbers."""
     if isinstance(value, Summary):
         return {key: float(f"{getattr(value, key):.5g}") for key in ("median", "low", "high")} | {"n": value.samples}
     raise TypeError(f"{type(value)} in a result")
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """A result file, JSON."""
+    """Writes a result file as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, default=plain) + "\n")
     print(f"wrote {path}")
@@ -229,7 +229,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 class PeakMemory:
-    """The most memory in use, of this process (CPU) or of torch on the device, since it was made, less that before."""
+    """Peak memory, of this process (CPU) or of torch on the device, above the memory in use at construction."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -238,14 +238,14 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            # What was freed but is still resident would hide as much of what comes.
+            # Freed memory that is still resident would be reused and hide that much of the peak.
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the kernel's high-water mark
             self.before = _resident("VmRSS")
 
     def mib(self) -> float:
-        """MiB on top of what there was."""
+        """MiB above the memory in use at construction."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return (torch.cuda.max_memory_allocated(self.device) - self.before) / 2**20
@@ -253,13 +253,13 @@ class PeakMemory:
 
 
 def _resident(key: str) -> int:
-    """Bytes, from the kernel."""
+    """Bytes as reported by the kernel."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
 
 def require(condition: bool, message: str) -> None:
-    """Ends the program with a message unless a condition of a sound measurement holds."""
+    """Exits with a message unless a condition for a valid measurement holds."""
     if not condition:
         print(message, file=sys.stderr)
         raise SystemExit(1)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# profile_ncu.sh CALL OUT [ARGUMENTS OF ncu]: what limits each kernel (OUT.ncu-rep and a table) in a call saved by
-# capture.py: roofline, occupancy, memory. Needs the right to read the GPU's counters.
+# profile_ncu.sh CALL OUT [ARGUMENTS OF ncu]: the limits of each kernel (roofline, occupancy, memory) in a call saved by
+# capture.py, as OUT.ncu-rep and a table. Needs permission to read the GPU's counters.
 set -euo pipefail
 usage="usage: profile_ncu.sh CALL OUT [ARGUMENTS OF ncu]"
 call=${1:?$usage} out=${2:?$usage}

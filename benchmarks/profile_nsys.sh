@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# profile_nsys.sh CALL OUT: a timeline (OUT.nsys-rep) and tables of kernels and NVTX ranges of a call saved by capture.py.
-# The ranges bear the stems of the operations (sign_step, meta_accumulate, mlp_meta_step, conv_meta_step).
+# profile_nsys.sh CALL OUT: a timeline (OUT.nsys-rep) and tables of kernels and NVTX ranges, for a call saved by
+# capture.py. The ranges are named by the operations' stems (sign_step, meta_accumulate, mlp_meta_step, conv_meta_step).
 set -euo pipefail
 call=${1:?usage: profile_nsys.sh CALL OUT} out=${2:?usage: profile_nsys.sh CALL OUT}
 command -v nsys >/dev/null || { echo "nsys (Nsight Systems) is not on PATH" >&2; exit 3; }

@@ -1,6 +1,6 @@
-"""A training run as a result file: python benchmarks/record_run.py --out FILE -- [arguments of signmaml train]
+"""Records a training run as a result file: python benchmarks/record_run.py --out FILE -- [arguments of signmaml train]
 
-Runs `signmaml train` in a process of its own and keeps its result with where it was measured.
+Runs `signmaml train` in a separate process and stores its result with a description of the machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Result files to tables and plots: python benchmarks/report.py [--write] [--results DIR]
+"""Makes tables and plots from result files: python benchmarks/report.py [--write] [--results DIR]
 
-README.md and docs/benchmarks.md have places for tables, from `<!-- table: NAME -->` to `<!-- end table -->`. What is in
-them comes from benchmarks/results/*.json and is never typed; the text around them is the page's own. Without --write
-the tables are printed. All results of a table are from one machine and one version of torch, or this ends with an
-error.
+README.md and docs/benchmarks.md have placeholders for tables, from `<!-- table: NAME -->` to `<!-- end table -->`.
+Their content is generated from benchmarks/results/*.json and never edited by hand; the text around them belongs to the
+page. Without --write, prints the tables. Fails unless all results of a table are from one machine and one version of
+torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRAINING_PLOT = "docs/accuracy_over_time.png"
 METHODS = ("sign-maml", "fo-maml", "maml")
 OURS, BASE = "signmaml_ext", "sequential loop"
 SAME = ("device", "processor", "threads", "torch")
-# Here and not in workloads.py, which needs torch.
+# Not in workloads.py, because that imports torch.
 WORKLOADS = {
     "A": "Conv4-32 with max-pooling, 84 x 84 RGB; 5-way 1-shot, 1 query a class",
     "B": "Conv4-64 with stride 2, 28 x 28 gray; 5-way 1-shot, 15 queries a class",
@@ -46,7 +46,7 @@ def read(kind: str, folder: Path = RESULTS) -> list[Result]:
     """All results of one benchmark, by file name.
 
     Raises:
-        ValueError: They are not of one machine.
+        ValueError: They are from different machines.
     """
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     found = [result for result in found if result["benchmark"] == kind]
@@ -58,12 +58,12 @@ def read(kind: str, folder: Path = RESULTS) -> list[Result]:
 
 
 def machine(results: Sequence[Result]) -> str:
-    """Where results were measured, and when each began."""
+    """Where the results were measured, and the date and load of each."""
     first = results[0]
     commits = ", ".join(dict.fromkeys(result["commit"] for result in results))
     dates = ", ".join(sorted({result["date"][:10] for result in results}))
     loads = ", ".join(f"{result['load_before']:.1f}" for result in results)
-    # Results from before the stamp had these keys still say where they are from.
+    # Older results, from before the stamp had these keys, are still described.
     if first.get("device_type") == "cuda":
         kind = f" (driver {first['driver']})"
     else:
@@ -75,7 +75,7 @@ def machine(results: Sequence[Result]) -> str:
 
 
 def commands(results: Sequence[Result]) -> str:
-    """How to measure it again."""
+    """The commands that reproduce the results."""
     return "```sh\n" + "\n".join(dict.fromkeys(result["command"] for result in results)) + "\n```"
 
 
@@ -108,7 +108,7 @@ def meta_steps(results: Sequence[Result]) -> str:
 
 
 def counted_rates(results: Sequence[Result]) -> str:
-    """Counted operations a second, and what a large matrix product reaches."""
+    """Counted operations per second, and the rate of a large matrix product."""
     points = of_all(results)
 
     def cell(row: Mapping[str, Any]) -> str:
@@ -131,7 +131,7 @@ def memories(results: Sequence[Result]) -> str:
 def by_implementation(
     title: str, points: Mapping[str, Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]
 ) -> str:
-    """A row for each implementation and a column for each workload; rows without a figure are left out."""
+    """One row per implementation and one column per workload; rows without values are left out."""
     rows = []
     for name in names_of(points.values()):
         found = [point["implementations"].get(name) for point in points.values()]
@@ -149,7 +149,7 @@ def best_of_ours(point: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def speed(results: Sequence[Result]) -> str:
-    """One row a workload: what it is, and this package against the loop and the best of pure PyTorch."""
+    """One row per workload: its description, and this package against the loop and the best of pure PyTorch."""
     rows = []
     for letter, point in of_all(results).items():
         _, row = best_of_ours(point)
@@ -169,7 +169,7 @@ def speed(results: Sequence[Result]) -> str:
 
 
 def workloads(results: Sequence[Result]) -> str:
-    """What was timed."""
+    """The workloads."""
     rows = [
         [letter, WORKLOADS[letter], str(point["tasks"]), f"{point['gflop']:g}"]
         for letter, point in of_all(results).items()
@@ -195,7 +195,7 @@ def ratios(results: Sequence[Result]) -> str:
 
 
 def skipped(results: Sequence[Result]) -> str:
-    """What was not measured, and why."""
+    """Implementations that were not measured, and why."""
     reasons: dict[str, list[str]] = {}
     for letter, point in of_all(results).items():
         for name, reason in point["skipped"].items():
@@ -247,7 +247,7 @@ def kernels(result: Result) -> str:
     return table(["T x P, GB/s (of the copy's)", *names], rows)
 
 
-# Names of stages in results from before they were renamed.
+# Old names of stages in earlier results.
 RENAMED_STAGES = {"halved_sums": "grad_sums"}
 
 
@@ -279,7 +279,7 @@ def stages(result: Result) -> str:
 
 
 def training(results: Sequence[Result]) -> str:
-    """Test accuracies with their whole protocol."""
+    """Test accuracies with their full protocol."""
     rows = []
     for result in results:
         test = result["test"]
@@ -317,7 +317,7 @@ def trade_off(results: Sequence[Result]) -> str:
 
 
 def sinusoid(result: Result) -> str:
-    """Errors of both methods for every kind of inner rates, and with the kind that each chose by validation."""
+    """Errors of both methods for every kind of inner rates, and for the kind that validation chose for each."""
     kinds = {"constant": "constant rate", "parameter": "learned, a parameter and step", "best": "chosen by validation"}
     rows = []
     for shots, of_kind in result["results"].items():
@@ -341,7 +341,7 @@ def memory(result: Result) -> str:
 
 
 def zoo(results: list[dict[str, Any]]) -> str:
-    """A Markdown table: one row a model, one column a method and number of threads."""
+    """A Markdown table: one row per model, one column per method and number of threads."""
     kinds = sorted({(r["threads"], METHODS.index(r["method"])) for r in results})
     with_memory = any("memory" in r for r in results)
     header = ["model", *(f"{METHODS[m]}, {t} thread{'s' * (t > 1)}" for t, m in kinds)]
@@ -360,7 +360,7 @@ def zoo(results: list[dict[str, Any]]) -> str:
 
 
 def zoo_compiled(results: list[dict[str, Any]]) -> str:
-    """A Markdown table of `measure_compiled`: one row a model."""
+    """A Markdown table of `measure_compiled`: one row per model."""
     threads = sorted({r["threads"] for r in results})
     many = [f"{t} thread{'s' * (t > 1)}" for t in threads]
     header = ["model", *(f"over `compile=False`, {t}" for t in many), *(f"over the compiled loop, {t}" for t in many)]
@@ -376,7 +376,7 @@ def zoo_compiled(results: list[dict[str, Any]]) -> str:
 
 
 def _axes(panels: int, columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
-    """So many panels in rows of so many columns."""
+    """`panels` axes in rows of `columns`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -414,7 +414,7 @@ def plot_meta_steps(results: Sequence[Result], path: Path) -> None:
 
 
 def plot_growth(results: Sequence[Result], path: Path) -> None:
-    """Time over T and, where it was measured, memory."""
+    """Time and, if measured, memory over T."""
     panels = [(result, "time_ms", "ms") for result in results]
     panels += [(result, "memory_mib", "MiB") for result in results if _curves(result, "memory_mib")]
     figure, axes = _axes(len(panels), min(3, len(panels)), 3.2, 2.8)
@@ -432,7 +432,7 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
 
 
 def _curves(result: Result, key: str) -> dict[str, tuple[list[int], list[float]]]:
-    """By implementation: T, and a figure of the points at K = 5 that have it."""
+    """By implementation: T and the value of `key`, for the points at K = 5 that have it."""
     usual = [point for point in result["points"] if point["steps"] == 5]
     found: dict[str, tuple[list[int], list[float]]] = {}
     for name in names_of(usual):
@@ -446,7 +446,7 @@ def _curves(result: Result, key: str) -> dict[str, tuple[list[int], list[float]]
 
 
 def plot_trade_off(results: Sequence[Result], path: Path) -> None:
-    """Validation accuracy over training time, one line a method."""
+    """Validation accuracy over training time, one line per method."""
     figure, axes = _axes(1, 1, 7, 4.4)
     (axis,) = axes
     for result in results:
@@ -469,21 +469,21 @@ def plot_trade_off(results: Sequence[Result], path: Path) -> None:
 
 
 def of_zoo(show: Callable[[list[dict[str, Any]]], str]) -> Callable[[Sequence[Result]], str]:
-    """A table of the rows of all result files."""
+    """One table of the rows of all result files."""
     return lambda results: show([row for result in results for row in result["results"]])
 
 
 def where(results: Sequence[Result]) -> str:
-    """Where and how it was measured."""
+    """The machine and the commands of a measurement."""
     return f"Measured on {machine(results)}:\n\n{commands(results)}"
 
 
 def with_stages(results: Sequence[Result]) -> str:
-    """Stages of those results that have them."""
+    """Stages, for the results that have them."""
     return "\n\n".join(stages(result) for result in results if "stages" in result) or NOTHING
 
 
-# By name: the kind of result, and the table of all such results.
+# By name: the kind of result, and the function that makes a table of all such results.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "speed": ("meta_step", speed),
     "workloads": ("meta_step", workloads),
@@ -513,25 +513,25 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
 
 
 def content(name: str, folder: Path = RESULTS) -> str:
-    """What stands in the place of this name."""
+    """The content of the placeholder with this name."""
     kind, make = TABLES[name]
     found = read(kind, folder)
     return make(found) if found else NOTHING
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:
-    """A page's text with all its places filled."""
+    """A page's text with all its placeholders filled."""
     return PLACE.sub(lambda place: f"{place[1]}{content(place[2], folder)}\n{place[3]}", text)
 
 
 def printed(folder: Path) -> str:
-    """All tables that the results give, under their names."""
+    """All tables for which there are results, under their names."""
     found = {name: content(name, folder) for name in TABLES}
     return "\n\n".join(f"### {name}\n\n{text}" for name, text in found.items() if text != NOTHING) or NOTHING
 
 
 def plots(folder: Path, root: Path) -> list[Path]:
-    """Draws the plots of the results that there are."""
+    """Draws the plots for which there are results."""
     drawn = []
     for kind, draw, name in (
         ("meta_step", plot_meta_steps, PLOTS["meta_step"]),

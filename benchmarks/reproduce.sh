@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# reproduce.sh [RESULTS] [OMNIGLOT]: measures everything that docs/benchmarks.md shows, on this machine, and prints the
-# tables. RESULTS is a new folder (default: build/results). OMNIGLOT, the folder of its images, adds the training figures.
-# The tables of this clone are filled from benchmarks/results: python benchmarks/report.py --write
+# reproduce.sh [RESULTS] [OMNIGLOT]: measures everything in docs/benchmarks.md on this machine and prints the tables.
+# RESULTS is a new folder (default: build/results). OMNIGLOT, the folder with its images, adds the training figures.
+# To fill the tables of this clone from benchmarks/results: python benchmarks/report.py --write
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-build/results} omniglot=${2:-}

@@ -1,4 +1,4 @@
-"""One small call of every CUDA kernel, for compute-sanitizer; sizes with tails, results checked against the CPU's."""
+"""One small call of every CUDA kernel, for compute-sanitizer, at sizes with tails; checks results against the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def operators() -> None:
 
 
 def meta_steps() -> None:
-    """Each fused family against the reference on the CPU; one step so small that a flipped sign hardly counts."""
+    """Each fused family against the reference on the CPU; one step so small that a flipped sign hardly matters."""
     labels = torch.arange(5).repeat(2, 1)
     cases = (
         (MLP(1, 1, hidden=(17, 5)), torch.randn(3, 6, 1), torch.randn(3, 6, 1), "mse"),

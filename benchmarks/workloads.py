@@ -1,10 +1,10 @@
 """The four workloads of the benchmarks, on random data of the right sizes.
 
-  A  84 x 84 RGB, Conv4-32 with max-pooling, 1 shot, 1 query a class, T = 8: the official set-up of Sign-MAML
-  B  28 x 28, Conv4-64 with stride 2 (Omniglot), 1 shot, 15 queries a class, T = 32
-  C  32 x 32 RGB, Conv4-64 with max-pooling (FC100), 5 shots, 15 queries a class, T = 8
+  A  84 x 84 RGB, Conv4-32 with max-pooling, 1 shot, 1 query per class, T = 8: the official set-up of Sign-MAML
+  B  28 x 28, Conv4-64 with stride 2 (Omniglot), 1 shot, 15 queries per class, T = 32
+  C  32 x 32 RGB, Conv4-64 with max-pooling (FC100), 5 shots, 15 queries per class, T = 8
   D  sinusoid regression, MLP 1-40-40-1, 10 shots, 10 queries, T = 1000
-All are 5-way (but D), sign-maml, K = 5 inner steps, float32.
+All use sign-maml, K = 5 inner steps and float32; all except D are 5-way.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Problem:
     """One meta-step to compute.
 
     Attributes:
-        model: Where the tasks start; of the dtype and device of the data.
+        model: The initial model; has the dtype and device of the data.
         data: support_x `[T, S, ...]`, support_y, query_x `[T, Q, ...]`, query_y.
         loss: "cross_entropy" or "mse".
-        inner_lr: Of every inner step.
+        inner_lr: Rate of every inner step.
         steps: K.
     """
 
@@ -52,7 +52,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Of the data."""
+        """The device of the data."""
         return self.data[0].device
 
     @property
@@ -70,21 +70,21 @@ class Problem:
         return replace(self, data=tuple(value[:tasks].contiguous() for value in self.data))
 
     def with_steps(self, steps: int) -> Problem:
-        """The same with another K."""
+        """A copy with another K."""
         return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a meta-step is measured on.
+    """A network and task sizes to measure a meta-step on.
 
     Attributes:
-        summary: One line for people.
-        net: The network as `counts` knows it.
-        shots: Support examples a class (or a task, in regression).
-        queries: Query examples a class, likewise.
-        tasks: T unless asked for another.
-        inner_lr: Of the sign steps.
+        summary: One line of description.
+        net: The network for `counts`.
+        shots: Support examples per class (per task in regression).
+        queries: Query examples per class, likewise.
+        tasks: Default T.
+        inner_lr: Rate of the sign steps.
     """
 
     summary: str
@@ -105,7 +105,7 @@ class Workload:
         return self.queries * (WAYS if isinstance(self.net, counts.ConvNet) else 1)
 
     def flops(self, tasks: int, steps: int) -> int:
-        """Of one meta-step; see `counts`."""
+        """FLOPs of one meta-step; see `counts`."""
         return counts.meta_step_flops(self.net, tasks=tasks, support=self.support, query=self.query, steps=steps)
 
     def problem(self, *, tasks: int, steps: int, device: torch.device, seed: int = 0) -> Problem:
@@ -125,7 +125,7 @@ class Workload:
 
 
 def _images(tasks: int, shots: int, queries: int, channels: int, size: int) -> Data:
-    """Random images in place of photographs: time and memory do not depend on what is in them."""
+    """Random images; time and memory do not depend on their content."""
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         labels = torch.arange(WAYS).repeat_interleave(count).expand(tasks, -1).contiguous()

@@ -1,4 +1,4 @@
-"""Models that no whole-step kernel serves, as people write them, and the plain loop that they write around them."""
+"""Typical models that no whole-step kernel supports, and the plain loop that users write for them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Workload:
 
     Attributes:
         make: The model.
-        shape: Of one example.
+        shape: Shape of one example.
         ways: Classes; 0: regression.
         tasks: T.
         support: Examples of a support set.
         query: Examples of a query set.
         tokens: Number of words, if examples are token ids.
-        options: More arguments of `meta_step`.
+        options: Further arguments of `meta_step`.
     """
 
     make: Callable[[], nn.Module]
@@ -58,7 +58,7 @@ class Workload:
 
     @property
     def loss(self) -> str:
-        """As `meta_step` takes it."""
+        """The `loss` argument of `meta_step`."""
         return "cross_entropy" if self.ways else "mse"
 
 
@@ -90,14 +90,14 @@ class Residual(nn.Module):
 
 
 def resnet12() -> nn.Module:
-    """A narrow one."""
+    """A narrow ResNet-12."""
     widths = (3, 16, 32, 64, 64)
     blocks = [Residual(a, b) for a, b in pairwise(widths)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Module:
-    """Linear layers; with `norm` a BatchNorm after each but the last."""
+    """Linear layers; with `norm`, a BatchNorm after each except the last."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths[:-1]):
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), activation()]
@@ -171,11 +171,11 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: Any, method: str) -> None:
-    """What a user writes: a copy of the model a task, a gradient a step; adds the mean meta-gradient to `.grad`."""
+    """A user's loop: one model copy per task, one gradient per step; adds the mean meta-gradient to `.grad`."""
     if method == "maml" or isinstance(rate, Tensor):
         with (
             sdpa_kernel(SDPBackend.MATH) if method == "maml" else nullcontext()
-        ):  # the others have no second derivative
+        ):  # other attention kernels have no second derivative
             _functional_loop(work, model, data, steps, rate, method)
         return
     loss = F.cross_entropy if work.ways else F.mse_loss
@@ -195,9 +195,9 @@ def loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: Any,
 
 
 def compiled_loop(work: Workload, model: nn.Module, data: Data, *, steps: int, rate: float, together: bool) -> Callable:
-    """The same by torch.compile, as in peers/compiled.py: gradient and sign step of a task, or of all under vmap."""
+    """The loop with torch.compile, as in peers/compiled.py: gradient and sign step of one task, or of all by vmap."""
     loss = F.cross_entropy if work.ways else F.mse_loss
-    without_buffers = copy.deepcopy(model)  # torch.func refuses a BatchNorm that writes its running statistics
+    without_buffers = copy.deepcopy(model)  # torch.func rejects a BatchNorm that updates running statistics
     for module in without_buffers.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.running_mean = module.running_var = module.num_batches_tracked = None

@@ -2,9 +2,9 @@
 
 python examples/own_model.py [ITERATIONS] [FOLDER]
 
-The network is a GRU that reads an image row by row; nothing about it is special to meta-learning. The images are drawn
-here, one class a grating (an angle and a width); for files on disk, `signmaml.data.folder(root, split)` gives the same
-`ImageSet`.
+The network is a GRU that reads an image row by row; nothing in it is specific to meta-learning. The images are
+generated here: each class is a grating with one angle and width. For files on disk, `signmaml.data.folder(root, split)`
+also returns an `ImageSet`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RowReader(nn.Module):
 
 
 def gratings(split: str, classes: int, each: int = 20) -> ImageSet:
-    """Stripes of one angle and width a class, with random phase and noise."""
+    """Stripes with one angle and width per class, and random phase and noise."""
     generator = torch.Generator().manual_seed({"train": 0, "val": 1, "test": 2}[split])
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     angle = math.pi * torch.rand(classes, 1, 1, 1, generator=generator)

@@ -3,10 +3,10 @@
 python examples/sinusoid.py [--iterations 2000] [--shots 5 10] [--rates parameter constant] [--out FOLDER]
 
 Amplitude in [0.1, 5], phase in [0, pi], x in [-5, 5], network 1-40-40-1, 5 inner steps. Sign-MAML and FO-MAML start
-from the same weights and see the same tasks, as many times. Each takes, from the same candidates, the inner rates with
-the lowest validation error: constant, or learned by the outer loop, one for each tensor or parameter and step, from
-several starts. The test has tasks of its own. FOLDER gets result.json, with every candidate, and plots of fits; results
-of earlier calls, with other --shots or --rates, are kept and compared as well.
+from the same weights and see the same tasks equally often. For each, validation error chooses the inner rates among the
+same candidates: constant, or learned by the outer loop, one for each tensor or parameter and step, from several starts.
+The test uses separate tasks. FOLDER gets result.json, with every candidate, and plots of fits; results of earlier calls
+with other --shots or --rates are kept and compared too.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from signmaml.stats import mean_and_ci95
 from signmaml_ext import evaluate, meta_step
 
 INNER_STEPS = 5
-# A sign step moves every parameter by the rate, a gradient step by the rate times the gradient: the right rate of the
-# one says nothing about the other's, so the grid is wide enough to hold the best of both.
+# A sign step moves every parameter by the rate, a gradient step by the rate times the gradient. Their best rates are
+# unrelated, so the grid is wide enough for both.
 GRID = {"parameter": (0.003, 0.008), "tensor": (0.003, 0.008), "constant": (0.003, 0.006, 0.01, 0.02)}
 
 
 def errors(model, rates, method, shots, *, tasks, seed):
-    """The mean squared error of each of so many tasks after adaptation."""
+    """The mean squared error after adaptation, for each of `tasks` tasks."""
     waves = SinusoidSampler(shots=shots, queries=10, tasks=tasks, seed=seed).draw(0)
     options = {"inner_lr": rates, "inner_steps": INNER_STEPS, "method": method, "loss": "mse"}
     return evaluate(model, *waves, **options).query_loss
@@ -61,7 +61,7 @@ def train(method, shots, rates, start, iterations):
 
 
 def best_of_grid(method, shots, rates, iterations):
-    """The start with the lowest validation error, and what is to be recorded of them all."""
+    """The model and rates with the lowest validation error, and a record of all candidates."""
     found = {}
     for start in GRID[rates]:
         model, inner_lr = train(method, shots, rates, start, iterations)
@@ -79,7 +79,7 @@ def best_of_grid(method, shots, rates, iterations):
 
 
 def draw(model, inner_lr, shots, title, file):
-    """Fits of four tasks that no run has seen, before and after adaptation."""
+    """Draws fits of four tasks that no run has seen, before and after adaptation."""
     waves = SinusoidSampler(shots=shots, queries=10, tasks=4, seed=3).draw(0)
     draw_fits(model, waves, file, title=title, inner_lr=inner_lr, inner_steps=INNER_STEPS, loss="mse")
 
@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--rates", nargs="+", choices=GRID, default=["parameter", "constant"])
     parser.add_argument("--out", type=Path, default=Path("runs/sinusoid"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+    torch.set_num_threads(1)  # tensors are so small that more threads only add overhead
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "result.json"

@@ -1,11 +1,11 @@
-"""Other ways to compute the same meta-gradient, each as good as its own idea allows.
+"""Other ways to compute the same meta-gradient, each optimised as far as its approach allows.
 
 A peer is a module with
-  NAME              what tables call it
-  SUMMARY           one line for people
-  why_not(problem)  None if it can run this problem here, else the reason it is skipped
+  NAME              its name in tables
+  SUMMARY           one line of description
+  why_not(problem)  None if it can run this problem here, else the reason to skip it
   prepare(problem)  a `Step` whose `run()` does one whole meta-step from the same weights
-None is needed by the package; `requirements.txt` beside this folder installs them all.
+The package needs none of them; `requirements.txt` next to this folder installs them all.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """A meta-step that is ready to run again and again.
+    """A prepared meta-step that can run repeatedly.
 
     Attributes:
-        run: Computes the mean meta-gradient; nothing else may change from call to call.
-        gradients: What `run` returned as name -> tensor, in torch's layout; not timed.
+        run: Computes the mean meta-gradient; calls must not change any other state.
+        gradients: Converts the result of `run` to name -> tensor in torch's layout; not timed.
         note: A choice that the peer made on this machine, for the record.
     """
 
@@ -35,12 +35,12 @@ class Step:
 
 
 def missing(package: str) -> str | None:
-    """The reason to skip a peer whose package is not there."""
+    """The reason to skip a peer if its package is not installed, else None."""
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 def fastest(steps: Mapping[str, Step]) -> Step:
-    """The fastest of several ways to run one idea, tried once each after a warm-up; its name becomes the note."""
+    """The fastest of several variants, each timed once after a warm-up; its name becomes the note."""
 
     def once(step: Step) -> float:
         step.run()

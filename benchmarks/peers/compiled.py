@@ -1,5 +1,7 @@
-"""torch.compile of the task's gradient and step: all tasks in one on a GPU and for MLPs, one by one for convolutions on
-a CPU (where a batched convolution is slow)."""
+"""torch.compile of a task's gradient and step.
+
+All tasks run in one call on a GPU and for MLPs. Convolutions on a CPU run task by task, because batched ones are slow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""higher: a patched module and a differentiable optimiser a task, first order."""
+"""higher: a patched module and a differentiable optimiser per task, first order."""
 
 from __future__ import annotations
 

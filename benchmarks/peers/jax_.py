@@ -1,7 +1,7 @@
 """JAX: jit(vmap) of the whole task, inner loop included.
 
-Convolutions as nine shifted slices and one matrix product (im2col): XLA's own convolution with weights of its own for
-each task of a vmap is slower on a CPU. On a GPU XLA's convolution is used.
+On a CPU, convolutions are nine shifted slices and one matrix product (im2col), because XLA's convolution is slower when
+each task of a vmap has its own weights. On a GPU, XLA's convolution is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def why_not(problem: Problem) -> str | None:
 def prepare(problem: Problem) -> Step:
     import jax
 
-    jax.config.update("jax_enable_x64", True)  # for the check in float64; float32 data stay float32
+    jax.config.update("jax_enable_x64", True)  # needed by the float64 check; float32 data stay float32
     import jax.numpy as jnp
 
     on_gpu = problem.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""learn2learn 0.2, as the official Sign-MAML code uses it: a clone a task, and updates by the sign of the gradient."""
+"""learn2learn 0.2, as the official Sign-MAML code uses it: one clone per task, updated by the sign of the gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def why_not(problem: Problem) -> str | None:
         return reason
     try:
         import learn2learn  # noqa: F401
-    except Exception as error:  # an old package on a new Python: whatever it fails of is the reason
+    except Exception as error:  # an old package on a new Python may raise anything
         return f"import learn2learn: {type(error).__name__}: {error}"
     return None
 

@@ -1,4 +1,4 @@
-"""signmaml_ext itself: `meta_step` with each backend that serves the problem, as a user calls it."""
+"""signmaml_ext itself: `meta_step` with each backend that supports the problem, called as users do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peers import Step
 
 
 def why_not(problem: Problem, backend: str) -> str | None:
-    """None if the backend serves the problem on this machine, else its own reason."""
+    """None if the backend supports the problem on this machine, else the backend's reason."""
     options = {"inner_lr": problem.inner_lr, "inner_steps": problem.steps, "loss": problem.loss}
     return signmaml_ext.explain(problem.model, *problem.data, **options).reasons[backend]
 

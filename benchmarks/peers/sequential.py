@@ -1,7 +1,7 @@
-"""The peer that everybody has: one task after the other, as learn2learn and the official Sign-MAML code do it.
+"""The baseline: a loop over tasks, as in learn2learn and the official Sign-MAML code.
 
-Written from the definition in plain PyTorch, without anything of this package: a copy of the parameters a task, a
-forward and a backward pass a step, first order.
+Written from the definition in plain PyTorch, without this package: one copy of the parameters per task, one forward and
+backward pass per step, first order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TorchOpt: a functional optimiser made of two transformations, the sign and the rate."""
+"""TorchOpt: a functional optimiser chained from two transformations, the sign and the rate."""
 
 from __future__ import annotations
 

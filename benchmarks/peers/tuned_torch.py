@@ -1,8 +1,8 @@
-"""The best that pure PyTorch gave us by hand: no autograd, in-place steps, and the layout that suits the CPU.
+"""The fastest hand-written pure PyTorch that we found: no autograd, in-place steps, and the best layout for the CPU.
 
-Convolutions: a task a thread, channels last, pooling before ReLU (a quarter of the work, the same result), no bias in
-front of BatchNorm, backward operators called by name. Multilayer perceptrons: batched matrix products over blocks of
-tasks. Nobody writes this for a model of their own; it shows how far PyTorch's own operators go.
+Convolutions: one task per thread, channels last, pooling before ReLU (a quarter of the work, the same result), no bias
+before BatchNorm, direct calls of the backward operators. Multilayer perceptrons: batched matrix products over blocks of
+tasks. Users would hardly write this for their own models; it shows how far PyTorch's own operators go.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def prepare(problem: Problem) -> Step:
 
 
 def _threads(problem: Problem) -> int:
-    """Of the task threads; a GPU's work is queued by one."""
+    """Number of task threads; a GPU needs only one, which queues the work."""
     return torch.get_num_threads() if problem.device.type == "cpu" else 1
 
 
 class TaskThreads:
-    """Runs a function on many items with a thread each and torch's own threads off meanwhile."""
+    """Runs a function on items in parallel threads, with torch's own threading off meanwhile."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -96,7 +96,7 @@ class Convolutions:
         support_x, support_y, query_x, query_y = self.problem.data
         parameters = dict(self.problem.model.named_parameters())
         theta = [self._laid_out(parameters[name].detach()) for name in self.names]
-        # One copy a call, outside the threads: a task's images in the wanted layout.
+        # Convert the images' layout once per call, outside the threads.
         supports = [self._laid_out(images) for images in support_x]
         queries = [self._laid_out(images) for images in query_x]
 
@@ -124,7 +124,7 @@ class Convolutions:
             weight, gamma, beta = phi[3 * i : 3 * i + 3]
             z = torch.conv2d(x, weight, None, stride, 1)
             y, mean, rstd = torch.native_batch_norm(z, gamma, beta, None, None, True, 0.0, eps)
-            # The maximum of ReLUs is the ReLU of the maximum, and where it is 0 no gradient passes either way.
+            # max(relu(y)) = relu(max(y)), and where it is 0 neither order passes a gradient.
             out, where = aten.max_pool2d_with_indices(y, [2, 2], [2, 2]) if pool else (y, None)
             out.relu_()
             saved.append((x, z, y, mean, rstd, where, out))
@@ -161,7 +161,7 @@ class Convolutions:
 
 
 class Perceptrons:
-    """The meta-step of an MLP with ReLU and the mean squared error, a block of tasks at a time on each thread."""
+    """The meta-step of an MLP with ReLU and the mean squared error; each thread takes a block of tasks at a time."""
 
     def __init__(self, problem: Problem, block: int) -> None:
         self.problem, self.block = problem, block

@@ -1,4 +1,4 @@
-"""torch.func: the gradient of one task, vmapped over as many tasks at a time as is fastest here."""
+"""torch.func: the gradient of one task, vmapped over the number of tasks that is fastest on this machine."""
 
 from __future__ import annotations
 

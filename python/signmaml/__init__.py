@@ -1,7 +1,7 @@
 """Training API of Sign-MAML: data, episodes, models, trainer, evaluation, checkpoints and a command line.
 
-A thin layer on `signmaml_ext`, which computes the meta-steps. Everything is imported when first used, so that
-`import signmaml` (and with it `signmaml --help`) does not wait for torch.
+A thin layer on `signmaml_ext`, which computes the meta-steps. Everything is imported on first use, so that
+`import signmaml` (and hence `signmaml --help`) does not wait for torch.
 
 Example:
     >>> import signmaml

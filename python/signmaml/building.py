@@ -1,4 +1,4 @@
-"""From a configuration to the things it names: device, images, samplers, model."""
+"""Builds what a configuration names: device, images, samplers, model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def load_images(config: TrainConfig, split: str, *, progress: bool = True) -> Im
 
 
 def check_data_name(name: str) -> None:
-    """Raises ValueError, with the nearest name there is, unless `name` is a data set of images."""
+    """Raises ValueError, suggesting the nearest name, unless `name` is a data set of images."""
     from . import data
 
     if name not in data.DATASETS:
@@ -85,11 +85,11 @@ def make_sampler(
 
     Args:
         config: The configuration.
-        source: An `ImageSet`; a sampler, which is returned as it is; or None for what the configuration names.
+        source: An `ImageSet`; a sampler, which is returned as it is; or None for the configuration's data.
         split: "train", "val" or "test".
-        device: Where the episodes are made.
-        training: Whether to train on them: rotated classes, `queries` and not `test_queries`.
-        progress: Whether to show how far loading is.
+        device: Where the episodes are drawn.
+        training: Whether they are for training: with rotated classes, and `queries` rather than `test_queries`.
+        progress: Whether to show the progress of loading.
     """
     if source is not None and hasattr(source, "draw"):
         return cast(Sampler, source)
@@ -97,7 +97,7 @@ def make_sampler(
 
     queries = config.queries if training else config.evaluation_queries()
     if source is None and config.data == "sinusoid":
-        # One endless distribution of tasks: far apart seeds keep the splits apart.
+        # All splits draw from one endless distribution of tasks; widely spaced seeds keep them separate.
         seed = config.seed + 1_000_003 * SPLITS.index(split)
         return SinusoidSampler(shots=config.shots, queries=queries, tasks=config.tasks, seed=seed, device=device)
     images = load_images(config, split, progress=progress) if source is None else source
@@ -115,11 +115,11 @@ def make_sampler(
 
 
 def rotated(config: TrainConfig, named_data: bool = True) -> bool:
-    """Whether training counts rotated classes as classes of their own.
+    """Whether training counts rotated classes as separate classes.
 
     Args:
         config: The configuration.
-        named_data: Whether the configuration names the data; for a caller's own there is no usual choice but no.
+        named_data: Whether the configuration names the data; for a caller's own data the default is False.
     """
     if config.rotations is not None or not named_data:
         return bool(config.rotations)
@@ -130,10 +130,10 @@ def rotated(config: TrainConfig, named_data: bool = True) -> bool:
 
 
 def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
-    """The configuration's network, sized for what a sampler draws, its weights drawn by `config.seed` alone.
+    """The configuration's network, sized for a sampler's episodes; `config.seed` alone determines its weights.
 
     Raises:
-        ValueError: The episodes are no images of equal height and width, for Conv4.
+        ValueError: The network is Conv4, and the episodes are not images of equal height and width.
     """
     episodes = draw(sampler, 0)
     shape, targets = tuple(episodes.support_x.shape[2:]), episodes.support_y
@@ -148,7 +148,7 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
 
 
 def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor]) -> StepArguments:
-    """What training and evaluation pass on to `signmaml_ext` alike."""
+    """The arguments that both training and evaluation pass on to `signmaml_ext`."""
     return {
         "method": config.method,
         "loss": loss,
@@ -161,7 +161,7 @@ def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], T
 
 
 def data_name(config: TrainConfig, sources: Sequence[Source]) -> str:
-    """What to call the data in reports."""
+    """The name of the data in reports."""
     for source in sources:
         if source is not None:
             return str(getattr(source, "name", type(source).__name__))
@@ -169,7 +169,7 @@ def data_name(config: TrainConfig, sources: Sequence[Source]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A device for people."""
+    """A human-readable name of the device."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files with JSON in their header. Nothing here pickles or unpickles.
 
-A *weights* file holds a model's state dict under its own names, so that any safetensors reader can use it; a
-*training* file holds whatever tensors the trainer names, under prefixes. The header's entry "signmaml" is JSON with
-`kind`, `version` and the caller's metadata.
+A *weights* file holds a model's state dict under its own names, so that any safetensors reader can use it. A
+*training* file holds the trainer's tensors under prefixed names. The header's entry "signmaml" is JSON with `kind`,
+`version` and the caller's metadata.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, metadata
 
     Args:
         path: File to write; its folder must exist.
-        tensors: Name -> tensor, on any device; tied tensors are stored once for each name.
+        tensors: Name -> tensor, on any device; tied tensors are stored once per name.
         kind: "weights" or "training".
-        metadata: What JSON can hold. Floats come back exactly.
+        metadata: Anything that JSON can hold. Floats are restored exactly.
 
     Raises:
         OSError: Writing failed; a previous file at `path` is untouched.
     """
     from safetensors.torch import save as to_bytes
 
-    # Clones: safetensors refuses tensors that share storage, as tied parameters do.
+    # Clone: safetensors rejects tensors that share storage, as tied parameters do.
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     header = {"kind": kind, "version": FORMAT_VERSION, **metadata}
     write_atomically(path, to_bytes(plain, metadata={_ENTRY: json.dumps(header)}))
@@ -46,12 +46,12 @@ def load(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor
 
     Args:
         path: File to read.
-        kind: "weights" or "training" if it must be one of ours of that kind.
+        kind: "weights" or "training" to accept only a file of signmaml of that kind; None: any.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is truncated, no safetensors file, written by another program (if `kind` is given), of
-            another kind, or of a newer version.
+        ValueError: The file is truncated, not a safetensors file, written by another program (if `kind` is given), of
+            another kind, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,7 +60,7 @@ def load(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor
 
 
 def parse(content: bytes, path: Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `load` makes of a file's content; `path` is for messages.
+    """`load` for the content of a file; `path` is for messages.
 
     Raises:
         ValueError: As `load`.
@@ -100,7 +100,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
 
     Args:
         model: Any module, on any device.
-        path: File to write, by custom `*.safetensors`; its folder must exist.
+        path: File to write, usually `*.safetensors`; its folder must exist.
         metadata: Optional JSON to keep with the weights.
 
     Raises:
@@ -118,10 +118,10 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Fills a model by names from a weights file, of `save_weights` or any other safetensors state dict.
+    """Loads a weights file into a model by name: one of `save_weights` or any other safetensors state dict.
 
     Args:
-        model: Module to fill, on any device.
+        model: Module to load into, on any device.
         path: The file.
 
     Returns:
@@ -129,8 +129,8 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or its names, shapes or dtypes are not the model's; the message lists all
-            that differ, and the model is unchanged.
+        ValueError: The file is damaged, or its names, shapes or dtypes differ from the model's; the message lists
+            every difference, and the model is unchanged.
     """
     tensors, metadata = load(path)
     if metadata.get("kind") == "training":
@@ -140,7 +140,7 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors by name, if names, shapes and dtypes are exactly the target's.
+    """Copies tensors by name if names, shapes and dtypes equal the target's.
 
     Raises:
         ValueError: Listing every difference; nothing has been changed.

@@ -1,10 +1,10 @@
 """The command `signmaml`: train, evaluate, plot, data, info.
 
-This module reads the command line and reports errors; `commands` does the work. Help and errors of usage come without
-importing torch.
+This module parses the command line and reports errors; `commands` does the work. Help and usage errors do not import
+torch.
 
-Exit codes: 0 done; 1 something failed; 2 the request cannot be served (usage, configuration, data); 130 and 143
-stopped by SIGINT and SIGTERM.
+Exit codes: 0 success; 1 failure; 2 the request cannot be served (usage, configuration, data); 130 and 143 stopped by
+SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .config import TrainConfig
 from .options import EVALUATION_FIELDS
 from .presets import PRESETS
 
-# Errors that the user can mend; their messages say what was expected and what was found.
+# Errors that the user can fix; their messages say what was expected and what was found.
 USER_ERRORS = (
     ValueError,
     FileNotFoundError,
@@ -36,10 +36,10 @@ USER_ERRORS = (
     BlockingIOError,
     ModuleNotFoundError,
 )
-# Likewise: a disk that is full, over its quota, or not to be written.
+# Likewise: a disk that is full, over quota or read-only.
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# Heading of a group of options, and the first field of TrainConfig under it.
+# Heading of each group of options, and the first field of TrainConfig in it.
 _GROUPS = (
     ("data", "data"),
     ("tasks", "ways"),
@@ -64,10 +64,10 @@ examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, with the nearest option there is.
+    """Reports an error in one line and suggests the nearest existing option.
 
     Attributes:
-        words: What is parsed, for the messages.
+        words: The words being parsed, for messages.
     """
 
     words: Sequence[str] = ()
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def _hint(self, word: str) -> str:
-        """What an unknown option may have been meant to be."""
+        """A suggestion for an unknown option."""
         commands = self._commands()
         elsewhere = [name for name, parser in commands.items() if word in parser.option_names()]
         if elsewhere:
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after `signmaml`; None: those of the process.
 
     Returns:
-        The exit code; see the module. Does not return once the process has joined others: then it ends the process.
+        The exit code; see the module. If the process has joined others, ends the process instead of returning.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [_with_dashes(word) for word in words]
@@ -134,7 +134,7 @@ def _code_of(parsed: argparse.Namespace) -> int:
     try:
         return int(parsed.run(parsed))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the pipe is closed; discard the rest
         return 1
     except KeyboardInterrupt as error:
         print(f"\nsignmaml: {error or 'interrupted'}", file=sys.stderr)
@@ -146,7 +146,7 @@ def _code_of(parsed: argparse.Namespace) -> int:
 def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    # Of several processes each has its own reason to end.
+    # Several processes may fail for different reasons, so name the process.
     name = "signmaml" if int(os.environ.get("WORLD_SIZE", "1")) == 1 else f"signmaml, process {os.environ.get('RANK')}"
     if isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
         print(f"{name}: {error}", file=sys.stderr)
@@ -267,7 +267,7 @@ def _run(name: str, parsed: argparse.Namespace) -> int:
 
 
 def add_field(group: Any, name: str, *, with_default: bool = True) -> None:
-    """The option of one field of `TrainConfig`, made from its type, its rule and its default."""
+    """Adds the option of one field of `TrainConfig`, derived from its type, rule and default."""
     kind = configs.kinds()[name]
     rule = configs.rule_of(name)
     default = _default_text(next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name))
@@ -291,7 +291,7 @@ def _default_text(default: Any) -> str:
 
 
 def _with_dashes(word: str) -> str:
-    """--inner_lr=1 as --inner-lr=1; values stay as they are."""
+    """Turns --inner_lr=1 into --inner-lr=1; values stay unchanged."""
     if not word.startswith("--"):
         return word
     option, equals, value = word.partition("=")

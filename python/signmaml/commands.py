@@ -1,4 +1,4 @@
-"""What the commands of `signmaml` do; `cli` calls them with the parsed command line."""
+"""The commands of `signmaml`; `cli` calls them with the parsed command line."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def train(parsed: argparse.Namespace) -> int:
 
 
 def start_processes(parsed: argparse.Namespace) -> NoReturn:
-    """Becomes torchrun, which starts this command in several processes of this machine.
+    """Replaces this process by torchrun, which starts this command in several processes on this machine.
 
     Raises:
-        ValueError: The number of processes is out of range, or not given where there is no CUDA device to count.
+        ValueError: The number of processes is out of range, or not given and there is no CUDA device to count.
     """
     processes = torch.cuda.device_count() if parsed.processes is None else parsed.processes
     if processes < 1:
@@ -76,10 +76,10 @@ def start_processes(parsed: argparse.Namespace) -> NoReturn:
 
 
 def goes_on(config: TrainConfig, parsed: argparse.Namespace) -> bool:
-    """Whether this is a restart by torchrun, of processes whose predecessors began a run.
+    """Whether torchrun restarted this process and its predecessors had already begun a run.
 
     Raises:
-        ValueError: Restarts are allowed, and the options do not tell which run folder to go on in, or tell to clear it.
+        ValueError: Restarts are allowed, but the options do not name the run folder to continue in, or say to clear it.
     """
     if not distributed.restarts_allowed():
         return False
@@ -91,7 +91,7 @@ def goes_on(config: TrainConfig, parsed: argparse.Namespace) -> bool:
 
 
 def check_same_configuration(config: TrainConfig, group: distributed.Group) -> None:
-    """Raises ValueError if this process has another configuration than rank 0."""
+    """Raises ValueError if this process's configuration differs from rank 0's."""
     found = group.bytes_of_first(config.to_yaml().encode())
     first = TrainConfig.from_dict(yaml.safe_load(found.decode()))
     if first != config:
@@ -106,9 +106,9 @@ def check_same_configuration(config: TrainConfig, group: distributed.Group) -> N
 def settle_threads(config: TrainConfig) -> None:
     """One CPU thread for small examples in plain PyTorch, unless OMP_NUM_THREADS says otherwise.
 
-    A few images of 28 pixels are too little work for torch to share: on two cores a second thread gained a quarter of
-    the time while they were idle, and made a run six times as long when other programs used them. The native kernels
-    give every thread whole tasks and wait for none that comes late, so they keep all threads.
+    A few 28 x 28 images are too little work for torch to parallelise: on two cores, a second thread saved a quarter of
+    the time while the cores were idle, but made a run take six times as long when other programs used them. The native
+    kernels give each thread whole tasks and do not wait for late threads, so they keep all threads.
     """
     known = data.DATASETS.get(config.data)
     side = config.image_size or (known.image_size if known else None)
@@ -119,7 +119,7 @@ def settle_threads(config: TrainConfig) -> None:
 
 
 def training_config(parsed: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
-    """The configuration that a command line asks for, and the run folder if it is to be resumed.
+    """The configuration that a command line specifies, and the run folder if one is to be resumed.
 
     Raises:
         ValueError, FileNotFoundError: Options contradict each other, or a file or value is bad.
@@ -193,7 +193,7 @@ def _evaluation(
 
 
 def _call_arguments(config: TrainConfig, rates: InnerRates, sampler: Sampler) -> EvaluationArguments:
-    """What an evaluation passes to `signmaml_ext.evaluate`."""
+    """The arguments of an evaluation for `signmaml_ext.evaluate`."""
     with torch.no_grad():
         values = rates.values(config.evaluation_steps())
     arguments = building.step_arguments(config, loss_for(draw(sampler, 0)))
@@ -208,8 +208,8 @@ def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.
         which: "best" or "last", for a run folder.
 
     Raises:
-        FileNotFoundError: There is nothing.
-        ValueError: The file is damaged, or says nothing about the run it comes from.
+        FileNotFoundError: There is no such run or file.
+        ValueError: The file is damaged, or has no information about its run.
     """
     path = Path(source)
     if path.is_dir():
@@ -239,18 +239,18 @@ def rebuild(
     inner_rates: dict[str, Any] | None,
     device: torch.device,
 ) -> tuple[nn.Module, InnerRates]:
-    """The trained model and its inner rates, from what `read_weights` gave.
+    """The trained model and its inner rates, from the result of `read_weights`.
 
     Args:
-        config: What to evaluate with.
-        stored: What the run was configured with.
-        sampler: Whose examples the model takes.
+        config: Configuration of the evaluation.
+        stored: Configuration of the run.
+        sampler: Sampler of the examples that the model must accept.
         tensors: The model's tensors.
         inner_rates: The rates as stored.
-        device: Where the model goes.
+        device: Device for the model.
 
     Raises:
-        ValueError: The weights are of another network, or for another number of classes.
+        ValueError: The weights belong to another network, or to fewer classes than asked for.
     """
     if config.ways > stored.ways:
         raise ValueError(f"ways: expected at most {stored.ways}, the trained network's, found {config.ways}")
@@ -322,7 +322,7 @@ def data_list(parsed: argparse.Namespace) -> int:
 
 
 def data_fetch(parsed: argparse.Namespace) -> int:
-    """`signmaml data fetch`: downloads, draws or decodes what training would need."""
+    """`signmaml data fetch`: downloads, draws or decodes the data that training would need."""
     for split in _splits_of(parsed):
         downloads = data.DATASETS[parsed.name].download
         images = data.load(parsed.name, split, root=parsed.data_root, image_size=parsed.image_size, download=downloads)
@@ -331,7 +331,7 @@ def data_fetch(parsed: argparse.Namespace) -> int:
 
 
 def data_verify(parsed: argparse.Namespace) -> int:
-    """`signmaml data verify`; 1 if something is wrong."""
+    """`signmaml data verify`; returns 1 if there are problems."""
     building.check_data_name(parsed.name)
     reports = data.verify(parsed.name, root=parsed.data_root, image_size=parsed.image_size)
     for report in reports:
@@ -353,7 +353,7 @@ def data_show(parsed: argparse.Namespace) -> int:
 
 
 def _splits_of(parsed: argparse.Namespace) -> tuple[str, ...]:
-    """The splits of a set; of own images, those that are there."""
+    """The splits of a set; for own images, those that exist."""
     building.check_data_name(parsed.name)
     if parsed.name == "folder" and parsed.data_root is not None:
         return data.complete_splits(parsed.name, parsed.data_root) or data.SPLITS

@@ -1,6 +1,6 @@
-"""`TrainConfig`: everything that decides a training run, as one checked, documented, printable value.
+"""`TrainConfig`: everything that determines a training run, as one checked, documented, printable value.
 
-A configuration comes from defaults, then a preset, then a YAML or TOML file, then the command line; later ones win.
+Values come from the defaults, a preset, a YAML or TOML file and the command line; later sources win.
 Nothing here imports torch.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from .values import Kind, Rule, converted, kind_of
 
 METHODS = ("sign-maml", "fo-maml", "maml")
-MAX_FILE_BYTES, MAX_FILE_DEPTH = 2**20, 20  # of a configuration file
+MAX_FILE_BYTES, MAX_FILE_DEPTH = 2**20, 20  # limits for a configuration file
 LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step")
 
 
@@ -28,12 +28,12 @@ def _option(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
-    """Configuration of one training run; checked when made.
+    """Configuration of one training run; checked on construction.
 
-    Every field, its range and its default is described by `describe()` and by `signmaml train --help`.
+    `describe()` and `signmaml train --help` describe every field with its range and default.
 
     Raises:
-        ValueError: A field has the wrong type or lies outside its range, or two fields contradict each other. The
+        ValueError: A field has the wrong type or is outside its range, or two fields contradict each other. The
             message names the field, what was expected and what was found.
 
     Example:
@@ -123,7 +123,7 @@ class TrainConfig:
             raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
 
     def __repr__(self) -> str:
-        """What differs from the defaults; `to_yaml` has everything."""
+        """The fields that differ from their defaults; `to_yaml` has all fields."""
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"TrainConfig({', '.join(changed)})"
 
@@ -132,7 +132,7 @@ class TrainConfig:
         return self.inner_steps if self.test_steps is None else self.test_steps
 
     def evaluation_queries(self) -> int:
-        """Query examples a class in validation and test."""
+        """Query examples per class in validation and test."""
         return self.queries if self.test_queries is None else self.test_queries
 
     def replace(self, **changes: Any) -> TrainConfig:
@@ -140,13 +140,13 @@ class TrainConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by field, as JSON and YAML hold them."""
+        """The fields as plain values for JSON and YAML."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> TrainConfig:
-        """A configuration from plain values; fields that are not named keep their default.
+        """A configuration from plain values; fields not given keep their defaults.
 
         Raises:
             ValueError: An unknown field (the message suggests the nearest), or a bad value.
@@ -154,7 +154,7 @@ class TrainConfig:
         return cls(**check_names(values, source))
 
     def to_yaml(self) -> str:
-        """A YAML file that gives this configuration, each field under its description."""
+        """This configuration as YAML, with its description above each field."""
         import yaml
 
         lines = []
@@ -194,7 +194,7 @@ def describe(name: str) -> str:
     return rule.help if rule.least is None else f"{rule.help}; at least {rule.least:g}"
 
 
-# What other programs call a field.
+# Names of fields in other programs.
 _WORDS = {
     "alpha": ("inner_lr",), "fast_lr": ("inner_lr",), "step_size": ("inner_lr",), "update_lr": ("inner_lr",),
     "lr": ("outer_lr", "inner_lr"), "learning_rate": ("outer_lr", "inner_lr"), "beta": ("outer_lr",),
@@ -213,14 +213,14 @@ _WORDS = {
 
 
 def nearest(word: str) -> tuple[str, ...]:
-    """The fields that a word which is none may stand for: by its meaning in other programs, else by its letters."""
+    """The fields that an unknown word may mean: by its meaning in other programs, else by similar spelling."""
     known = [entry.name for entry in dataclasses.fields(TrainConfig) if entry.name != word]
     word = word.replace("-", "_")
     return _WORDS.get(word) or tuple(difflib.get_close_matches(word, known, n=1))
 
 
 def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The values, if all their keys are fields.
+    """Returns the values if all their keys are fields.
 
     Raises:
         ValueError: With the nearest field's name for each unknown one.
@@ -241,7 +241,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not YAML or TOML, holds no table, or names unknown fields.
+        ValueError: The file is not YAML or TOML, is not a table, or has unknown fields.
     """
     path = Path(path)
     if not path.is_file():
@@ -271,10 +271,10 @@ def _parse_yaml(text: str, path: Path) -> Any:
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            # Aliases have no use here, and a few lines of them stand for more values than fit in memory.
+            # Reject aliases: they are useless here, and a few lines of them can expand beyond memory.
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{path}: expected YAML without aliases, found one")
-            # Depth costs the parser the square of it.
+            # Limit the depth: the parser's time grows with its square.
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_FILE_DEPTH:
                 raise ValueError(f"{path}: expected YAML, found lists or tables nested too deep")
@@ -298,7 +298,7 @@ def _parse_toml(text: str, path: Path) -> Any:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """What a resumed run may not change: one line "field: old -> new" for each such field that differs."""
+    """Forbidden changes of a resumed run: one line "field: old -> new" for each such field that differs."""
     return [
         f"{entry.name}: {getattr(old, entry.name)!r} -> {getattr(new, entry.name)!r}"
         for entry in dataclasses.fields(TrainConfig)

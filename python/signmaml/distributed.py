@@ -1,8 +1,8 @@
-"""Several processes that train one model: what the trainer asks of `torch.distributed`, and nothing more.
+"""Training one model with several processes: the few collectives of `torch.distributed` that the trainer needs.
 
-Every process holds the whole model and the same optimizer state. A meta-batch's tasks are numbered, and each process
-draws and computes its share of the numbers; one sum over all processes a step gives every process the same
-meta-gradient. Rank 0 alone writes. docs/howto/distributed.md says what is exchanged.
+Every process holds the whole model and the same optimizer state. The tasks of a meta-batch are numbered; each process
+draws and computes its share of them. One all-reduce per step gives every process the same meta-gradient. Only rank 0
+writes files. docs/howto/distributed.md describes what is exchanged.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class ProcessLost(RuntimeError):
 class Group:
     """The processes of a run. `Group()` is one process alone; `join` gives the group that torchrun started.
 
-    All methods but `share_of` are collective: every process calls them, in the same order.
+    All methods except `share_of` are collective: every process must call them, in the same order.
 
     Attributes:
         rank: This process, 0 to size - 1.
         size: Number of processes.
-        local_rank: This process among those of its machine.
+        local_rank: This process's rank on its machine.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
@@ -49,7 +49,7 @@ class Group:
         return self.rank == 0
 
     def share_of(self, tasks: int) -> range:
-        """The numbers out of 0..tasks-1 that this process computes: consecutive, none or one more than any other.
+        """The tasks out of 0..tasks-1 that this process computes: consecutive, and shares differ by at most one task.
 
         Example:
             >>> [Group(rank, 3).share_of(7) for rank in range(3)]
@@ -58,7 +58,7 @@ class Group:
         return range(tasks * self.rank // self.size, tasks * (self.rank + 1) // self.size)
 
     def add(self, tensor: Tensor) -> None:
-        """Replaces a tensor by its sum over all processes; the same bits everywhere.
+        """Replaces a tensor by its sum over all processes; every process gets the same bits.
 
         Raises:
             ProcessLost: Another process has ended or does not answer in time.
@@ -68,7 +68,7 @@ class Group:
                 torch.distributed.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether the flag is set in any process."""
         if self.size == 1:
             return flag
         raised = torch.tensor([int(flag)])
@@ -76,7 +76,7 @@ class Group:
         return bool(raised)
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites tensors by rank 0's."""
+        """Overwrites tensors with rank 0's."""
         if self.size > 1:
             with self._telling(), torch.no_grad():
                 for tensor in tensors:
@@ -85,7 +85,7 @@ class Group:
                     tensor.copy_(sent)
 
     def bytes_of_first(self, content: bytes | None) -> bytes:
-        """Rank 0's bytes, everywhere. Bytes and no objects: nothing that one process sends is unpickled in another."""
+        """Rank 0's bytes, in every process. Bytes rather than objects, so that nothing received is ever unpickled."""
         if self.size == 1:
             assert content is not None
             return content
@@ -100,7 +100,7 @@ class Group:
         return data.numpy().tobytes()
 
     def first_does(self, work: Callable[[], Result]) -> Result | None:
-        """Rank 0 does something; the others wait, and fail if it failed.
+        """Runs `work` on rank 0 only; the others wait for it and fail if it fails.
 
         Returns:
             What `work` returned on rank 0; None elsewhere.
@@ -124,7 +124,7 @@ class Group:
 
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
-        """Rank 0 runs the body first, the others once it is done: what it put into a cache is there for them."""
+        """Runs the body on rank 0 first and then on the others, so that they find what it put into a cache."""
         if not self.first:
             self.first_does(lambda: None)
         yield
@@ -132,7 +132,7 @@ class Group:
             self.first_does(lambda: None)
 
     def check_same(self, tensors: Iterable[Tensor], what: str) -> None:
-        """Raises RuntimeError unless the tensors are bitwise the same in every process."""
+        """Raises RuntimeError unless the tensors are bitwise equal in every process."""
         if self.size == 1:
             return
         total = torch.tensor([_checksum(tensors)])
@@ -148,7 +148,7 @@ class Group:
             )
 
     def close(self) -> None:
-        """Leaves the group, all together; not to be called after an error. See `leave` for what should follow."""
+        """Leaves the group (collective). Do not call it after an error. Call `leave` afterwards."""
         if self.size > 1:
             self.any(False)
             torch.distributed.destroy_process_group()
@@ -157,7 +157,7 @@ class Group:
     def _telling(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # DistBackendError and what gloo throws are of this class
+        except RuntimeError as error:  # includes DistBackendError and gloo's errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ProcessLost(
                 f"distributed: expected an answer of all {self.size} processes, found that one has ended, hangs or "
@@ -167,9 +167,9 @@ class Group:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process, one of several, after everything is done and written, or after an error was reported.
+    """Ends this process, one of several, once everything is written or an error has been reported.
 
-    Python's own end is skipped: threads of gloo that are still winding up were seen to abort it (torch 2.14).
+    Skips Python's own shutdown: gloo threads that had not finished yet were seen to abort it (torch 2.14).
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -182,12 +182,12 @@ def launched() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process anew after a failure."""
+    """Whether torchrun restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def restarts_allowed() -> bool:
-    """Whether torchrun would start the processes anew after a failure."""
+    """Whether torchrun would restart the processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
@@ -195,16 +195,16 @@ def join(device: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Group:
     """Joins the processes that torchrun started: NCCL between CUDA devices, gloo between CPUs.
 
     Args:
-        device: "auto", "cpu" or "cuda"; with CUDA every process takes the device of its local rank.
-        timeout: Seconds to wait for the others before giving up, in any exchange.
+        device: "auto", "cpu" or "cuda"; with CUDA every process uses the device of its local rank.
+        timeout: Seconds that any exchange waits for the others before it fails.
 
     Returns:
-        The group; of one process outside of torchrun.
+        The group; one process alone if torchrun did not start it.
 
     Raises:
-        ValueError: A variable of torchrun's environment is missing or no number; more processes on this machine than
-            CUDA devices; `device` names one device for several processes.
-        ProcessLost: The other processes do not come.
+        ValueError: A variable of torchrun's environment is missing or not a number; there are more processes on this
+            machine than CUDA devices; `device` names one device for several processes.
+        ProcessLost: The other processes do not join in time.
 
     Example:
         >>> join().size
@@ -230,7 +230,7 @@ def join(device: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Group:
         torch.cuda.set_device(local_rank)
     group = Group(rank, size, local_rank)
     if size > 1:
-        # Tensors on the CPU (flags, bytes of files) go by gloo in either case.
+        # CPU tensors (flags, bytes of files) use gloo in both cases.
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         with group._telling():
             limit = datetime.timedelta(seconds=timeout)
@@ -242,11 +242,11 @@ def join(device: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Group:
 
 
 def _fresh_name(store: torch.distributed.Store, rank: int, size: int, timeout: float) -> str:
-    """A name that all processes of this start, and none of an earlier one, agree on.
+    """A key prefix shared by all processes of this start and by none of an earlier one.
 
-    torchrun's store outlives the processes that it restarts. Under the old names are addresses of dead processes, and
-    the restart count is no new name: it differs from machine to machine. So everybody asks under a word made up just
-    now, and rank 0 answers every word it finds until everybody has confirmed.
+    torchrun's store outlives the processes that it restarts, so its old keys hold addresses of dead processes. The
+    restart count cannot serve as the new prefix because it differs between machines. Instead, each process asks with a
+    random word, and rank 0 answers every word it finds until all processes have confirmed.
     """
     word = uuid.uuid4().hex
     if rank > 0:
@@ -279,7 +279,7 @@ def _number(name: str) -> int:
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:
-    """A number of 62 bits that depends on every bit, and on the order, of float32 and float64 tensors."""
+    """A 62-bit checksum of float32 and float64 tensors that depends on every bit and on their order."""
     total = 0
     for tensor in tensors:
         words = tensor.detach().contiguous().cpu().flatten().view(torch.int32).to(torch.int64)

@@ -1,20 +1,20 @@
 """Episodes: whole meta-batches of few-shot tasks drawn on the device that trains.
 
-A task is known by one number. Everything random in it is a function of (seed, task number), computed by integer
-arithmetic on the device, so that
+Each task is identified by one number. Everything random in it is a function of (seed, task number), computed in
+integer arithmetic on the device. Therefore
 
-- CPU and CUDA draw the same tasks, and so does every split of a run into calls, processes or machines;
+- CPU and CUDA draw the same tasks, however a run is split into calls, processes or machines;
 - a run resumes from its iteration number alone: there is no generator state to save;
 - drawing needs no loop over tasks or images and never waits for the device.
 
-The random numbers: ``mix`` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014) on 64-bit integers, ``G`` the
-odd constant 0x9E3779B97F4A7C15 nearest to 2**64 divided by the golden ratio. From the seed down, each level of
-the tree (seed, stream, task, element, ...) takes one step::
+Random numbers: ``mix`` is the finaliser of SplitMix64 (Steele, Lea and Flood 2014) on 64-bit integers, and ``G`` is the
+odd constant 0x9E3779B97F4A7C15, nearest to 2**64 divided by the golden ratio. From the seed down, each level of the
+tree (seed, stream, task, element, ...) takes one step::
 
     child = mix(parent + G * (number + 1))        modulo 2**64
 
-Sampling without replacement orders the candidates by such a number and takes the first ones; the candidate's own
-number replaces the low bits, so no two are equal and no device can order them differently.
+Sampling without replacement sorts the candidates by such a random number and takes the first ones. The candidate's
+index replaces the low bits, so no two keys are equal and every device sorts them the same way.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Normalization = str | tuple[float | Sequence[float], float | Sequence[float]]
 NORMALIZATIONS = ("zero-one", "signed", "raw")
 MAX_TASK = 2**62  # task numbers stay far from the int64 limit
 MAX_SEED = 2**63 - 1
-MAX_POINTS = 2**24  # of a sine wave: a number that was meant is smaller, and memory ends somewhere
+MAX_POINTS = 2**24  # per sine wave; a larger number is a mistake and would only exhaust memory
 
-# Streams of one task: numbers are part of the format, so that recorded runs stay reproducible.
+# Streams of one task. Never renumber them: recorded runs would no longer be reproducible.
 _CLASSES, _IMAGES, _SINE, _POINTS = 0, 1, 2, 3
 
 
@@ -65,16 +65,16 @@ class Episodes(NamedTuple):
         return f"Episodes({self.tasks} tasks: support_x {support}, query_x {query})"
 
     def part(self, first: int, stop: int) -> Episodes:
-        """Tasks `first` to `stop - 1`, fewer where there are not so many; views."""
+        """Tasks `first` to `stop - 1` as views; fewer if the batch ends earlier."""
         return Episodes(*(tensor[first:stop] for tensor in self))
 
 
 class Sampler(Protocol):
     """Anything that draws meta-batches.
 
-    `draw(iteration)` gives `(support_x, support_y, query_x, query_y)`, `[T, ...]` each: an `Episodes`, or any sequence
-    of four tensors. A sampler may also have `draw_tasks(first_task, tasks)`, which makes evaluation independent of how
-    it is cut into chunks, and attributes `ways`, `shots`, `queries`, `seed` for the report.
+    `draw(iteration)` returns `(support_x, support_y, query_x, query_y)`, each `[T, ...]`, as an `Episodes` or any
+    sequence of four tensors. A sampler may also have `draw_tasks(first_task, tasks)`, which makes evaluation
+    independent of the chunk size, and attributes `ways`, `shots`, `queries`, `seed` for the report.
     """
 
     def draw(self, iteration: int) -> Sequence[torch.Tensor]: ...
@@ -84,7 +84,7 @@ def draw(sampler: Sampler, iteration: int) -> Episodes:
     """The meta-batch of an iteration, from any sampler.
 
     Raises:
-        TypeError: What the sampler gives is no four tensors.
+        TypeError: The sampler does not return four tensors.
     """
     return _named(sampler.draw(iteration), sampler)
 
@@ -93,7 +93,7 @@ def draw_tasks(sampler: Sampler, first_task: int, tasks: int) -> Episodes:
     """The tasks `first_task` to `first_task + tasks - 1`, from a sampler that has `draw_tasks`.
 
     Raises:
-        TypeError: What the sampler gives is no four tensors.
+        TypeError: The sampler does not return four tensors.
     """
     return _named(sampler.draw_tasks(first_task, tasks), sampler)  # type: ignore[attr-defined]
 
@@ -114,33 +114,33 @@ def _named(parts: Sequence[torch.Tensor], sampler: Sampler) -> Episodes:
 class EpisodeSampler:
     """Draws few-shot classification tasks from an image set.
 
-    Each task takes ``ways`` different classes and, from each, ``shots + queries`` different images. All classes
-    are equally likely, and within a class all images. The label of a class is its place in the draw.
+    Each task takes ``ways`` different classes and ``shots + queries`` different images of each. All classes are
+    equally likely, and so are all images of a class. The label of a class is its position in the draw.
 
     Args:
         images: The set; moved once, as uint8, to `device`.
-        ways: Classes a task, at least 2.
-        shots: Support images a class, at least 1.
-        queries: Query images a class, at least 1.
-        tasks: Tasks a meta-batch (`draw`), at least 1.
+        ways: Classes per task, at least 2.
+        shots: Support images per class, at least 1.
+        queries: Query images per class, at least 1.
+        tasks: Tasks per meta-batch (`draw`), at least 1.
         seed: 0 to 2**63 - 1. Default 0.
-        device: Where the images lie and tasks are drawn. Default ``"cpu"``.
-        rotations: True: each class also counts turned by 90, 180 and 270 degrees, as classes of their own (four
-            times as many; all images of a class in a task share the rotation). Needs square images. Default False.
-        normalize: What becomes of a pixel x in 0..255: ``"zero-one"`` (default) x / 255; ``"signed"``
-            (x - 127.5) / 127.5; ``"raw"`` x; or a pair ``(mean, std)`` of numbers or of one number a channel,
-            on the 0..1 scale as torchvision's ``Normalize`` has it: (x / 255 - mean) / std.
+        device: Where the images are stored and tasks are drawn. Default ``"cpu"``.
+        rotations: True: each class rotated by 90, 180 and 270 degrees counts as three further classes (four times as
+            many; all images of a class in a task share the rotation). Needs square images. Default False.
+        normalize: How a pixel x in 0..255 is mapped: ``"zero-one"`` (default) x / 255; ``"signed"``
+            (x - 127.5) / 127.5; ``"raw"`` x; or a pair ``(mean, std)``, each a number or one number per channel, on
+            the 0..1 scale like torchvision's ``Normalize``: (x / 255 - mean) / std.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range; `device` names none; a class has fewer than ``shots + queries``
+        ValueError: An argument is out of range; `device` is not a device; a class has fewer than ``shots + queries``
             images (the message names it); `rotations` with images that are not square.
 
-    Determinism: the numbers depend on the set, `ways`, `shots`, `queries`, `rotations`, `normalize`, `seed` and the
-    task's number, and on nothing else: not on `tasks`, the device or earlier calls. A task's first images do
-    not change with `shots + queries`.
+    Determinism: the result depends only on the set, `ways`, `shots`, `queries`, `rotations`, `normalize`, `seed` and
+    the task number, not on `tasks`, the device or earlier calls. Raising `shots + queries` appends images to a class;
+    its first images stay the same.
 
-    Memory: the set once as uint8, plus a meta-batch as float32. No synchronisation with the device.
+    Memory: the whole set as uint8, plus one meta-batch as float32. Never synchronises with the device.
 
     Example:
         >>> import torch
@@ -202,7 +202,7 @@ class EpisodeSampler:
         return f"EpisodeSampler({self._name}/{self._split}: {self.size_in_words()}; {task}, {self.tasks} tasks)"
 
     def size_in_words(self) -> str:
-        """Classes and images of the set."""
+        """Numbers of classes and images in the set, as text."""
         turned = f" ({self.classes:,} with rotations)" if self.rotations else ""
         return f"{len(self._class_names):,} classes{turned}, {len(self._images):,} images"
 
@@ -222,7 +222,7 @@ class EpisodeSampler:
         return self.draw_tasks(iteration * self.tasks, self.tasks)
 
     def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
-        """The tasks ``first_task`` to ``first_task + tasks - 1``: the same numbers whatever the split into calls.
+        """The tasks ``first_task`` to ``first_task + tasks - 1``, the same however they are split into calls.
 
         Args:
             first_task: 0 or more.
@@ -237,24 +237,24 @@ class EpisodeSampler:
         return self._draw(_task_numbers(first_task, tasks, self.device))
 
     def draw_at(self, iteration: torch.Tensor) -> Episodes:
-        """The meta-batch of an iteration whose number lies on the device: the same as `draw` gives for it.
+        """The meta-batch of an iteration whose number is a tensor on the device; equals `draw` of that number.
 
-        Nothing here depends on the number's value but the values drawn, so a CUDA graph may hold this call.
+        Shapes and launches do not depend on the number, so this call can be captured in a CUDA graph.
 
         Args:
-            iteration: ``[]`` int64 on the sampler's device, 0 or more; its value is not checked, for the host does not
-                see it.
+            iteration: ``[]`` int64 on the sampler's device, 0 or more. The value is not checked, because the host
+                does not read it.
 
         Returns:
             `Episodes` with ``T = tasks``.
 
         Raises:
-            TypeError, ValueError: `iteration` is no such tensor.
+            TypeError, ValueError: `iteration` is not such a tensor.
         """
         return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
-        """The tasks of these numbers `[T]`."""
+        """The tasks with these numbers `[T]`."""
         tasks = len(numbers)
         classes, rows = self._indices(numbers)
         turns = classes.div(len(self._class_names), rounding_mode="floor") if self.rotations else None
@@ -266,7 +266,7 @@ class EpisodeSampler:
         )
 
     def draw_indices(self, first_task: int, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `draw_tasks` would take, as indices.
+        """The classes and images that `draw_tasks` would take, as indices.
 
         Args:
             first_task: 0 or more.
@@ -274,7 +274,7 @@ class EpisodeSampler:
 
         Returns:
             ``classes [T, N]`` int64 and ``rows [T, N, K + queries]`` int64 on the device: class numbers (with
-            rotations: class plus number of classes times quarter turns) and rows of the image set, support first.
+            rotations: class + number of classes * quarter turns) and rows of the image set, support first.
 
         Raises:
             TypeError, ValueError: An argument is not an integer in range.
@@ -294,7 +294,7 @@ class EpisodeSampler:
         return classes, self._class_starts[real][:, :, None] + places
 
     def class_name(self, number: int) -> str:
-        """The name of a class number of `draw_indices`, with its rotation if there is one.
+        """The name of a class that `draw_indices` returned as a number, with its rotation if there is one.
 
         Args:
             number: 0 to ``classes - 1``.
@@ -307,7 +307,7 @@ class EpisodeSampler:
         return self._class_names[real] + (f" turned {90 * turns} degrees" if turns else "")
 
     def describe(self) -> dict[str, Any]:
-        """What decides the numbers drawn, for a run's records (JSON types only)."""
+        """Everything that determines the tasks drawn, for a run's records (JSON types only)."""
         return {
             "set": self._name,
             "split": self._split,
@@ -344,9 +344,9 @@ class SinusoidSampler:
     Amplitude and phase are uniform over tasks, each x uniform over `x_range`.
 
     Args:
-        shots: Support points a task, 1 to 2**24.
-        queries: Query points a task, 1 to 2**24.
-        tasks: Tasks a meta-batch, at least 1.
+        shots: Support points per task, 1 to 2**24.
+        queries: Query points per task, 1 to 2**24.
+        tasks: Tasks per meta-batch, at least 1.
         seed: 0 to 2**63 - 1. Default 0.
         device: Where tasks are drawn. Default ``"cpu"``.
         amplitude: Least and greatest amplitude. Default (0.1, 5.0).
@@ -357,8 +357,8 @@ class SinusoidSampler:
         TypeError: An argument has the wrong type.
         ValueError: A count is out of range, or a range is not two numbers in order that are finite in float32.
 
-    Determinism: as for `EpisodeSampler`. The sine is computed in float64 and rounded to float32 once, so that
-    devices agree (up to a float64 rounding that lands on a float32 boundary, which a run will not meet).
+    Determinism: as for `EpisodeSampler`. The sine is computed in float64 and rounded to float32 once, so devices agree
+    unless a float64 rounding difference straddles a float32 rounding boundary, which is too rare to occur in a run.
 
     Example:
         >>> sampler = SinusoidSampler(shots=10, queries=15, tasks=4)
@@ -401,11 +401,11 @@ class SinusoidSampler:
         return self._draw(_task_numbers(first_task, tasks, self.device))
 
     def draw_at(self, iteration: torch.Tensor) -> Episodes:
-        """The meta-batch of an iteration whose number lies on the device; see `EpisodeSampler.draw_at`."""
+        """The meta-batch of an iteration whose number is a tensor on the device; see `EpisodeSampler.draw_at`."""
         return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
-        """The tasks of these numbers `[T]`."""
+        """The tasks with these numbers `[T]`."""
         wave_keys = _children(_stream(self.seed, _SINE), numbers)[:, None]
         wave = _uniform(_children(wave_keys, torch.arange(2, device=self.device)))
         amplitude = _between(self.amplitude, wave[:, :1])
@@ -422,7 +422,7 @@ class SinusoidSampler:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What decides the numbers drawn, for a run's records (JSON types only)."""
+        """Everything that determines the tasks drawn, for a run's records (JSON types only)."""
         return {
             "set": "sinusoid",
             "shots": self.shots,
@@ -446,13 +446,13 @@ def _task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Te
 
 
 def _numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.device) -> torch.Tensor:
-    """The task numbers of an iteration whose number only the device knows."""
+    """The task numbers of an iteration whose number is on the device."""
     expected = f"iteration: expected an int64 tensor [] on {device}"
     if not isinstance(iteration, torch.Tensor):
         raise TypeError(f"{expected}, found {type(iteration).__name__}")
     if iteration.dtype != torch.int64:
         raise TypeError(f"{expected}, found {iteration.dtype}")
-    # "cuda" and "cuda:0" are one device, so an index that only one of them names says nothing.
+    # "cuda" and "cuda:0" may be the same device, so compare indices only if both are given.
     same = iteration.device.type == device.type and None in (device.index, iteration.device.index)
     if iteration.ndim != 0 or not (iteration.device == device or same):
         raise ValueError(f"{expected}, found {list(iteration.shape)} on {iteration.device}")
@@ -463,7 +463,7 @@ def _numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.dev
 
 
 def _stream(seed: int, stream: int) -> int:
-    """The key of one stream of a seed: it is the same for every task."""
+    """The key of one stream of a seed; all tasks share it."""
 
     def child(parent: int, number: int) -> int:
         return splitmix.mixed(parent + splitmix.GOLDEN * number)
@@ -486,7 +486,7 @@ def _first_in_order(
         order: ``[..., candidates]`` int64, random; overwritten.
         numbers: ``[candidates]`` int64, 0, 1, 2, ...
         count: At most the number of candidates that are not missing.
-        missing: ``[..., candidates]`` bool, candidates never to take.
+        missing: ``[..., candidates]`` bool, candidates to exclude.
 
     Returns:
         ``[..., count]`` int64, candidate numbers.
@@ -494,13 +494,13 @@ def _first_in_order(
     low_bits = (1 << (len(numbers) - 1).bit_length()) - 1
     order.bitwise_and_(~low_bits).bitwise_or_(numbers)
     if missing is not None:
-        # Above every order but keeping the number apart is not needed: at least `count` others come first.
+        # Their keys need not be distinct: at least `count` other candidates sort before them.
         order.masked_fill_(missing, torch.iinfo(torch.int64).max)
     return order.topk(count, largest=False, sorted=True).values.bitwise_and_(low_bits)
 
 
 def _uniform(words: torch.Tensor) -> torch.Tensor:
-    """float64 in [0, 1) from the 53 high bits of int64 words."""
+    """float64 in [0, 1) from the high 53 bits of int64 words."""
     return splitmix.shifted(words, 11).to(torch.float64).mul_(2.0**-53)
 
 
@@ -533,7 +533,7 @@ def _check_class_sizes(images: ImageSet, shots: int, queries: int) -> None:
 
 
 def _checked_normalization(value: Any, channels: int) -> str | tuple[tuple[float, ...], tuple[float, ...]]:
-    """The name, or mean and standard deviation with one number a channel each."""
+    """The name, or mean and standard deviation with one number per channel each."""
     if isinstance(value, str):
         return check_choice("normalize", value, NORMALIZATIONS)
     expected = f"normalize: expected one of {', '.join(NORMALIZATIONS)} or a pair (mean, std)"
@@ -556,10 +556,10 @@ def _checked_normalization(value: Any, channels: int) -> str | tuple[tuple[float
 def _shift_and_scale(
     normalize: str | tuple[tuple[float, ...], tuple[float, ...]], channels: int, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``[C, 1, 1]`` tensors s, d with the normalised pixel (x - s) / d; None where there is nothing to do.
+    """``[C, 1, 1]`` tensors s, d such that the normalised pixel is (x - s) / d; None if the operation is not needed.
 
-    The divisor is a tensor on the device and not a number: by a number, CUDA multiplies with the reciprocal, which
-    differs from the CPU in the last bit.
+    The divisor is a tensor on the device because torch on CUDA divides by a Python number by multiplying with its
+    reciprocal, which differs from the CPU's result in the last bit.
     """
 
     def per_channel(values: Sequence[float]) -> torch.Tensor:
@@ -576,7 +576,7 @@ def _shift_and_scale(
 
 
 def _turned_pixels(size: int, device: torch.device) -> torch.Tensor:
-    """``[4, H*W]`` int64: for each number of quarter turns (as ``torch.rot90``), where every pixel comes from."""
+    """``[4, H*W]`` int64: the source index of each pixel after 0 to 3 quarter turns (as ``torch.rot90``)."""
     grid = torch.arange(size * size).view(size, size)
     return torch.stack([torch.rot90(grid, turns).reshape(-1) for turns in range(4)]).to(device)
 

@@ -28,9 +28,9 @@ Rates = float | Tensor | Mapping[str, Tensor]
 
 
 class StepArguments(TypedDict):
-    """What training and evaluation pass on to `signmaml_ext` alike; see `signmaml_ext.meta_step`.
+    """Arguments that both training and evaluation pass on to `signmaml_ext`; see `signmaml_ext.meta_step`.
 
-    Until the targets are known `loss` may be None; then `loss_for` chooses it.
+    `loss` may be None until the targets are known; then `loss_for` chooses it.
     """
 
     method: str
@@ -43,7 +43,7 @@ class StepArguments(TypedDict):
 
 
 class EvaluationArguments(StepArguments):
-    """What is passed on to `signmaml_ext.evaluate`; see there."""
+    """Arguments passed on to `signmaml_ext.evaluate`; see there."""
 
     inner_lr: Rates
     inner_steps: int
@@ -54,21 +54,21 @@ class Evaluation:
     """A mean over tasks and everything it depends on; `str()` prints all of it, `to_dict()` is for JSON.
 
     Attributes:
-        metric: "accuracy" (share of right answers, 0..1) or "mse" (mean squared error).
+        metric: "accuracy" (fraction of correct predictions, 0..1) or "mse" (mean squared error).
         mean: Mean of the metric over the tasks.
         ci95: Half-width of the 95% t-interval of the mean; nan for one task.
         loss: Mean query loss over the same tasks.
         tasks: Number of tasks drawn.
-        nonfinite: How many of them met a NaN or an Inf; part of the mean unless `left_out`.
+        nonfinite: How many of them met a NaN or an Inf; they count in the mean unless `left_out`.
         left_out: Whether non-finite tasks were left out of the mean (`nonfinite="skip"`).
         ways: Classes in a task; None in regression.
-        shots: Support examples a class (a task, in regression).
-        queries: Query examples a class (a task, in regression).
+        shots: Support examples per class (per task in regression).
+        queries: Query examples per class (per task in regression).
         test_steps: Inner steps.
         inner_lr: Inner learning rate, or "learned".
         method: "sign-maml", "fo-maml" or "maml".
         batch_norm: "batch", "support" or "running" statistics.
-        rotations: Whether rotated classes counted as classes of their own.
+        rotations: Whether rotated classes counted as separate classes.
         seed: Seed of the tasks; None if the sampler has none.
         data: Name of the data set.
         split: "train", "val" or "test".
@@ -109,7 +109,7 @@ class Evaluation:
         return f"mean squared error {self.mean:.4g} +- {self.ci95:.2g}"
 
     def protocol(self) -> str:
-        """What the number depends on, in one line."""
+        """The settings that the result depends on, in one line."""
         if self.ways is None:
             setting = f"{self.shots} support and {self.queries} query points a task"
         else:
@@ -159,16 +159,16 @@ def evaluate(
 ) -> Evaluation:
     """Adapts a model to many tasks and returns the mean of their query accuracy with its 95% interval.
 
-    Nothing is changed; dropout is off for the duration. The same tasks are drawn whatever `chunk`.
+    The model is left unchanged; dropout is off meanwhile. The tasks drawn do not depend on `chunk`.
 
     Args:
         model: The meta-trained model; its device is where everything runs.
         images_or_sampler: An `ImageSet` to draw episodes from, or any sampler (see `Sampler`).
-        ways: Classes a task; for an `ImageSet` (default 5), else taken from the sampler or its tensors.
-        shots: Support examples a class, likewise (default 1).
-        queries: Query examples a class, likewise (default 15).
+        ways: Classes per task for an `ImageSet` (default 5); otherwise taken from the sampler or its tensors.
+        shots: Support examples per class, likewise (default 1).
+        queries: Query examples per class, likewise (default 15).
         tasks: Number of tasks, >= 1; with one task there is no interval.
-        inner_lr: As in `signmaml_ext.evaluate`, and so are the next arguments, down to `precision`.
+        inner_lr: As in `signmaml_ext.evaluate`, like the following arguments down to `precision`.
         inner_steps: Inner steps of every task.
         method: "sign-maml", "fo-maml" or "maml".
         loss: None: cross-entropy for int64 labels, the mean squared error for anything else.
@@ -181,7 +181,7 @@ def evaluate(
         rotations: As in `EpisodeSampler`; for an `ImageSet`.
         normalize: Likewise.
         chunk: Tasks computed at once; None: 25 on the CPU, 200 elsewhere.
-        progress: Called with the number of tasks of each chunk once it is on its way.
+        progress: Called with the number of tasks of each chunk once it has been launched.
 
     Returns:
         An `Evaluation`.
@@ -190,7 +190,7 @@ def evaluate(
         ValueError, TypeError: An argument does not fit; see `signmaml_ext.evaluate` and `EpisodeSampler`.
         FloatingPointError: With nonfinite="raise".
 
-    Determinism: the same arguments give the same result; results of tasks may differ in the last bits with `chunk`.
+    Determinism: the same arguments give the same result; `chunk` may change tasks' results in the last bits.
 
     Example:
         >>> import signmaml
@@ -252,16 +252,17 @@ def evaluate_sampler(
     group: Group | None = None,
     **arguments: Unpack[EvaluationArguments],
 ) -> Evaluation:
-    """`evaluate` for a sampler that exists already.
+    """`evaluate` for an existing sampler.
 
     Args:
         model: The model.
         sampler: Where tasks come from.
         tasks: Number of tasks.
         chunk: Tasks at once, if the sampler can draw any number.
-        report: `data` and `split`, and those of `ways`, `shots`, `queries` that are known; for the `Evaluation`.
+        report: For the `Evaluation`: `data` and `split`, and `ways`, `shots`, `queries` as far as they are known.
         progress: As in `evaluate`.
-        group: Processes that take turns at the chunks, so that their number changes no result; None: this one.
+        group: Processes over which the chunks are dealt out; their number does not change the result. None: this
+            process alone.
         **arguments: For `signmaml_ext.evaluate`.
     """
     group = group or Group()
@@ -278,7 +279,7 @@ def evaluate_sampler(
             if progress is not None:
                 progress(episodes.tasks)
     group.add(numbers)
-    if not group.first:  # perhaps without a chunk of its own
+    if not group.first:  # it may have had no chunk, so it takes rank 0's result
         return Evaluation(**json.loads(group.bytes_of_first(None)))
     values, losses, flags = numbers.cpu()
     flags = flags > 0
@@ -316,10 +317,10 @@ def _evaluate_in_memory(
     """`signmaml_ext.evaluate` on at most `at_once` tasks together, fewer if they do not fit in memory.
 
     Returns:
-        The result, and how many tasks together did fit.
+        The result, and how many tasks fitted together.
 
     Raises:
-        torch.OutOfMemoryError: One task alone does not fit; the message says what would need less.
+        torch.OutOfMemoryError: One task alone does not fit; the message says how to reduce memory.
     """
     parts: list[signmaml_ext.EvaluateResult] = []
     done = 0
@@ -349,7 +350,7 @@ def fewer_tasks(count: int, episodes: Episodes, error: torch.OutOfMemoryError) -
     """How many tasks to compute together after `count` did not fit in memory: half as many.
 
     Raises:
-        torch.OutOfMemoryError: It was one already; the message says what would need less.
+        torch.OutOfMemoryError: `count` was 1 already; the message says how to reduce memory.
     """
     if count > 1:
         return -(-count // 2)
@@ -363,7 +364,7 @@ def fewer_tasks(count: int, episodes: Episodes, error: torch.OutOfMemoryError) -
 
 
 def default_chunk(device: torch.device) -> int:
-    """Tasks at once: what two CPU cores like, or enough to fill an accelerator."""
+    """Tasks at once: a good number for two CPU cores, or enough to fill an accelerator."""
     return 25 if device.type == "cpu" else 200
 
 
@@ -374,7 +375,7 @@ def loss_for(episodes: Episodes) -> str:
 
 @contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, put back module by module afterwards."""
+    """Evaluation mode; restores each module's own mode afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -385,7 +386,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
 
 
 def _chunks(sampler: Sampler, tasks: int, chunk: int, group: Group) -> Iterator[tuple[int, Episodes]]:
-    """This process's meta-batches out of those with `tasks` tasks in all, each with the number of its first task."""
+    """This process's share of meta-batches that hold `tasks` tasks in total, each with the number of its first task."""
     if hasattr(sampler, "draw_tasks"):
         for first in range(chunk * group.rank, tasks, chunk * group.size):
             yield first, draw_tasks(sampler, first, min(chunk, tasks - first))
@@ -402,7 +403,7 @@ def _chunks(sampler: Sampler, tasks: int, chunk: int, group: Group) -> Iterator[
 
 
 def _setting(sampler: Sampler, report: Mapping[str, Any], episodes: Episodes, classes: int | None) -> dict[str, Any]:
-    """Ways, shots and queries: as told, else the sampler's, else by the sizes of the sets."""
+    """Ways, shots and queries: from `report`, else from the sampler, else from the sizes of the sets."""
 
     def known(name: str) -> int | None:
         value = report.get(name)

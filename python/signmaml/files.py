@@ -1,4 +1,4 @@
-"""Files that are either the old or the new one, never half of it; and a folder that one process owns."""
+"""Atomic file writes, and a folder lock that one process holds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ LOCK_NAME = ".lock"
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Writes a file so that a crash at any moment leaves the previous file or the new one, complete.
+    """Writes a file so that a crash at any moment leaves either the previous or the new file, complete.
 
-    The content goes to a temporary file in the same folder, is forced to disk, takes the name, and the folder is
-    forced to disk too.
+    Writes a temporary file in the same folder, forces it to disk, renames it to `path` and forces the folder to disk.
 
     Args:
         path: File to write; its folder must exist.
@@ -48,17 +47,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files of writers that were killed; only for the process that holds the folder's lock."""
+    """Removes temporary files of killed writers; call it only while holding the folder's lock."""
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process; the system lets go of it when the process ends, however it ends.
+    """Locks a folder for this process; the system releases the lock however the process ends.
 
     Raises:
-        BlockingIOError: Another process holds the folder; the message names it.
+        BlockingIOError: Another process holds the lock; the message names it.
     """
     import fcntl
 
@@ -78,7 +77,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def first_free(wanted: Path) -> Path:
-    """Makes and returns `wanted`, or `wanted-2`, `wanted-3`, ... whichever does not exist yet."""
+    """Creates and returns the first of `wanted`, `wanted-2`, `wanted-3`, ... that does not exist yet."""
     number = 1
     while True:
         candidate = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")

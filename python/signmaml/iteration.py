@@ -1,8 +1,8 @@
 """One whole training iteration (draw, meta-step, Adam, metrics), launched step by step or replayed as a CUDA graph.
 
-As a graph nothing of it touches the host: the iteration's number, the learning rates of the whole run, Adam's
-state and the metrics lie on the device, and the host only launches the graph. Both forms launch the same kernels on the
-same values, so a run may change between them at any iteration.
+A replayed iteration needs nothing from the host but the launch: its number, the learning rates of the whole run, Adam's
+state and the metrics are stored on the device. Both forms launch the same kernels on the same values, so a run may
+switch between them at any iteration.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .schedule import learning_rate, step_seed
 
 @dataclass(frozen=True)
 class Training:
-    """What all iterations of a training work on.
+    """The objects that all iterations of a training share.
 
     Attributes:
         config: The configuration.
         model: Module to train, on its device.
         rates: Its inner rates.
         sampler: Training episodes.
-        arguments: What each iteration passes on to `signmaml_ext.meta_step`, besides rates, steps and seed.
+        arguments: Further arguments of `signmaml_ext.meta_step`, besides rates, steps and seed.
         group: The processes that train together.
     """
 
@@ -51,22 +51,22 @@ class Training:
 
     @cached_property
     def trained(self) -> dict[str, Tensor]:
-        """All that receives a gradient, by name: parameters of the model, and rates under `rates.`."""
+        """Everything that receives a gradient, by name: parameters of the model, and rates under `rates.`."""
         found: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return found | {f"rates.{name}": p for name, p in self.rates.named_parameters()}
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
 
 class Trial(NamedTuple):
-    """What a meta-step of one task shows.
+    """Findings of a trial meta-step on one task.
 
     Attributes:
         classification: Whether tasks have an accuracy.
-        unreached: Names of what is trained but got no gradient.
+        unreached: Names of trained tensors that got no gradient.
     """
 
     classification: bool
@@ -74,10 +74,10 @@ class Trial(NamedTuple):
 
 
 def try_one_task(training: Training) -> Trial:
-    """A meta-step that is thrown away: what does not fit comes to light before anything is written.
+    """Runs a meta-step and discards it, so that errors are raised before anything is written.
 
-    It also settles which backend serves the model (a module may turn out not to batch), so that this does not depend on
-    whether a run starts, resumes, or only tests.
+    It also settles which backend serves the model (a module may turn out not to batch), so that the choice does not
+    depend on whether a run starts, resumes or only tests.
 
     Raises:
         ValueError, TypeError: As `signmaml_ext.meta_step`.
@@ -99,7 +99,7 @@ def try_one_task(training: Training) -> Trial:
 
 
 def why_no_graph(training: Training) -> str | None:
-    """None if iterations can be replayed as CUDA graphs, else the reason; tried out with a meta-step of one task."""
+    """None if iterations can be replayed as CUDA graphs, else the reason; tries a meta-step of one task."""
     if training.config.graph is False:
         return "the configuration says no"
     if training.device.type not in graphs.RECORDERS:
@@ -123,8 +123,8 @@ def why_no_graph(training: Training) -> str | None:
 def outer_adam(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: torch.device) -> torch.optim.Adam:
     """Adam whose learning rate is a tensor, so that the schedule can run on the device.
 
-    On a CUDA device it is torch's fused kernel, with its whole state there; it takes a rate in float32. Elsewhere it is
-    the plain one, with the rate in float64, which gives the bits of a Python float.
+    On a CUDA device it is torch's fused Adam, which keeps its whole state there and takes the rate in float32.
+    Elsewhere it is the plain one with the rate in float64, which gives the same bits as a Python float.
     """
     fused = device.type == "cuda"
     dtype = torch.float32 if fused else torch.float64
@@ -132,41 +132,41 @@ def outer_adam(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: t
 
 
 class Window:
-    """What the next record of metrics is made of: one row for each iteration since the last, on the device.
+    """Metrics on the device that the next record is computed from: one row per iteration since the last record.
 
     Args:
         capacity: Rows to make room for; it grows when needed.
-        device: Where the rows lie.
+        device: Where the rows are stored.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.rows = torch.zeros(capacity, 3, dtype=torch.float64, device=device)
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
-        self._count = 0  # what `filled` holds, as the host knows it
+        self._count = 0  # the host's copy of `filled`
 
     def __len__(self) -> int:
         return self._count
 
     def make_room(self) -> None:
-        """Before an iteration: at least one row is free after it."""
+        """Call before an iteration: makes sure that one more row fits."""
         if self._count == len(self.rows):
             self.rows = torch.cat((self.rows, torch.zeros_like(self.rows)))
 
     def append(self, row: Tensor) -> None:
-        """Adds a row `[3]` on the device, where a graph does it; the host counts in `appended`."""
+        """Adds a row `[3]` on the device, possibly inside a graph; the host counts it in `appended`."""
         self.rows.index_copy_(0, self.filled.view(1), row[None])
         self.filled += 1
 
     def appended(self) -> None:
-        """The host takes note of a row."""
+        """Counts a row on the host."""
         self._count += 1
 
     def present(self) -> Tensor:
-        """`[rows, 3]`, a view."""
+        """The filled rows `[rows, 3]`, a view."""
         return self.rows[: self._count]
 
     def fill(self, rows: Tensor) -> None:
-        """Holds these rows and no others from now on."""
+        """Replaces the content by these rows."""
         self._count = len(rows)
         if self._count > len(self.rows):
             self.rows = self.rows.new_zeros(2 * self._count, 3)
@@ -178,14 +178,14 @@ class Iteration:
     """Runs the iterations of a training.
 
     Args:
-        training: What they work on; the model is in the mode it is trained in.
+        training: The objects they work on; the model must be in its training mode.
         step: The meta-step.
-        optimizer: What `outer_adam` gave for all that is trained.
-        why_no_graph: None to replay iterations as graphs, else why not.
+        optimizer: The result of `outer_adam` for everything that is trained.
+        why_no_graph: None to replay iterations as graphs, else the reason not to.
 
     Attributes:
         window: Query loss, query accuracy (or loss again) and non-finite tasks of each iteration since the last record.
-        why_no_graph: As given; also set when recording turned out not to work.
+        why_no_graph: As given; also set when recording fails.
     """
 
     def __init__(
@@ -202,24 +202,24 @@ class Iteration:
         ]
         self._learning_rates = torch.tensor(schedule, dtype=torch.float64).to(self._lr)
         self._number = torch.zeros((), dtype=torch.int64, device=device)
-        self._next = 0  # what `_number` holds, as the host knows it
+        self._next = 0  # the host's copy of `_number`
         self._recording: graphs.Recording | None = None
         self._recorded_for: tuple[object, ...] = ()
 
     def run(self, number: int) -> None:
-        """One iteration; nothing in it waits for the device but the recording of a graph.
+        """Runs one iteration; only the recording of a graph waits for the device.
 
         Args:
-            number: Of the iteration, 0-based.
+            number: The iteration's number, 0-based.
 
         Raises:
-            GraphRefused: The configuration says that there must be a graph, and it cannot be recorded.
+            GraphRefused: The configuration requires a graph, and it cannot be recorded.
         """
         self.window.make_room()
         if self.why_no_graph is None:
             self._record_if_new()
         if self._recording is None:
-            # Where the whole is no graph, the meta-step may still be one.
+            # Even if the whole iteration is not a graph, the meta-step may still be one.
             config = self._training.config
             share = draw_share(self._training.sampler, number, self._training.group)
             graph = False if config.graph is False else None
@@ -248,11 +248,10 @@ class Iteration:
         numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
         self.window.append(torch.stack(numbers))
 
-    # -----------------------------------------------------------------------------------------------------------
-    # As a graph
+    # ---- CUDA graph
 
     def _whole(self) -> tuple[Tensor, ...]:
-        """An iteration whose number lies on the device. The model draws nothing, so the seed does not matter."""
+        """An iteration whose number is on the device. The model draws no random numbers, so the seed is unused."""
         episodes: Episodes = self._training.sampler.draw_at(self._number)  # type: ignore[attr-defined]
         lr = self._learning_rates.index_select(0, self._number.view(1)).view(())
         self._train(Share(episodes, 0, episodes.tasks), lr, seed=0, graph=False)
@@ -260,7 +259,7 @@ class Iteration:
         return ()
 
     def _record_if_new(self) -> None:
-        """Records the iteration unless that is done; anew if a tensor that the graph reads lies elsewhere now."""
+        """Records the iteration if there is no recording yet, or if a tensor that the graph uses has moved."""
         if self._recording is not None and self._recorded_for == self._places():
             return
         self._recording = None
@@ -268,7 +267,7 @@ class Iteration:
             recorder = graphs.RECORDERS[self._training.device.type](self._training.device)
             with self._unchanged():
                 recorder.warm_up(self._whole)
-            # Not before: torch warns of capturable steps that are not captured.
+            # Set it only now: torch warns about capturable steps outside a capture.
             self._optimizer.param_groups[0]["capturable"] = self._training.device.type == "cuda"
             self._recording = recorder.record(self._whole)
         except graphs.GraphRefused as error:
@@ -278,10 +277,10 @@ class Iteration:
             self._optimizer.param_groups[0]["capturable"] = False
             return
         self._recorded_for = self._places()
-        self._next = -1  # whatever lies in `_number` now
+        self._next = -1  # the content of `_number` is now unknown
 
     def _places(self) -> tuple[object, ...]:
-        """Addresses of what the graph reads and writes, and what else it depends on."""
+        """Addresses of the tensors that the graph reads and writes, and the model's mode."""
         trained, model = self._training.trained.values(), self._training.model
         states = (value for p in trained for value in self._optimizer.state.get(p, {}).values())
         tensors = (*trained, *model.buffers(), *states, self.window.rows)
@@ -289,7 +288,7 @@ class Iteration:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Puts weights, Adam's state and metrics back in place, as if nothing had been trained meanwhile."""
+        """Restores weights, Adam's state and metrics in place afterwards, as if no training had happened."""
         state, trained = self._optimizer.state, self._training.trained.values()
         undo: list[Callable[[], object]] = []
         for tensor in (*trained, self.window.rows, self.window.filled):
@@ -306,7 +305,7 @@ class Iteration:
                 for parameter, names in known.items():
                     for name, value in state.get(parameter, {}).items():
                         if name not in names:
-                            value.zero_()  # how all of Adam's state begins
+                            value.zero_()  # all of Adam's state starts at zero
 
 
 def _putting_back(tensor: Tensor) -> Callable[[], object]:

@@ -1,6 +1,6 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, the terminal.
+"""Outputs for the metrics of a run: metrics.jsonl, TensorBoard, the terminal.
 
-A *record* is a flat dictionary with `iteration` (meta-iterations done) and `split` ("train" or "val"). Records hold
+A *record* is a flat dictionary with `iteration` (meta-iterations done) and `split` ("train" or "val"). Records contain
 nothing that depends on the clock, so a resumed run's metrics.jsonl equals an uninterrupted run's byte for byte.
 """
 
@@ -27,8 +27,8 @@ class MetricsFile:
     """A JSON-lines file of records, open for appending.
 
     Args:
-        path: The file; made if it does not exist.
-        keep_until: Records of later iterations are dropped first, and so is a last line that a crash cut short.
+        path: The file; created if it does not exist.
+        keep_until: Records of later iterations are dropped first, as is a last line cut short by a crash.
     """
 
     def __init__(self, path: Path, keep_until: int) -> None:
@@ -42,7 +42,7 @@ class MetricsFile:
         self._file.flush()
 
     def sync(self) -> None:
-        """Forces what was written to disk; a checkpoint must not be ahead of the metrics."""
+        """Forces the records to disk; call it before a checkpoint, which must not be ahead of the metrics."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, up to the first line that is not complete; none if there is no file."""
+    """The records of a metrics file, up to the first incomplete line; empty if there is no file."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -71,16 +71,16 @@ def _plain(value: Any) -> Any:
 
 
 def tensorboard_wanted(chosen: bool | None) -> bool:
-    """What a configuration's `tensorboard` comes to here: None means "if it is installed"."""
+    """Resolves a configuration's `tensorboard`, where None means "if it is installed"."""
     return importlib.util.find_spec("tensorboard") is not None if chosen is None else chosen
 
 
 class TensorBoard:
-    """Records as TensorBoard scalars `split/name`.
+    """Writes records as TensorBoard scalars `split/name`.
 
     Args:
         folder: Where the event files go.
-        start: Iteration the run continues from; what an earlier process wrote after it is hidden.
+        start: Iteration the run continues from; later events of an earlier process are hidden.
 
     Raises:
         ModuleNotFoundError: TensorBoard is not installed.
@@ -111,7 +111,7 @@ class Progress:
         total: Iterations of the run.
         start: Iterations done already.
         enabled: False shows nothing.
-        stream: Where to; None: stderr for the bar, stdout for lines.
+        stream: Output stream; None: stderr for the bar, stdout for lines.
     """
 
     seconds_between_lines = 5.0
@@ -138,7 +138,7 @@ class Progress:
             self._bar.close()
 
     def advance(self) -> None:
-        """One iteration is done (or, on an accelerator, on its way)."""
+        """Counts one iteration as done (on an accelerator, as launched)."""
         self._done += 1
         if self._bar is not None:
             self._bar.update(1)
@@ -166,7 +166,7 @@ class Progress:
         self._stream.flush()
 
     def message(self, text: str) -> None:
-        """A line that does not tear the bar."""
+        """Prints a line without breaking the bar."""
         if not self._enabled:
             return
         if self._bar is not None:
@@ -177,7 +177,7 @@ class Progress:
 
 @contextmanager
 def counting(name: str, total: int, *, enabled: bool = True, unit: str = "task") -> Iterator[Callable[[int], None]]:
-    """A function to call with each amount done: a bar on a terminal, one line at the start elsewhere."""
+    """Yields a function to call with each amount done; shows a bar on a terminal, one line at the start elsewhere."""
     if not enabled:
         yield lambda amount: None
         return

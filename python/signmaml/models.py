@@ -1,4 +1,4 @@
-"""The networks of the few-shot literature, and loading of weights that other libraries trained."""
+"""The networks of the few-shot literature, and loading of weights trained with other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, BatchNorm on batch statistics, ReLU, and halving by 2x2 max-pooling or by stride 2."""
+    """3x3 convolution, BatchNorm on batch statistics, ReLU, and downsampling by 2x2 max-pooling or stride 2."""
 
     def __init__(self, channels: int, filters: int, pooling: str) -> None:
         super().__init__()
@@ -34,19 +34,19 @@ class ConvBlock(nn.Module):
 class Conv4(nn.Module):
     """The four-block convolutional network of the MAML literature, in learn2learn's layout.
 
-    Each block is a 3x3 convolution (padding 1, with bias), BatchNorm, ReLU and a halving of the image; a linear
-    classifier reads the flattened `[C, H, W]` features. Parameters are named `features.{i}.conv.{weight,bias}`,
+    Each block is a 3x3 convolution (padding 1, with bias), BatchNorm, ReLU and a halving of the image size; a linear
+    classifier takes the flattened `[C, H, W]` features. Parameters are named `features.{i}.conv.{weight,bias}`,
     `features.{i}.normalize.{weight,bias}` and `classifier.{weight,bias}`.
 
-    BatchNorm always uses the statistics of the batch at hand, in training and in evaluation, as MAML's official
-    code does: there are no running buffers. A state dict that holds some (`running_mean`, ...) loads all the same;
-    they are left out with a warning.
+    BatchNorm always uses the statistics of the current batch, in training and in evaluation, as MAML's official code
+    does: there are no running buffers. A state dict that has some (`running_mean`, ...) can still be loaded; they are
+    ignored with a warning.
 
-    Weights of convolutions and classifier start Xavier-uniform, biases at 0, BatchNorm at scale 1 and shift 0;
-    drawn from torch's global generator.
+    Initialisation: Xavier-uniform weights of convolutions and classifier from torch's global generator, biases 0,
+    BatchNorm with scale 1 and shift 0.
 
     Args:
-        ways: Number of classes, >= 2; width of the prediction.
+        ways: Number of classes, >= 2; size of the prediction.
         channels: Channels of the images, >= 1.
         filters: Channels of every block, >= 1; 32 and 64 are usual.
         image_size: Height and width of the images in pixels; at least `2 ** layers` for "max".
@@ -115,8 +115,8 @@ class MLP(nn.Module):
     regression) and start as torch's `nn.Linear` does.
 
     Args:
-        inputs: Numbers in one example, >= 1.
-        outputs: Numbers in one prediction, >= 1.
+        inputs: Size of one example, >= 1.
+        outputs: Size of one prediction, >= 1.
         hidden: Widths of the hidden layers; may be empty. Default (40, 40), as in MAML's sinusoid experiment.
         activation: "relu" or "tanh".
 
@@ -140,7 +140,7 @@ class MLP(nn.Module):
         self.classifier = nn.Linear(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Predictions `[B, outputs]` of examples `[B, ...]` with `inputs` numbers each."""
+        """Predictions `[B, outputs]` for examples `[B, ...]` with `inputs` elements each."""
         x = x.flatten(1)
         for layer in self.features:
             x = self.activation(layer(x))
@@ -148,11 +148,11 @@ class MLP(nn.Module):
 
 
 class LoadReport(NamedTuple):
-    """What `load_learn2learn_state_dict` did.
+    """Result of `load_learn2learn_state_dict`.
 
     Attributes:
-        loaded: The model's own names that were filled.
-        ignored: Keys of the file that have no place in the model: BatchNorm's running statistics.
+        loaded: Names in the model that were loaded.
+        ignored: Keys of the file without a counterpart in the model: BatchNorm's running statistics.
     """
 
     loaded: tuple[str, ...]
@@ -177,20 +177,20 @@ def load_learn2learn_state_dict(model: nn.Module, state_dict: Mapping[str, Tenso
     | `classifier.*`, `linear.*`                                           | `classifier.*`             |
     | any of them after `module.`                                          | the same                   |
 
-    The classifier reads features flattened as `[C, H, W]` on both sides, so its weight needs no reordering.
+    Both classifiers take features flattened as `[C, H, W]`, so the weight needs no reordering.
 
     Args:
         model: A `Conv4`, or any module with its parameter names, of the file's sizes; on any device.
-        state_dict: Name -> tensor, for example from `torch.load(path, weights_only=True)`. Names may come twice
-            (learn2learn registers some blocks under two names) if their values are equal.
+        state_dict: Name -> tensor, for example from `torch.load(path, weights_only=True)`. A tensor may
+            appear under two names (learn2learn registers some blocks twice) if the values are equal.
 
     Returns:
-        The names that were loaded, and the keys that were left out (BatchNorm's running statistics, where the
-        model keeps none).
+        The names that were loaded, and the keys that were ignored (BatchNorm's running statistics, if the model
+        has none).
 
     Raises:
-        ValueError: Keys are unknown, missing, or of another shape than the model's; the message lists all of them,
-            and nothing has been changed.
+        ValueError: Keys are unknown or missing, or shapes differ from the model's; the message lists all of them,
+            and the model is unchanged.
 
     Example:
         >>> model = Conv4(ways=5, channels=3, image_size=84)
@@ -246,7 +246,7 @@ def _drop_running_statistics(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Pre-hook of `load_state_dict`, which works on a copy: the caller's dictionary keeps its entries."""
+    """Pre-hook of `load_state_dict`, which passes a copy, so the caller's dictionary stays unchanged."""
     dropped = [k for k in state_dict if k.startswith(f"{prefix}features.") and k.rpartition(".")[2] in _RUNNING]
     for key in dropped:
         del state_dict[key]
@@ -264,5 +264,5 @@ def _check_integer(argument: str, value: object, least: int) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of trainable numbers; tied parameters count once."""
+    """Number of trainable scalars; tied parameters count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""The configuration's fields as options of the command line: what they say, read back from the parsed words."""
+"""The configuration's fields as options of the command line: their values, converted from the parsed words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from . import config as configs
 from .values import parse_word
 
-# Fields of TrainConfig that an evaluation may set for itself.
+# Fields of TrainConfig that an evaluation may override.
 EVALUATION_FIELDS = (
     "data", "data_root", "ways", "shots", "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
     "precision", "backend", "seed", "device",
@@ -19,7 +19,7 @@ def given_fields(parsed: argparse.Namespace) -> dict[str, Any]:
     """The fields that the command line set, in their types.
 
     Raises:
-        ValueError: A word is no value of its field's type.
+        ValueError: A word is not a value of its field's type.
     """
     kinds = configs.kinds()
     values: dict[str, Any] = {}

@@ -1,8 +1,8 @@
-"""A meta-step in pieces: tasks spread over processes, and over time where memory does not hold them all at once.
+"""A meta-step in pieces: tasks are split over processes, and further into smaller batches if memory is short.
 
-Pieces add up. With G_i the meta-gradient of a piece's live tasks, their mean over the meta-batch is
-sum_i n_i G_i / sum_i n_i, with n_i the number of live tasks of piece i: however many tasks a piece has, and whichever
-were left out as non-finite, each task weighs the same.
+Let G_i be the mean meta-gradient over the n_i live tasks of piece i. The meta-batch's gradient is
+sum_i n_i G_i / sum_i n_i, so each live task has the same weight, whatever the sizes of the pieces and whichever tasks
+were left out as non-finite.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MetaStepArguments(StepArguments):
-    """What is passed on to `signmaml_ext.meta_step`; see there."""
+    """Arguments passed on to `signmaml_ext.meta_step`; see there."""
 
     inner_steps: int
     seed: int
@@ -35,9 +35,9 @@ class Share(NamedTuple):
     """The tasks of a meta-batch that one process computes.
 
     Attributes:
-        episodes: The tasks; there may be none.
-        first: Number of the first one in the meta-batch.
-        of: Tasks of the whole meta-batch.
+        episodes: The tasks; may be empty.
+        first: Index of the first one in the meta-batch.
+        of: Number of tasks in the whole meta-batch.
     """
 
     episodes: Episodes
@@ -48,7 +48,7 @@ class Share(NamedTuple):
 def draw_share(sampler: Sampler, iteration: int, group: Group) -> Share:
     """This process's share of an iteration's meta-batch.
 
-    Only these tasks are drawn, if the sampler can (`draw_tasks` and `tasks`); else all are, and the others dropped.
+    Draws only these tasks if the sampler has `draw_tasks` and `tasks`; otherwise draws all and drops the others.
     """
     tasks = getattr(sampler, "tasks", None)
     if group.size == 1 or tasks is None or not hasattr(sampler, "draw_tasks"):
@@ -61,7 +61,7 @@ def draw_share(sampler: Sampler, iteration: int, group: Group) -> Share:
 
 
 class StepNumbers(NamedTuple):
-    """What is known of every task of a meta-batch after a step, in every process.
+    """Results of every task of a meta-batch after a step, the same in every process.
 
     Attributes:
         query_loss: `[T]`.
@@ -77,15 +77,15 @@ class StepNumbers(NamedTuple):
 class MetaStep:
     """`signmaml_ext.meta_step` on a meta-batch of which this process computes a share.
 
-    Alone, and while all tasks fit in memory, it is exactly one call of `meta_step`.
+    With one process, and while all tasks fit in memory, it is exactly one call of `meta_step`.
 
     Args:
         model: The model.
-        trained: All that receives a gradient, by name: parameters of the model and learned inner rates.
+        trained: Everything that receives a gradient, by name: parameters of the model and learned inner rates.
         group: The processes.
         classification: Whether tasks have an accuracy.
-        unreached: Those of `trained` that a task was seen to leave without a gradient. Unless some task reaches them
-            after all, their `.grad` stays None and the optimizer leaves them alone, as in one call.
+        unreached: Names in `trained` that got no gradient in a trial task. Unless a task does reach them, their
+            `.grad` stays None and the optimizer skips them, as after a single call of `meta_step`.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class MetaStep:
         self._model, self._trained, self._group = model, list(trained.values()), group
         self._unreached = [name in unreached for name in trained]
         self._classification = classification
-        self.at_once: int | None = None  # tasks that fit in memory together; None: all, as far as is known
+        self.at_once: int | None = None  # tasks that fit in memory together; None: no limit met so far
 
     def __call__(self, share: Share, rates: Callable[[], Rates], **arguments: Unpack[MetaStepArguments]) -> StepNumbers:
         """Adds the meta-gradient of the whole meta-batch to `.grad`, which must be None.
 
         Args:
             share: The tasks of this process.
-            rates: Gives `inner_lr`; called anew for every piece, whose backward pass uses it up.
+            rates: Returns `inner_lr`; called again for every piece, because the backward pass frees its graph.
             **arguments: For `signmaml_ext.meta_step`.
 
         Raises:
@@ -127,7 +127,7 @@ class MetaStep:
                 self.at_once = fewer_tasks(share.of, share.episodes, error)
                 self._drop_gradients()
         raising = arguments["nonfinite"] == "raise"
-        if raising:  # in all processes or in none
+        if raising:  # raise after the exchange, so that all processes do
             arguments["nonfinite"] = "propagate"
         sums = self._sums(share, rates, arguments)
         self._group.add(sums)
@@ -146,9 +146,9 @@ class MetaStep:
         return StepNumbers(loss, accuracy if self._classification else None, nonfinite)
 
     def _sums(self, share: Share, rates: Callable[[], Rates], arguments: MetaStepArguments) -> Tensor:
-        """One flat tensor: sum of the live tasks' meta-gradients, their number, then loss, accuracy and flag by task.
+        """One flat tensor: sum of the live tasks' meta-gradients, their number, then loss, accuracy and flag per task.
 
-        By task and not summed: each has one process that knows it, and 0 elsewhere adds nothing, so the records do not
+        The last three are kept per task: only one process fills each entry and the others add 0, so the records do not
         depend on the number of processes.
         """
         size = sum(p.numel() for p in self._trained)

@@ -1,4 +1,4 @@
-"""Pictures of a run: training curves, one episode with predictions, fits of sine waves. Drawn without a display."""
+"""Plots of a run: training curves, one episode with predictions, fits of sine waves. They need no display."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_curves(metrics: Path | Mapping[str, Path], out: Path) -> None:
     """Accuracy (classification only) and loss against meta-iterations, validation with its 95% interval.
 
     Args:
-        metrics: A metrics.jsonl; or several by label, whose validation curves are compared.
+        metrics: A metrics.jsonl, or several by label, whose validation curves are compared.
         out: PNG file to write.
 
     Raises:
@@ -66,18 +66,18 @@ def draw_task(
     title: str = "",
     **arguments: Unpack[EvaluationArguments],
 ) -> bool:
-    """One task of a sampler, adapted: a contact sheet for images, fits for functions of one number.
+    """Draws one adapted task of a sampler: a contact sheet for images, fits for functions of one number.
 
     Args:
         model: The meta-trained model.
         sampler: Where the task comes from.
         out: PNG file to write.
         task: Number of the task; with a sampler that has no `draw_tasks`, a task of its first meta-batch.
-        title: What the picture shows, such as data set and split; the number of the task is added.
+        title: Title, such as data set and split; the number of the task is appended.
         **arguments: For `signmaml_ext.evaluate`.
 
     Returns:
-        Whether there was something to draw: tasks of other kinds have no picture.
+        Whether a plot was drawn; tasks of other kinds have none.
     """
     several = hasattr(sampler, "draw_tasks")
     episodes = draw_tasks(sampler, task, 3) if several else draw(sampler, 0).part(task, task + 1)
@@ -107,7 +107,7 @@ def draw_fits(
     title: str = "",
     **arguments: Unpack[EvaluationArguments],
 ) -> None:
-    """What the model predicts before and after adapting, for each of a few one-dimensional regression tasks.
+    """Draws the predictions before and after adapting for a few one-dimensional regression tasks.
 
     Args:
         model: The meta-trained model.
@@ -122,13 +122,13 @@ def draw_fits(
     every_x = torch.cat((support_x, query_x), 1)
     grid = torch.linspace(float(every_x.min()), float(every_x.max()), 200, device=support_x.device)
     grid_x = grid.to(support_x.dtype).view(1, -1, 1).expand(tasks, -1, 1)
-    unknown = torch.zeros_like(grid_x)  # targets are needed, their loss is not
+    unknown = torch.zeros_like(grid_x)  # evaluate needs targets, but their loss is unused
 
     with dropout_off(model):
         on_grid = Episodes(support_x, support_y, grid_x, unknown)
         after = signmaml_ext.evaluate(model, *on_grid, **arguments).logits  # type: ignore[arg-type]
         if not isinstance(arguments["inner_lr"], float):
-            arguments["inner_lr"] = 0.0  # learned rates may count steps, and there are none here
+            arguments["inner_lr"] = 0.0  # learned rates may be one per step, and there are no steps here
         at_start: EvaluationArguments = {**arguments, "inner_steps": 0}
         before = signmaml_ext.evaluate(model, *on_grid, **at_start).logits  # type: ignore[arg-type]
     figure = Figure(figsize=(4.2 * tasks, 3.6), layout="constrained")
@@ -180,7 +180,7 @@ def _compare_runs(axis: Axes, runs: Mapping[str, Records], quantity: str) -> Non
 def _series(records: Records, split: str, quantity: str) -> tuple[list[int], list[float], list[float]]:
     """Iterations, values and half-widths of the interval, for records that have the quantity."""
     chosen = [r for r in records if r["split"] == split and r.get(quantity) is not None]
-    # The interval belongs to the metric: accuracy in classification, else the loss.
+    # The interval is that of the metric: accuracy in classification, else the loss.
     owner = "accuracy" if any(r.get("accuracy") is not None for r in chosen) else "loss"
     scale = 100.0 if quantity == "accuracy" else 1.0
     half = [scale * (r.get("ci95") or 0.0) if quantity == owner else 0.0 for r in chosen]

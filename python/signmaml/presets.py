@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tasks": 8,
         "iterations": 5000,
     },
-    # What the official code runs on mini-ImageNet: hours on a CPU.
+    # The official code's run on mini-ImageNet; takes hours on a CPU.
     "official": {
         "data": "mini_imagenet",
         "image_size": 84,

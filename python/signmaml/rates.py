@@ -1,4 +1,4 @@
-"""Inner learning rates as the trainer holds them: a constant, or meta-learned."""
+"""The trainer's inner learning rates: a constant, or meta-learned."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class InnerRates(nn.Module):
-    """The inner learning rates of a run; `values()` is what `signmaml_ext.meta_step` takes as `inner_lr`.
+    """The inner learning rates of a run; pass `values()` to `signmaml_ext.meta_step` as `inner_lr`.
 
-    Learned rates are kept as logarithms: they stay positive, and a step of the outer Adam changes them by a share
-    (1e-3 is 0.1% an iteration) whatever their size.
+    Learned rates are stored as logarithms: they stay positive, and a step of the outer Adam changes them by a fraction
+    of their size (an outer rate of 1e-3 changes them by 0.1% per iteration).
 
     Args:
-        model: Whose parameters the rates belong to.
+        model: The model whose parameters the rates belong to.
         learn: "none", "scalar" (one rate), "per-step" (one for each inner step), "per-layer" (one for each adapted
-            parameter tensor: a layer's weight and bias have their own, as in MAML++), or "per-layer-per-step".
-        start: The rate at the beginning, > 0.
+            parameter tensor: a layer's weight and bias have separate rates, as in MAML++), or "per-layer-per-step".
+        start: The initial rate, > 0.
         steps: Inner steps in training (K).
         adapt: Name patterns of the adapted parameters; None: all that require grad.
 
@@ -50,10 +50,10 @@ class InnerRates(nn.Module):
             self.register_parameter(f"log_{index}", self.logs[name])  # a name may hold dots, an attribute may not
 
     def values(self, steps: int | None = None) -> float | Tensor | dict[str, Tensor]:
-        """The rates, differentiable where they are learned.
+        """The rates, differentiable if they are learned.
 
         Args:
-            steps: Inner steps to be taken; None: those of training. More steps than in training repeat the last
+            steps: Number of inner steps; None: as in training. More steps than in training repeat the last
                 step's rate, fewer take the first ones.
         """
         if not self.logs:
@@ -68,15 +68,15 @@ class InnerRates(nn.Module):
         return rate[[min(step, self.steps - 1) for step in range(steps)]]
 
     def to_json(self) -> dict[str, Any]:
-        """The logarithms as lists, exactly, with what is needed to read them back."""
+        """The exact logarithms as lists, with everything that `load_json` needs."""
         logs = {name: log.detach().double().tolist() for name, log in self.logs.items()}
         return {"learn": self.learn, "start": self.start, "steps": self.steps, "logs": logs}
 
     def load_json(self, stored: Mapping[str, Any]) -> None:
-        """Takes over rates that `to_json` gave.
+        """Loads rates that `to_json` returned.
 
         Raises:
-            ValueError: They are of another kind, or for other parameters or steps; nothing has been changed.
+            ValueError: They are of another kind, or for other parameters or steps; nothing is changed.
         """
         own = (self.learn, self.steps, list(self.logs))
         try:

@@ -1,4 +1,4 @@
-"""What comes out of a run: the best validation, the test, and result.json."""
+"""Results of a run: the best validation, the test, and result.json."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .evaluation import Evaluation
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation so far; the earlier one if two are equal.
+    """The best validation so far; of two equal ones, the earlier.
 
     Attributes:
-        iteration: Meta-iterations done then.
+        iteration: Meta-iterations done at that point.
         metric: "accuracy" (higher is better) or "mse" (lower is better).
         value: Mean of the metric over the validation tasks.
     """
@@ -34,7 +34,7 @@ class Best:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `MetaTrainer.fit` did.
+    """Result of `MetaTrainer.fit`.
 
     Attributes:
         test: The test with the best weights; None with `test_tasks=0` or without test data.
@@ -51,7 +51,7 @@ class FitResult:
     folder: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values of all but the folder."""
+        """Everything except the folder, as JSON values."""
         return {
             "test": None if self.test is None else self.test.to_dict(),
             "validation": None if self.best is None else dataclasses.asdict(self.best),

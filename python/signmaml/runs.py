@@ -1,4 +1,4 @@
-"""The folder of a run: which files it holds, and who may write there."""
+"""The folder of a run: its files, and the lock that admits one writing process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RunFolder:
     Attributes:
         path: The folder.
         config: config.yaml, the configuration the run was started (or last resumed) with.
-        metrics: metrics.jsonl, one record a line.
+        metrics: metrics.jsonl, one record per line.
         last: last.safetensors, the state to resume from.
         best: best.safetensors, weights with the best validation result.
         result: result.json, the test at the end.
@@ -45,7 +45,7 @@ class RunFolder:
         return any(path.exists() for path in (self.config, self.metrics, self.last, self.best, self.result))
 
     def clear(self) -> None:
-        """Removes a run's files, and nothing else that lies in the folder."""
+        """Removes the run's files and leaves everything else in the folder."""
         for path in (self.last, self.best, self.result, self.curves, self.episode, self.metrics, self.config):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
@@ -69,10 +69,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, config: TrainConfig, *, resume: bool, overwrite: bool) -> Iterator[None]:
-        """Holds the folder for one run of `config`; a run to be overwritten is removed.
+        """Locks the folder for one run of `config`; with `overwrite`, removes the run in it.
 
         Raises:
-            FileExistsError: There is a run, and neither `resume` nor `overwrite` was asked for.
+            FileExistsError: There is a run, and neither `resume` nor `overwrite` is set.
             FileNotFoundError: There is no run to resume.
             BlockingIOError: Another process is training here.
             ValueError: The run to resume has another configuration; the message names the fields.
@@ -100,5 +100,5 @@ class RunFolder:
 
 
 def choose_folder(out: str | Path | None, data_name: str) -> RunFolder:
-    """The folder `out`, else the first free of runs/DATA, runs/DATA-2, ... (made at once)."""
+    """The folder `out`, else the first unused one of runs/DATA, runs/DATA-2, ... (created at once)."""
     return RunFolder(first_free(Path("runs") / data_name) if out is None else out)

@@ -26,7 +26,7 @@ def learning_rate(schedule: str, start: float, iteration: int, iterations: int) 
 
 
 def step_seed(seed: int, iteration: int) -> int:
-    """A seed for what is random inside one meta-step (dropout): well mixed, 63 bits, the same after a resume.
+    """A seed for the randomness inside one meta-step (dropout): well mixed, 63 bits, the same after a resume.
 
     Example:
         >>> step_seed(0, 1) == step_seed(0, 1) != step_seed(1, 0)

@@ -38,7 +38,7 @@ def draw_episode(
     title: str = "",
     **arguments: Unpack[EvaluationArguments],
 ) -> None:
-    """A contact sheet: a row a class, support images left, query images right under their predicted class.
+    """A contact sheet: one row per class, support images left, query images right under their predicted class.
 
     Args:
         model: The meta-trained model.
@@ -83,13 +83,13 @@ def draw_episode(
 
 
 def draw_images(images: ImageSet, out: Path, *, classes: int = 12, each: int = 10) -> None:
-    """A row for each of some classes, evenly chosen, with their first images.
+    """Draws one row for each of some evenly spaced classes, with their first images.
 
     Args:
         images: The set.
         out: PNG file to write.
-        classes: Most rows.
-        each: Most images of a class.
+        classes: Maximum number of rows.
+        each: Maximum number of images per class.
     """
     rows = min(classes, images.classes)
     chosen = [number * images.classes // rows for number in range(rows)]
@@ -109,7 +109,7 @@ def draw_images(images: ImageSet, out: Path, *, classes: int = 12, each: int = 1
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Writes a PNG file atomically, without a window system whatever matplotlib is configured to use."""
+    """Writes a PNG file atomically; needs no window system, whichever backend matplotlib is configured for."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=120)
@@ -140,7 +140,7 @@ def _where(labels: Tensor, label: int) -> list[int]:
 
 
 def _image(figure: Figure, grid: GridSpec, cell: tuple[int, int], image: Tensor, limits: tuple[float, float]) -> Axes:
-    """Draws `[C, H, W]` with the given black and white."""
+    """Draws `[C, H, W]` with the given limits for black and white."""
     low, high = limits
     axis = figure.add_subplot(grid[cell])
     pixels = ((image - low) / max(high - low, 1e-12)).clamp(0, 1).permute(1, 2, 0).numpy()

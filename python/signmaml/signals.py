@@ -13,7 +13,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     Attributes:
         signal_number: SIGINT or SIGTERM.
-        exit_code: What a command line should exit with: 128 + signal number.
+        exit_code: Exit code for a command line: 128 + signal number.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -23,9 +23,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class SignalGuard:
-    """Notes the first SIGINT or SIGTERM while it is entered; a second SIGINT interrupts at once.
+    """Context manager that records the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
 
-    Only the main thread of a process can handle signals; in any other thread this does nothing.
+    Only the main thread of a process can handle signals; in other threads it does nothing.
 
     Attributes:
         received: The signal, or None.

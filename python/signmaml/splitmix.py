@@ -1,7 +1,7 @@
-"""SplitMix64 (Steele, Lea and Flood 2014): a hash of 64-bit integers, from which keys and random numbers are made.
+"""SplitMix64 (Steele, Lea and Flood 2014): a hash of 64-bit integers, used for keys and random numbers.
 
 `mixed` is the generator's next output from a state: every bit of the state changes about half of the output's bits. The
-module is not in `signmaml_ext`, because data and episodes work without native code.
+module is not in `signmaml_ext`, because data and episodes must work without native code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def mixed(state: int) -> int:
 
 
 def mixed_(states: Tensor) -> Tensor:
-    """`mixed` of every element of an int64 tensor, in place: the same bits, on any device."""
+    """`mixed` of every element of an int64 tensor, in place; gives the same bits on any device."""
     word = states.add_(signed(GOLDEN))
     word.bitwise_xor_(shifted(word, 30)).mul_(signed(_FIRST))
     word.bitwise_xor_(shifted(word, 27)).mul_(signed(_SECOND))
@@ -35,11 +35,11 @@ def mixed_(states: Tensor) -> Tensor:
 
 
 def signed(word: int) -> int:
-    """The int64 with the same 64 bits, which torch's int64 arithmetic takes as a scalar."""
+    """The int64 with the same 64 bits, as torch's int64 arithmetic accepts as a scalar."""
     word %= _WORD
     return word - _WORD if word >= _WORD // 2 else word
 
 
 def shifted(words: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right. torch shifts int64 arithmetically, so the copies of the sign bit are cut off."""
+    """Logical right shift. torch shifts int64 arithmetically, so the copies of the sign bit are masked out."""
     return (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)

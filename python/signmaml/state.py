@@ -1,4 +1,4 @@
-"""The training state as named tensors: what last.safetensors holds, and how it comes back.
+"""The training state as named tensors: packing it for last.safetensors and restoring it.
 
 Names: `model.*` (the state dict), `rates.*` (logarithms of learned inner rates), `adam.<parameter>.<entry>`, and
 `window`: `[iterations since the last record, 3]`.
@@ -33,7 +33,7 @@ def pack(
         rates: Its inner rates.
         trained: Everything the optimizer trains, by name.
         optimizer: The optimizer.
-        window: `[iterations since the last record, 3]`, what the record will be made of.
+        window: `[iterations since the last record, 3]`, the rows of the next record.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"rates.{name}": value for name, value in rates.state_dict().items()}
@@ -53,10 +53,10 @@ def unpack(
     optimizer: torch.optim.Optimizer,
     where: str,
 ) -> Tensor:
-    """Puts a packed state back and returns the window, which may be empty, on the CPU.
+    """Restores a packed state and returns the window, which may be empty, on the CPU.
 
     Args:
-        tensors: What `pack` gave, on the CPU.
+        tensors: The result of `pack`, on the CPU.
         model, rates, trained, optimizer: As for `pack`; on any device.
         where: The file, for messages.
 
@@ -80,7 +80,7 @@ def unpack(
     )
     for name, entries in adam.items():
         parameter = trained[name]
-        # Adam keeps its step counter on the CPU, unless it is the fused one.
+        # Adam keeps its step counter on the CPU, except for the fused implementation.
         stays = () if optimizer.defaults["fused"] else ("step",)
         optimizer.state[parameter] = {k: v if k in stays else v.to(parameter.device) for k, v in entries.items()}
     return torch.empty(0, 3, dtype=torch.float64) if window is None else window
@@ -90,7 +90,7 @@ def checked_metadata(metadata: Mapping[str, Any], where: str) -> tuple[int, floa
     """Iteration, seconds and best validation of a training state's header.
 
     Raises:
-        ValueError: One of them is missing or is nothing of the kind.
+        ValueError: One of them is missing or has the wrong type.
     """
     expected = {"iteration": "an integer >= 0", "seconds": "a number", "best": "none or iteration, metric and value"}
     for name, kind in expected.items():

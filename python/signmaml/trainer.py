@@ -1,4 +1,4 @@
-"""`MetaTrainer`: the training loop, and everything that makes it survive interruptions."""
+"""`MetaTrainer`: the training loop, with checkpoints that make it survive interruptions."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ class _Writer(Protocol):
 class MetaTrainer:
     """Meta-trains a model as a `TrainConfig` says: Adam on the meta-gradients of `signmaml_ext.meta_step`.
 
-    All randomness comes from counters (seed and iteration), so a run that was interrupted at any point and resumed
-    ends with the same bits as one that was not: weights, metrics, curve. The run's folder holds config.yaml,
-    metrics.jsonl, last.safetensors (to resume), best.safetensors (weights with the best validation), result.json and
-    plots; see `signmaml.runs.RunFolder`.
+    All randomness is computed from counters (seed and iteration). A run that was interrupted at any point and resumed
+    therefore ends with bitwise the same weights, metrics and curve as one that was not. The run's folder holds
+    config.yaml, metrics.jsonl, last.safetensors (to resume), best.safetensors (weights with the best validation),
+    result.json and plots; see `signmaml.runs.RunFolder`.
 
     Args:
         config: The configuration.
         model: Module to train, moved to the configuration's device; None: the one the configuration names. Its
             forward takes `[B, ...]` and returns scores `[B, ways]`, or predictions for float targets.
         train: Training data: an `ImageSet`, or any sampler with `draw(iteration)` (see `signmaml.episodes.Sampler`;
-            it must give the same for the same iteration if resuming is to be exact). None: the configuration's data.
+            resuming is exact only if it depends on `iteration` alone). None: the configuration's data.
         val: Validation data likewise. None: the configuration's, or none at all if `train` is given.
         test: Test data likewise.
-        out: Run folder; None: `config.out`, or the first free one under runs/.
+        out: Run folder; None: `config.out`, or the first unused one under runs/.
         loss: As in `signmaml_ext.meta_step`; None: cross-entropy for int64 labels, else the mean squared error.
         progress: Whether to show progress (a bar on a terminal, lines elsewhere).
         callbacks: Called with every record that goes to metrics.jsonl.
-        group: The processes that train together (see `signmaml.distributed`), each with a trainer made alike; rank 0's
-            weights are everyone's, and rank 0 alone writes, shows progress and calls callbacks. None: this one.
+        group: The processes that train together (see `signmaml.distributed`), each with an equal trainer. All start
+            from rank 0's weights; only rank 0 writes, shows progress and calls callbacks. None: this process alone.
 
     Raises:
         ValueError, TypeError: The configuration does not fit the data or the model, or names a device or backend that
-            is not there.
+            is not available.
         FileNotFoundError: The data are not on disk.
 
     Example:
@@ -97,13 +97,13 @@ class MetaTrainer:
         self._out, self._show_progress, self._callbacks = out, progress, tuple(callbacks)
         own_data = train is not None
         self._sources = {"train": train, "val": val, "test": test}
-        # Whether the configuration alone is enough to build everything again, as the command line does.
+        # Whether everything can be rebuilt from the configuration alone, as the command line does.
         self._self_contained = model is None and loss is None and not any(self._sources.values())
         with self.group.first_before_others():
             self._train_sampler = building.make_sampler(
                 config, train, "train", self.device, training=True, progress=progress
             )
-            # All splits now: a missing test set should not come to light after hours of training.
+            # Open all splits now, so that a missing test set is not noticed only after hours of training.
             self._val_sampler = self._test_sampler = None
             if config.validate_every > 0 and (val is not None or not own_data):
                 self._val_sampler = building.make_sampler(config, val, "val", self.device, progress=progress)
@@ -118,7 +118,7 @@ class MetaTrainer:
         self._arguments = building.step_arguments(config, loss or loss_for(episodes))
         training = Training(config, self.model, self.rates, self._train_sampler, self._arguments, self.group)
         self._trained = training.trained
-        # A configuration that does not fit is refused here, not after a folder has been made.
+        # Reject a configuration that does not fit before a folder is created.
         self._classification, unreached = try_one_task(training)
         self.explanation = signmaml_ext.explain(
             self.model,
@@ -139,30 +139,29 @@ class MetaTrainer:
 
     @cached_property
     def run(self) -> RunFolder:
-        """The run's folder; chosen, and if need be made, when first asked for."""
+        """The run's folder; chosen, and created if necessary, on first access."""
         return choose_folder(self._out or self.config.out, self.data_name)
 
-    # -----------------------------------------------------------------------------------------------------------
-    # The public course of a run
+    # ---- Running
 
     def fit(self, *, resume: bool = False, overwrite: bool = False) -> FitResult:
         """Trains to the configuration's last iteration, tests the best weights, writes result and plots.
 
-        SIGINT and SIGTERM let the iteration at hand finish, save the state and raise `TrainingInterrupted`.
+        On SIGINT or SIGTERM, finishes the current iteration, saves the state and raises `TrainingInterrupted`.
 
         Args:
-            resume: Continue the run in the folder; its configuration may differ in length, device and logging only.
-            overwrite: Replace a run that is there.
+            resume: Continue the run in the folder; its configuration may differ only in length, device and logging.
+            overwrite: Replace a run that is in the folder.
 
         Raises:
             FileExistsError: The folder holds a run, and neither `resume` nor `overwrite` is given.
-            BlockingIOError: Another process is training into the folder.
+            BlockingIOError: Another process is training in the folder.
             FileNotFoundError, ValueError: There is no run to resume, or it does not fit.
-            TrainingInterrupted: On SIGINT or SIGTERM, after saving; of several processes all stop, at the next
-                multiple of `log_every`.
-            ProcessLost: Of several processes another one ended or hangs.
-            FloatingPointError: The weights turned NaN or Inf (the last good checkpoint stays), or
-                `nonfinite="raise"` and a task did.
+            TrainingInterrupted: On SIGINT or SIGTERM, after saving; several processes all stop at the next multiple
+                of `log_every`.
+            ProcessLost: Another process of several has ended or hangs.
+            FloatingPointError: The weights became NaN or Inf (the last good checkpoint is kept), or
+                `nonfinite="raise"` and a task met one.
         """
         with contextlib.ExitStack() as stack:
             self._settle_folder()
@@ -180,14 +179,14 @@ class MetaTrainer:
         return result
 
     def _settle_folder(self) -> None:
-        """Rank 0 chooses the folder; the others know its name, for messages."""
+        """Rank 0 chooses the folder; the others get its name for messages."""
         chosen = self.group.first_does(lambda: str(self.run.path).encode())
         path = self.group.bytes_of_first(chosen).decode()
         if not self.group.first:
             self.run = RunFolder(path)
 
     def validate(self) -> Evaluation:
-        """The configuration's validation of the present weights: always the same tasks.
+        """Validates the current weights as configured, always on the same tasks.
 
         Raises:
             ValueError: The trainer has no validation data.
@@ -195,7 +194,7 @@ class MetaTrainer:
         return self._evaluate("val", self._val_sampler, self.config.validate_tasks)
 
     def test(self, progress: Callable[[int], None] | None = None) -> Evaluation:
-        """The configuration's test of the present weights.
+        """Tests the current weights as configured.
 
         Args:
             progress: Called with the number of tasks of each chunk.
@@ -206,7 +205,7 @@ class MetaTrainer:
         return self._evaluate("test", self._test_sampler, self.config.test_tasks, progress)
 
     def describe(self) -> str:
-        """What this run will do, in a few lines."""
+        """A summary of this run in a few lines."""
         config, count = self.config, parameter_count(self.model)
         points = "" if config.data == "sinusoid" else f"{config.ways}-way "
         samplers = {"train": self._train_sampler, "val": self._val_sampler, "test": self._test_sampler}
@@ -231,8 +230,7 @@ class MetaTrainer:
         reason = self._iteration.why_no_graph
         return "each iteration is one CUDA graph" if reason is None else f"none ({reason})"
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Training
+    # ---- Training
 
     def _train(self, guard: SignalGuard) -> None:
         config = self.config
@@ -268,13 +266,13 @@ class MetaTrainer:
                     raise self._interrupted(guard)
 
     def _is_to_stop(self, guard: SignalGuard) -> bool:
-        """Whether to stop after this iteration; several processes agree on it only now and then."""
+        """Whether to stop after this iteration; several processes exchange this only every `log_every` iterations."""
         if self.group.size > 1 and self.iteration % self.config.log_every != 0:
             return False
         return self.group.any(guard.received is not None)
 
     def _train_step(self) -> None:
-        """One meta-iteration; nothing here waits for the device, once its graph is recorded."""
+        """One meta-iteration; never waits for the device once its graph is recorded."""
         before = self._iteration.why_no_graph
         self._iteration.run(self.iteration)
         self.iteration += 1
@@ -286,7 +284,7 @@ class MetaTrainer:
         return learning_rate(config.schedule, config.outer_lr, iteration, config.iterations)
 
     def _training_record(self) -> dict[str, Any]:
-        """Means since the last record. Here the host waits for the device."""
+        """Means since the last record. Synchronises with the device."""
         window = self._iteration.window
         rows = window.present().cpu()
         window.fill(rows[:0])
@@ -320,15 +318,14 @@ class MetaTrainer:
         for callback in self._callbacks:
             callback(record)
 
-    # -----------------------------------------------------------------------------------------------------------
-    # State on disk
+    # ---- State on disk
 
     def _save_state(self) -> None:
-        """Writes last.safetensors: all that the next iteration depends on.
+        """Writes last.safetensors: everything that the next iteration depends on.
 
         Raises:
-            FloatingPointError: The weights are not finite; the last good state stays.
-            OSError: It could not be written; likewise.
+            FloatingPointError: The weights are not finite; the last good state is kept.
+            OSError: The state could not be written; the last good one is kept.
         """
         broken = [name for name, p in self._trained.items() if not bool(p.isfinite().all())]
         if broken:
@@ -356,7 +353,7 @@ class MetaTrainer:
             ) from error
 
     def _load_state(self, resume: bool) -> None:
-        """The state of last.safetensors, if there is one to resume; rank 0's weights, state and place for everyone."""
+        """Loads last.safetensors when resuming, if it exists; rank 0 sends weights, state and iteration to all."""
         last = self.run.last
         found = self.group.first_does(lambda: last.read_bytes() if resume and last.is_file() else b"")
         content = self.group.bytes_of_first(found)
@@ -388,7 +385,7 @@ class MetaTrainer:
         self.group.first_does(lambda: checkpoint.save_weights(self.model, self.run.best, metadata))
 
     def load_weights(self, path: str | Path) -> None:
-        """Takes over the weights, and learned inner rates, of a weights file.
+        """Loads the weights, and learned inner rates if any, from a weights file.
 
         Raises:
             FileNotFoundError, ValueError: As `signmaml.checkpoint.load_weights`.
@@ -401,11 +398,10 @@ class MetaTrainer:
         return TrainingInterrupted(
             f"stopped after iteration {self.iteration} of {self.config.iterations}; everything is saved. "
             f"Continue with: signmaml train --resume {self.run.path}",
-            guard.received or signal.SIGTERM,  # it may have come to another process
+            guard.received or signal.SIGTERM,  # another process may have received the signal
         )
 
-    # -----------------------------------------------------------------------------------------------------------
-    # Evaluation
+    # ---- Evaluation
 
     def _evaluate(
         self, split: str, sampler: Sampler | None, tasks: int, progress: Callable[[int], None] | None = None
@@ -432,7 +428,7 @@ class MetaTrainer:
         )
 
     def _test_best(self, guard: SignalGuard) -> Evaluation | None:
-        """The test with the best weights, which the model holds from then on."""
+        """Loads the best weights into the model and tests them."""
         if self.best is None:
             self._save_best()  # without validation the last weights are the best
         self.group.first_does(lambda: self.load_weights(self.run.best))

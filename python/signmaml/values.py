@@ -1,4 +1,4 @@
-"""Plain values (words, YAML, TOML) into the type and range of a configuration field."""
+"""Conversion of plain values (words, YAML, TOML) to the type and range of a configuration field."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """What a field accepts.
+    """The values that a field accepts.
 
     Attributes:
         help: One line.
         choices: The words allowed.
         least: The least number allowed.
-        above: What a number must exceed.
+        above: A number must be greater than this.
         on_resume: Whether it may differ when a run is resumed.
     """
 
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(hint: Any) -> Kind:
-    """The kind that an annotation stands for.
+    """The kind that an annotation denotes.
 
     Example:
         >>> kind_of(tuple[int, ...] | None)
@@ -57,10 +57,11 @@ def kind_of(hint: Any) -> Kind:
 
 
 def converted(name: str, value: Any, kind: Kind, rule: Rule) -> Any:
-    """The value in the field's type, if it is in its range.
+    """The value converted to the field's type.
 
     Raises:
-        ValueError: It is not; the message names the field, what was expected and what was found.
+        ValueError: It has the wrong type or is out of range; the message names the field, what was expected and what
+            was found.
     """
     if value is None:
         if kind.optional:
@@ -75,10 +76,10 @@ def converted(name: str, value: Any, kind: Kind, rule: Rule) -> Any:
 
 
 def parse_word(name: str, text: str, kind: Kind) -> Any:
-    """A value from one word of a command line; "none" is None where that is allowed.
+    """Parses one word of a command line; "none" is None if the kind is optional.
 
     Raises:
-        ValueError: The word is no value of that kind.
+        ValueError: The word is not a value of that kind.
     """
     if kind.optional and text.lower() == "none":
         return None
@@ -112,7 +113,7 @@ def _checked(name: str, value: Any, kind: Kind, rule: Rule) -> Any:
 
 
 def _in_range(value: float, rule: Rule) -> bool:
-    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may be beyond any float; nan compares as false
+    if not -sys.float_info.max <= value <= sys.float_info.max:  # an int may exceed any float; nan compares false
         return False
     return (rule.least is None or value >= rule.least) and (rule.above is None or value > rule.above)
 

@@ -14,10 +14,10 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None, note
 
     Args:
         name: The argument's name, for the message.
-        value: What the caller passed. Booleans are not integers here.
+        value: The argument. Booleans are rejected.
         low: The least value allowed.
         high: The greatest value allowed; None: no limit.
-        note: What the limits stand for, added to the message in brackets.
+        note: An explanation of the limits, added to the message in brackets.
     """
     expected = f"{name}: expected an integer" + (f", {low} or more" if high is None else f" in {low}..{high}")
     if note:

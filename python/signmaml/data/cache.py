@@ -1,10 +1,11 @@
-"""Decoded image sets on disk: written atomically, checked when read, built again when damaged.
+"""Decoded image sets on disk: written atomically, verified when read, rebuilt when damaged.
 
-A cached set is one safetensors file (no pickle) in `cache_dir()`. Its name and its header hold the key: what was
-decoded (a fingerprint of the source) and how (the options). Its header also holds the SHA-256 of the content.
+A cached set is one safetensors file (no pickle) in `cache_dir()`. Its name contains a hash of the key and its header
+the key: what was decoded (a fingerprint of the source) and how (the options). The header also has the SHA-256 of the
+content.
 
-Two processes that build the same set at once each write a file of their own and rename it into place; the later
-one wins with equal content. Nobody ever reads a half-written file.
+If two processes build the same set at once, each writes its own temporary file and renames it into place. The later one
+wins, with equal content. No process ever reads a half-written file.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _TEMPORARY = ".tmp"
 def cache_dir() -> Path:
     """Where decoded sets and downloads are kept.
 
-    ``$SIGNMAML_CACHE`` if set, else ``$XDG_CACHE_HOME/signmaml``, else ``~/.cache/signmaml``. The folder need not
-    exist: it is made when something is written.
+    ``$SIGNMAML_CACHE`` if set, else ``$XDG_CACHE_HOME/signmaml``, else ``~/.cache/signmaml``. The folder may not exist
+    yet; it is created when something is written.
     """
     chosen = os.environ.get("SIGNMAML_CACHE")
     if chosen:
         return Path(chosen).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
-    # The XDG specification: relative paths are to be ignored.
+    # The XDG specification says to ignore relative paths.
     base = Path(shared) if shared and Path(shared).is_absolute() else Path.home() / ".cache"
     return base / "signmaml"
 
@@ -49,11 +50,11 @@ def cached(key: Mapping[str, Any], build: Callable[[], ImageSet]) -> ImageSet:
     """The set cached under `key`, or the result of `build`, which is then cached.
 
     Args:
-        key: What decides the content, JSON types only; holds "name" and "split".
-        build: Makes the set.
+        key: Everything that determines the content, JSON types only; includes "name" and "split".
+        build: Builds the set.
 
     Returns:
-        The set. A damaged cache file and a folder that cannot be written give a `UserWarning`, never an error.
+        The set. A damaged cache file or a folder that cannot be written causes a `UserWarning`, never an error.
     """
     path = cache_path(key)
     stored = _read(path, key)
@@ -65,7 +66,7 @@ def cached(key: Mapping[str, Any], build: Callable[[], ImageSet]) -> ImageSet:
 
 
 def cache_path(key: Mapping[str, Any]) -> Path:
-    """The file that holds, or would hold, the set of this key."""
+    """The file for the set with this key, whether it exists or not."""
     digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
     return cache_dir() / f"{key['name']}-{key['split']}-{digest[:16]}.safetensors"
 
@@ -85,7 +86,7 @@ def _canonical(key: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> ImageSet | None:
-    """The set in `path`; None, with a warning if there is a file, when it cannot be used."""
+    """The set in `path`; None if there is no file, or, with a warning, if it cannot be used."""
     if not path.is_file():
         return None
     try:
@@ -129,7 +130,7 @@ def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], header: dict
         temporary.touch()
         usual_mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata=header)
-        temporary.chmod(usual_mode)  # safetensors' own shuts out everybody else who shares the cache
+        temporary.chmod(usual_mode)  # safetensors' own mode would lock out other users of the cache
         _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -139,7 +140,7 @@ def _write_atomically(path: Path, tensors: dict[str, torch.Tensor], header: dict
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left; a file younger than a day may still be written."""
+    """Removes temporary files of killed writers; one younger than a day may still be in use."""
     yesterday = time.time() - 24 * 3600
     for leftover in folder.glob(f".*{_TEMPORARY}"):
         with contextlib.suppress(OSError):  # another process may remove it first

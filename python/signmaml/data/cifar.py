@@ -1,4 +1,4 @@
-"""CIFAR-100 (Krizhevsky 2009) for few-shot learning: FC100 and CIFAR-FS, 600 images of 32 x 32 a class."""
+"""CIFAR-100 (Krizhevsky 2009) for few-shot learning: FC100 and CIFAR-FS, 600 images of 32 x 32 per class."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def fc100(
     download: bool = False,
     progress: bool = True,
 ) -> ImageSet:
-    """Fewshot-CIFAR100 (Oreshkin et al. 2018): 60, 20 and 20 classes, no superclass in two splits.
+    """Fewshot-CIFAR100 (Oreshkin et al. 2018): 60, 20 and 20 classes; each superclass is in one split only.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
-        root: A folder or .zip with ``CLASS/*.png`` at any depth, CLASS one of CIFAR-100's fine names; or a folder
-            with the python release ``cifar-100-python`` (read by torchvision, which checks it). None: where
+        root: A folder or .zip with ``CLASS/*.png`` at any depth, where CLASS is one of CIFAR-100's fine names; or a
+            folder with the python release ``cifar-100-python`` (read and verified by torchvision). None: where
             `download` puts it.
         image_size: Height and width, 8 to 1024. Default 32, the images' own.
-        download: Whether torchvision may fetch what is missing (with its progress bar and checksum).
+        download: Whether torchvision may download missing files (with its progress bar and checksum).
         progress: Whether to show progress on stderr.
 
     Returns:
-        Images ``[M, 3, image_size, image_size]`` uint8, 600 a class.
+        Images ``[M, 3, image_size, image_size]`` uint8, 600 per class.
 
     Raises:
         FileNotFoundError: Nothing is at `root`.
@@ -61,7 +61,7 @@ def cifar_fs(
 
 
 class PythonRelease(Source):
-    """CIFAR-100 as published, ``cifar-100-python``, seen as images ``CLASS/PART-NUMBER.png``.
+    """CIFAR-100 as published, ``cifar-100-python``, presented as images ``CLASS/PART-NUMBER.png``.
 
     torchvision verifies the release's checksums and reads it.
     """
@@ -78,7 +78,7 @@ class PythonRelease(Source):
         for part, dataset in loaded.items():
             for number, (pixels, target) in enumerate(zip(dataset.data, dataset.targets, strict=True)):
                 self._pixels[f"{dataset.classes[target]}/{part}-{number:05d}.png"] = pixels
-        # The content is fixed by torchvision's checksums, so a constant stamp will do.
+        # torchvision's checksums fix the content, so the stamp can be constant.
         self.images = tuple(SourceFile(path, self._pixels[path].nbytes, 0) for path in sorted(self._pixels))
         self.others = ()
 
@@ -90,7 +90,7 @@ class PythonRelease(Source):
 
 
 def open_cifar(place: Path) -> Source:
-    """The python release if `place` is it or holds it, else a tree or a zip."""
+    """The python release if `place` is or contains it, else a tree or a zip."""
     for folder in (place, place / _RELEASE):
         if folder.name == _RELEASE and (folder / "meta").is_file():
             return PythonRelease(folder)

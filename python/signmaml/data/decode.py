@@ -1,4 +1,4 @@
-"""From image files to an `ImageSet`: decoded with Pillow in threads, once, to uint8 of one size."""
+"""Decodes image files into an `ImageSet`: once, with Pillow in several threads, to uint8 of one size."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .image_set import ImageSet
 from .progress import track
 from .sources import Source, SourceFile
 
-IMAGE_SIZES = (8, 1024)  # least and greatest height and width that images may be brought to
-# What Pillow, zipfile and zlib raise on damaged files; Pillow's PNG reader raises SyntaxError.
+IMAGE_SIZES = (8, 1024)  # least and greatest height and width that images may be resized to
+# Errors of Pillow, zipfile and zlib on damaged files; Pillow's PNG reader raises SyntaxError.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 _COLOUR_MODES = frozenset({"RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"})
@@ -38,7 +38,7 @@ class Decoding:
         channels: 1: grey (ITU-R 601 luma); 3: RGB.
         invert: 255 minus the pixel, after resizing.
 
-    Transparent images are laid on white; EXIF rotation is applied; 16-bit grey keeps its high byte.
+    Transparent images are composited on white; EXIF rotation is applied; 16-bit grey keeps its high byte.
     """
 
     image_size: int
@@ -46,7 +46,7 @@ class Decoding:
     invert: bool = False
 
     def key(self) -> dict[str, Any]:
-        """For the cache's key."""
+        """Its part of the cache's key."""
         return {"decoding": 1, **asdict(self)}
 
 
@@ -88,7 +88,7 @@ def decode(
             for _ in track(done, total=len(sizes), what=f"{name}/{split}: decoding", unit="classes", show=progress):
                 pass
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # do not decode the rest before saying what is wrong
+            pool.shutdown(cancel_futures=True)  # report the error without decoding the rest
             raise
     return ImageSet(name, split, images, tuple(classes), torch.tensor(sizes, dtype=torch.int64))
 
@@ -110,8 +110,8 @@ def to_pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:
     """An opened image as ``[C, H, W]`` uint8.
 
     Raises:
-        ValueError: More pixels than Pillow's ``MAX_IMAGE_PIXELS``, where Pillow itself only warns; or a pixel
-            format without 8 or 16 bits a channel.
+        ValueError: The image has more pixels than Pillow's ``MAX_IMAGE_PIXELS`` (Pillow itself only warns), or a
+            pixel format other than 8 or 16 bits per channel.
         OSError: The file is damaged.
     """
     _check_pixels(image)
@@ -131,7 +131,7 @@ def to_pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the headers of many images say.
+    """Sizes and colour of many images, from their headers.
 
     Attributes:
         sizes: (width, height) -> number of images.
@@ -163,7 +163,7 @@ def probe(source: Source, files: Sequence[SourceFile], *, what: str, progress: b
 
 
 def common_size(shapes: Shapes, what: str) -> int:
-    """The side of the square that all images are.
+    """The side length of the images, which must all be squares of one size.
 
     Raises:
         ValueError: Images differ in size, or are not square.

@@ -17,7 +17,7 @@ from .image_set import ImageSet
 from .sources import Source, SourceFile, by_folder, fingerprint, open_source
 
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SHARES = {"val": 0.16, "test": 0.20}  # of the classes; the rest trains: 64 %, as in mini-ImageNet
+SHARES = {"val": 0.16, "test": 0.20}  # of the classes; the other 64 % are for training, as in mini-ImageNet
 
 
 Classes = Mapping[str, list[SourceFile]]  # class name -> its files
@@ -32,21 +32,21 @@ def folder(
     seed: int = 0,
     progress: bool = True,
 ) -> ImageSet:
-    """Own images, one folder a class: PNG, JPEG, BMP, GIF (first frame) or WebP.
+    """Own images, one folder per class: PNG, JPEG, BMP, GIF (first frame) or WebP.
 
-    ``ROOT/{train,val,test}/CLASS/*`` states the splits. Without split folders, ``ROOT/CLASS/*``, classes are dealt
-    out 64 / 16 / 20 %: sorted by the SHA-256 of ``"SEED:CLASS"`` (the name in Unicode's composed form), the first 20 %
-    of them (rounded, at least one) are test classes, the next 16 % val classes. So few-shot tests see classes that
-    training has not seen. Folders may be nested: the class of ``latin/a/1.png`` is ``latin/a``. Hidden files and
-    ``__MACOSX`` do not count; other files that are not images and empty folders are left out with a warning.
+    ``ROOT/{train,val,test}/CLASS/*`` defines the splits. Without split folders, ``ROOT/CLASS/*``, classes are divided
+    64 / 16 / 20 %: sorted by the SHA-256 of ``"SEED:CLASS"`` (the name in Unicode's composed form), the first 20 % of
+    them (rounded, at least one) are test classes and the next 16 % are val classes. Few-shot tests thus use classes
+    that training has not seen. Folders may be nested: the class of ``latin/a/1.png`` is ``latin/a``. Hidden files and
+    ``__MACOSX`` are ignored; other files that are not images, and empty folders, are skipped with a warning.
 
     Args:
         root: The folder, or a .zip of it.
         split: ``"train"``, ``"val"`` or ``"test"``.
         image_size: Height and width, 8 to 1024, that images are resized to (antialiased, the aspect ratio is not
-            kept). None: the size of all images of all splits, which must be one and square.
+            kept). None: the images' own size, which must be square and the same in all splits.
         channels: 1: grey; 3: RGB; None: RGB if any image of any split has colour channels, else grey.
-        seed: Decides the split where the tree does not. Default 0.
+        seed: Determines the split if the tree has no split folders. Default 0.
         progress: Whether to show progress on stderr.
 
     Returns:
@@ -56,7 +56,7 @@ def folder(
         FileNotFoundError: Nothing is at `root`.
         ValueError: An argument is out of range; there are no class folders, or too few to split; the split has no
             folder; images have no common size and `image_size` is None; an image is damaged (the message names it);
-            an archive is refused (paths that lead outside, encryption, expansion far beyond its size).
+            an archive is rejected (paths that lead outside, encryption, expansion far beyond its size).
     """
     check_split(split)
     seed = check_integer("seed", seed, 0, 2**63 - 1)
@@ -126,7 +126,7 @@ def decode_own(
     def build() -> ImageSet:
         size, depth = image_size, channels
         if size is None or depth is None:
-            # Of all splits, so that a network trained on one can be tested on another.
+            # Look at all splits, so that a network trained on one can be tested on another.
             files = [file for group in found.values() for part in group.values() for file in part]
             shapes = probe(source, files, what="folder: reading headers", progress=progress)
             size = common_size(shapes, source.label) if size is None else size
@@ -137,7 +137,7 @@ def decode_own(
 
 
 def deal_out(names: list[str], seed: int) -> dict[str, list[str]]:
-    """Classes by split, 64 / 16 / 20 %, decided by name and seed alone; see `folder`.
+    """Classes by split, 64 / 16 / 20 %, determined by name and seed alone; see `folder`.
 
     Raises:
         ValueError: Fewer than three classes.
@@ -170,7 +170,7 @@ def _dealt_out(classes: Classes, seed: int, label: str) -> dict[str, Classes]:
 
 
 def _without_common_folders(folders: dict[str, list[SourceFile]]) -> dict[str, list[SourceFile]]:
-    """Takes off the folders around all classes, such as the one that an archive's tool adds."""
+    """Strips folders that contain all classes, such as the top folder that archivers add."""
     while len(folders) > 1:
         tops = {name.partition("/")[0] for name in folders}
         if len(tops) > 1 or tops & SPLIT_FOLDERS.keys() or any("/" not in name for name in folders):

@@ -1,4 +1,4 @@
-"""The fonts behind `glyphs`: those that matplotlib ships, and how one character looks in one of them."""
+"""The fonts behind `glyphs`, which are those that matplotlib ships, and the drawing of a character in one of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ FONTS = (
     *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
 )
 REFERENCE_FONT = "DejaVuSans"  # has every character of the set
-FONT_SIZE = 96  # pixels an em: about twice what a 28 x 28 sample needs
+FONT_SIZE = 96  # pixels per em: about twice what a 28 x 28 sample needs
 
 _SLANTED_SERIFS = ("DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneralItalic", "STIXGeneralBolIta")
 _DEJAVU_SERIFS = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic")
 _STIX = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta")
-# Code points first..last and the fonts not to draw them with.
+# Code points first..last, and the fonts that must not draw them.
 _OTHER_SHAPES = (
-    (0x0400, 0x052F, _SLANTED_SERIFS),  # Cyrillic in cursive, where a letter may look like another one upright
-    (0x10A0, 0x10C5, _DEJAVU_SERIFS),  # Georgian capitals (Asomtavruli) after another model
+    (0x0400, 0x052F, _SLANTED_SERIFS),  # Cyrillic in cursive: a letter may look like a different upright one
+    (0x10A0, 0x10C5, _DEJAVU_SERIFS),  # Georgian capitals (Asomtavruli) in a different design
     (0x2D00, 0x2D2D, _DEJAVU_SERIFS),  # and their small letters (Nuskhuri)
-    # These fonts draw exactly what they draw for another character of the set.
-    (0xA740, 0xA740, _DEJAVU_SERIFS),  # K with stroke, the Cyrillic letter
-    (0x0251, 0x0251, _SLANTED_SERIFS),  # Latin alpha, the Greek letter
-    (0x026A, 0x026A, _STIX),  # small capital I, the capital
-    (0x045B, 0x045B, _STIX),  # Cyrillic tshe, the Latin h with stroke
+    # These fonts draw the same glyph as for another character of the set.
+    (0xA740, 0xA740, _DEJAVU_SERIFS),  # K with stroke: as the Cyrillic letter
+    (0x0251, 0x0251, _SLANTED_SERIFS),  # Latin alpha: as the Greek letter
+    (0x026A, 0x026A, _STIX),  # small capital I: as the capital
+    (0x045B, 0x045B, _STIX),  # Cyrillic tshe: as the Latin h with stroke
 )
 
 
@@ -51,9 +51,9 @@ class Font:
 
     @property
     def stroke_changes(self) -> tuple[int, ...]:
-        """What its strokes may grow by, in steps of the drawing, and stay legible: less for heavy ones.
+        """Allowed changes of stroke width, in steps of the drawing, that keep glyphs legible; smaller for bold fonts.
 
-        The thin strokes of a heavy serif font would vanish if they shrank, and its counters fill if they grew.
+        In a bold serif font, thinner strokes would vanish and thicker ones would fill the counters.
         """
         if "Bol" not in self.name:
             return (0, 1)
@@ -71,10 +71,10 @@ class Font:
 
 @cache
 def fonts() -> tuple[Font, ...]:
-    """The fonts of `FONTS` with what they hold.
+    """The fonts of `FONTS` with the characters that they have.
 
     Raises:
-        FileNotFoundError: This installation of matplotlib has not all of them.
+        FileNotFoundError: This installation of matplotlib lacks some of them.
     """
     return tuple(Font(path.stem, path, _characters(path)) for path in font_files())
 
@@ -84,7 +84,7 @@ def font_files() -> tuple[Path, ...]:
     """The files of `FONTS` in matplotlib's data folder.
 
     Raises:
-        FileNotFoundError: This installation of matplotlib has not all of them.
+        FileNotFoundError: This installation of matplotlib lacks some of them.
     """
     import matplotlib
 
@@ -112,7 +112,7 @@ def fonts_with(codepoint: int) -> list[Font]:
 
 
 def fonts_digest() -> str:
-    """SHA-256 over all font files: other fonts, other glyphs."""
+    """SHA-256 over all font files, because other fonts give other glyphs."""
     digest = hashlib.sha256()
     for path in font_files():
         digest.update(path.read_bytes())
@@ -122,7 +122,7 @@ def fonts_digest() -> str:
 def _characters(path: Path) -> frozenset[int]:
     from fontTools.ttLib import TTFont
 
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the fonts' creation dates
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns about the fonts' creation dates
     with TTFont(path, lazy=True) as font:
         return frozenset(font.getBestCmap())
 

@@ -1,12 +1,12 @@
-"""How `glyphs.json`, the list of the characters of `glyphs`, was made: ``python -m signmaml.data.glyph_selection``.
+"""Makes `glyphs.json`, the list of the characters of `glyphs`: ``python -m signmaml.data.glyph_selection``.
 
-The list is stored, and not found anew on every machine, so that another version of FreeType cannot change the classes.
+The list is stored rather than computed on every machine, so that another version of FreeType cannot change the classes.
 
-Taken are the letters (Unicode category L, but no modifier letters) of the scripts below that the reference font has and
-that Unicode does not decompose, so no accented letters. A character that looks like one taken before it, in whatever
-script, is left out. Two characters are compared as the reference font draws them, cropped, scaled to one size, centred
-and blurred: once in their own proportions and once more, if those are similar, stretched to a square. Their
-difference is the greatest mean difference of ink in any 7 x 7 window, for the best shift of up to a pixel.
+The list has the letters (Unicode category L without modifier letters) of the scripts below that the reference font has
+and that Unicode does not decompose, which excludes accented letters. A character that looks like an earlier one of any
+script is left out. Two characters are compared as the reference font draws them, cropped, scaled to one size, centred
+and blurred: once in their own proportions and, if those are similar, once more stretched to a square. Their difference
+is the greatest mean difference of ink in any 7 x 7 window, for the best shift of up to one pixel.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ SCRIPTS = {
     "test": ("Geor", "Armn", "Tfng", "Laoo", "Nkoo"),
     "val": ("Arab", "Hebr", "Ogam"),
 }
-LEFT_OUT = (0x0261,)  # script g: sans-serif fonts draw every g so
-SIDE = 28  # of the pictures that are compared
+LEFT_OUT = (0x0261,)  # script g: in sans-serif fonts every g looks like it
+SIDE = 28  # side of the compared pictures
 INK_SIDE = 24
 WINDOW = 7
-# By eye. Below the first lie pairs such as upper and lower case S; between scripts the doubtful ones go as well.
+# Chosen by eye. Pairs such as upper and lower case S are below the first; across scripts, doubtful pairs go too.
 ALIKE_IN_SCRIPT = 0.22
 ALIKE_ACROSS_SCRIPTS = 0.28
 SIMILAR_PROPORTIONS = 1.45
-# Pixels of the longer side. Smaller ones are dots and dashes; larger ones have too fine strokes once they are fitted.
+# Pixels of the longer side. Smaller glyphs are dots and dashes; strokes of larger ones get too fine when scaled down.
 INK = (FONT_SIZE * 3 // 8, FONT_SIZE * 115 // 100)
 
 
@@ -85,7 +85,7 @@ def candidates() -> list[Candidate]:
 
 
 def different(found: list[Candidate]) -> list[Candidate]:
-    """The candidates that look like none taken before them."""
+    """The candidates that do not look like one kept before them."""
     earlier: dict[int, set[int]] = {}
     for i, j in look_alikes(found):
         earlier.setdefault(j, set()).add(i)
@@ -118,7 +118,7 @@ def differences(pictures: np.ndarray, limit: float) -> dict[tuple[int, int], flo
     for i in range(len(ink) - 1):
         for shift in shifts:
             shifted = np.roll(ink[i], shift, (0, 1))
-            # A tile's mean difference cannot exceed its window's: most pairs are told apart by this alone.
+            # Tiles give a lower bound of the worst window, which already rules out most pairs.
             near = i + 1 + np.flatnonzero(np.abs(_tiles(shifted[None]) - tiles[i + 1 :]).max(1) < limit)
             worst = _worst_window(np.abs(shifted - ink[near]))
             for j, difference in zip(near.tolist(), worst.tolist(), strict=True):
@@ -186,7 +186,7 @@ def _worst_window(differences: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Prints the list as JSON, a line a script."""
+    """Prints the list as JSON, one line per script."""
     splits = []
     for split, scripts in select().items():
         lines = [f"  {json.dumps(name)}: {json.dumps(chars, ensure_ascii=False)}" for name, chars in scripts.items()]

@@ -20,37 +20,36 @@ from .glyph_fonts import fonts_digest, fonts_with
 from .image_set import ImageSet
 from .progress import track
 
-# Changes whenever the same arguments would give other pixels.
+# Increase it whenever the same arguments would give other pixels.
 RECIPE = 1
 GLYPH_SIZES = (16, 256)  # least and greatest height and width
 
-# Ranges of the variation, uniform. Lengths are shares of the image's side.
+# Ranges of the uniform variations. Lengths are fractions of the image's side.
 INK = (0.60, 0.76)  # longer side of the upright glyph
-ASPECT = (0.88, 1.14)  # stretch of the width against the height
+ASPECT = (0.88, 1.14)  # width relative to height
 ROTATION = (-12.0, 12.0)  # degrees
 SHEAR = (-0.15, 0.15)
 SHIFT = (-0.06, 0.06)
 MARGIN = 1.0 / 28  # no ink beyond this
-SUPERSAMPLING = 3  # drawn this much larger, then averaged
+SUPERSAMPLING = 3  # drawn larger by this factor, then averaged
 
 
 def glyphs(split: str, *, image_size: int = 28, samples: int = 20, seed: int = 0, progress: bool = True) -> ImageSet:
     """Printed characters, white on black: 735, 102 and 229 classes, no script in two splits.
 
-    One class a character, split by script as Omniglot is by alphabet: train holds Latin, Greek, Cyrillic, Canadian
-    Aboriginal, Coptic, Lisu and Old Italic letters, val Arabic, Hebrew and Ogham, test Georgian, Armenian, Tifinagh,
-    Lao and N'Ko. Accented letters, combining marks and characters that look like another one (such as Greek capital
-    Alpha and Latin A) are left out. A sample varies in font (of those in DejaVu Sans, Mono and Serif and STIX that
-    have the character, 2 to 16, each before any is used again), thickness of the strokes, size, aspect, rotation
-    (up to 12 degrees), shear and place.
+    Each character is a class; splits go by script, as Omniglot's go by alphabet: train has Latin, Greek, Cyrillic,
+    Canadian Aboriginal, Coptic, Lisu and Old Italic letters, val Arabic, Hebrew and Ogham, test Georgian, Armenian,
+    Tifinagh, Lao and N'Ko. Accented letters, combining marks and characters that look like another one (such as Greek
+    capital Alpha and Latin A) are left out. Samples vary in font (the 2 to 16 fonts of DejaVu Sans, Mono and Serif and
+    STIX that have the character, in turn), stroke width, size, aspect, rotation (up to 12 degrees), shear and position.
 
-    Drawn once (a few seconds) and cached. Some characters are turned copies of others, so rotations as new classes
-    are not for this set.
+    The set is drawn once (a few seconds) and cached. Do not use rotations as new classes with it: some characters are
+    rotated copies of others.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
         image_size: Height and width, 16 to 256. Default 28.
-        samples: Images a class, 1 to 1000. Default 20.
+        samples: Images per class, 1 to 1000. Default 20.
         seed: 0 to 2**63 - 1; another seed gives other samples of the same classes. Default 0.
         progress: Whether to show progress on stderr.
 
@@ -61,8 +60,8 @@ def glyphs(split: str, *, image_size: int = 28, samples: int = 20, seed: int = 0
         TypeError, ValueError: An argument is out of range.
         FileNotFoundError: matplotlib is installed without its fonts.
 
-    Determinism: the classes are always the same; a sample depends on (seed, character, number of the sample,
-    `image_size`) alone, for the same versions of Pillow, its FreeType and the fonts.
+    Determinism: the classes are always the same; for given versions of Pillow, its FreeType and the fonts, a sample
+    depends only on (seed, character, number of the sample, `image_size`).
     """
     check_split(split)
     image_size = check_integer("image_size", image_size, *GLYPH_SIZES)
@@ -96,11 +95,11 @@ def class_counts() -> dict[str, int]:
 
 
 def draw_split(split: str, image_size: int, samples: int, seed: int, progress: bool) -> ImageSet:
-    """One split, drawn and not taken from the cache; arguments as `glyphs`."""
+    """Draws one split without using the cache; arguments as `glyphs`."""
     characters = [(script, char) for script, chars in character_lists()[split].items() for char in chars]
     images = torch.empty(len(characters), samples, 1, image_size, image_size, dtype=torch.uint8)
     pixels = images.numpy()
-    # One thread: Pillow holds the interpreter's lock while it draws text.
+    # One thread: Pillow holds the GIL while it draws text.
     shown = track(characters, total=len(characters), what=f"glyphs/{split}: drawing", unit="classes", show=progress)
     for index, (_, char) in enumerate(shown):
         pixels[index, :, 0] = draw_class(ord(char), image_size, samples, seed)
@@ -124,9 +123,9 @@ def draw_class(codepoint: int, image_size: int, samples: int, seed: int) -> np.n
 
 @dataclass(frozen=True)
 class Variation:
-    """What tells one sample of a glyph from another; see the ranges at the top.
+    """How one sample of a glyph is varied; see the ranges at the top.
 
-    `stroke` counts pixels of the supersampled picture, at 28 x 28, that strokes grow by on each side.
+    `stroke` is the growth of strokes on each side, in pixels of the supersampled picture at 28 x 28.
     """
 
     ink: float
@@ -161,7 +160,7 @@ def _render(glyph: Image.Image, variation: Variation, image_size: int) -> Image.
     shift = np.array([variation.shift_x, variation.shift_y]) * side
     centre = side / 2 + np.clip(shift, reach - room, room - reach)
 
-    # Pillow asks, for each pixel of the result, where it comes from.
+    # Pillow takes the inverse map, from each pixel of the result to its source.
     back = np.linalg.inv(forward)
     origin = np.array(glyph.size) / 2 - back @ centre
     data = (back[0, 0], back[0, 1], origin[0], back[1, 0], back[1, 1], origin[1])
@@ -184,7 +183,7 @@ def _linear_map(variation: Variation) -> np.ndarray:
 
 
 def _random_words(seed: int, codepoint: int, sample: int, count: int) -> np.ndarray:
-    """uint64 words that depend on the arguments alone: Philox keyed by seed and character, counted by sample."""
+    """uint64 words that depend only on the arguments: Philox keyed by seed and character, counter: the sample."""
     generator = np.random.Philox(
         key=np.array([seed, codepoint], np.uint64), counter=np.array([0, 0, 0, sample], np.uint64)
     )

@@ -11,7 +11,7 @@ import torch
 class ImageSet:
     """One split of an image set, decoded to uint8 on the CPU.
 
-    The images of a class lie next to each other, classes in the order of `class_names`.
+    The images of a class are adjacent, and classes are in the order of `class_names`.
 
     Attributes:
         name: The set, such as ``"omniglot"``.
@@ -21,8 +21,8 @@ class ImageSet:
         class_sizes: ``[classes]`` int64, all at least 1, sum ``M``.
 
     Raises:
-        TypeError: A tensor has another type than stated.
-        ValueError: Shapes, sizes and names do not fit together.
+        TypeError: An argument does not have the type or dtype stated.
+        ValueError: Shapes, sizes and names are inconsistent.
 
     Example:
         >>> import torch

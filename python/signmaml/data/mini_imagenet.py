@@ -25,8 +25,8 @@ def mini_imagenet(
 ) -> ImageSet:
     """mini-ImageNet, 84 x 84.
 
-    ImageNet's terms allow no public download: bring your own copy. The class decides the split, wherever its folder
-    lies. Pickles (``mini-imagenet-cache-*.pkl``) are not read.
+    ImageNet's terms allow no public download: bring your own copy. The split of an image is that of its class, wherever
+    the folder is. Pickles (``mini-imagenet-cache-*.pkl``) are not read.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
@@ -42,13 +42,13 @@ def mini_imagenet(
     Raises:
         FileNotFoundError: Nothing is at `root`.
         ValueError: An argument is out of range; classes of the split are missing; an image is damaged; a list
-            names images that are not there.
+            names missing images.
     """
     return load_standard(MINI_IMAGENET, split, root=root, image_size=image_size, download=download, progress=progress)
 
 
 def find_classes(source: Source) -> dict[str, list[SourceFile]]:
-    """WordNet id -> its images, by folder, else by the csv lists."""
+    """WordNet id -> its images, from folders if there are any, else from the csv lists."""
     wnids = {wnid for split in SPLITS for wnid in split_facts()["mini_imagenet"][split]}
     found: dict[str, list[SourceFile]] = {}
     for folder, files in by_folder(source.images).items():

@@ -24,19 +24,19 @@ def omniglot(
     download: bool = False,
     progress: bool = True,
 ) -> ImageSet:
-    """Omniglot by the split of Vinyals et al. (2016): 1028, 172 and 423 characters.
+    """Omniglot in the split of Vinyals et al. (2016): 1028, 172 and 423 characters.
 
     Pixels follow learn2learn: the 105 x 105 drawing is resized to 28 x 28 as a grey image (Lanczos, antialiased) and
-    inverted, so that ink is high. Sampled with ``EpisodeSampler(rotations=True)``, as the literature does, every
-    character turned by a quarter, half and three quarters of a turn is a class of its own (4112, 688 and 1692).
+    inverted, so that ink is high. With ``EpisodeSampler(rotations=True)``, as is usual in the literature, each
+    character rotated by 90, 180 and 270 degrees counts as three further classes (4112, 688 and 1692 in total).
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
-        root: A folder or .zip that holds ``ALPHABET/characterNN/*.png`` at any depth, packed or not (the release's
+        root: A folder or .zip that holds ``ALPHABET/characterNN/*.png`` at any depth, zipped or not (the release's
             ``images_background.zip`` and ``images_evaluation.zip`` inside it are read in place). None: where
             `download` puts it.
         image_size: Height and width, 8 to 1024. Default 28.
-        download: Whether torchvision may fetch what is missing (with its progress bar and checksums).
+        download: Whether torchvision may download missing files (with its progress bar and checksums).
         progress: Whether to show progress on stderr.
 
     Returns:
@@ -51,7 +51,7 @@ def omniglot(
 
 
 def find_characters(source: Source) -> dict[str, list[SourceFile]]:
-    """Class name -> its drawings. A drawing that is there twice (a release's zip next to its tree) counts once."""
+    """Class name -> its drawings. A drawing found twice (e.g. in a release's zip and in its tree) counts once."""
     found: dict[str, dict[str, SourceFile]] = {}
     for folder, files in by_folder(source.images).items():
         alphabet, character = ("/" + folder).split("/")[-2:]

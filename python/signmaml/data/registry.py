@@ -1,4 +1,4 @@
-"""The sets that have a name: what is known of each, and one function that loads any of them."""
+"""The named data sets: facts about each, and one function that loads any of them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .standard import StandardSet
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a named set before anything is read.
+    """Facts about a named set, known before anything is read.
 
     Attributes:
-        name: What `load` takes.
-        summary: What it shows, in one line.
+        name: The name that `load` takes.
+        summary: Its content, in one line.
         origin: Where its images come from and under what terms, in one line.
-        image_size: Height and width unless asked otherwise; None: the images' own.
+        image_size: Default height and width; None: the images' own.
         channels: 1 (grey) or 3 (RGB); None: as the images are.
-        classes: Split -> number of classes, without rotations; empty where the images decide.
-        images_per_class: As published; None where the images decide.
-        rotations: Whether training usually counts rotated classes as classes of their own.
+        classes: Split -> number of classes, without rotations; empty if it depends on the images.
+        images_per_class: As published; None if it depends on the images.
+        rotations: Whether training usually counts rotated classes as separate classes.
         download: Whether `load` can fetch it with ``download=True``.
-        needs_root: Whether it can be loaded from a `root` only.
+        needs_root: Whether `root` is required.
     """
 
     name: str
@@ -121,15 +121,15 @@ def load(
     download: bool = False,
     progress: bool = True,
 ) -> ImageSet:
-    """One split of a named set; every set has a function of its own with more to choose.
+    """Loads one split of a named set; each set also has its own function with more options.
 
     Args:
         name: A key of `DATASETS`.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        root: Where the images are; what may be there, the set's own function says. None: the cache folder, for the
-            sets that can be downloaded. ``"folder"`` needs it, ``"glyphs"`` has none.
-        image_size: Height and width. None: the set's usual, `DatasetInfo.image_size`.
-        download: Whether missing files may be fetched from the network. Glyphs and own images have none to fetch.
+        root: Where the images are; the set's own function documents the layouts. None: the cache folder, for the
+            sets that can be downloaded. ``"folder"`` requires it, ``"glyphs"`` does not allow it.
+        image_size: Height and width. None: the set's default, `DatasetInfo.image_size`.
+        download: Whether missing files may be downloaded. It has no effect for glyphs and own images.
         progress: Whether to show progress on stderr.
 
     Returns:
@@ -157,7 +157,7 @@ def load(
 
 
 def check_root(name: str, root: str | os.PathLike[str] | None) -> None:
-    """Raises ValueError if a set without a place is given one, or one that needs a place has none."""
+    """Raises ValueError if `root` is given to a set that takes none, or missing for one that requires it."""
     if name == "glyphs" and root is not None:
         raise ValueError(f"root: expected None for glyphs, which are drawn and not read, found {str(root)!r}")
     if name == "folder" and root is None:

@@ -1,8 +1,8 @@
 """Sources of images: a folder tree or a zip archive, listed and read without unpacking anything to disk.
 
 A source lists its image files by path, with '/' on every system, and opens them one by one from any thread. Hidden
-files and folders, and the `__MACOSX` folders of archives, do not count. What else is not an image is listed too,
-so that callers can say how much was left out.
+files and folders, and the `__MACOSX` folders of archives, are ignored. Other files that are not images are listed
+separately, so that callers can report what was left out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from PIL import Image
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # what Pillow may open; everything else is refused
-MAX_FILE_BYTES = 64 * 2**20  # one image; an uncompressed 4600 x 4600 bitmap
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # formats that Pillow may open; all others are rejected
+MAX_FILE_BYTES = 64 * 2**20  # per image; an uncompressed 4600 x 4600 bitmap
 MAX_INNER_ARCHIVE_BYTES = 512 * 2**20
-# Images hardly compress, bilevel bitmaps by about 100. Beyond this an archive is built to fill memory.
+# Images hardly compress, and bilevel bitmaps by about 100 times. An archive beyond this is a zip bomb.
 MAX_EXPANSION = 200
-SMALL_ARCHIVE_BYTES = 2**30  # an archive that expands to less is harmless whatever its ratio
+SMALL_ARCHIVE_BYTES = 2**30  # an archive that expands to less is harmless at any ratio
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Source:
     """A listed place to read images from; use as a context manager.
 
     Attributes:
-        label: How messages call it.
+        label: Its name in messages.
         images: Image files, by path.
         others: The files that are not images, by path.
-        empty_folders: Folders with neither files nor folders that count, by path.
+        empty_folders: Folders without files or folders, hidden ones aside, by path.
     """
 
     label: str
@@ -75,11 +75,11 @@ class Source:
         return Image.open(io.BytesIO(self.read(file)), formats=FORMATS)
 
     def identity(self) -> str:
-        """What tells this source from another with equal paths, sizes and stamps."""
+        """Distinguishes this source from others with equal paths, sizes and stamps."""
         return self.label
 
     def close(self) -> None:
-        """Lets go of open files."""
+        """Closes open files."""
 
     def __enter__(self) -> Source:
         return self
@@ -97,7 +97,7 @@ def open_source(root: str | os.PathLike[str], *, inner_archives: Collection[str]
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: It is neither a folder nor a zip archive, or an archive that is refused (see `ZipSource`).
+        ValueError: It is neither a folder nor a zip archive, or an archive that is rejected (see `ZipSource`).
     """
     path = Path(root).expanduser()
     source: Source
@@ -130,7 +130,7 @@ def by_folder(files: Iterable[SourceFile]) -> dict[str, list[SourceFile]]:
 
 
 class FolderSource(Source):
-    """A folder and all folders below it; links are followed, but not back up."""
+    """A folder and all folders below it; links are followed unless they lead to an enclosing folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -152,7 +152,7 @@ class FolderSource(Source):
     ) -> Iterator[SourceFile]:
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
-        if here in above:  # a link back up would never end
+        if here in above:  # a link to an enclosing folder would recurse forever
             return
         nothing = True
         with os.scandir(folder) as entries:
@@ -171,7 +171,7 @@ class FolderSource(Source):
             empty.append(prefix.rstrip("/"))
 
 
-# What reading a member of an archive ends with: damage, or a method of compression that Python does not know.
+# Errors of reading an archive member: damage, or a compression method that Python does not support.
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
@@ -179,8 +179,8 @@ class ZipSource(Source):
     """A zip archive, read in place.
 
     Raises:
-        ValueError: Not a zip archive; a member's path is absolute or climbs with '..'; the members together expand
-            to more than 1 GiB and to more than 200 times the archive; a member is encrypted.
+        ValueError: It is not a zip archive; a member's path is absolute or contains '..'; the members together
+            expand to more than 1 GiB and to more than 200 times the archive's size; a member is encrypted.
     """
 
     def __init__(self, file: Path | io.BytesIO, label: str) -> None:
@@ -203,14 +203,14 @@ class ZipSource(Source):
 
     def read(self, file: SourceFile) -> bytes:
         _check_size(file)
-        # zipfile stops at the size in the directory, so a member cannot expand further than was checked.
+        # zipfile stops at the size given in the directory, so a member cannot expand beyond the checked size.
         try:
             return self._archive.read(self._members[file.path])
         except UNREADABLE as error:
             raise ValueError(f"root: expected a .zip archive that can be read, found {file.path}: {error}") from error
 
     def identity(self) -> str:
-        return ""  # the CRCs tell archives apart wherever they lie
+        return ""  # the CRCs identify the content, wherever the archive is
 
     def close(self) -> None:
         self._archive.close()
@@ -290,7 +290,7 @@ def _is_image(path: str) -> bool:
 
 
 def _sorted_by_kind(files: Iterable[SourceFile]) -> tuple[tuple[SourceFile, ...], tuple[SourceFile, ...]]:
-    """Images and others, each by path."""
+    """Images and other files, each sorted by path."""
     ordered = sorted(files, key=lambda file: file.path)
     images = tuple(file for file in ordered if _is_image(file.path))
     return images, tuple(file for file in ordered if not _is_image(file.path))

@@ -1,4 +1,4 @@
-"""What the standard sets share: find the classes of a split in a source, refuse gaps, decode, cache."""
+"""Shared by the standard sets: find the classes of a split in a source, reject gaps, decode, cache."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class StandardSet:
     Attributes:
         name: The set's name.
         classes: Split -> its class names, in order.
-        decoding: Size, channels and inversion by default.
+        decoding: Default size, channels and inversion.
         images_per_class: As published.
-        find: Source -> every class of the set that it holds, with its files.
-        layouts: What a root may look like, for messages.
+        find: Source -> every class of the set that it contains, with its files.
+        layouts: Description of the accepted roots, for messages.
         open: Opens a root; default `open_source`.
         download_folder: Folder below ``cache_dir()/downloads``.
-        download: Fetches the set into a folder; None: it has no public download.
+        download: Downloads the set into a folder; None: it has no public download.
     """
 
     name: str
@@ -47,7 +47,7 @@ class StandardSet:
     download: Callable[[Path], None] | None = None
 
     def default_root(self) -> Path:
-        """Where a download goes and is looked for."""
+        """Where a download is stored and looked for."""
         return cache_dir() / "downloads" / (self.download_folder or self.name)
 
 
@@ -68,7 +68,7 @@ def load_standard(
     download: bool,
     progress: bool,
 ) -> ImageSet:
-    """Loads one split; see the functions named after the sets for what is raised."""
+    """Loads one split; the functions named after the sets document the errors."""
     check_split(split)
     if image_size is not None:
         image_size = check_integer("image_size", image_size, *IMAGE_SIZES)
@@ -85,7 +85,7 @@ def open_standard(standard: StandardSet, place: Path) -> Source:
     """Lists the source at `place`.
 
     Raises:
-        FileNotFoundError: Nothing is there; the message says where it was looked for and what to do.
+        FileNotFoundError: Nothing is at `place`; the message names it and says what to do.
     """
     if not place.exists():
         raise FileNotFoundError(f"{standard.name}: found nothing at {place}; {_what_to_do(standard)}")

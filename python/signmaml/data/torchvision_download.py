@@ -10,14 +10,14 @@ def torchvision_datasets(purpose: str) -> Any:
     """The module ``torchvision.datasets``.
 
     Args:
-        purpose: What it is needed for, for the message.
+        purpose: The purpose of the import, for the message.
 
     Raises:
         ImportError: torchvision is missing or does not fit the installed torch.
     """
     try:
         import torchvision.datasets
-    # A torchvision built for another torch fails with RuntimeError or OSError, whatever the step.
+    # A torchvision built for another torch may fail with any of these.
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         import torch
 

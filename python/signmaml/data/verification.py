@@ -1,4 +1,4 @@
-"""What is here of a set, and whether it is whole: for the command line's ``data list`` and ``data verify``."""
+"""Which parts of a set are on disk, and whether they are complete; for ``data list`` and ``data verify``."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Place = str | os.PathLike[str] | None
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What `verify` found in one split.
+    """The result of `verify` for one split.
 
     Attributes:
         split: ``"train"``, ``"val"`` or ``"test"``.
         classes: Classes found; 0 if the split cannot be loaded.
         images: Images found, all of them decoded; 0 if the split cannot be loaded.
-        problems: What is wrong, in words; empty: nothing.
+        problems: Descriptions of all problems; empty if there are none.
     """
 
     split: str
@@ -38,17 +38,17 @@ class SplitReport:
 
 
 def complete_splits(name: str, root: Place = None) -> tuple[str, ...]:
-    """The splits of which every class is here, found by listing files only: nothing is decoded or downloaded.
+    """The splits that have all their classes on disk. Only lists files; nothing is decoded or downloaded.
 
     Args:
         name: A key of `DATASETS`.
         root: As for `load`.
 
     Returns:
-        Splits in order; none if nothing is there.
+        Splits in order; empty if nothing is there.
 
     Raises:
-        ValueError: There is no such set; or what is at `root` is refused (see `folder`).
+        ValueError: There is no such set, or the content of `root` is rejected (see `folder`).
 
     Example:
         >>> complete_splits("glyphs")
@@ -73,20 +73,20 @@ def complete_splits(name: str, root: Place = None) -> tuple[str, ...]:
 def verify(
     name: str, *, root: Place = None, image_size: int | None = None, progress: bool = True
 ) -> tuple[SplitReport, ...]:
-    """Checks a set: every split complete, every image decoded (not taken from the cache), as many as published.
+    """Checks that every split is complete, every image decodes (bypassing the cache) and counts are as published.
 
     Args:
         name: A key of `DATASETS`.
         root: As for `load`.
-        image_size: As for `load`; only own images of different sizes need it.
+        image_size: As for `load`; needed only for own images of different sizes.
         progress: Whether to show progress on stderr.
 
     Returns:
-        One report a split, in order; of own images, only the splits that exist.
+        One report per split, in order; for own images, only the splits that exist.
 
     Raises:
         FileNotFoundError: Nothing is at `root`.
-        TypeError, ValueError: An argument is out of range; or what is at `root` is refused as a whole.
+        TypeError, ValueError: An argument is out of range, or `root` is rejected as a whole.
     """
     check_choice("name", name, DATASETS)
     check_root(name, root)
@@ -99,7 +99,7 @@ def verify(
 def _readers(
     name: str, root: Place, image_size: int | None, progress: bool
 ) -> Iterator[tuple[str, Callable[[], ImageSet]]]:
-    """For each split a function that decodes it anew; sources stay open while it is iterated."""
+    """For each split, a function that decodes it again; sources stay open during the iteration."""
     if name == "glyphs":
         for split in SPLITS:
             yield split, partial(draw_split, split, image_size or 28, 20, 0, progress)

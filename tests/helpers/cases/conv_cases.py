@@ -34,7 +34,7 @@ class Net:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What the native functions take."""
+        """The shape as the native functions take it."""
         names = ("blocks", "channels", "filters", "height", "width", "ways", "halving", "readout", "conv_bias")
         return {name: getattr(self, name) for name in names} | {"eps": [self.eps] * self.blocks}
 
@@ -56,7 +56,7 @@ class Net:
 
     @property
     def dead(self) -> list[bool]:
-        """Which tensors have a gradient of exactly 0: the convolutions' biases."""
+        """Whether each tensor has a gradient of exactly 0, as the convolutions' biases have."""
         of_block = [False, True, False, False] if self.conv_bias else [False, False, False]
         return [*of_block * self.blocks, False, False]
 
@@ -95,7 +95,7 @@ def draw(net: Net, seed: int = 0, offset: float = 0.0) -> Data:
     for block in range(net.blocks):
         gamma = params[per_block * block + per_block - 2]
         gamma += 1.0
-        gamma[0] = -0.7  # the largest after BatchNorm is the smallest before it
+        gamma[0] = -0.7  # negative: the largest value after BatchNorm is the smallest before it
 
     def images(count: int) -> tuple[Tensor, Tensor]:
         y = torch.randint(net.ways, (net.tasks, count), generator=generator)
@@ -107,7 +107,7 @@ def draw(net: Net, seed: int = 0, offset: float = 0.0) -> Data:
 
 
 class TF32Convolution(torch.autograd.Function):
-    """A convolution whose operands are TF32 numbers in all three products, as cuDNN's tensor-core kernels have it."""
+    """A convolution with TF32 operands in all three products, like cuDNN's tensor-core kernels."""
 
     @staticmethod
     def rounded(x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class TF32Convolution(torch.autograd.Function):
 
 
 def with_ties(data: Data) -> Data:
-    """Blocky images and coarse weights are exact in every precision: equal values in a window are equal for all."""
+    """Blocky images and coarse weights, exact in every precision, so that ties in a pooling window are ties for all."""
     blocky = (data.query_x[..., ::4, ::4] > 0).float().repeat_interleave(4, -1).repeat_interleave(4, -2)
     height, width = data.query_x.shape[-2:]
     coarse = (data.params[0] * 4).round() / 4
@@ -158,7 +158,7 @@ def forward(net: Net, params: list[Tensor], x: Tensor, precision: str = "fp32") 
 
 @dataclass
 class Result:
-    """What a meta-step gives; without a query set or gradients these are None."""
+    """The results of a meta-step; None for those of a query set or gradients that were not asked for."""
 
     support_loss: Tensor  # [K, T]
     query_loss: Tensor | None  # [T]
@@ -224,7 +224,7 @@ def definition(
 
 @dataclass
 class Call:
-    """A native call with all its memory: can be made again, also within a graph."""
+    """A native call with all its memory; it can be repeated, also within a graph."""
 
     native: ModuleType
     arguments: dict[str, Tensor]
@@ -247,7 +247,7 @@ class Call:
 
 
 def run(native: ModuleType, net: Net, data: Data, **options: Any) -> Result:
-    """The same by the CUDA kernels, on whatever device the data is; options are those of `prepare`."""
+    """The meta-step by the CUDA kernels (emulated for data on the CPU); options are those of `prepare`."""
     call = prepare(native, net, data, **options)
     call.launch()
     return call.result()
@@ -268,7 +268,7 @@ def prepare(
     by_covariance: bool = True,
     workspace_limit: int = 0,
 ) -> Call:
-    """Everything that a call needs; memory that it must fill holds NaN before."""
+    """Allocates everything that a call needs; memory that it must write is filled with NaN first."""
     tasks, device = data.support_x.shape[0], data.support_x.device
     query = net.query if with_query else 0
     theta = torch.cat([p.reshape(-1) for p in data.params]).to(device)
@@ -298,7 +298,7 @@ def prepare(
         "theta": theta,
         "lr": rates,
         "adapt": torch.tensor(adapt or [True] * len(net.tensors), device=device),
-        # A pattern that is NaN as float32, as bf16 and as double.
+        # A bit pattern that is NaN in float32, bf16 and float64.
         "workspace": torch.full((plan["workspace_bytes"],), 0xFF, dtype=torch.uint8, device=device),
         "support_x": data.support_x.contiguous(),
         "support_labels": data.support_y.contiguous(),
@@ -320,13 +320,13 @@ def prepare(
 
 
 def split(net: Net, rows: Tensor) -> list[Tensor]:
-    """`[T, P]` by parameter tensor, `[T, *shape]`."""
+    """Splits `[T, P]` into parameter tensors, `[T, *shape]`."""
     sizes = [torch.Size(shape).numel() for shape in net.tensors]
     return [part.view(-1, *shape) for part, shape in zip(rows.split(sizes, 1), net.tensors, strict=True)]
 
 
 def errors(net: Net, found: Tensor, exact: Tensor) -> list[float]:
-    """Of every parameter tensor, the distance from the exact one over all tasks, relative to its norm."""
+    """For each parameter tensor, the distance from the exact one over all tasks, relative to its norm."""
     pairs = zip(split(net, found.double().cpu()), split(net, exact), strict=True)
     return [float((f - e).norm() / e.norm().clamp(min=1e-30)) for f, e in pairs]
 
@@ -334,12 +334,12 @@ def errors(net: Net, found: Tensor, exact: Tensor) -> list[float]:
 def errors_of_draws(
     native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", **options: Any
 ) -> Tensor:
-    """The distances of every tensor's gradient before the sign from float64: `[draws, 2, tensors]`.
+    """Relative distances of each tensor's gradient (before the sign) from float64: `[draws, 2, tensors]`.
 
-    Those of the kernels, and those of PyTorch in the same precision: TF32 operands are rounded by hand, for a CPU has
-    no such products, and summed up in float32; bf16 is autocast. Zeros become 1e-12. One draw alone would be a matter
-    of luck: a classifier's few scores can be right to the last bit, and where ReLU or the pooling decide otherwise than
-    float64, one value moves a whole gradient, for the kernels as for PyTorch.
+    Index 0 is the kernels, index 1 PyTorch in the same precision: TF32 operands are rounded by hand, because a CPU has
+    no such products, and summed in float32; bf16 uses autocast. Zeros become 1e-12. A single draw depends on luck: a
+    classifier's few scores can be right to the last bit, and if ReLU or pooling decides differently from float64, one
+    value changes a whole gradient, for the kernels and for PyTorch alike.
     """
     of_draws = []
     for data in draws:

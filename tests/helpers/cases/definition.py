@@ -1,6 +1,6 @@
-"""Sign-MAML, FO-MAML and MAML from their definition: one task after the other, one gradient a step.
+"""Sign-MAML, FO-MAML and MAML from their definition: a loop over tasks, one gradient per step.
 
-Written apart from the package: no functional calls, no batching, but a deep copy of the module for each task and step.
+Independent of the package: no functional calls and no batching, but a deep copy of the module for each task and step.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def meta_gradient(
     adapt: list[str] | None = None,
     second_order_sign: bool = False,
 ) -> tuple[dict[str, Tensor | None], Tensor, Tensor]:
-    """Mean meta-gradient by name, query losses `[T]`, support losses `[K, T]`; None for what nothing depends on.
+    """Mean meta-gradient by name, query losses `[T]`, support losses `[K, T]`; None for parameters that no loss uses.
 
-    BatchNorm normalises by the set at hand, in training and evaluation; every forward finds the model's own buffers.
+    BatchNorm normalises by the current set, in training and evaluation; each forward starts from the model's buffers.
     `second_order_sign` differentiates through the sign, whose derivative is 0.
     """
     keep_history = method == "maml" or second_order_sign
@@ -40,7 +40,7 @@ def meta_gradient(
     adapted = [name for name in names if adapt is None or any(fnmatchcase(name, pattern) for pattern in adapt)]
     sums: dict[str, Tensor | None] = dict.fromkeys(names)
     queries, supports = [], []
-    # Other forms of attention have no second derivative in torch.
+    # torch's other attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH) if keep_history else nullcontext():
         for task in zip(*data, strict=True):
             gradients, query, support = _task(
@@ -73,8 +73,8 @@ def _task(
     phi, losses = dict(theta), []
     for step in range(steps):
         if step > 0:
-            # With a history each step has a copy of its own, whose parameters are tensors that have one: a
-            # checkpointed forward reads them again in the backward pass.
+            # With a history, each step gets its own copy of the module, whose parameters are tensors with a history:
+            # a checkpointed forward reads them again in the backward pass.
             learner = _with(model, phi, keep_history)
             if not keep_history:
                 phi = {name: p for name, p in learner.named_parameters() if p.requires_grad}
@@ -84,7 +84,7 @@ def _task(
         found = torch.autograd.grad(error, moving, create_graph=keep_history, allow_unused=True)
         for name, gradient in zip(adapted, found, strict=True):
             if gradient is not None:
-                gradient = gradient.to_dense()  # of a sparse embedding
+                gradient = gradient.to_dense()  # sparse embeddings have sparse gradients
                 direction = gradient.sign() if by_sign else gradient
                 moved = phi[name] - rate * direction
                 phi[name] = moved if keep_history else moved.detach().requires_grad_()
@@ -106,7 +106,7 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _with(model: nn.Module, phi: dict[str, Tensor], keep_history: bool) -> nn.Module:
-    """A fresh copy with other parameters; by value, or as they are with their history."""
+    """A fresh copy with the given parameters: copied by value or, with `keep_history`, used as they are."""
     learner = _copy(model)
     if not keep_history:
         with torch.no_grad():

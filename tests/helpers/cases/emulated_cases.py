@@ -23,7 +23,7 @@ from helpers.cases import conv_cases
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An output that nobody has written yet."""
+    """An output that has not been written yet, filled with NaN."""
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
@@ -58,7 +58,7 @@ def matmul_bf16(native: ModuleType, m: int, n: int, k: int) -> None:
 
 
 def gradients(tasks: int, parameters: int, dtype: torch.dtype) -> Tensor:
-    """Every kind of number but NaN and Inf."""
+    """Numbers of every kind except NaN and Inf."""
     grads = torch.randn(tasks, parameters, dtype=dtype)
     flat = grads.view(-1)
     special = torch.tensor([0.0, -0.0, 1e-45 if dtype == torch.float32 else 5e-324], dtype=dtype)
@@ -114,7 +114,7 @@ def compact_sign_step(
     rates = rates if offsets is None else lr.repeat_interleave(offsets.diff())
     before = torch.randint(-127, 128, (tasks, parameters))
     before.view(-1)[torch.randperm(before.numel())[: before.numel() // 8]] = -128
-    before.view(-1)[-1] = 127  # one step further is no number, in one direction
+    before.view(-1)[-1] = 127  # one step further in one direction is NaN
     grads = gradients(tasks, parameters, dtype)
     grads[-1, -1] = 1.0
     if tasks > 1:
@@ -190,7 +190,7 @@ def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, suppo
 
 
 def conv_meta_step(native: ModuleType, net: conv_cases.Net, *, by_covariance: bool = True, **options: Any) -> None:
-    """A meta-step with plain gradient steps, which hide nothing, against float64."""
+    """A meta-step with plain gradient steps, which hide no error, against float64."""
     data = conv_cases.draw(net)
     found = conv_cases.run(native, net, data, by_sign=False, by_covariance=by_covariance, **options)
     exact = conv_cases.definition(net, data, by_sign=False, **options)
@@ -204,7 +204,7 @@ def conv_meta_step(native: ModuleType, net: conv_cases.Net, *, by_covariance: bo
 
 
 def conv_ties(native: ModuleType) -> None:
-    """Of equal values in a window of the pooling, the first has the gradient."""
+    """Of equal values in a pooling window, the first one gets the gradient."""
     net = conv_cases.Net(tasks=1, height=8, width=9, support=2, query=2)
     data = conv_cases.with_ties(conv_cases.draw(net))
     exact = conv_cases.definition(net, data, steps=0)
@@ -214,7 +214,7 @@ def conv_ties(native: ModuleType) -> None:
 
 
 def conv_faults(native: ModuleType, device: str = "cpu") -> None:
-    """A sick task is flagged, and only it; its neighbours' results keep every bit."""
+    """Only a non-finite task is flagged; its neighbours' results keep every bit."""
     net = conv_cases.Net(tasks=3, height=5, width=6, support=2, query=2)
     data = conv_cases.draw(net).to(device)
     healthy = conv_cases.run(native, net, data)
@@ -227,7 +227,7 @@ def conv_faults(native: ModuleType, device: str = "cpu") -> None:
 
 
 def run_conv(native: ModuleType, seeds: int = 1) -> None:
-    """The cases of the convolution kernels; the quick ones first, which find most of what is wrong."""
+    """The cases of the convolution kernels; the quick ones come first, because they find most errors."""
     Net = conv_cases.Net
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -243,7 +243,7 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
         # Several chunks of channels, and of columns of the weight gradient.
         conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
         conv_meta_step(native, Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False)
-        # More tiles than slices: a block of threads works on one tile after the other.
+        # More tiles than slices: a thread block processes several tiles in turn.
         many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
         conv_meta_step(native, many, steps=0)
         conv_meta_step(native, replace(many, blocks=1), steps=0, by_covariance=False)
@@ -252,7 +252,7 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
 def run_flat(native: ModuleType, seeds: int = 2) -> None:
     """The cases of the emulator itself, the flat-buffer kernels and the MLP, in several random orders of threads.
 
-    The quick ones come first, which find most of what is wrong.
+    The quick ones come first, because they find most errors.
     """
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -268,22 +268,22 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
                 for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
                     sign_step(native, tasks, parameters, dtype, form, shift)
             sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
-            sign_step(native, 35, 3, dtype, "all", 0)  # several tasks a block
+            sign_step(native, 35, 3, dtype, "all", 0)  # several tasks per block
             for form in ("all", "element", "segments"):
                 for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
                     compact_sign_step(native, tasks, parameters, dtype, form, shift)
             compact_sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
-            compact_sign_step(native, 35, 3, dtype, "all", 0)  # several tasks a block
+            compact_sign_step(native, 35, 3, dtype, "all", 0)  # several tasks per block
             for skip in (False, True):
                 for tasks, parameters, shift in ((1, 1027, 0), (3, 5, 1), (11, 33, 0), (9, 2048, 0)):
                     meta_accumulate(native, tasks, parameters, dtype, skip, shift)
         for loss in ("mse", "cross_entropy"):
             mlp_meta_step(native, (3, 6, 5, 2), 3, 4, 3, loss)  # a warp in shared memory
-        mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks a team
+        mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks per team
         for loss in ("mse", "cross_entropy"):
             mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
     native.configure(multiprocessors=1)
-    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles a block
+    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles per block
     compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
 
 

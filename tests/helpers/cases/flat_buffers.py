@@ -1,4 +1,4 @@
-"""Flat buffers `[T, P]`: hard numbers, odd alignments, and the plain torch expressions of the native operators."""
+"""Flat buffers `[T, P]`: difficult values, odd alignments, and the native operators as plain torch expressions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TASKS = (1, 2, 3, 7)
 
 
 def device_or_skip(name: str) -> torch.device:
-    """The device, or a skipped test that says why there is none."""
+    """The device; skips the test with the reason if there is none."""
     if name == "cuda":
         from signmaml_ext._loader import C
 
@@ -24,7 +24,7 @@ def device_or_skip(name: str) -> torch.device:
 
 
 def gradients(tasks: int, parameters: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Numbers of every kind but NaN and infinities: a third are zeros of both signs and subnormals."""
+    """Numbers of every kind except NaN and infinities; a third are zeros of both signs and subnormals."""
     grads = torch.randn(tasks, parameters, dtype=dtype)
     tiny = torch.finfo(dtype).smallest_normal / 4
     special = torch.tensor([0.0, -0.0, tiny, -tiny], dtype=dtype)
@@ -34,7 +34,7 @@ def gradients(tasks: int, parameters: int, dtype: torch.dtype, device: torch.dev
 
 
 def shifted(value: Tensor, elements: int) -> Tensor:
-    """A contiguous copy that starts so many elements after a 64-byte boundary."""
+    """A contiguous copy that starts `elements` elements after a 64-byte boundary."""
     room = 64 // value.element_size()
     memory = value.new_empty(value.numel() + elements + room)
     start = (-memory.data_ptr() % 64) // value.element_size() + elements
@@ -61,7 +61,7 @@ def by_column(table: Tensor, parameters: int, segment_offsets: Tensor | None) ->
 def expected_step(
     params: Tensor, grads: Tensor, lr: Tensor, segment_offsets: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `sign_step_` makes of params, and the flags that it raises."""
+    """The params after `sign_step_`, and the flags that it sets."""
     parameters = params.shape[1]
     stepped = params - by_column(lr, parameters, segment_offsets) * sign(grads)
     broken = ~grads.isfinite()
@@ -72,7 +72,7 @@ def expected_step(
 
 
 def expected_accumulation(out: Tensor, grads: Tensor, nonfinite: Tensor, skip: bool) -> tuple[Tensor, Tensor]:
-    """What `meta_accumulate_` makes of out and of the flags, adding tasks in order."""
+    """out and the flags after `meta_accumulate_`, adding tasks in order."""
     raised = nonfinite | ~grads.isfinite().all(1)
     live = [row for row, bad in zip(grads, raised.tolist(), strict=True) if not (skip and bad)]
     if not live:

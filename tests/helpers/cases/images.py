@@ -21,12 +21,12 @@ _REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def real_data(kind: str) -> Path:
-    """The tree of a real set, unpacked once a session; skips the test where the archives are not.
+    """The tree of a real set, unpacked once per session; skips the test if the archives are missing.
 
     Args:
         kind: "omniglot", "cifar100" or "mini-imagenet".
 
-    The archives lie in the folder that SIGNMAML_TEST_DATA names, or in ../shared/data beside the repository.
+    The archives are in the folder given by SIGNMAML_TEST_DATA, or in ../shared/data next to the repository.
     """
     place = Path(os.environ.get("SIGNMAML_TEST_DATA") or _REPOSITORY.parent / "shared" / "data")
     script = place / "unpack.py"
@@ -44,7 +44,7 @@ def real_data(kind: str) -> Path:
 
 
 def random_set(sizes: Sequence[int], *, channels: int = 1, size: int = 4, split: str = "train") -> ImageSet:
-    """Images of random pixels, all different and none a turned copy of another."""
+    """Images of random pixels, all different and none a rotated copy of another."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (sum(sizes), channels, size, size), dtype=torch.uint8, generator=generator)
     names = tuple(f"class{number}" for number in range(len(sizes)))
@@ -62,14 +62,14 @@ def picture(number: int, *, size: int = 12, channels: int = 1) -> np.ndarray:
 
 
 def write_image(path: Path, number: int, *, size: int = 12, channels: int = 1) -> Path:
-    """Writes `picture` in the format that the suffix says."""
+    """Writes `picture` in the format given by the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(number, size=size, channels=channels)).save(path)
     return path
 
 
 def write_tree(root: Path, classes: Mapping[str, int], *, size: int = 12, channels: int = 1) -> Path:
-    """``ROOT/CLASS/NN.png`` for every class and its number of images."""
+    """Writes ``ROOT/CLASS/NN.png`` for every class and its number of images."""
     number = 0
     for name, count in classes.items():
         for index in range(count):
@@ -79,7 +79,7 @@ def write_tree(root: Path, classes: Mapping[str, int], *, size: int = 12, channe
 
 
 def zip_tree(root: Path, archive: Path, prefix: str = "") -> Path:
-    """The tree as a zip archive, its paths after `prefix`."""
+    """Writes the tree as a zip archive, with `prefix` before its paths."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(root.rglob("*")):
             if path.is_file():

@@ -1,4 +1,4 @@
-"""The convolutional networks of few-shot learning, in the ways that other libraries write them."""
+"""The convolutional networks of few-shot learning, written as in other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class ConvBlock(nn.Module):
-    """learn2learn: attributes in another order than the forward uses them, a lambda where nothing is pooled."""
+    """learn2learn: attributes in a different order from their use in forward, and a lambda in place of no pooling."""
 
     def __init__(self, channels: int, filters: int, max_pool: bool = True, factor: float = 1.0) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ConvBase(nn.Sequential):
 
 
 class MiniImagenetCNN(nn.Module):
-    """learn2learn, earlier versions: the blocks are registered once, the features viewed by number."""
+    """learn2learn, earlier versions: blocks are registered once, and a view to a fixed size flattens the features."""
 
     def __init__(self, ways: int = 3, filters: int = 8, layers: int = 4, side: int = 1, channels: int = 3) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class OmniglotCNN(nn.Module):
 
 
 def torchmeta(ways: int = 3, filters: int = 8, side: int = 1, channels: int = 3) -> nn.Module:
-    """Named layers in a sequence of sequences; BatchNorm with momentum 1 and no running statistics."""
+    """Named layers in nested `nn.Sequential`; BatchNorm with momentum 1 and no running statistics."""
 
     def block(inputs: int) -> nn.Module:
         layers = OrderedDict(
@@ -135,7 +135,7 @@ def one_sequence(ways: int = 3, filters: int = 8, side: int = 1, channels: int =
 
 
 class Functional(nn.Module):
-    """Functions where there are no parameters; the layers in lists."""
+    """Functions for operations without parameters; the layers are in lists."""
 
     def __init__(self, ways: int = 3, filters: int = 8, layers: int = 3, side: int = 2, channels: int = 2) -> None:
         super().__init__()

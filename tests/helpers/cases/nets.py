@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class ConvBlock(nn.Module):
-    """As learn2learn writes it: attributes in another order than the forward uses them."""
+    """As in learn2learn: attributes in a different order from their use in forward."""
 
     def __init__(self, inputs: int, filters: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ def conv4(ways: int = 3, channels: int = 1, filters: int = 4, size: int = 16, la
 
 
 def mlp(inputs: int = 4, ways: int = 3, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
-    """Two hidden layers."""
+    """An MLP with two hidden layers."""
     return nn.Sequential(nn.Linear(inputs, 8), activation(), nn.Linear(8, 8), activation(), nn.Linear(8, ways))
 
 
@@ -104,7 +104,7 @@ def image_tasks(
     size: int = 16,
     dtype=torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noise around a mean image a class, so that there is something to learn."""
+    """Noise around one mean image per class, so that there is something to learn."""
     means = torch.randn(tasks, ways, 1, channels, size, size, dtype=dtype)
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def regression_tasks(tasks: int = 3, shots: int = 5, dtype=torch.float64) -> tup
 
 
 def grads(model: nn.Module) -> dict[str, Tensor | None]:
-    """`.grad` by name, taken away from the model."""
+    """`.grad` by name; clears the gradients of the model."""
     taken = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     return taken

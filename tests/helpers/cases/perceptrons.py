@@ -22,7 +22,7 @@ def network(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Module:
 def tasks_for(
     widths: tuple[int, ...], loss: str, tasks: int, support: int, query: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random tasks; classes or numbers, as the loss needs."""
+    """Random tasks, with class labels or real targets to suit the loss."""
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(tasks, count, widths[0], dtype=dtype)
@@ -34,7 +34,7 @@ def tasks_for(
 
 
 def problem_of(model: nn.Module, data: tuple[Tensor, ...], **options: object) -> Problem:
-    """The checked call, with usual options."""
+    """The checked problem, with default options."""
     chosen = {
         "inner_lr": 0.05,
         "inner_steps": 3,

@@ -1,4 +1,4 @@
-"""Small image sets that can be learned: every class is a random pattern, its images are noisy copies."""
+"""Small learnable image sets: every class is a random pattern, and its images are noisy copies of it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def toy_images(
 ) -> ImageSet:
     """Classes differ from split to split; the same call gives the same set.
 
-    With `distracting`, three quarters of each image are pure noise, in the same place for all classes: what a network
-    that was meta-trained knows and an untrained one does not.
+    With `distracting`, three quarters of each image are pure noise, in the same place for all classes. A meta-trained
+    network learns to ignore it, which an untrained one cannot.
     """
     pictures = []
     for number in range(classes):
@@ -40,7 +40,7 @@ def toy_images(
 
 
 def write_class_folders(root: Path, **sizes: int) -> Path:
-    """The three splits as a tree ROOT/{train,val,test}/CLASS/NN.png."""
+    """Writes the three splits as a tree ROOT/{train,val,test}/CLASS/NN.png."""
     from PIL import Image
 
     for split in ("train", "val", "test"):

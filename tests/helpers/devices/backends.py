@@ -1,8 +1,8 @@
-"""The backends of the shared tests: the reference, the CPU's, the CUDA kernels emulated, and CUDA where there is one.
+"""The backends of the shared tests: the reference, the CPU, the emulated CUDA kernels, and CUDA if available.
 
-A test that takes the fixture `backend` passes its value as `backend=` and makes its tensors without naming a device. It
-then holds for all of them: "emulated" takes tensors on the CPU to the CUDA family's own Python code and launches, on
-the emulated GPU; under "cuda" new tensors are on the GPU.
+A test with the fixture `backend` passes its value as `backend=` and creates tensors without naming a device. It then
+runs on all of them: "emulated" passes CPU tensors to the CUDA family's own Python code and launches on the emulated
+GPU; under "cuda", new tensors are on the GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = ("torch", "cpu", "emulated", "cuda")
 
 
 def params(*names: str) -> list[Any]:
-    """Values for a fixture; that of the GPU carries its marker."""
+    """Values for a fixture; the GPU's value has the `gpu` marker."""
     return [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in names]
 
 
@@ -52,12 +52,12 @@ def selected(name: str) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def emulated_module() -> ModuleType:
-    """Built and loaded once."""
+    """The emulated module, built and loaded once."""
     return emulated.load(emulated.build_once())
 
 
 class OnEmulatedGpu:
-    """Stands in for `signmaml_ext._C` in ops.py: the CPU's operators are the CUDA kernels on the emulated GPU."""
+    """Replaces `signmaml_ext._C` in ops.py: the CPU's operators run the CUDA kernels on the emulated GPU."""
 
     def __init__(self, native: ModuleType) -> None:
         self.native = native
@@ -66,20 +66,20 @@ class OnEmulatedGpu:
         on_cpu, on_gpu = (getattr(self.native, n, None) for n in (name, name.removesuffix("_cpu") + "_cuda"))
         if not name.endswith("_cpu") or on_gpu is None:
             return on_cpu
-        # The last argument of the one is a number of threads, the last two of the other are device and stream.
+        # A CPU operator's last argument is the number of threads; a CUDA operator's last two are device and stream.
         return lambda *arguments: on_gpu(*arguments[:-1], 0, 0)
 
 
 @contextmanager
 def operators_emulated() -> Iterator[None]:
-    """The torch operators on CPU tensors run their CUDA kernels on the emulated GPU."""
+    """Makes the torch operators on CPU tensors run their CUDA kernels on the emulated GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "C", OnEmulatedGpu(emulated_module()))
         yield
 
 
 def emulated_backend(native: ModuleType) -> dispatch.Backend:
-    """What "cuda" is in dispatch.py, for CPU tensors on the emulated GPU. Never taken by "auto": it comes last."""
+    """The "cuda" backend of dispatch.py for CPU tensors on the emulated GPU. It is last, so "auto" never takes it."""
 
     def emulated_family(family: dispatch.Family, *arguments: Any) -> dispatch.Family:
         def run(compute: Callable[..., Any]) -> Callable[[Problem], Any]:

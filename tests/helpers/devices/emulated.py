@@ -1,4 +1,4 @@
-"""Builds and loads `_emulated`: the CUDA kernels on the emulated GPU, from the sources as they are or changed."""
+"""Builds and loads `_emulated`, the CUDA kernels on the emulated GPU, from the original or modified sources."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BUILT_BY_SETUP = ROOT / "build" / "emulated"  # where SIGNMAML_EMULATED=1 leaves
 
 
 def sources() -> list[Path]:
-    """All that the module is built from."""
+    """All files that the module is built from."""
     return [ROOT / "CMakeLists.txt", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
 
 
 def copy_sources(target: Path) -> None:
-    """A copy to build from, or to change first."""
+    """Copies the sources, to build or modify them."""
     for path in sources():
         copy = target / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -39,15 +39,15 @@ def copy_sources(target: Path) -> None:
 
 
 def tools() -> dict[str, str]:
-    """The environment in which cmake and ninja of this interpreter's environment come first."""
+    """An environment whose PATH starts with this interpreter's folder, so that its cmake and ninja come first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **shared.launcher(), "PATH": path}
 
 
 def configure(source: Path, build: Path, *variables: str, flags: str = "-O1") -> None:
-    """Runs cmake; skips the test where there is none.
+    """Runs cmake; skips the test if it is not installed.
 
-    With one instruction set, unless the variables say otherwise: the emulated module is not for the CPU's operators.
+    Builds one instruction set unless `variables` say otherwise, because the module does not test the CPU's operators.
     """
     if shutil.which("cmake", path=tools()["PATH"]) is None or shutil.which("ninja", path=tools()["PATH"]) is None:
         pytest.skip("cmake and ninja are needed to build the emulated module")
@@ -60,7 +60,7 @@ def configure(source: Path, build: Path, *variables: str, flags: str = "-O1") ->
 
 
 def compile_module(build: Path) -> Path:
-    """Builds what has changed; the path of the module."""
+    """Builds what has changed and returns the path of the module."""
     run(["cmake", "--build", str(build), "--target", "_emulated"])
     (module,) = build.glob("_emulated*.so")
     return module
@@ -81,7 +81,7 @@ def load(path: Path) -> ModuleType:
 
 
 def built_by_setup() -> Path | None:
-    """The module that an install with SIGNMAML_EMULATED=1 left, unless a source is newer."""
+    """The module left by an install with SIGNMAML_EMULATED=1, unless a source is newer."""
     newest = max(path.stat().st_mtime for path in sources())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     module = BUILT_BY_SETUP / f"_emulated{suffix}"
@@ -89,7 +89,7 @@ def built_by_setup() -> Path | None:
 
 
 def build_once() -> Path:
-    """The module of the sources as they are, built once for each state of them."""
+    """The module of the current sources, built once per state of the sources."""
     module = built_by_setup()
     if module is not None:
         return module
@@ -99,14 +99,14 @@ def build_once() -> Path:
     kept = Path(tempfile.gettempdir()) / f"signmaml_emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
     kept.mkdir(exist_ok=True)
     with (kept / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first one's module
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's module
         modules = list(kept.glob("_emulated*.so"))
         if modules:
             return modules[0]
         with tempfile.TemporaryDirectory() as folder:
             configure(ROOT, Path(folder))
             module = compile_module(Path(folder))
-            # Complete or not there at all, also where this is interrupted.
+            # Rename, so that an interruption never leaves an incomplete module.
             staged = kept / "staged"
             shutil.copy2(module, staged)
             os.replace(staged, kept / module.name)
@@ -115,16 +115,16 @@ def build_once() -> Path:
 
 # For modules with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZER_OPTIONS = {
-    # Python itself does not free everything at its end.
+    # Leaks are not checked: Python itself does not free everything on exit.
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
 }
 
 
 def sanitized_once() -> Path:
-    """The module, and in it the CPU's operators, with these sanitizers.
+    """The module, including the CPU's operators, built with these sanitizers.
 
-    Steps out of memory depend on the width of vectors, so the CPU's operators have wide ones where this CPU does.
+    Out-of-bounds accesses depend on the vector width, so the CPU's operators use wide vectors if this CPU has them.
     """
     wide = "avx2" if "avx2" in C.cpu_isas() else "portable"
 
@@ -139,7 +139,7 @@ def sanitized_once() -> Path:
 
 
 def sanitizer_library(name: str) -> str:
-    """The run-time library that must be loaded before Python starts; skips the test where there is none."""
+    """The run-time library to preload into Python; skips the test if it is not installed."""
     found = subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True)
     path = found.stdout.strip()
     if not os.path.isabs(path):

@@ -1,7 +1,7 @@
-"""A stand-in for the device that records graphs: on the CPU, a replay runs the function again on the same inputs.
+"""A CPU stand-in for a device that records graphs: a replay runs the function again on the same inputs.
 
-It keeps what a CUDA graph keeps and no more: outputs stay in one place, Python's own state from the time of recording
-is not looked at again by the code under test, and nothing runs while recording.
+It guarantees only what a CUDA graph does: outputs stay in place, the code under test does not look again at Python
+state from the time of recording, and nothing runs while recording.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from signmaml_ext import graphs
 class ReplayingRecorder:
     """Records by remembering the function."""
 
-    made: list[ReplayingRecorder] = []  # noqa: RUF012 (a list for all of them, emptied by `stand_in`)
+    made: list[ReplayingRecorder] = []  # noqa: RUF012 (shared by all instances; `stand_in` empties it)
 
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
@@ -35,14 +35,14 @@ class ReplayingRecorder:
 
     def record(self, function: graphs.Function) -> ReplayingRecording:
         assert self.warm_ups, "a function is warmed up before it is recorded"
-        # Poisoned: who reads before the first replay is found out.
+        # Poison the outputs, to detect reads before the first replay.
         outputs = tuple(torch.full_like(t, torch.nan if t.is_floating_point() else 77) for t in self._like)
         self.recording = ReplayingRecording(function, outputs)
         return self.recording
 
 
 class ReplayingRecording:
-    """What `record` gave."""
+    """The result of `record`."""
 
     def __init__(self, function: graphs.Function, outputs: tuple[Tensor, ...]) -> None:
         self.outputs, self._function = outputs, function
@@ -66,7 +66,7 @@ class ReplayingRecording:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, limit: int = graphs.LIMIT) -> graphs.GraphCache:
-    """Makes the CPU a device that records, with a fresh cache, for one test."""
+    """Makes the CPU a recording device with a fresh cache, for one test."""
     ReplayingRecorder.made.clear()
     cache = graphs.GraphCache(limit)
     monkeypatch.setitem(graphs.RECORDERS, "cpu", ReplayingRecorder)

@@ -1,8 +1,8 @@
-"""A compiler that compiles the same text with the same flags once: compiler_cache.py FOLDER COMPILER ARGUMENT...
+"""Compiles the same text with the same flags only once: compiler_cache.py FOLDER COMPILER ARGUMENT...
 
-CMake puts it before the C++ compiler, see `programs.shared.launcher`. Several tests build the project, each in its own
-way and its own folder; without this they would compile the same files again and again. The compiler's preprocessor says
-what the text is, so that a change anywhere in it is noticed; FOLDER holds the object files of one session of tests.
+CMake puts it before the C++ compiler, see `programs.shared.launcher`. Several tests build the project in their own way
+and folder, and would otherwise compile the same files repeatedly. The key is the preprocessed text, so any change in it
+is noticed. FOLDER holds the object files of one test session.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WITH_VALUE = {"-o", "-MF", "-MT", "-MQ", "-I", "-isystem"}
 
 
 def plain_arguments(arguments: list[str]) -> list[str]:
-    """Those that are the same wherever the sources and the build folder are: without paths, which the text replaces."""
+    """The arguments that do not depend on where sources and build folder are; the text stands for the paths."""
     kept, words = [], iter(arguments)
     for word in words:
         if word in WITH_VALUE:
@@ -30,7 +30,7 @@ def plain_arguments(arguments: list[str]) -> list[str]:
 
 
 def preprocessed(arguments: list[str]) -> bytes | None:
-    """The text that would be compiled; None where the preprocessor refuses. Writes the list of headers for ninja."""
+    """The text that would be compiled; None if preprocessing fails. Also writes the list of headers for ninja."""
     words = list(arguments)
     at = words.index("-o")
     del words[at : at + 2]
@@ -40,7 +40,7 @@ def preprocessed(arguments: list[str]) -> bytes | None:
 
 
 def compile_once(folder: Path, arguments: list[str]) -> int:
-    """Compiles, or takes the object file of an earlier time; the compiler's exit status."""
+    """Compiles, or copies an earlier object file; returns the compiler's exit status."""
     text = preprocessed(arguments) if {"-c", "-o"} <= set(arguments) else None
     if text is None:
         return subprocess.run(arguments).returncode
@@ -48,7 +48,7 @@ def compile_once(folder: Path, arguments: list[str]) -> int:
     key = hashlib.sha256("\0".join([arguments[0], *plain_arguments(arguments[1:])]).encode() + b"\0" + text).hexdigest()
     kept = folder / f"{key}.o"
     with (folder / f"{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits for the first one's object file
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's object file
         if kept.is_file():
             target.unlink(missing_ok=True)
             shutil.copyfile(kept, target)

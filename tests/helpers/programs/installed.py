@@ -1,6 +1,6 @@
-"""Importing it leaves the clone's root out of the import path: the sources there would hide the installed package.
+"""Importing this removes the clone's root from the import path, where the sources would hide the installed package.
 
-`python -m pytest` puts the current folder first, which is the root.
+`python -m pytest` puts the current folder, which is the root, first in the path.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from helpers.programs import shared
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# What the build reads of the environment; the tests set it themselves.
+# Variables that the build reads; the tests set them explicitly.
 SWITCHES = (
     "FORCE_CUDA",
     "SIGNMAML_NO_CUDA",
@@ -34,12 +34,12 @@ SWITCHES = (
     "CUDAHOSTCXX",
 )
 GENERATED = ("*.so", "*.egg-info", "__pycache__", "*.pyc")
-# At the root: what builds, runs and tools leave there.
+# Folders that builds, runs and tools leave in the root.
 LEFT_BEHIND = {"build", "dist", "runs", "data", "venv"}
 
 
 def copy_source(target: Path) -> Path:
-    """The source tree as a fresh clone has it, without hidden files but .clang-format."""
+    """Copies the source tree as in a fresh clone, without hidden files except .clang-format."""
 
     def unwanted(folder: str, names: list[str]) -> set[str]:
         generated = shutil.ignore_patterns(*GENERATED)(folder, names)
@@ -53,10 +53,9 @@ def copy_source(target: Path) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment without the switches and without anything that redirects imports, then changes.
+    """This process's environment without the switches and without anything that redirects imports, plus `changes`.
 
-    No bytecode is written: it would change the source trees that are looked at. What one build compiled, another need
-    not compile again.
+    Python writes no bytecode, because that would change the source trees under test. Builds share compiled objects.
     """
     dropped = {*SWITCHES, "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
@@ -64,7 +63,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def without_nvcc() -> dict[str, str]:
-    """Changes of the environment that hide every nvcc."""
+    """Changes to the environment that hide every nvcc."""
     kept = [
         folder
         for folder in os.environ["PATH"].split(os.pathsep)
@@ -80,7 +79,7 @@ def has_nvcc() -> bool:
 def run(
     *command: str | Path, cwd: Path | str = "/", fails: bool = False, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end; stderr is joined to stdout."""
+    """Runs a program to completion, with stderr in stdout."""
     done = subprocess.run(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
@@ -96,7 +95,7 @@ def run(
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own; `pip` of this process's Python serves it."""
+    """A separate virtual environment, managed with `pip` of this process's Python."""
 
     folder: Path
 
@@ -114,7 +113,7 @@ class Environment:
         return Path(sysconfig.get_path("purelib", "venv", {"base": str(self.folder)}))
 
     def pip_install(self, *arguments: str | Path, fails: bool = False, **changes: str) -> str:
-        """What `pip install` printed."""
+        """Runs `pip install` and returns its output."""
         command = [sys.executable, "-m", "pip", "--python", self.python, "install", *arguments]
         return run(*command, fails=fails, **changes).stdout
 
@@ -125,9 +124,9 @@ class Environment:
             file.write(lines)
 
     def lend_torch(self) -> None:
-        """Lends what this process's environment has: torch and the other dependencies, but not this package.
+        """Lends the packages of this process's environment: torch and the other dependencies, but not this package.
 
-        The lent folder comes before what an editable install adds to the search, so it must not hold the package.
+        The lent folder is searched before the paths of an editable install, so it must not contain this package.
         """
         lent = self.folder / "lent"
         lent.mkdir(exist_ok=True)
@@ -140,7 +139,7 @@ class Environment:
         self.lend(lent)
 
     def info(self) -> dict[str, Any]:
-        """What `python -m signmaml_ext.info` reports of the package installed here."""
+        """The report of `python -m signmaml_ext.info` for the package installed here."""
         found: dict[str, Any] = json.loads(run(self.python, "-m", "signmaml_ext.info", "--json").stdout)
         return found
 
@@ -160,12 +159,12 @@ print("ran on", result.backend)
 
 
 def use(installed: Environment) -> str:
-    """Takes a meta-step with the installed packages, from another folder than any source; what it printed."""
+    """Takes a meta-step with the installed packages, outside any source folder; returns what it printed."""
     return run(installed.python, "-c", USE).stdout
 
 
 def need_network(folder: Path) -> None:
-    """Skips the test, with pip's reason, where build requirements cannot be fetched."""
+    """Skips the test, with pip's reason, if build requirements cannot be downloaded."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "pybind11"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment())
     if done.returncode != 0:

@@ -1,6 +1,6 @@
-"""For all tests: most networks are tiny, and a second thread costs more than it gives, above all on shared cores.
+"""One thread for all tests: most networks are tiny, so a second thread costs more than it gains on shared cores.
 
-What forks a process needs it too: torch's other threads do not come along. Tests of threads choose how many.
+Tests that fork need it too, because torch's other threads do not survive a fork. Tests of threads set their own number.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the processes of one session of tests share: a folder, and in it what is made or compiled once.
+"""The folder that all processes of a test session share, for things that are built or compiled once.
 
-pytest-xdist runs the files of tests in several processes. The first process makes the folder before it starts them.
+pytest-xdist runs test files in several processes. The first process creates the folder before it starts them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ COMPILER_CACHE = Path(__file__).with_name("compiler_cache.py")
 
 
 def make_folder() -> Callable[[], None]:
-    """Makes the folder, for this process and those that it starts; what is returned removes it."""
+    """Creates the folder for this process and those that it starts; returns a function that removes it."""
     made = tempfile.TemporaryDirectory(prefix="signmaml_tests-")
     os.environ[VARIABLE] = made.name
     return made.cleanup
 
 
 def folder(name: str) -> Path:
-    """A folder of that name, the same in all processes of the session."""
+    """A folder with this name, the same in all processes of the session."""
     found = Path(os.environ[VARIABLE]) / name
     found.mkdir(exist_ok=True)
     return found
 
 
 def once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that `make` fills, in the process that asks first; the others wait for it.
+    """A folder filled by `make` in the first process that asks for it; the others wait.
 
-    Where `make` fails, the next process tries again in an empty folder, and says the same.
+    If `make` fails, the next process tries again in an empty folder and reports the same error.
     """
     place = folder(name)
     made = place / "made"
@@ -49,7 +49,7 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def launcher() -> dict[str, str]:
-    """The environment in which CMake compiles C++ through the cache; none outside of a session of tests."""
+    """Variables that make CMake compile C++ through the cache; empty outside of a test session."""
     if VARIABLE not in os.environ:
         return {}
     words = [sys.executable, "-I", str(COMPILER_CACHE), str(folder("objects"))]

@@ -1,4 +1,4 @@
-"""Programs of the toolchain, wherever they lie."""
+"""Finds programs of the toolchain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def tool(name: str) -> str | None:
-    """The program on PATH, in CUDA's toolkit, or in triton, which torch for CUDA brings; None where there is none."""
+    """The program on PATH, in the CUDA toolkit, or in triton (installed with torch for CUDA); None if not found."""
     places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:

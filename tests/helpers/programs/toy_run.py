@@ -1,6 +1,6 @@
-"""A training run of seconds, as a program: python -m helpers.programs.toy_run FOLDER ITERATIONS [--slow SECONDS].
+"""A training run of a few seconds, as a program: python -m helpers.programs.toy_run FOLDER ITERATIONS [--slow SECONDS].
 
-The tests start it, stop it in the ways a process can be stopped, and resume it themselves.
+The tests start it, stop it in various ways and resume it themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from signmaml.trainer import MetaTrainer
 
 
 class DropoutNet(nn.Module):
-    """Has dropout, so that randomness inside the step counts too, and BatchNorm with buffers."""
+    """Has dropout, to test randomness inside the step, and BatchNorm with buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class DropoutNet(nn.Module):
 
 
 def toy_config(iterations: int, **changes: Any) -> TrainConfig:
-    """Logs, validates and saves at periods that do not divide one another."""
+    """Logs, validates and saves at periods that do not divide each other."""
     return TrainConfig(
         data="toy", ways=3, shots=1, queries=3, tasks=3, inner_steps=2, iterations=iterations, log_every=4,
         validate_every=6, validate_tasks=5, checkpoint_every=5, test_tasks=6, learn_inner_lr="per-layer-per-step",
@@ -44,7 +44,7 @@ def toy_config(iterations: int, **changes: Any) -> TrainConfig:
 
 
 def toy_trainer(folder: Path | str, iterations: int = 12, **changes: Any) -> MetaTrainer:
-    """The same weights at the start of every process; without pictures, which take longer than the training."""
+    """Starts with the same weights in every process; draws no plots, which would take longer than the training."""
     torch.manual_seed(11)
     sets = {split: toy_images(split) for split in ("train", "val", "test")}
     trainer = MetaTrainer(toy_config(iterations, **changes), model=DropoutNet(), out=folder, progress=False, **sets)

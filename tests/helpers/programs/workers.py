@@ -1,4 +1,4 @@
-"""How many processes run the tests, and in which order they take the files: for pytest-xdist, where it is installed."""
+"""The number of test processes and the order of test files, for pytest-xdist if it is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 MEMORY_OF_WORKER = 3 * 2**30
-# The files that take longest, longest first: begun late, one of them would keep one process busy after the others.
+# The slowest files, slowest first: started late, one of them would keep one process busy after the others finish.
 LONGEST = (
     "tests/emulated/test_mutations.py",
     "tests/reliability/test_native.py",
@@ -34,15 +34,15 @@ LONGEST = (
 
 
 def memory() -> int:
-    """Bytes of this machine."""
+    """This machine's memory in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def number_of_workers(config: pytest.Config) -> int:
-    """How many to start; 0 where the tests run in this process.
+    """How many processes to start; 0 to leave pytest's options alone.
 
-    In this process run: tests chosen one by one or of one file, which cannot be shared out; debuggers, and output that
-    is not captured; tests on a GPU, which is one; and what the user says with -n.
+    It is 0 if the user gives -n or other options of xdist; if the tests are selected one by one or are from one file,
+    which cannot be distributed; with a debugger or uncaptured output; and with a GPU, because there is only one.
     """
     option = config.option
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
@@ -68,7 +68,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first; all processes must find the same order."""
+    """Sorts the slowest files first; all processes must get the same order."""
     if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONGEST)}
         items.sort(key=lambda item: place.get(item.path.relative_to(config.rootpath).as_posix(), len(place)))
