@@ -7,21 +7,21 @@ from collections.abc import Iterator
 
 import pytest
 
-import helpers.programs.installed  # noqa: F401 (first of all that imports the package)
+import helpers.programs.installed  # noqa: F401 (before anything imports the package)
 
-# Before torch starts, and for the processes that tests start.
+# Set before torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 from helpers.devices import backends
 from helpers.programs import shared
-from helpers.programs.one_thread import one_thread  # noqa: F401 (of all tests)
+from helpers.programs.one_thread import one_thread  # noqa: F401 (for all tests)
 from helpers.programs.workers import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 (hooks)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # the process that starts the others
+    if not hasattr(config, "workerinput"):  # only in the process that starts the workers
         config.add_cleanup(shared.make_folder())
 
 

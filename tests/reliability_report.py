@@ -1,4 +1,4 @@
-"""How much was tried, and what survived: python -m tests.reliability_report [--write] [--examples N] [--iterations N].
+"""What was tried and what survived: python -m tests.reliability_report [--write] [--examples N] [--iterations N].
 
 Runs longer versions of what tests/reliability runs, each part in turn, and prints one table; `--write` keeps it in
 docs/reliability.md. A part that finds something ends the report with its error.
@@ -26,7 +26,7 @@ Row = tuple[str, str, str]  # part, tried, outcome
 
 
 def properties(options: argparse.Namespace) -> list[Row]:
-    """Bad input: drawn at random, anew in every report."""
+    """Bad input, drawn at random and anew for every report."""
     from reliability import bad_input
 
     rows = []
@@ -40,7 +40,7 @@ def properties(options: argparse.Namespace) -> list[Row]:
 
 
 def native(options: argparse.Namespace) -> list[Row]:
-    """The native module as installed, against Python and with any structs."""
+    """The installed native module, against Python and with arbitrary structs."""
     from reliability import native_cases
     from signmaml_ext._loader import C
 
@@ -60,12 +60,12 @@ def sanitizers(options: argparse.Namespace) -> list[Row]:
 
 
 def faults(options: argparse.Namespace) -> list[Row]:
-    """A fault at every step towards the disk."""
+    """A fault at every step of writing to disk."""
     import torch
 
     from reliability import test_faults
 
-    torch.set_num_threads(1)  # the faults come in forked processes, which have none of the others
+    torch.set_num_threads(1)  # faults run in forked processes, and other threads do not survive a fork
     rows = []
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
@@ -88,7 +88,7 @@ def faults(options: argparse.Namespace) -> list[Row]:
 
 
 def others(options: argparse.Namespace) -> list[Row]:
-    """Parts that are whole tests."""
+    """Parts that run whole test files."""
     return [
         *pytest_rows("hostile files", "test_hostile_files.py"),
         *pytest_rows(
@@ -101,7 +101,7 @@ def others(options: argparse.Namespace) -> list[Row]:
 
 
 def pytest_rows(part: str, file: str, chosen: str = "") -> list[Row]:
-    """Runs a file of tests; its own last line is the outcome."""
+    """Runs a file of tests; the last line that pytest prints is the outcome."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/reliability/{file}"]
     done = subprocess.run(command + (["-k", chosen] if chosen else []), cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
@@ -111,7 +111,7 @@ def pytest_rows(part: str, file: str, chosen: str = "") -> list[Row]:
 
 
 def endurance(options: argparse.Namespace) -> list[Row]:
-    """A long run, in one piece and killed again and again."""
+    """A long run, once uninterrupted and once killed repeatedly."""
     from reliability import long_run
 
     with tempfile.TemporaryDirectory() as place:
@@ -163,7 +163,7 @@ EMPTY = "| part | tried | outcome | on |\n|---|---|---|---|\n"
 
 
 def with_rows(page: str, rows: list[Row]) -> str:
-    """The page with these rows in its table, in place of earlier ones of the same part."""
+    """The page with these rows in its table; they replace earlier rows of the same part."""
     import torch
 
     when = datetime.datetime.now(datetime.timezone.utc).date()

@@ -15,7 +15,7 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    # Their names are common words; other tests must not meet them.
+    # Their module names are common words, so unload them before other tests run.
     for name in set(sys.modules) - before:
         file = getattr(sys.modules[name], "__file__", None)
         if file is not None and Path(file).is_relative_to(FOLDER):

@@ -1,4 +1,4 @@
-"""Settings of the benchmark of training as words of a command line."""
+"""bench_training: settings given on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLOPs and bytes against counts by hand and by running."""
+"""FLOPs and bytes against counts made by hand and by torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_workload_a_by_hand():
     layers = [2 * 27 * 32 * 84 * 84, 2 * 288 * 32 * 42 * 42, 2 * 288 * 32 * 21 * 21, 2 * 288 * 32 * 10 * 10]
     assert layers == [12_192_768, 32_514_048, 8_128_512, 1_843_200]
     linear = 2 * 800 * 5
-    # Forward, weight gradient, and input gradient but for the images'.
+    # Forward, weight gradient and input gradient; the images need no gradient.
     one_image = 2 * layers[0] + 3 * sum(layers[1:]) + 3 * linear
     assert one_image == 151_866_816
     # T = 8, K = 5 passes over 5 support images and one over 5 query images.
@@ -51,7 +51,7 @@ def test_perceptron_equals_what_torch_counts():
 
 
 def _counted(model: torch.nn.Module, x: torch.Tensor) -> int:
-    """What torch counts of a forward and a backward pass."""
+    """FLOPs that torch counts for a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""The clock and the statistics of the benchmarks; no assertion on how long anything takes."""
+"""The clock and the statistics of the benchmarks; nothing is asserted about how long anything takes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_peak_memory_sees_what_was_used_and_freed():
 
 @pytest.mark.slow
 def test_peers_give_the_meta_gradient_of_the_definition():
-    """The checks of bench_meta_step hold for every implementation that is here, and catch one that is wrong."""
+    """The checks of bench_meta_step accept every implementation available here and catch a wrong one."""
     import bench_meta_step
     from peers import Step
     from workloads import WORKLOADS

@@ -1,4 +1,4 @@
-"""The pages' tables are those of the result files, and tables never mix machines."""
+"""The tables on the pages match the result files and never mix machines."""
 
 from __future__ import annotations
 

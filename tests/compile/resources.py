@@ -1,6 +1,6 @@
-"""What every kernel takes of a GPU, as CUDA's own tools report it of the machine code in the installed module.
+"""The GPU resources of every kernel, as CUDA's own tools report them for the machine code in the installed module.
 
-`python tests/compile/resources.py` renews the table.
+`python tests/compile/resources.py` regenerates the table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAUNCHES = (
     "sign_step",
 )
 
-# Threads of a block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp;
+# Threads per block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp;
 # kConvThreads, kConvHeadThreads, kConvUpdateThreads).
 BLOCKS = {
     "compact_sign_step_kernel": 256,
@@ -57,40 +57,40 @@ BLOCKS = {
     "meta_accumulate_kernel": 128,
     "mlp_meta_step_kernel": 256,
 }
-# Kernels that sum the covariance of patches in double, once a meta-step or for block 1's few weights only.
+# Kernels that sum the covariance of patches in double: once per meta-step, or only for block 1's few weights.
 IN_DOUBLE = {"conv_meta_accumulate_kernel", "conv_pack_kernel", "conv_sign_update_kernel", "patch_moments_kernel"}
-# Kernels whose operands wait in shared memory and registers; two blocks of four warps keep the tensor cores busy.
+# Kernels with operands in shared memory and registers: two blocks of four warps keep the tensor cores busy.
 ON_TENSOR_CORES = {"conv_data_grad_kernel", "conv_forward_kernel", "conv_weight_grad_kernel"}
-# Of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB, of which each block's share
-# is a KiB more than it asks for.
+# Limits of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB. Each block takes
+# 1 KiB of shared memory more than it requests.
 REGISTERS = 65536
 WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
 MOST_BLOCKS = {80: 32, 90: 32, 100: 32, 120: 24}
 SHARED_KIB = {80: 164, 90: 228, 100: 228, 120: 100}
-# The launch that a warp a task is looked at for: the sinusoid workload of the budgets (widths, tasks, support, query).
+# The launch used for kernels with one warp per task: the budgets' sinusoid workload (widths, tasks, support, query).
 SINUSOID = ((1, 40, 40, 1), 1000, 10, 10)
 
-# A machine instruction on doubles; a kernel on float32 has no business with it.
+# A machine instruction on doubles; float32 kernels must not contain any.
 FP64 = re.compile(
     r"^\s+/\*\w+\*/\s+(?:@\S+\s+)?(?:D(?:ADD|FMA|MUL|SETP|MNMX|MMA)\b|\S*\.F64\b|MUFU\.\w+64H)", re.MULTILINE
 )
 
 
 def missing() -> str | None:
-    """The program that is not there and without which nothing can be measured."""
+    """A missing program that the measurement needs, or None."""
     needed = ["cuobjdump", "c++filt"] if in_installed_module() else ["nvcc", "cuobjdump", "c++filt"]
     return next((name for name in needed if tool(name) is None), None)
 
 
 def in_installed_module() -> bool:
-    """Whether the installed module has code for all architectures; else it is compiled here."""
+    """Whether the installed module has code for all architectures; otherwise the code is compiled here."""
     return {str(architecture) for architecture in ARCHITECTURES} <= {
         entry.split("+")[0].replace(".", "") for entry in C.cuda_architectures
     }
 
 
 def release() -> str:
-    """CUDA's release, such as 13.0: another one may give other registers."""
+    """CUDA's release, such as 13.0: register counts may differ between releases."""
     if in_installed_module():
         return ".".join(C.cuda_version.split(".")[:2])
     match = re.search(r"release (\S+),", output("nvcc", "--version"))
@@ -99,15 +99,15 @@ def release() -> str:
 
 
 def output(name: str, *arguments: str, text: str | None = None) -> str:
-    """What a program of the toolchain prints."""
+    """Runs a program of the toolchain and returns what it prints."""
     done = subprocess.run([tool(name) or name, *arguments], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def warps_resident(registers: int, block: int, shared_bytes: int, architecture: int) -> int:
-    """Warps of a multiprocessor at a launch: what registers (given out in eights a thread), blocks and shared memory
-    allow."""
+    """Resident warps per multiprocessor, limited by registers (allocated in multiples of 8 per thread), warps, blocks
+    and shared memory."""
     of_block = -(-registers // 8) * 8 * block
     blocks = min(
         REGISTERS // of_block,
@@ -119,7 +119,7 @@ def warps_resident(registers: int, block: int, shared_bytes: int, architecture: 
 
 
 def dynamic_shared_bytes(kernel: str) -> int:
-    """Dynamic shared memory of a block at the launch that occupancy is given for."""
+    """Dynamic shared memory per block at the launch for which occupancy is reported."""
     name, _, arguments = kernel.partition("<")
     if name in ON_TENSOR_CORES or name.startswith(("conv_", "patch_")):
         return conv_shared_bytes(name, arguments.rstrip(">").split(", "))
@@ -130,12 +130,12 @@ def dynamic_shared_bytes(kernel: str) -> int:
     if in_shared == "false":
         return 8 * scalar_bytes  # kMlpScratch
     if warp == "false":
-        return 48 * 1024  # kMlpSharedBytes: whatever fits is taken
+        return 48 * 1024  # kMlpSharedBytes, the most that a launch takes
     return int(C.plan_mlp_meta_step(*SINUSOID, scalar_bytes, 132)["shared_bytes"])
 
 
 def conv_shared_bytes(name: str, arguments: list[str]) -> int:
-    """The most that a Conv4 of the budgets asks for: 64 filters at 28 x 28, else 32 (or 8) at 84 x 84."""
+    """The most that a Conv4 of the budgets requests: 64 filters at 28 x 28, else 32 (or 8) at 84 x 84."""
     filters = {"1": 8, "8": 64}.get(arguments[1], 32) if name in ON_TENSOR_CORES else 32
     side = 28 if filters == 64 else 84
     shape = {
@@ -148,7 +148,7 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
 
 
 def block_of(kernel: str) -> int:
-    """Threads of a block of a kernel, by its name with template arguments."""
+    """Threads per block of a kernel, given its name with template arguments."""
     name, _, arguments = kernel.partition("<")
     if name == "mlp_meta_step_kernel" and arguments.split(", ")[1] == "true":
         return 32
@@ -156,7 +156,7 @@ def block_of(kernel: str) -> int:
 
 
 def compiled(folder: Path) -> list[Path]:
-    """Every file of launch/, compiled for every architecture as CMakeLists.txt has it."""
+    """Compiles every file of launch/ for every architecture, with the options of CMakeLists.txt."""
 
     def cubin(launch: str, architecture: int) -> Path:
         target = folder / f"{launch}.{architecture}.cubin"
@@ -171,9 +171,9 @@ def compiled(folder: Path) -> list[Path]:
 
 
 def by_function(file: Path, option: str, mark: str) -> dict[tuple[str, str], str]:
-    """Parts of what cuobjdump prints of a file, by architecture and by the function's symbol."""
+    """cuobjdump's output for a file, split by architecture and by the function's symbol."""
     listing = output("cuobjdump", option, str(file))
-    if file.suffix == ".cubin":  # of one architecture, which only the file's name tells
+    if file.suffix == ".cubin":  # for one architecture, which only the file's name gives
         listing = f"arch = sm_{file.suffixes[-2].removeprefix('.')}\n{listing}"
     parts = {}
     for of_code in re.split(r"^arch = ", listing, flags=re.MULTILINE)[1:]:
@@ -183,7 +183,7 @@ def by_function(file: Path, option: str, mark: str) -> dict[tuple[str, str], str
 
 
 def measure(files: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
-    """Reads off what the kernels in these files take, by name and architecture."""
+    """Resources of the kernels in these files, by name and architecture."""
     usage: dict[tuple[str, str], str] = {}
     code: dict[tuple[str, str], str] = {}
     for file in files:
@@ -197,9 +197,9 @@ def measure(files: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
         numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", part)}
         values = {
             "registers": numbers["REG"],
-            # From 9.0 on, the KiB that the system keeps for itself counts as that of a kernel with shared memory.
+            # From 9.0 on, a kernel with shared memory is also charged the 1 KiB that the system reserves.
             "shared_bytes": max(0, numbers["SHARED"] - (1024 if number >= 90 else 0)),
-            "stack_bytes": numbers["STACK"],  # what is spilled lies there
+            "stack_bytes": numbers["STACK"],  # spilled registers are stored there
             "fp64_instructions": len(FP64.findall(code[architecture, symbol])),
             "dynamic_shared_bytes": dynamic_shared_bytes(name),
         }
@@ -210,7 +210,7 @@ def measure(files: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def plain(demangled: str) -> str:
-    """A kernel's name as one writes it, without its namespace and parameters."""
+    """A kernel's name as in the source, without its namespace and parameters."""
     text = re.sub(r"\(int\)|\(bool\)|signmaml::|^void ", "", demangled)
     for number, precision in enumerate(("fp32", "tf32", "bf16")):
         text = text.replace(f"(ConvPrecision){number}", precision)
@@ -227,7 +227,7 @@ def table() -> dict[str, Any]:
 
 if __name__ == "__main__":
     lines = json.dumps(table(), indent=1)
-    # One line a kernel and architecture, so that a change is a short diff.
+    # One line per kernel and architecture keeps diffs short.
     lines = re.sub(r'("sm_\d+": )\{([^}]*)\}', lambda m: m[1] + "{" + " ".join(m[2].split()) + "}", lines)
     TABLE.write_text(lines + "\n")
     print(f"wrote {TABLE}")

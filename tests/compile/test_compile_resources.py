@@ -1,4 +1,4 @@
-"""Every kernel is compiled for every architecture, spills nothing, and takes what the table says."""
+"""Every kernel is compiled for every architecture, spills nothing, and uses the resources in the table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_all_kernels_on_all_architectures(measured, recorded):
 
 
 def test_no_spills_and_no_stack(measured):
-    """What is spilled lies on the stack."""
+    """Spilled registers are stored on the stack."""
     for name, architecture, values in rows(measured):
         assert values["stack_bytes"] == 0, (name, architecture, values)
 
@@ -57,8 +57,8 @@ def test_float_kernels_have_no_double_arithmetic(measured):
 
 
 def test_occupancy_at_the_launch_configuration(measured):
-    """Kernels that stream memory need 16 warps to hide it, those on tensor cores 8 whose operands are at hand; a task
-    that lives in shared memory, about one a scheduler."""
+    """Kernels that stream memory need 16 warps to hide its latency. Those on tensor cores need 8, because their
+    operands are already on chip. A task in shared memory needs about one warp per scheduler."""
     for name, architecture, values in rows(measured):
         least = 3 if values["dynamic_shared_bytes"] > 4096 else 16
         if base_of(name) in resources.ON_TENSOR_CORES:

@@ -1,11 +1,11 @@
-"""Many mutants in one build: each place that a mutation changes holds all its variants, and a number chooses one.
+"""Many mutants in one build: each place that a mutation changes holds all variants, and a number selects one.
 
-`combine` writes such sources. A place is widened until it is a whole expression or whole statements; it becomes
+`combine` writes such sources. A place is widened to a whole expression or to whole statements, and becomes
 
     (mutant(3) ? (VARIANT 3) : (ORIGINAL))        if (mutant(3)) { VARIANT 3 } else { ORIGINAL }
 
-`Runner` puts a mutant through the cases in a process of its own, forked from one that has torch and the module loaded:
-`mutants.py MODULE`, which reads a line of JSON a mutant.
+`Runner` runs the cases on a mutant in a separate process, forked from one that has already loaded torch and the module:
+`mutants.py MODULE`, which reads one line of JSON per mutant.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
-# What every changed file includes.
+# Included by every changed file.
 HEADER = "mutants.h"
 SELECTOR = "signmaml_mutant"
 HEADER_TEXT = f"""// 0: the sources as they are; else the number of the mutant that runs.
@@ -37,13 +37,13 @@ inline bool mutant(int number) {{ return number == {SELECTOR}; }}
 
 
 class Mutation(NamedTuple):
-    """`old`, which a file below csrc/ holds once, becomes `new`."""
+    """Replaces `old`, which must occur exactly once in a file below csrc/, by `new`."""
 
     name: str
     file: str
     old: str
     new: str
-    message: str = ""  # what must be reported, a regular expression; empty: whatever
+    message: str = ""  # regular expression that the report must match; empty: anything
 
 
 def mutate(text: str, mutation: Mutation) -> str:
@@ -62,11 +62,11 @@ _TOKEN = re.compile(
 _OPENING, _CLOSING = "([{", ")]}"
 _ASSIGNING = {"=", "+=", "-=", "*=", "/=", "%=", "|=", "&="}
 _BEFORE_EXPRESSION = {";", ",", "return", "else"} | _ASSIGNING
-_HEADERS = {"if", "for", "while", "switch", "constexpr"}  # what stands before the brackets of a statement's head
+_HEADERS = {"if", "for", "while", "switch", "constexpr"}  # keywords before the brackets of a statement's head
 
 
 class _Tokens:
-    """Tokens of a text, with their places and the partners of brackets."""
+    """Tokens of a text, with their positions and the matching bracket of each bracket."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -171,7 +171,7 @@ class _Place(NamedTuple):
 
 
 class _Change:
-    """One mutation: the tokens it changes, and the way from tokens of the original to those of the mutant."""
+    """One mutation: the tokens it changes, and the mapping from tokens of the original to those of the mutant."""
 
     def __init__(self, original: _Tokens, mutant: _Tokens) -> None:
         self.original, self.mutant = original, mutant
@@ -188,7 +188,7 @@ class _Change:
         ]
 
     def in_mutant(self, start: int, end: int) -> tuple[int, int]:
-        """The mutant's tokens for those of the original; no hunk may be cut."""
+        """The mutant's token range for one of the original, which must not cut a hunk."""
         grown_before = sum((j2 - j1) - (i2 - i1) for i1, i2, j1, j2 in self.hunks if i1 < start)
         inside = [hunk for hunk in self.hunks if start <= hunk[0] and hunk[1] <= end]
         grown = sum((j2 - j1) - (i2 - i1) for i1, i2, j1, j2 in inside)
@@ -203,7 +203,7 @@ class _Change:
         return all(tokens.is_statements(*span) for tokens, span in pairs)
 
     def places(self) -> list[_Place]:
-        """Where the hunks are expressions of their own, those; else statements that hold all."""
+        """The hunks' own expressions if each is one; otherwise the statements that contain them all."""
         found: list[_Place] = []
         for first, last, _, _ in self.hunks:
             place = _Place(*self.original.widened_to_expression(first, last), True)
@@ -218,7 +218,7 @@ class _Change:
 
 
 def switched(text: str, variants: Mapping[int, str], is_expression: bool) -> str:
-    """A place of the original with its variants, of which one is chosen at run time."""
+    """The code of a place with all its variants, one of which is selected at run time."""
 
     def closed(code: str) -> str:
         return code + "\n" if "//" in code or "#" in code else code
@@ -233,7 +233,7 @@ def switched(text: str, variants: Mapping[int, str], is_expression: bool) -> str
 def combine(
     text: str, mutations: Mapping[int, Mutation], switch: Callable[[str, Mapping[int, str], bool], str] = switched
 ) -> str:
-    """The text of a file with all its mutants, by number; 0 is the file as it is."""
+    """The text of a file with all its mutants, by number; 0 selects the unchanged file."""
     original = _Tokens(text)
     changes = {number: _Change(original, _Tokens(mutate(text, each))) for number, each in mutations.items()}
     places = sorted((place, number) for number, change in changes.items() for place in change.places())
@@ -256,7 +256,7 @@ def combine(
 
 
 def _united(tokens: _Tokens, one: _Place, other: _Place) -> _Place:
-    """A place that holds both."""
+    """A place that contains both."""
     for outer, inner in ((one, other), (other, one)):
         if outer.start <= inner.start and inner.end <= outer.end and (not outer.is_expression or inner.is_expression):
             return outer
@@ -265,7 +265,7 @@ def _united(tokens: _Tokens, one: _Place, other: _Place) -> _Place:
 
 
 def write(source: Path, mutations: Sequence[Mutation]) -> None:
-    """Changes a copy of the sources into one with all mutants; the first has number 1."""
+    """Writes all mutants into a copy of the sources; the first has number 1."""
     by_file: dict[str, dict[int, Mutation]] = {}
     for number, mutation in enumerate(mutations, 1):
         by_file.setdefault(mutation.file, {})[number] = mutation
@@ -275,11 +275,11 @@ def write(source: Path, mutations: Sequence[Mutation]) -> None:
         path.write_text(f'#include "{HEADER}"\n{combine(path.read_text(), of_file)}')
 
 
-# ---- mutants through the cases ---------------------------------------------------------------------------------------
+# ---- running the cases -----------------------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
-    """How a mutant ended: the exit status of its process (minus the signal that killed it), and all that it said."""
+    """How a mutant ended: the exit status of its process (minus the signal that killed it), and all its output."""
 
     code: int
     said: str
@@ -291,7 +291,7 @@ class Outcome(NamedTuple):
 
 
 class Runner:
-    """Puts one mutant after the other through the cases; as many runners as processors do so side by side."""
+    """Runs the cases on one mutant at a time; one runner per processor works in parallel."""
 
     def __init__(self, module: Path) -> None:
         self._process = subprocess.Popen(
@@ -310,11 +310,11 @@ class Runner:
         self._process.stdout.close()
 
 
-SECONDS = 300  # of one mutant; then a signal ends it, which is no report
+SECONDS = 300  # limit per mutant; then a signal ends it, which does not count as caught
 
 
 def _in_child(path: str, number: int, group: str) -> None:
-    """In the forked process: selects the mutant and runs the cases; an error ends it as it ends a program."""
+    """Runs in the forked process: selects the mutant and runs the cases. An error ends the process."""
     from helpers.cases import emulated_cases
     from helpers.devices import emulated
 
@@ -328,12 +328,12 @@ def _serve(path: str) -> None:
 
     import torch
 
-    from helpers.cases import emulated_cases  # noqa: F401 (before the forks, once for all)
+    from helpers.cases import emulated_cases  # noqa: F401 (imported once, before the forks)
     from helpers.devices import emulated
 
-    torch.set_num_threads(1)  # a forked process has none of the others
+    torch.set_num_threads(1)  # other threads do not survive a fork
     emulated.load(Path(path))
-    gc.freeze()  # collections in the forked processes leave the common pages alone
+    gc.freeze()  # so that collections in forked processes do not copy shared pages
     for line in sys.stdin:
         number, group = json.loads(line)
         with tempfile.TemporaryFile() as said:

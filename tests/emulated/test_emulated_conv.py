@@ -16,7 +16,7 @@ from helpers.devices import emulated
 from signmaml_ext import conv, reference
 from signmaml_ext.checks import check_problem
 
-# Twice what float32 can tell apart: an error below it is as good as none, and PyTorch's may be that by luck.
+# Two float32 epsilons: smaller errors are negligible, and PyTorch's own may be this small by luck.
 SPACING = 2 * torch.finfo(torch.float32).eps
 
 
@@ -26,7 +26,7 @@ def native() -> ModuleType:
 
 
 def by_seed(native: ModuleType, seed: int) -> None:
-    """A random order of threads, and sometimes several blocks at once."""
+    """Runs threads in a random order, for some seeds with several blocks at once."""
     native.configure(seed=seed, blocks_alive=1 + seed % 3, multiprocessors=2)
 
 
@@ -54,7 +54,7 @@ NETS = {
     "tall": Net(height=41, width=4, channels=3, support=2, query=2),
     "many images": Net(blocks=2, height=5, width=5, support=2, query=70, tasks=1),
 }
-# Block 1 by the covariance of its patches, or like the others.
+# Block 1 via the covariance of its patches, or computed like the other blocks.
 FORMS = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 
@@ -77,9 +77,10 @@ def test_gradients_before_the_sign(native, name, by_covariance):
 @pytest.mark.slow
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
 def test_more_tiles_than_slices(native, by_covariance):
-    """A block of threads works on one tile after the other and joins their statistics.
+    """A thread block processes several tiles in turn and merges their statistics.
 
-    The bound is a plain one: torch sums BatchNorm's many values in double on a CPU, in float32 on a GPU.
+    The bound does not depend on torch's error: torch sums BatchNorm's many values in double on a CPU, in float32 on a
+    GPU.
     """
     by_seed(native, 15)
     net = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
@@ -93,7 +94,7 @@ def test_more_tiles_than_slices(native, by_covariance):
 @pytest.mark.slow
 @pytest.mark.parametrize("filters", [40, 72])
 def test_several_chunks_of_channels_and_columns(native, filters):
-    """72 filters are two blocks of columns, and three chunks of depth."""
+    """72 filters make two blocks of columns and three chunks of depth."""
     by_seed(native, 1)
     net = Net(blocks=2, filters=filters, height=4, width=4, tasks=1, support=2, query=2)
     data = conv_cases.draw(net)
@@ -105,7 +106,7 @@ def test_several_chunks_of_channels_and_columns(native, filters):
 
 @pytest.mark.parametrize("offset", [0.0, 128.0])
 def test_images_far_from_zero(native, offset):
-    """Pixels as 0..255 files have them: the covariance must not cancel."""
+    """Pixel values as in files with 0..255: the covariance must not suffer from cancellation."""
     by_seed(native, 2)
     net = Net(channels=3, height=10, width=9)
     data = conv_cases.draw(net, offset=offset)
@@ -118,7 +119,7 @@ def test_images_far_from_zero(native, offset):
 
 @pytest.mark.parametrize("by_sign", [True, False])
 def test_the_step_is_exact_given_the_gradient(native, by_sign):
-    """The same data as support set of one step and as query set of none: the step uses the very same gradient."""
+    """With the same data as query set of no step and as support set of one, the step uses exactly that gradient."""
     by_seed(native, 4)
     net = Net(channels=2, support=3, query=3)
     data = conv_cases.draw(net)
@@ -151,7 +152,7 @@ def test_whole_meta_step_of_tasks_without_a_flipped_sign(native, halving):
 
 @pytest.mark.parametrize("case", ["plain", "rates", "head only", "body only", "some"])
 def test_plain_gradient_steps_and_options(native, case):
-    """Steps without a sign are smooth: whole trajectories can be held against float64."""
+    """Plain gradient steps are smooth, so whole trajectories can be compared with float64."""
     by_seed(native, 6)
     net = Net(channels=2, tasks=2)
     data = conv_cases.draw(net)
@@ -246,7 +247,7 @@ def test_nonfinite_tasks(native, fault):
     for row in (0, 2):
         assert torch.equal(found.grads[row], healthy.grads[row])
         assert torch.equal(found.adapted[row], healthy.adapted[row])
-    # Left out of the mean.
+    # The flagged task is left out of the mean.
     mean, flags = torch.zeros(found.grads.shape[1]), found.nonfinite.clone()
     emulated.meta_accumulate_(native, mean, found.grads, nonfinite=flags, skip_nonfinite=True)
     assert torch.equal(mean, (found.grads[0] + found.grads[2]) / 2)
@@ -254,7 +255,7 @@ def test_nonfinite_tasks(native, fault):
 
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
 def test_ties_in_pooling_take_the_first(native, by_covariance):
-    """Equal values are common in drawings; torch lets the first one have the gradient."""
+    """Equal values are common in drawings; torch sends the gradient to the first of them."""
     by_seed(native, 9)
     net = Net(tasks=1, height=8, width=8, support=2, query=2, conv_bias=False)
     data = conv_cases.with_ties(conv_cases.draw(net))
@@ -268,7 +269,7 @@ def test_ties_in_pooling_take_the_first(native, by_covariance):
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_relu_at_zero_and_a_dead_filter(native, beta, by_covariance):
-    """gamma = 0 makes every value of a filter its beta: at 0 ReLU lets nothing through, above the first ones win."""
+    """With gamma = 0 a filter's outputs all equal beta. ReLU passes nothing at 0; above, pooling takes the first."""
     by_seed(native, 10)
     net = Net(tasks=1, conv_bias=False)
     data = conv_cases.draw(net)
@@ -295,7 +296,7 @@ def test_lower_precisions_do_whole_meta_steps(native, precision):
 
 @pytest.mark.parametrize("method", ["sign-maml", pytest.param("fo-maml", marks=pytest.mark.slow)])
 def test_through_the_python_call(native, method):
-    """A learn2learn-style module, its parameters in another order than theta's, against the reference in float64."""
+    """A learn2learn-style module, with parameters in a different order than in theta, against the float64 reference."""
     by_seed(native, 14)
     torch.manual_seed(0)
     model = nets.conv4(ways=3, channels=2, filters=8, size=9, layers=2)
@@ -311,7 +312,7 @@ def test_through_the_python_call(native, method):
     wide = tuple(value.double() if value.is_floating_point() else value for value in data)
     exact = reference.meta_gradients(check_problem(copy.deepcopy(model).double(), *wide, **options))
     torch.testing.assert_close(found.support_loss.double(), exact.support_loss, rtol=1e-4, atol=1e-4)
-    if method == "fo-maml":  # no sign that could flip
+    if method == "fo-maml":  # no sign can flip
         for name, gradient in exact.params.items():
             error = (found.params[name].double() - gradient).norm()
             assert error <= 1e-5 * gradient.norm(), (name, float(error))

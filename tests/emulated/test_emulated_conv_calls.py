@@ -1,4 +1,4 @@
-"""The Python side of Conv-N on CUDA, by way of the emulated GPU: names, layouts and memory of the native call."""
+"""The Python side of Conv-N on CUDA, run on the emulated GPU: names, layouts and memory of the native call."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Gradients of the Conv-N kernels before the sign, on the emulated GPU: within twice PyTorch's own error in the same
-precision against float64, in every layer, for all sizes that the kernels take and on random and on real images.
+"""Gradients of the Conv-N kernels before the sign, on the emulated GPU.
+
+Their error against float64 is at most twice PyTorch's own in the same precision, in every layer, for all sizes that the
+kernels support, on random and on real images.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from helpers.cases import conv_cases, images
 from helpers.cases.conv_cases import Data, Net
 from helpers.devices import emulated
 
-# Twice what float32 can tell apart: an error below it is as good as none, and PyTorch's may be that by luck.
+# Two float32 epsilons: smaller errors are negligible, and PyTorch's own may be this small by luck.
 SPACING = 2 * torch.finfo(torch.float32).eps
 FORMS = pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])  # of block 1
 ROUNDOFF = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
@@ -57,7 +59,7 @@ def test_extreme_sizes(native, size, by_covariance):
 @pytest.mark.slow
 @FORMS
 def test_a_step_on_one_hundred_images_of_one_hundred_ways(native, by_covariance):
-    """The step uses the very gradient that was held against float64: that of the same data as a query set."""
+    """The step uses exactly the gradient compared with float64 here: that of the same data as a query set."""
     net = Net(ways=100, blocks=3, height=8, width=8, tasks=2, support=100, query=100)
     data = conv_cases.draw(net)
     data.support_x, data.support_y = data.query_x, data.query_y
@@ -73,7 +75,7 @@ def test_a_step_on_one_hundred_images_of_one_hundred_ways(native, by_covariance)
 
 
 def of_pictures(net: Net, kind: str, count: int) -> Iterator[Data]:
-    """Crops of CIFAR images, as training sees them (-1 to 1) or as their files hold them (0 to 255)."""
+    """Crops of CIFAR images, scaled as in training (-1 to 1) or as stored in the files (0 to 255)."""
     from signmaml import data as sets
 
     chosen = sets.load("fc100", "test", root=images.real_data("cifar100"), progress=False)
@@ -96,10 +98,10 @@ def of_pictures(net: Net, kind: str, count: int) -> Iterator[Data]:
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("kind", ["random", "real", "real 0..255"])
 def test_every_precision_on_random_and_real_images(native, kind, precision, halving, by_covariance):
-    """The typical draw of several.
+    """Compares the typical error of several draws.
 
-    In fp32 and tf32 a decision of ReLU or the pooling that differs from float64's is rare but moves a gradient by far
-    more than rounding: the median leaves it out. In bf16 every draw has some, and many images average over them.
+    In fp32 and tf32, a ReLU or pooling decision rarely differs from float64's, but then moves a gradient far more than
+    rounding does; the median excludes such draws. In bf16 every draw contains some, so many images average over them.
     """
     rare = precision != "bf16"
     net = Net(
@@ -110,7 +112,7 @@ def test_every_precision_on_random_and_real_images(native, kind, precision, halv
     apart = conv_cases.errors_of_draws(native, net, data, precision, by_covariance=by_covariance)
     ours, theirs = apart.median(0).values if rare else apart.log().mean(0).exp()
     assert (ours <= 2 * theirs + SPACING).all(), (ours, theirs)
-    # It is that precision and no better one.
+    # The kernel computed in that precision, not in a better one.
     weights = [i for i, shape in enumerate(net.tensors) if len(shape) == 4]
     assert (ours[weights] > ROUNDOFF[precision] / 10).all(), ours
 
@@ -120,9 +122,9 @@ def test_every_precision_on_random_and_real_images(native, kind, precision, halv
     "precision", ["fp32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("tf32", "bf16"))]
 )
 def test_both_forms_of_block_1_agree(native, precision, halving):
-    """By the covariance of its patches or like the other blocks: the same gradients, up to the precision's rounding.
+    """Via the covariance of its patches or like the other blocks: the same gradients, up to the precision's rounding.
 
-    By the covariance a float32 dot product makes block 1's output, which then is the better one of the two.
+    The covariance form is the more exact one, because it computes block 1's output by float32 dot products.
     """
     net = Net(1, channels=3, halving=halving, height=12, width=11, support=2, query=9, tasks=1)
     apart = []

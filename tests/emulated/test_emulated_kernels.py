@@ -94,7 +94,7 @@ FAULTS = [
 @pytest.mark.parametrize("blocks_alive", [1, 2])
 @pytest.mark.parametrize("kind", range(len(FAULTS)))
 def test_every_fault_is_reported_with_block_and_thread(native, kind, blocks_alive, seed):
-    """A kernel that is right but for one fault, whatever the order of its threads."""
+    """The only fault of an otherwise correct kernel is found in every order of its threads."""
     native.configure(seed=seed, blocks_alive=blocks_alive)
     values, out = torch.randn(128), torch.zeros(128)
     if FAULTS[kind] is None:
@@ -108,7 +108,7 @@ def test_every_fault_is_reported_with_block_and_thread(native, kind, blocks_aliv
 
 
 def test_tf32_rounds_as_documented(native):
-    """1 + 2^-11 is half way between two TF32 numbers and goes away from zero; 1 + 2^-12 goes to 1."""
+    """1 + 2^-11 is half way between two TF32 numbers and rounds away from zero; 1 + 2^-12 rounds to 1."""
     native.configure()
     a, b = torch.zeros(16, 8), torch.zeros(8, 16)
     a[0, 0], a[1, 0], a[2, 0], b[0, 0] = 1 + 2**-11, 1 + 2**-12, -(1 + 2**-11), 1
@@ -128,7 +128,7 @@ def test_block_sum_is_bitwise_the_same_in_every_order(native):
 
 
 def test_memory_outside_the_arguments_is_refused(native):
-    """A wrong size from the caller is caught by the emulated GPU as well."""
+    """The emulated GPU also catches wrong sizes from the caller."""
     values, out = torch.randn(2, 8), emulated_cases.poisoned(2)
     native.configure()
     with pytest.raises(ValueError, match=r"out: expected memory of its own, found that it overlaps grads"):

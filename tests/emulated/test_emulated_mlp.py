@@ -52,7 +52,7 @@ def test_plans_of_the_cases_differ(native):
 
 
 def test_block_in_shared_memory(native):
-    """Only float32 is small enough for this kind; plain gradient steps, since a flipped sign would hide everything."""
+    """Only float32 is small enough for this kind. Plain gradient steps: a flipped sign would hide other errors."""
     native.configure(seed=2, multiprocessors=1)
     widths = (2, 65, 1)
     model, data = network(widths, nn.Tanh), tasks_for(widths, "mse", 2, 33, 30, torch.float32)
@@ -86,7 +86,7 @@ def test_more_tasks_than_teams_and_chunks(native, monkeypatch):
 
 @pytest.mark.parametrize("tasks", [1, 2, 31, 32, 33, 100])
 def test_any_number_of_tasks(native, tasks):
-    """Fewer and more than the teams of the device, which is told to have one multiprocessor: 32 warps."""
+    """Fewer and more tasks than the device has teams: one multiprocessor is configured, which has 32 warps."""
     native.configure(seed=tasks, multiprocessors=1)
     widths = (2, 3, 2)
     model, data = network(widths, nn.Tanh).double(), tasks_for(widths, "mse", tasks, 2, 1, torch.float64)
@@ -96,7 +96,7 @@ def test_any_number_of_tasks(native, tasks):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tasks(native):
-    """The largest number that is promised, in one launch; the smallest network, since every task counts here."""
+    """The largest number of tasks that is promised, in one launch; the smallest network keeps the test short."""
     native.configure(multiprocessors=1)
     widths, tasks = (1, 1, 1), 100_000
     model, data = network(widths, nn.Tanh).double(), tasks_for(widths, "mse", tasks, 1, 1, torch.float64)
@@ -108,8 +108,8 @@ def test_a_hundred_thousand_tasks(native):
 @pytest.mark.parametrize("tasks", [1, 10, 1000, 100_000])
 @pytest.mark.parametrize(("widths", "count"), [((1, 40, 40, 1), 10), ((784, 256, 256, 256, 256, 100), 500)])
 def test_plans_up_to_a_hundred_thousand_tasks(native, widths, count, tasks):
-    """Teams stay within what is resident, so does the workspace; and its offsets, like those of the results, may pass
-    what 32 bits count."""
+    """The number of teams, and with it the workspace, is limited to what is resident. Offsets into the workspace and
+    the results may exceed 32 bits."""
     plan = native.plan_mlp_meta_step(widths, tasks, count, count, 4, 132)
     assert 1 <= plan["teams"] <= min(tasks, 132 * 32 * 32 // plan["threads"])
     assert plan["shared_bytes"] <= 48 * 1024
@@ -200,9 +200,9 @@ def test_float32_gradients_before_the_sign(native, widths, tasks, query, loss, a
     error, peer = (torch.cat(of_all).norm() for of_all in zip(*errors.values(), strict=True))
     assert error <= 2 * peer, (float(error), float(peer))
     if tasks > 4:
-        return  # the mean adds tasks in order, torch pairwise: where many tasks cancel, that is what is left
+        return  # the mean adds tasks in order, torch pairwise: where many tasks cancel, this difference dominates
     for name, (error, peer) in errors.items():
-        # A tensor of a few numbers may be lucky in one of the two: a rounding of the result is allowed for.
+        # For a tensor of a few numbers torch's error may be small by luck: allow one rounding of the result.
         rounding = torch.finfo(torch.float32).eps * truth[name].norm()
         assert error.norm() <= 2 * peer.norm() + rounding, (name, float(error.norm()), float(peer.norm()))
 
@@ -286,7 +286,7 @@ def test_what_the_kernel_would_get_wrong_is_refused():
 
 
 def test_a_module_that_computes_something_else_is_found_out():
-    """Structure alone would take it: forward hooks are not traced."""
+    """Its structure alone would be accepted, because forward hooks are not traced."""
     model = network((3, 6, 2), nn.ReLU).double()
     model[1].register_forward_hook(lambda module, args, output: 2 * output)
     data = tasks_for((3, 6, 2), "mse", 2, 4, 3, torch.float64)

@@ -1,10 +1,10 @@
-"""The proof of the emulator: kernels broken one way each, and every one of them caught.
+"""Proof that the emulator works: kernels that are broken in one way each, and every one of them is caught.
 
-All mutants are in one build of a copy of the sources, see emulated/mutants.py; each goes through the cases in a process of
-its own.
+All mutants are in one build of a copy of the sources, see emulated/mutants.py. The cases run on each mutant in its own
+process.
 """
 
-# ruff: noqa: E501 (a table reads better with a line a case)
+# ruff: noqa: E501 (a table reads better with one line per case)
 from __future__ import annotations
 
 import os
@@ -36,7 +36,7 @@ CONV_PLAN = "plan/conv_meta_step.h"
 BARRIER = "block_barrier();"
 
 MUTATIONS = [
-    # A barrier deleted: each one there is.
+    # Each barrier deleted.
     Mutation("first barrier of block_sum", PLATFORM, f"    {BARRIER}  // every warp's", "    // every warp's", "race: |uninitialised: "),
     Mutation("last barrier of block_sum", PLATFORM, f"    {BARRIER}  // everyone has read", "    // everyone has read", "race: "),
     Mutation("barrier after the wait", SELF, f"{BARRIER}  // the slab of both", "// the slab of both", "race: |uninitialised: "),
@@ -129,7 +129,7 @@ MUTATIONS = [
     Mutation("deltas swapped", MLP, "layout.delta[layer % 2]", "layout.delta[0]"),
     Mutation("share of the label", MLP, "o == label ? share - Scalar(1) : share", "share"),
     Mutation("padding of rows ignored", MLP, "store(weight(layer) + i / inputs * layout.row[layer] + i % inputs, load(from + i));", "store(weight(layer) + i, load(from + i));"),
-    # The convolutional networks: every barrier there is.
+    # The convolutional networks: every barrier.
     *(
         Mutation(f"{Path(file).stem}: barrier where {comment[:40].strip()}", file, f"{BARRIER}  // {comment}", f"// {comment}", "race: |uninitialised: ")
         for file, comment in (
@@ -218,7 +218,7 @@ def group_of(mutation: Mutation) -> str:
 
 
 class Outcomes:
-    """Those of the chosen mutants, found side by side in the background."""
+    """Outcomes of the chosen mutants, which run in parallel in the background."""
 
     def __init__(self, module: Path, chosen: list[tuple[int, str]]) -> None:
         workers = min(len(os.sched_getaffinity(0)), len(chosen))
@@ -249,7 +249,7 @@ class Outcomes:
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
-    """Of this session's tests."""
+    """Outcomes of the mutants that this session's tests ask for."""
     folder = tmp_path_factory.mktemp("mutations")
     emulated.copy_sources(folder / "source")
     mutants.write(folder / "source", MUTATIONS)
@@ -260,7 +260,7 @@ def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
 
 
 def chosen_of(items: list[pytest.Item]) -> list[tuple[int, str]]:
-    """What the collected tests of this file ask for, in their order."""
+    """Mutants and groups that the collected tests of this file ask for, in their order."""
     chosen = []
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
@@ -278,7 +278,7 @@ def test_names_are_unique():
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
 def test_every_variant_is_the_mutant(file):
-    """Whichever is chosen of a file with all its mutants: it is the file with that one mutation."""
+    """Each variant selected from the combined file equals the file with that one mutation."""
     text = (emulated.ROOT / "csrc" / file).read_text()
     of_file = {NUMBERS[mutation.name]: mutation for mutation in MUTATIONS if mutation.file == file}
     for chosen in (UNCHANGED, *of_file):

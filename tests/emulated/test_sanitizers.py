@@ -14,7 +14,7 @@ from helpers.devices import emulated
 
 @pytest.mark.slow
 def test_all_cases_under_sanitizers():
-    # libstdc++ too: without it the interceptor of exceptions finds nothing to call.
+    # Preload libstdc++ too: without it the sanitizer's exception interceptor finds nothing to call.
     libraries = [emulated.sanitizer_library(name) for name in ("libasan", "libstdc++")]
     environment = {**os.environ, **emulated.SANITIZER_OPTIONS, "LD_PRELOAD": ":".join(libraries)}
     command = [sys.executable, emulated_cases.__file__, str(emulated.sanitized_once())]

@@ -16,7 +16,7 @@ from signmaml_ext import meta_step, ops
 
 @pytest.fixture
 def launched(monkeypatch) -> list[str]:
-    """The names of the launches of the emulated module, as they happen."""
+    """Records the names of the emulated module's launches, in order."""
     native, seen = backends.emulated_module(), []
 
     def watched(name: str):

@@ -1,4 +1,4 @@
-"""All kernels once on a CUDA device, at small odd sizes: what compute-sanitizer watches. Run as a program."""
+"""Runs all kernels once on a CUDA device, at small odd sizes. compute-sanitizer runs this file as a program."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The Conv-N kernels under compute-sanitizer: out-of-bounds and misaligned accesses, races in shared memory, barriers
-# that not all threads reach, reads of what nobody wrote. Small cases: a sanitizer makes a kernel 10 to 100 times slower.
+# that not all threads reach, uninitialised reads. Small cases, because a sanitizer slows a kernel down 10 to 100 times.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 command -v compute-sanitizer >/dev/null || { echo "sanitize.sh: no compute-sanitizer on PATH (it comes with CUDA)"; exit 1; }

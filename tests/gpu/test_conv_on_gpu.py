@@ -1,4 +1,4 @@
-"""The Conv-N kernels on a CUDA device: the cases of the emulated GPU, and what only a device has.
+"""The Conv-N kernels on a CUDA device: the cases of the emulated GPU, and cases that need a device.
 
 `tests/gpu/sanitize.sh` runs these under compute-sanitizer.
 """
@@ -60,7 +60,7 @@ def test_lower_precisions(precision, bound):
 
 @pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
 def test_small_cases_of_the_emulator(by_covariance):
-    """Whole trajectories of plain gradient steps, with rates a tensor and step and a mask."""
+    """Whole trajectories of plain gradient steps, with one rate per tensor and step, and a mask."""
     for net in (
         Net(channels=2, height=9, width=11),
         Net(channels=3, halving="stride", readout="mean", conv_bias=False),
@@ -106,7 +106,7 @@ def test_bitwise_repeatable_on_any_stream_and_in_any_company(name, precision):
 
 
 def test_captured_by_the_caller():
-    """A meta-step in the caller's own graph: replayed on other tasks it gives what a plain call gives."""
+    """A meta-step in the caller's own graph, replayed on other tasks, gives the same result as a plain call."""
     net = replace(OMNIGLOT, tasks=4)
     first, second = (conv_cases.draw(net, seed).to("cuda") for seed in (0, 1))
     second.params = first.params
@@ -114,7 +114,7 @@ def test_captured_by_the_caller():
     call = conv_cases.prepare(C, net, first, steps=2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call.launch()  # the first one: kernels are loaded within the capture
+        call.launch()  # the first launch, so kernels are loaded during the capture
     for name in ("support_x", "support_y", "query_x", "query_y"):
         getattr(first, name).copy_(getattr(second, name))
     graph.replay()
@@ -133,7 +133,7 @@ def test_on_another_device_than_the_current_one():
 
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
 def test_served_by_the_public_call(method):
-    """A learn2learn-style Conv4: the conv family serves it, and finds the reference's losses."""
+    """The conv family serves a learn2learn-style Conv4 and gives the same losses as the reference."""
     torch.manual_seed(0)
     model = nets.conv4(ways=5, channels=3, filters=32, size=32).cuda()
     data = tuple(value.cuda() for value in nets.image_tasks(4, 5, 1, 3, 3, 32, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole meta-steps: the rules of `signmaml_ext.graphs` where graphs are real ones."""
+"""CUDA graphs of whole meta-steps: the rules of `signmaml_ext.graphs` with real graphs."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_memory_stays_the_same_over_replays_and_goes_with_clear(cache):
 def test_inside_a_capture_of_the_callers_own(cache, name):
     model, data, options = case(name)
     static = [value.clone() for value in data]
-    expected = results(meta_step(model, *data, **options, graph=False))  # also the call before that is asked for
+    expected = results(meta_step(model, *data, **options, graph=False))  # also the call required before a capture
     gradients = nets.grads(model)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -166,7 +166,7 @@ def test_inside_a_capture_of_the_callers_own(cache, name):
 
 
 def test_the_first_call_of_a_model_inside_a_capture_is_refused():
-    """In a process of its own: a capture that fails leaves torch's allocator in an unknown state."""
+    """Runs in a separate process, because a failed capture leaves torch's allocator in an unknown state."""
     import subprocess
     import sys
 
@@ -192,7 +192,7 @@ except RuntimeError as error:
 
 @pytest.mark.parametrize("name", ["Conv-N kernels", "flat buffers"])
 def test_streams_take_turns(cache, name):
-    """Replays of one graph on two streams, each with data of its own, never mix."""
+    """Replays of one graph on two streams, each with its own data, never mix."""
     model, _, options = case(name)
     tasks = [draw_on(CASES[name][1]) for _ in range(2)]
     expected = [meta_step(model, *data, **options, graph=False).query_loss for data in tasks]

@@ -47,7 +47,7 @@ def test_equals_the_reference_on_the_cpu(case, method):
 
 @pytest.mark.parametrize("case", CASES)
 def test_does_not_make_the_host_wait(case):
-    """The second call: the first one checks the module once, and loads kernels."""
+    """Watches the second call only: the first one checks the module and loads kernels."""
     make, draw = CASES[case]
     model, data = on_device(make(), draw(dtype=torch.float32), "cuda")
     options = {"inner_lr": 0.02, "inner_steps": 2}

@@ -1,4 +1,4 @@
-"""platform.cuh on the device: fragments, ldmatrix, asynchronous copies and sums are what the emulator says they are."""
+"""platform.cuh on the device: fragments, ldmatrix, asynchronous copies and sums behave as in the emulator."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ int main() {
 
 
 def compile_program(folder: Path, *options: str) -> Path:
-    """The program, or a skipped test where there is no nvcc."""
+    """Compiles the program, or skips the test if there is no nvcc."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
@@ -103,7 +103,7 @@ def compile_program(folder: Path, *options: str) -> Path:
 
 @pytest.mark.slow
 def test_program_compiles(tmp_path):
-    """Also where there is no device: what cannot be run here is at least kept compiling."""
+    """Needs no device, so the program is compiled even where it cannot run."""
     compile_program(tmp_path, "-arch=sm_80")
 
 

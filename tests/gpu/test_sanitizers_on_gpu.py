@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
 def sanitizer() -> str:
-    """Its path, or a skipped test that says what is missing."""
+    """Path of compute-sanitizer; skips the test with a reason if something is missing."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"])
@@ -30,11 +30,11 @@ def sanitizer() -> str:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_all_kernels_under(tool):
     command = [sanitizer(), "--tool", tool, "--error-exitcode", "9"]
-    # Other libraries' kernels are not at issue, and slow to watch.
+    # Only our own kernels: watching those of other libraries would be slow and tell nothing.
     names = ("sign_step", "meta_accumulate", "flag_nonfinite", "mlp_meta_step", "conv_")
     for name in names:
         command += ["--kernel-name", f"kernel_substring={name}"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # bounds of tensors, not of torch's pool
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # check bounds of tensors, not of torch's pool
     done = subprocess.run(
         [*command, sys.executable, str(CASES)], capture_output=True, text=True, timeout=600, env=environment
     )

@@ -1,4 +1,4 @@
-"""Meta-steps on streams, on another device, in the caller's CUDA graph; the same bits every time."""
+"""Meta-steps on streams, on another device and in the caller's CUDA graph give the same bits every time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """A model with gradients of zeros, its tasks, and options, on the GPU; everything has run once."""
+    """A model with zero gradients, its tasks and options, on the GPU, after one warm-up call."""
     make, draw, options = CASES[request.param]
     model = make().cuda()
     data = tuple(value.cuda() for value in draw(dtype=torch.float32))
@@ -40,7 +40,7 @@ def case(request):
 
 
 def taken(model):
-    """The gradients, which are zeros again afterwards."""
+    """Returns copies of the gradients and zeroes them."""
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -55,7 +55,7 @@ def assert_same(found, expected):
 
 
 def test_work_goes_to_the_current_stream(case):
-    """The stream is kept busy before the data arrive on it, so that work on another stream would come too early."""
+    """The stream is kept busy before it copies the data, so work on another stream would run too early."""
     model, data, options = case
     meta_step(model, *data, **options)
     expected = taken(model)

@@ -1,4 +1,4 @@
-"""How the code of each instruction set is compiled, for tests that compile a part of it."""
+"""Compile commands of each instruction set, for tests that compile parts of its code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def isa_commands(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[str]]:
-    """By instruction set and source below csrc/cpu/isa/: CMake's command, without the output and the source."""
+    """CMake's compile commands without output and source, by instruction set and source below csrc/cpu/isa/."""
     if missing := [tool for tool in ("cmake", "ninja", "nm", "c++") if shutil.which(tool) is None]:
         pytest.skip(f"needs {', '.join(missing)}")
     build = tmp_path_factory.mktemp("isa")

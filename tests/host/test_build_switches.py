@@ -19,7 +19,7 @@ def driver() -> ModuleType:
     spec = importlib.util.spec_from_file_location("signmaml_setup", SETUP)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
@@ -31,7 +31,7 @@ def refused(driver: ModuleType) -> type[Exception]:
 
 
 def fake_nvcc(folder: Path, release: str = "13.0", codes: str = "sm_80 sm_90", refusal: str = "") -> Path:
-    """A program that answers as nvcc does, and compiles anything unless it refuses."""
+    """A fake nvcc: answers queries as nvcc does and compiles anything, or fails with the message `refusal`."""
     path = folder / "bin" / "nvcc"
     path.parent.mkdir(parents=True, exist_ok=True)
     compile_step = f"echo '{refusal}' >&2; exit 1" if refusal else "exit 0"
@@ -187,7 +187,7 @@ def test_choice_of_nvcc(driver, refused, tmp_path, capsys):
 
 
 def test_emulated_module_is_kept_outside_of_the_packages(driver, refused, tmp_path):
-    """In build/emulated of the source tree: no wheel takes anything from there, and the tests look there."""
+    """It is kept in build/emulated of the source tree, where the tests look and no wheel takes files from."""
     from helpers.devices import emulated
 
     assert driver.EMULATED_FOLDER == emulated.BUILT_BY_SETUP == SETUP.parent / "build" / "emulated"

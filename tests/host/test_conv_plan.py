@@ -1,4 +1,4 @@
-"""The plan of a Conv-N meta-step on a GPU: launches, work and memory, for every shape that the family has."""
+"""The plan of a Conv-N meta-step on a GPU: launches, work and memory, for every shape that the family supports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.cases.conv_cases import Net
 from signmaml_ext._loader import C
 
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 2**16 - 1
-# Of a block on sm_120, the least of the architectures that kernels are built for (sm_80: 163 KiB).
+# Per block on sm_120, the smallest limit of the architectures that kernels are built for (sm_80: 163 KiB).
 SHARED_BYTES = 99 * 1024
 
 OFFICIAL = Net(
@@ -28,11 +28,11 @@ def plan(net: Net, steps: int = 5, precision: str = "fp32", **options):
 
 
 def test_budgets_of_the_official_set_up():
-    """Conv4-32, 84 x 84, 5-way 1-shot, 1 query a class, T = 8, K = 5; the mean over tasks is one launch more."""
+    """Conv4-32, 84 x 84, 5-way 1-shot, 1 query per class, T = 8, K = 5; the mean over tasks is one more launch."""
     found = plan(OFFICIAL)
     assert len(found["launches"]) + 1 <= 90
     assert sum(one["bytes"] for one in found["launches"]) <= 1e9
-    # All of a Conv4's passes done in full are 39.4 G; block 1's backward pass needs the winners only.
+    # All passes of a Conv4 in full take 39.4 GFLOP; block 1's backward pass needs only the winners.
     assert 33e9 < sum(one["flops"] for one in found["launches"]) < 39.4e9
     assert found["parameters"] == 32_901
     of_a_pass = [one["kernel"] for one in found["launches"] if one["step"] == 0]
@@ -127,7 +127,7 @@ def test_explain_prints_the_plan_as_a_model():
     assert "a model, nothing here is measured" in text and f"  {len(launches)} launches, and one for the mean" in text
     assert "measured" not in text.replace("nothing here is measured", "")
     kernels = [line.split()[0] for line in text.splitlines() if " x " in line and "threads" not in line]
-    # The inner steps are alike: the second one is not printed.
+    # The inner steps have the same launches, so the second one is not printed.
     assert kernels == [one["kernel"] for one in launches if one["step"] != 1]
     other = signmaml_ext.explain(nets.mlp(), plan=True).plan
     assert other == "plan: there is one for Conv-N networks only, and it has no 2d convolution"

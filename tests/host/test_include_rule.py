@@ -16,7 +16,7 @@ ALLOWED = {
     "kernels": [STANDARD, "params/.*", "kernels/.*", r"emulation/device\.h"],
     "launch": [STANDARD, "params/.*", "plan/.*", "kernels/.*", "launch/.*", r"cuda_runtime\.h", r"emulation/launch\.h"],
     "cpu": [STANDARD, "params/.*", "plan/.*", r"cpu/[a-z_]+\.h", r"pthread\.h", r"signal\.h", r"xmmintrin\.h"],
-    # No standard library but this header: its inline code would be shared by the instruction sets (test_linkage.py).
+    # No other standard header: the instruction sets would share its inline code (test_linkage.py).
     "cpu/isa": ["cstdint", "params/.*", "plan/.*", r"cpu/isa/.*\.h", r"cpu/(kernels|conv_table|mlp_table)\.h"],
     "emulation": [STANDARD, "kernels/.*", "launch/.*", "emulation/.*", r"setjmp\.h", r"ucontext\.h", "sanitizer/.*"],
     "bindings": [
@@ -45,7 +45,7 @@ FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cuh",
 
 
 def folder_of(path: Path) -> str:
-    """The folder whose rule holds for a file: the deepest that has one."""
+    """The folder whose rule applies to a file: the deepest one that has a rule."""
     parents = [str(parent) for parent in path.relative_to(CSRC).parents]
     return next((parent for parent in parents if parent in ALLOWED), parents[-2])
 

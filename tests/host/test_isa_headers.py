@@ -1,7 +1,7 @@
-"""Headers of csrc/cpu/isa/ that stand alone, each in a program of its own, compiled as for every instruction set.
+"""Standalone headers of csrc/cpu/isa/, each tested by its own program, which is compiled for every instruction set.
 
-simd.h is the notation in which all kernels are written; integers.h and conv/shared_axis.h decide in integers what they
-do. The programs are beside this file, in isa/.
+simd.h has the vector operations that all kernels use; integers.h and conv/shared_axis.h plan their work in integers.
+The programs are beside this file, in isa/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PROGRAMS = Path(__file__).parent / "isa"
 
 
 def run(command: list[str], program: Path, folder: Path) -> str:
-    """What the program prints. It is compiled as conv/stages.cpp is, but sooner done."""
+    """What the program prints. It is compiled with the flags of `command`, but at -O1 to save time."""
     target = folder / program.stem
     compiler = [*command, "-O1", f"-I{PROGRAMS}", program, "-o", target]
     compiled = subprocess.run(compiler, capture_output=True, text=True)

@@ -1,9 +1,9 @@
-"""What is compiled once for each instruction set shares no code with the rest: a look at the objects.
+"""Objects that are compiled once for each instruction set share no code with the rest.
 
-Of several equal inline functions in a program the linker keeps one. It could be the copy for a processor that is not
-there, and the program would stop at an illegal instruction. So each object of csrc/cpu/isa/ shares one symbol, its
-table. Everything else in it is internal. The objects are compiled without optimisation here: then every function that
-could be left out of line is.
+The linker keeps one copy of each inline function in a program. It could keep a copy for an instruction set that the
+processor lacks, and the program would stop at an illegal instruction. So each object of csrc/cpu/isa/ exports one
+symbol, its table. Everything else in it is internal. The objects are compiled without optimisation here, so that the
+compiler inlines nothing that it could emit as a function.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ISAS = ["portable", *(["avx2", "avx512"] if platform.machine() in ("x86_64", "AM
 
 
 def linked(command: list[str], source: Path, folder: Path) -> set[tuple[str, str]]:
-    """Type and name of every symbol that the object would share with others."""
+    """Type and name of every symbol that the object exports."""
     target = folder / "object.o"
     subprocess.run([*command, "-O0", "-o", target, "-c", source], check=True, capture_output=True)
     lines = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", target], check=True, capture_output=True)

@@ -76,7 +76,7 @@ def test_installed_package_is_not_taken_for_a_source_folder(tmp_path):
 
 
 def test_import_from_a_source_folder_is_loud(source):
-    """The whole way, by a Python that starts in the source tree."""
+    """End to end, in a Python process that starts in the source tree."""
     for path in _loader.FOLDER.glob("*.py"):
         (source / path.name).write_bytes(path.read_bytes())
     command = [sys.executable, "-c", "import signmaml_ext"]

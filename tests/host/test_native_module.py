@@ -1,4 +1,4 @@
-"""What was built: libraries, symbols, instruction sets, GPU code."""
+"""The native module as built: libraries, symbols, instruction sets, GPU code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import signmaml_ext
 from helpers.programs import tools
 from signmaml_ext._loader import C
 
-# glibc before 2.34 keeps threads, dl and rt in libraries of their own.
+# glibc before 2.34 keeps threads, dl and rt in separate libraries.
 BASE_LIBRARIES = r"lib(c|m|stdc\+\+|gcc_s|pthread|dl|rt)\.so\.\d+|ld-linux.*"
 
 
 def tool(name: str) -> str:
-    """A program of the toolchain, or a skipped test."""
+    """Path of a program of the toolchain; skips the test if it is missing."""
     path = tools.tool(name)
     if path is None:
         pytest.skip(f"{name} is not installed")
@@ -41,7 +41,7 @@ def test_needs_the_base_libraries_only():
 
 
 def test_exports_nothing_but_the_module():
-    """Above all not our copy of the CUDA runtime, which torch's would be confused with."""
+    """Above all not our copy of the CUDA runtime, which could be mixed up with torch's."""
     symbols = output(tool("nm"), "-D", "--defined-only", C.__file__).split("\n")
     names = [line.split()[-1] for line in symbols if line]
     assert names == ["PyInit__C"]
@@ -64,7 +64,7 @@ def test_gpu_code_is_what_the_build_says():
 
 
 def test_kernels_are_there_beside_the_cuda_build_of_torch():
-    """What CI asks for where there is an nvcc: code for two architectures or more, in one process with CUDA's torch."""
+    """Where CI has nvcc, it requires code for at least two architectures, loaded beside a CUDA build of torch."""
     required = os.environ.get("SIGNMAML_TEST_REQUIRE_CUDA") == "1"
     if not C.built_with_cuda and not required:
         pytest.skip("signmaml_ext was built without CUDA, and SIGNMAML_TEST_REQUIRE_CUDA is not 1")

@@ -1,4 +1,4 @@
-"""The cuts that the native code makes of its work: everything is covered once, and nothing overflows."""
+"""How the native code divides its work: everything is covered once, and nothing overflows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ scalar_bytes = st.sampled_from([4, 8])
 tasks = st.one_of(st.integers(1, 40), st.integers(1, 2**20))
 parameters = st.one_of(st.integers(1, 5000), st.integers(1, 2**40))
 multiprocessors = st.integers(1, 200)
-# Addresses as torch gives them, off by up to three elements.
+# Addresses as torch allocates them, shifted by up to three elements.
 addresses = st.integers(1, 2**40).map(lambda k: 512 * k)
 shifts = st.integers(0, 3)
 
@@ -29,7 +29,7 @@ def test_plan_sign_step(tasks, parameters, scalar_bytes, address, params_shift, 
     assert (plan["tiles_per_row"] - 1) * tile < parameters <= plan["tiles_per_row"] * tile
     assert 1 <= plan["blocks_x"] <= min(plan["tiles_per_row"], LARGEST_GRID_X)
     assert 1 <= plan["blocks_y"] <= min(tasks, LARGEST_GRID_Y)
-    # Small work is spread over one block a tile, large work fills the device.
+    # Small work gets one block per tile, large work fills the device.
     blocks = plan["blocks_x"] * plan["blocks_y"]
     assert blocks >= min(plan["tiles_per_row"] * tasks, multiprocessors)
 
@@ -41,7 +41,7 @@ def test_plan_sign_step_takes_single_elements_only_where_rows_do_not_meet():
 
 @given(tasks, parameters, scalar_bytes, addresses, shifts, shifts, multiprocessors)
 def test_plan_compact_sign_step(tasks, parameters, scalar_bytes, address, params_shift, counts_shift, multiprocessors):
-    """The cut of a sign step; vectors only where a vector of scalars and its counts start on boundaries together."""
+    """Divided like a sign step; vectors only where a vector of scalars and its counts are both aligned."""
     params, counts = address + params_shift * scalar_bytes, 5 * address + counts_shift
     plan = C.plan_compact_sign_step(tasks, parameters, scalar_bytes, params, params + 16, counts, multiprocessors)
     width = 16 // scalar_bytes
@@ -64,7 +64,7 @@ def test_plan_meta_accumulate(tasks, parameters, scalar_bytes, address, out_shif
     assert min(plan["head"], plan["bodies"], plan["tail"]) >= 0
     assert 1 <= plan["blocks"] <= LARGEST_GRID_X
     if plan["vector"] > 1:
-        # Every vector of every row lies on a 16-byte boundary.
+        # Every vector of every row is 16-byte aligned.
         for row in (0, 1, tasks - 1):
             assert (grads + (row * parameters + plan["head"]) * scalar_bytes) % 16 == 0 or tasks == 1
         assert (out + plan["head"] * scalar_bytes) % 16 == 0
@@ -132,7 +132,7 @@ def test_plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, thr
     assert plan["channels"] >= shape["filters"] and plan["channels"] % plan["lanes"] == 0
     assert plan["channels"] - shape["filters"] < plan["lanes"]
     assert plan["side_by_side"] % threads == 0 and 0 <= tasks - plan["side_by_side"] < threads
-    # Every team has a task's memory of its own, whatever the number of tasks.
+    # Every team has its own memory for a task, for any number of tasks.
     assert plan["workspace_bytes"] >= plan["teams"] * plan["task_scalars"] * scalar_bytes
     images = max(support, query) * shape["height"] * shape["width"] * shape["channels"]
     assert plan["task_scalars"] > images
@@ -140,7 +140,7 @@ def test_plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, thr
     for block in plan["blocks"]:
         out = (height, width) if shape["halving"] == "max" else ((height + 1) // 2, (width + 1) // 2)
         assert (block["out_h"], block["out_w"]) == out
-        # Items cover the rows once, and pooling finds both rows of a pair in one of them.
+        # Items cover each row once, and both rows of a pooling pair are in the same item.
         assert (block["items"] - 1) * block["rows"] < out[0] <= block["items"] * block["rows"]
         assert block["rows"] % 2 == 0 or block["items"] == 1
         for vectors in (block["vectors"], block["vectors_back"]):

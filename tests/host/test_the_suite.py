@@ -1,4 +1,4 @@
-"""The suite's own machinery: compiled files that builds share, and the processes that run the tests."""
+"""The suite's own machinery: the cache of compiled files, and the processes that run the tests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from helpers.programs import shared, workers
 
 
 def compiled(folder: Path, kept: Path, text: str, *flags: str) -> tuple[int, str, str]:
-    """Compiles a file in a folder of its own: the exit status, the object file's text, and the list of headers."""
+    """Compiles a file in its own folder; returns the exit status, the object file's text and the list of headers."""
     folder.mkdir()
     (folder / "header.h").write_text("#pragma once\n")
     (folder / "source.cpp").write_text(text)
-    # Stands for a compiler: what it preprocesses is the text, and what it compiles has a number of its own.
+    # A fake compiler: it preprocesses a file to its own text, and compiles it to the number of compilations so far.
     compiler = kept / "compiler"
     compiler.write_text(
         "#!/bin/sh\n"
@@ -60,7 +60,7 @@ def test_what_the_compiler_refuses_is_refused_every_time(tmp_path: Path) -> None
 
 
 def config(*names: str, xdist: bool = True, **options: Any) -> Any:
-    """What of pytest's configuration `number_of_workers` looks at, as the command line without options gives it."""
+    """The part of pytest's configuration that `number_of_workers` reads; defaults as without command line options."""
     plain = {"numprocesses": None, "tx": [], "dist": "no", "distload": False, "usepdb": False, "capture": "fd"}
     option = argparse.Namespace(**{**plain, "collectonly": False, **options})
     return SimpleNamespace(args=names, option=option, pluginmanager=SimpleNamespace(hasplugin=lambda _: xdist))

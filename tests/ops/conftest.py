@@ -14,7 +14,7 @@ from signmaml_ext._loader import C
 
 @pytest.fixture(params=backends.params("cpu", "emulated", "cuda"))
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The tensors' device. What they are compared with is the reference: plain torch expressions."""
+    """The tensors' device. The reference that they are compared with is plain torch expressions."""
     if request.param != "emulated":
         yield device_or_skip(request.param)
         return
@@ -25,7 +25,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back."""
+    """Restores the number of threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -33,7 +33,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def isas() -> Iterator[list[str]]:
-    """The CPU instruction sets that can be chosen here; puts the choice back."""
+    """The CPU instruction sets that can be chosen here; restores the choice."""
     before = C.cpu_isa()
     yield C.cpu_isas()
     C.select_cpu_isa(before)

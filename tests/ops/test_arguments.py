@@ -1,4 +1,4 @@
-"""What the operators refuse, in which words, and that nothing is changed then."""
+"""Which arguments the operators refuse, with which messages, and that a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def unchanged(before: dict[str, Any], names: dict[str, Any], after: dict[str, An
 
 
 def test_refusal_leaves_params_alone():
-    """Found only by looking at the offsets' values, when everything else has been accepted."""
+    """The fault is only in the offsets' values, which are checked after everything else has been accepted."""
     arguments = step_arguments()
     params = arguments["params"].clone()
     with pytest.raises(ValueError, match="segment_offsets"):
@@ -150,7 +150,7 @@ def test_refusal_leaves_params_alone():
 @pytest.mark.parametrize("name", ["grads", "lr", "mask", "segment_offsets", "nonfinite"])
 def test_sign_step_refuses_memory_shared_with_params(name):
     arguments = step_arguments()
-    # One allocation, seen as bytes, in which params and the other overlap by a single element.
+    # One allocation, seen as bytes, in which params and the other tensor overlap by at most 8 bytes.
     memory = torch.zeros(4096, dtype=torch.uint8)
     arguments["params"] = memory[: T * P * 4].view(torch.float32).view(T, P)
     start = T * P * 4 - 8

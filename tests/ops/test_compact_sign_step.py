@@ -27,12 +27,12 @@ def tables(form: str, parameters: int, dtype: torch.dtype) -> dict[str, Tensor |
 
 
 def any_counts(tasks: int, parameters: int) -> Tensor:
-    """All that an int8 holds, NaN and the ends of the range among them."""
+    """Any int8 value, including NaN and the ends of the range."""
     return torch.randint(-128, 128, (tasks, parameters)).to(torch.int8)
 
 
 def expected(counts: Tensor, theta: Tensor, grads: Tensor, rates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, parameters and flags, worked out in int64."""
+    """Counts, parameters and flags, with counts computed in int64."""
     after = counts.long() + (grads > 0).long() - (grads < 0).long()
     after[(counts == NAN) | grads.isnan() | (after.abs() > 127)] = NAN
     params = theta - rates * torch.where(after == NAN, torch.nan, after.to(theta.dtype))
@@ -95,7 +95,7 @@ def test_every_count_meets_every_kind_of_gradient(device, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_as_sign_steps_up_to_the_documented_rounding(device, dtype):
-    """K steps of each form from one theta; a rounding a step there, two in all here."""
+    """K steps of both operators from one theta: sign_step_ rounds once per step, compact_sign_step_ twice in all."""
     steps, parameters = 127, 1027
     theta, lr = torch.randn(parameters, dtype=dtype, device=device), torch.full((1,), 0.01, dtype=dtype, device=device)
     moved = theta.expand(2, -1).contiguous()

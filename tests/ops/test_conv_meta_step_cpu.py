@@ -23,10 +23,10 @@ ISAS = C.cpu_isas()
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-# The quick ones on what this machine would choose.
+# The quick tests use only the instruction set that this machine would choose.
 @pytest.fixture(params=[*(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]), ISAS[-1]])
 def isa(isas: list[str], request: pytest.FixtureRequest) -> str:
-    C.select_cpu_isa(request.param)  # `isas` puts the choice back
+    C.select_cpu_isa(request.param)  # `isas` restores the choice
     return str(request.param)
 
 
@@ -49,7 +49,7 @@ class MeanReadout(nn.Module):
 
 
 def net(*, channels: int = 1, filters: int = 8, size: int = 12, ways: int = 3, pooling: str = "max", layers: int = 2):
-    """A network with scales of both signs, so that pooling takes the largest and the smallest."""
+    """A network with BatchNorm scales of both signs, so that pooling takes the largest and the smallest value."""
     if pooling == "mean":
         model: nn.Module = MeanReadout(channels, filters, ways, layers)
     else:
@@ -88,7 +88,7 @@ def on(backend: str, model: nn.Module, batch: Data, arguments: dict[str, Any]) -
 
 
 def key_of(*values: Any) -> str:
-    """Of everything that a call depends on, every bit of the tensors included."""
+    """Digest of everything that a call depends on, including every bit of the tensors."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -107,7 +107,7 @@ def key_of(*values: Any) -> str:
 
 
 def reference(model: nn.Module, batch: Data, arguments: dict[str, Any]) -> Outcome:
-    """By the readable backend: once a case, since it is the same for every instruction set."""
+    """The readable backend's outcome, computed once per case because it is the same for every instruction set."""
     key = key_of(model, model.state_dict(), batch, arguments)
     if key not in REFERENCES:
         REFERENCES[key] = on("torch", model, batch, arguments)
@@ -121,7 +121,7 @@ def both(model: nn.Module, batch: Data, **arguments: Any) -> tuple[Any, dict[str
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Norm-wise, relative to `b`; 0 and 0 are equal."""
+    """Norm of the difference relative to `b`'s norm; 0 if both tensors are 0."""
     return float((a - b).norm() / b.norm().clamp(min=1e-300))
 
 
@@ -143,7 +143,7 @@ SHAPES = [
     {"size": 70, "filters": 8, "layers": 6, "pooling": "stride", "channels": 2},
     {"size": 14, "filters": 32, "layers": 3, "pooling": "mean"},
     {"size": 11, "filters": 48, "layers": 2, "pooling": "mean", "channels": 3, "ways": 4},
-    # Rows of more positions than are copied at once.
+    # Rows with more positions than are copied at once.
     pytest.param({"size": 262, "filters": 8, "layers": 2}, marks=pytest.mark.slow),
     pytest.param({"size": 270, "filters": 8, "layers": 2, "pooling": "stride"}, marks=pytest.mark.slow),
 ]
@@ -165,7 +165,7 @@ def test_float64_trajectories_are_those_of_the_reference(isa: str, shape: dict[s
 
 
 def test_strided_blocks_of_any_size() -> None:
-    """Outputs of an axis share products by threes and twos, but for what the border and a chunk leave."""
+    """Outputs of an axis share products in threes and twos, except those left over at the border or in a chunk."""
     for size in [*range(1, 33), 58, 59, 60, 61, 62, 63, 64, 123]:
         model, batch = net(size=2 * size, pooling="stride"), data(size=2 * size, tasks=1, support=3, query=3)
         _, own, _, expected = both(model, batch, inner_lr=0.01, inner_steps=0)
@@ -245,7 +245,7 @@ def test_bitwise_the_same_where_outputs_are_made_twice(isa: str, channels: int) 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(5, 70), (66, 4), (8, 8), (37, 35)])
 def test_covariance_of_the_first_windows(isa: str, channels: int, size: tuple[int, int]) -> None:
-    """Rows and columns beyond one stretch of them, and images smaller than a vector."""
+    """More rows and columns than one stretch has, and images smaller than a vector."""
     for pooling in ("max", "stride"):
         model = net(channels=channels, size=8, pooling=pooling, layers=1)
         height, width = size
@@ -265,7 +265,7 @@ def test_a_task_has_the_same_bits_whatever_shares_its_batch(isa: str, pooling: s
     model, batch = net(size=19, filters=24, layers=3, pooling=pooling).float(), data(size=19, tasks=5)
     batch = tuple(value.float() if value.is_floating_point() else value for value in batch)
     broken = batch[0].clone()
-    broken[3, 0, 0, 4, 4] = torch.nan  # a neighbour that leaves NaN in every buffer it used
+    broken[3, 0, 0, 4, 4] = torch.nan  # this task leaves NaN in every buffer it used
     arguments: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 2, "backend": "cpu"}
     together = evaluate(model, broken, *batch[1:], **arguments)
     adapted = adapt(model, broken, batch[1], **arguments)
@@ -307,7 +307,7 @@ def test_ties_and_zeros(isa: str, case: str) -> None:
     if case == "sparse":  # most windows are equal, so pooling has many ties
         for images in (batch[0], batch[2]):
             images[images < 1.2] = 0
-    # No step: where gradients are 0 but for rounding, a sign step goes anywhere.
+    # No inner step: where gradients are 0 up to rounding, their signs are arbitrary.
     native, own, reference, expected = both(model, batch, inner_lr=0.01, inner_steps=0)
     torch.testing.assert_close(native.query_loss, reference.query_loss, rtol=1e-11, atol=1e-12)
     for name, gradient in expected.items():
@@ -317,7 +317,7 @@ def test_ties_and_zeros(isa: str, case: str) -> None:
 @pytest.mark.parametrize("pooling", ["max", "stride"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_taps_that_meet_only_zeros_have_no_gradient(isa: str, pooling: str, dtype: torch.dtype) -> None:
-    """Exactly none: a trace of rounding would become a whole step."""
+    """Their gradients are exactly 0, because the smallest rounding error would become a whole sign step."""
     size = 8 if pooling == "stride" else 16
     model = net(size=size, filters=24, layers=4, pooling=pooling)
     with torch.no_grad():
@@ -331,7 +331,7 @@ def test_taps_that_meet_only_zeros_have_no_gradient(isa: str, pooling: str, dtyp
     assert after_dead[:, [0, 1, 2, 4]].any()
     if pooling == "max":
         return
-    one_position = found["features.3.conv.weight"]  # of a 1 x 1 image
+    one_position = found["features.3.conv.weight"]  # its images have 1 x 1 positions
     assert one_position[:, :, 1, 1].any()
     one_position[:, :, 1, 1] = 0
     assert not one_position.any()
@@ -343,7 +343,7 @@ def test_taps_beside_an_edge_that_is_all_there_is_have_no_gradient(isa: str, siz
     model = net(size=size, channels=3, filters=24, layers=3)
     batch = tuple(value.to(dtype) if value.is_floating_point() else value for value in data(size=size, channels=3))
     batch[0][:, :, 0], batch[2][:, :, 0] = 1, 1
-    with torch.no_grad():  # filter 3 looks to the left in channel 0, and shows where it meets the border
+    with torch.no_grad():  # filter 3 reads the left neighbour in channel 0, so it shows where it meets the border
         first = model.features[0]
         first.conv.weight[3] = 0
         first.conv.weight[3, 0, 1, 0] = 1
@@ -357,7 +357,7 @@ def test_taps_beside_an_edge_that_is_all_there_is_have_no_gradient(isa: str, siz
 
 
 def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, float]]:
-    """By tensor: the error of the native float32 gradient and of torch's, against float64."""
+    """For each tensor, the errors of the native float32 gradient and of torch's against float64."""
     _, _, _, exact = both(model.double(), batch, inner_lr=0.0, inner_steps=0)
     single = tuple(value.float() if value.is_floating_point() else value for value in batch)
     _, own, _, theirs = both(model.float(), single, inner_lr=0.0, inner_steps=0)
@@ -368,7 +368,7 @@ def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, 
 def assert_as_exact_as_torchs(model: nn.Module, batches: list[Data]) -> None:
     errors = [list(float32_errors(model, batch)) for batch in batches]
     for rows in zip(*errors, strict=True):
-        # The middle ones: in some batches rounding flips a ReLU or a maximum, for one of the two and by chance.
+        # Medians, because in some batches rounding happens to flip a ReLU or a maximum in only one of the two.
         own, theirs = (statistics.median(row[column] for row in rows) for column in (1, 2))
         assert own <= 2 * theirs, rows[0][0]
 
@@ -381,7 +381,7 @@ def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any
     model = net(**shape)
     sizes = {key: value for key, value in shape.items() if key in ("channels", "size", "ways")}
     batches = [data(**sizes, query=10) for _ in range(11)]
-    if sparse:  # most windows are equal: pooling has many ties, and all must take the same of them
+    if sparse:  # most windows are equal, so pooling has many ties, which all must break alike
         for batch in batches:
             batch[2][batch[2] < 1.2] = 0
     assert_as_exact_as_torchs(model, batches)
@@ -394,7 +394,7 @@ def test_float32_gradients_on_real_images(kind: str, name: str, channels: int, s
     images = load(name, "test", root=root)
     sampler = EpisodeSampler(images, ways=5, shots=1, queries=1, tasks=1, seed=3)
     model = Conv4(ways=5, channels=channels, filters=32, image_size=size)
-    # Raw values 0 to 255, as the official set-up has them: a mean far from 0 in layer 1.
+    # Raw values 0 to 255, as in the official set-up, give layer 1 a mean far from 0.
     draws = [sampler.draw(iteration) for iteration in range(11)]
     assert_as_exact_as_torchs(
         model, [tuple(v.double() * 255 if v.is_floating_point() else v for v in draw) for draw in draws]

@@ -1,8 +1,8 @@
 """Every stage of the CPU's convolutional networks against its definition in torch, for each instruction set.
 
-A stage reads and writes arrays of one task's memory, laid out NHWC with channels in whole vectors. The tests fill the
-arrays that it reads, run it alone and look at the arrays that it writes: to 1e-9 in float64, to the rounding of sums in
-float32.
+A stage reads and writes arrays of one task's memory, laid out NHWC with channels padded to whole vectors. The tests
+fill the arrays that a stage reads, run it alone and compare the arrays that it writes: to 1e-9 in float64, to the
+rounding of sums in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from helpers.cases.conv_cases import Net
 from signmaml_ext._loader import C
 
 # Blocks of each kind: images of one item and of several, F(2x2, 3x3) and direct convolution, shared products over one
-# image and several, odd and even sizes, whole vectors of channels and parts of one.
+# image and several, odd and even sizes, whole and partial vectors of channels.
 NETS = {
     "pool-colour": Net(blocks=3, channels=3, filters=24, height=23, width=18),
     "pool-gray": Net(blocks=3, channels=1, filters=48, height=12, width=13),
@@ -37,7 +37,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4}
 
 @dataclass
 class Task:
-    """One task's memory, by name, and the stages on it."""
+    """One task's memory, with its arrays by name, and the stages that run on it."""
 
     net: Net
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class Task:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
 
-    # ---- arrays as torch has them ----
+    # ---- arrays in torch's layout ----
 
     def set_images(self, key: tuple[str, int], values: Tensor, border: int = 1) -> None:
         """Writes `[n, filters, h, w]` inside the border; channels beyond the filters become 0."""
@@ -97,7 +97,7 @@ class Task:
         return weight
 
     def set_vectors(self, block: int, *names: str) -> list[Tensor]:
-        """Random `[filters]`; 0 beyond."""
+        """Fills vectors with random `[filters]` values and zero padding."""
         found = [self.normal(self.net.filters) for _ in names]
         for name, values in zip(names, found, strict=True):
             self[name, block].zero_()[: self.net.filters] = values
@@ -149,7 +149,7 @@ def rows_of_items(values: Tensor, rows: int) -> Tensor:
 
 @pytest.fixture(params=C.cpu_isas())
 def isa(isas: list[str], request: pytest.FixtureRequest) -> str:
-    C.select_cpu_isa(request.param)  # `isas` puts the choice back
+    C.select_cpu_isa(request.param)  # `isas` restores the choice
     return str(request.param)
 
 
@@ -266,7 +266,7 @@ def test_transform_weights_of_block_0(task):
     scaled = weight * scale[..., None]
     if stride == 1:
         matrix = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, -1]], dtype=task.dtype)
-        scaled = matrix @ scaled  # window rows alone are transformed
+        scaled = matrix @ scaled  # only the window rows are transformed
     rows = scaled.permute(2, 3, 1, 0).reshape(-1, task.net.filters)
     found = task["first_weight", 0].transpose(0, 1).reshape(scaled.shape[2] * 3 * inputs, -1)
     task.close(found[:, : task.net.filters], rows)
@@ -297,7 +297,7 @@ def test_forward(task, block):
     task.close(task["squared_deviations", block][:, :filters], squares)
 
     if plan["stride"] == 1:
-        # Exactly: the first of the largest, as gamma's sign turns them. With gamma = 0 all are equal.
+        # Exactly the first maximum of sign(gamma) * raw. With gamma = 0 all are equal.
         choice = (windows(raw) * gamma.sign()[..., None]).argmax(-1)
         first = torch.zeros_like(choice).where(gamma == 0, choice)
         assert task.images(("choice", block), border=0).equal(first.byte())
@@ -306,7 +306,7 @@ def test_forward(task, block):
 
 @pytest.mark.parametrize("name, block", [(n, b) for n, b in BLOCKS if NETS[n].halving == "max" and b < 2])
 def test_max_pooling_takes_the_first_of_equals(task, block):
-    """Where the image is constant, all outputs of a pooling window are equal to the bit."""
+    """Where the image is constant, all outputs of a pooling window are bitwise equal."""
     plan = task.plan(block)
     colour = task.normal(EXAMPLES, plan["inputs"], 1, 1).relu()
     task.set_images(task.input_of(block), colour.expand(-1, -1, plan["in_h"], plan["in_w"]))
@@ -321,7 +321,7 @@ def test_max_pooling_takes_the_first_of_equals(task, block):
 
 @each_net
 def test_forward_of_block_0(task):
-    """Its statistics are in `scale` and `shift`; it leaves the output alone."""
+    """Its statistics are already in `scale` and `shift`; it stores the activation, not the raw output."""
     plan = task.plan(0)
     x, weight = task.set_input(0), task.set_weight(0)
     scale, shift = task.set_vectors(0, "scale", "shift")
@@ -359,7 +359,7 @@ def test_statistics(task, block):
 
 @each_net
 def test_statistics_of_block_0(task):
-    """From the mean and the covariance of its patches."""
+    """Computed from the mean and the covariance of its patches."""
     plan, inputs = task.plan(0), task.plan(0)["inputs"]
     x, weight = task.set_input(0), task.set_weight(0)
     patches = task.patches(x, 0).flatten(0, 1).double()
@@ -434,7 +434,7 @@ def test_halved_sums_of_block_0(task):
     passed = grad.where(~(y <= 0), 0)  # the gradient of a NaN passes, as in torch
     if plan["stride"] == 2 and task.net.channels == 1:
         task["grad_sums", 0].fill_(torch.nan)
-        task.run(0, "grad_sums")  # first_weight_grad does it on its way
+        task.run(0, "grad_sums")  # does nothing here: first_weight_grad computes the sums
         assert activation_grad(task, 0).equal(grad) and task["grad_sums", 0].isnan().all()
         return
     task.run(0, "grad_sums")
@@ -482,7 +482,7 @@ def test_weight_grad(task, block):
     x, weight = task.set_input(block), task.set_weight(block)
     dead = slice(2, 4)
     x[:, dead] = 0
-    x[:, 3, 0, :] = 1.5  # alive in the first row alone: taps that never meet it must be exactly 0
+    x[:, 3, 0, :] = 1.5  # alive in the first row only: taps that never meet it must be exactly 0
     task.set_images(("activation", block - 1), x)
     grad = task.normal(EXAMPLES, task.net.filters, plan["out_h"], plan["out_w"])
     task.set_images(("raw", block), grad)
@@ -498,14 +498,14 @@ def test_weight_grad(task, block):
     task.run(block, "weight_products_in_shares", "weight_grad")
     shares = task["weight_grad", block]
     if plan["weight_images"] >= EXAMPLES:
-        assert shares.equal(whole)  # whichever thread has which share
+        assert shares.equal(whole)  # in whatever way threads divide the shares
     else:
         task.close(shares, whole)
 
 
 @each_later_block
 def test_data_grad(task, block):
-    """And grad_sums of the block before, of which all outputs are positive here: every gradient passes."""
+    """Also computes grad_sums of the block before, whose outputs are all positive here, so every gradient passes."""
     plan, before, filters = task.plan(block), task.plan(block - 1), task.net.filters
     weight = task.set_weight(block)
     grad = task.normal(EXAMPLES, filters, plan["out_h"], plan["out_w"])
@@ -548,7 +548,7 @@ def test_first_weight_grad(task):
 
 @each_net
 def test_gradients_of_block_0(task):
-    """statistics, forward, grad_sums, first_weight_grad and finish_first together: what autograd says of block 0."""
+    """statistics, forward, grad_sums, first_weight_grad and finish_first together equal autograd for block 0."""
     plan, filters, inputs = task.plan(0), task.net.filters, task.plan(0)["inputs"]
     x, weight = task.set_input(0), task.set_weight(0)
     gamma, beta = task.set_vectors(0, "gamma", "beta")
@@ -575,7 +575,7 @@ def test_gradients_of_block_0(task):
 @pytest.mark.parametrize("n", [0, 1, 3, 17, 64, 127, 1000])
 @pytest.mark.parametrize("name", ["pool-gray"])
 def test_vectors(task, n):
-    a, b = task.normal(n + 1)[1:], task.normal(n + 1)[1:]  # at no particular alignment
+    a, b = task.normal(n + 1)[1:], task.normal(n + 1)[1:]  # unaligned
     scale = float((a.abs().double() @ b.abs().double()).clamp(min=1e-30))
     found = task.runner.dot(a.data_ptr(), b.data_ptr(), n)
     assert abs(found - float(a.double() @ b.double())) <= scale * torch.finfo(task.dtype).eps * 4

@@ -58,7 +58,7 @@ def test_meta_accumulate_of_a_broken_task(device, number, column, skip):
 
 
 def test_meta_accumulate_counts_tasks_flagged_before(device):
-    """A flag that an inner step raised leaves the task out, though its meta-gradient is finite."""
+    """With `skip_nonfinite`, a task that an inner step flagged is left out although its meta-gradient is finite."""
     out, grads = torch.zeros(2, device=device), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], device=device)
     nonfinite = torch.tensor([False, True, False], device=device)
     meta_accumulate_(out, grads, nonfinite=nonfinite.clone(), skip_nonfinite=True)

@@ -1,4 +1,4 @@
-"""mlp_meta_step on the CPU: against the reference in float64, the precision of float32, and the same bits always."""
+"""mlp_meta_step on the CPU: equal to the reference in float64, precise in float32, bitwise reproducible."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_equals_the_reference(widths, tasks, support, query, activation, loss, m
 @pytest.mark.parametrize("tasks", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_number_of_tasks(tasks, dtype):
-    """Full groups, groups with empty lanes, and the narrow groups that few tasks take."""
+    """Full groups, groups with empty lanes, and the narrow groups used for few tasks."""
     widths = (2, 11, 6, 3)
     model = network(widths, nn.ReLU).to(dtype)
     data = tasks_for(widths, "cross_entropy", tasks, 4, 5, dtype)
@@ -61,7 +61,7 @@ def test_every_number_of_tasks(tasks, dtype):
 def test_float32_gradients_before_the_sign(widths, activation, loss):
     """At most twice torch's own error against float64, per tensor: no inner step, so no sign can flip.
 
-    Over six draws, since the error of five numbers is a matter of luck.
+    Errors are summed over six draws, because the error of five numbers is a matter of luck.
     """
     ours, theirs = {}, {}  # name -> sum of squared errors
     for _ in range(6):
@@ -81,7 +81,7 @@ def test_float32_gradients_before_the_sign(widths, activation, loss):
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 def test_float32_tasks_without_a_flipped_sign_are_close(activation):
-    """Five steps in float32 against float64; a flipped sign moves a weight by 2 * inner_lr, and then all the rest."""
+    """Five steps in float32 against float64; a flipped sign moves a weight by 2 * inner_lr, and then all the others."""
     widths = (1, 40, 40, 1)
     model, data = network(widths, activation), tasks_for(widths, "mse", 100, 10, 10, torch.float32)
     exact = network(widths, activation).double()
@@ -99,7 +99,7 @@ def test_float32_tasks_without_a_flipped_sign_are_close(activation):
 
 @pytest.mark.parametrize("values", [torch.linspace(-30, 30, 20001), torch.linspace(-0.7, 0.7, 20001)])
 def test_tanh_to_two_units(values):
-    """A network of one hidden unit that shows tanh itself."""
+    """A network with one hidden unit whose output is tanh itself."""
     model = network((1, 1, 1), nn.Tanh)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -111,7 +111,7 @@ def test_tanh_to_two_units(values):
 
 
 def test_cross_entropy_of_large_and_tiny_scores():
-    """Scores far apart: exponentials that underflow, and the loss of a sure mistake."""
+    """Scores far apart: exponentials that underflow, and the loss of a confident mistake."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)).double()
     x = torch.tensor([[[1.0, 0.0], [300.0, 0.0], [1e4, 1.0]]])
     y = torch.tensor([[0, 1, 2]])
@@ -124,7 +124,7 @@ def test_cross_entropy_of_large_and_tiny_scores():
         assert (found.params[name].double() - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize("repeats", [1, 9])  # the tasks of a narrow group, and of wide ones
+@pytest.mark.parametrize("repeats", [1, 9])  # few tasks for narrow groups, many for wide ones
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sign_of_every_kind_of_gradient(threads, dtype, repeats):
     """Three-valued, with zeros of both signs, subnormals, infinities, NaN: the gradient of the output bias is -2 y."""
@@ -188,7 +188,7 @@ def test_frozen_parameters_stay_and_get_no_gradient():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 def test_nonfinite_tasks(where, policy, bad, activation):
-    """Only the task that meets a NaN or an Inf is flagged, and only its numbers suffer."""
+    """Only the task that meets a NaN or an Inf is flagged, and only its numbers are affected."""
     widths = (3, 6, 2)
     model, data = network(widths, activation).double(), tasks_for(widths, "mse", 18, 4, 3, torch.float64)
     data[where][13, 0, 0] = bad
@@ -235,7 +235,7 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("widths", "tasks"), [((3, 33, 20, 5), 37), ((16, 256, 256, 5), 3), ((16, 256, 256, 5), 9)])
 def test_same_bits_for_any_number_of_threads(threads, widths, tasks, dtype):
-    """Threads share groups of tasks, or the work within a group; few tasks of one and few of two groups among them."""
+    """Threads share the groups of tasks, or the work within a group, also for few tasks in one or two groups."""
     model = network(widths, nn.Tanh).to(dtype)
     data = tasks_for(widths, "cross_entropy", tasks, 5, 25, dtype)
     results = []
@@ -278,7 +278,7 @@ def test_every_instruction_set(isas, activation, loss):
 
 
 def test_all_tasks_go_in_one_call(monkeypatch):
-    """The chunks are CUDA's: on the CPU no gradients of all tasks are held."""
+    """Only CUDA splits tasks into chunks: the CPU never stores the gradients of all tasks."""
     widths = (1, 4, 1)
     model, data = network(widths, nn.ReLU).double(), tasks_for(widths, "mse", 70, 2, 2, torch.float64)
     problem = problem_of(model, data, inner_steps=2)
@@ -291,7 +291,7 @@ def test_all_tasks_go_in_one_call(monkeypatch):
 
 
 def test_plan():
-    """Wide lanes where every thread has a group of them, else narrow ones, else threads within a group."""
+    """Wide groups if every thread gets one, else narrow groups, else threads share the work within a group."""
     widths = (1, 40, 40, 1)
     wide = C.plan_mlp_meta_step_cpu(widths, 1000, 10, 10, 4, 2)
     lanes = wide["lanes"]

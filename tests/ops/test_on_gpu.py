@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, capture, devices, bits equal to the CPU's, sizes beyond 32 bits."""
+"""Behaviour that needs a GPU: streams, capture, devices, bits equal to the CPU's, sizes beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cuda() -> torch.device:
 
 
 def test_work_goes_to_the_current_stream(cuda):
-    """The stream is kept busy first, so that work on another stream would come too early."""
+    """The stream is kept busy first, so work on another stream would run too early."""
     stream = torch.cuda.Stream()
     params, grads, source = (
         torch.zeros(4, 100_003, device=cuda),
@@ -68,7 +68,7 @@ def test_capture_in_a_graph(cuda):
 
 
 def test_capture_of_the_first_launch_of_a_process(cuda):
-    """Kernels are loaded lazily, and what loading does may not be captured."""
+    """Kernels are loaded lazily, and not everything that loading does is allowed in a capture."""
     code = "import torch; from test_on_gpu import capture_and_replay; capture_and_replay(torch.device('cuda'))"
     folder, helpers = __file__.rsplit("/", 1)[0], __file__.rsplit("/", 2)[0]
     code = f"import sys; sys.path[:0] = [{folder!r}, {helpers!r}]; {code}"
@@ -114,7 +114,7 @@ def test_same_bits_as_the_cpu_and_every_time(cuda, dtype, skip):
 
 
 def test_wrong_segment_offsets_stay_in_bounds(cuda):
-    """Values are not checked on the device; whatever they are, no other memory is touched."""
+    """Values are not checked on the device, but wrong ones never touch other memory."""
     memory = torch.zeros(3, 4096, device=cuda)
     params, grads = memory[1:2], torch.ones(1, 4096, device=cuda)
     offsets = torch.tensor([5, -100, 10**12, 3], device=cuda)

@@ -1,4 +1,4 @@
-"""The mean that the fused families make on the CPU while tasks run, against `meta_accumulate_` of the tasks' rows."""
+"""The mean that fused families compute on the CPU while tasks run, against `meta_accumulate_` on the tasks' rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SKIPPING = ("propagate", "skip")
 
 
 def problem(family: str, tasks: int, dtype: torch.dtype, **options: object) -> Problem:
-    """Gradients of very different sizes: another order of additions would round otherwise."""
+    """Gradients of very different magnitudes, so that another order of additions would round differently."""
     torch.manual_seed(tasks)
     scale = torch.logspace(-2, 2, tasks, dtype=dtype)
     if family == "conv":
@@ -36,7 +36,7 @@ def mean_of(problem: Problem, family: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_of_rows(problem: Problem, family: str) -> tuple[Tensor, Tensor]:
-    """The same by way of `[T, P]`, with the order of parameters that the family has."""
+    """The same via a `[T, P]` matrix, whose rows have the family's order of parameters."""
     module, recognise = {"conv": (conv, conv.read), "mlp": (mlp, mlp.read)}[family]
     found = recognise(problem.model)
     size = sum(problem.params[name].numel() for name in found.names if name in problem.params)

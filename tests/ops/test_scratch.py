@@ -1,4 +1,4 @@
-"""Memory that fused calls on the CPU hand on: reused, bounded, never shared by two calls, never part of a result."""
+"""Scratch memory of fused calls on the CPU: reused, bounded, never shared by two calls, never part of a result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_one_buffer_stays_and_grows():
     scratch = fused.Scratch()
     first = address(scratch, 1000)
     assert address(scratch, 1000) == first
-    assert address(scratch, 500, torch.float64) == first  # as many bytes
+    assert address(scratch, 500, torch.float64) == first  # the same number of bytes
     larger = address(scratch, 100_000)
     assert address(scratch, 1000) == larger
 
@@ -72,7 +72,7 @@ def outcome(model: nn.Module, data) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["mlp", "conv"])
 def test_what_lies_in_it_does_not_matter(family):
-    """Every byte set, as NaN and as a large number, before a call; results of an earlier call stay as they were."""
+    """Scratch is filled with NaN and with large numbers before a call; results of an earlier call do not change."""
     model, data = cases()[family]
     expected = outcome(model, data)
     copies = [value.clone() for value in expected]
@@ -87,7 +87,7 @@ def test_what_lies_in_it_does_not_matter(family):
 
 
 def test_several_threads():
-    """Calls side by side, of different sizes, give what they give alone."""
+    """Concurrent calls of different sizes give the same results as each call alone."""
     works = [cases()[family] for family in ("mlp", "conv", "mlp", "conv")]
     alone = [outcome(*work) for work in works]
     with ThreadPoolExecutor(len(works)) as pool:

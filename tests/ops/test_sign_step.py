@@ -74,7 +74,7 @@ def test_sign_step_alignments(device, dtype, params_shift, grads_shift):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sign_step_many_segments(device, dtype):
-    """More segments than columns in a tile, and longer ones than a tile."""
+    """More segments than a tile has columns, and segments longer than a tile."""
     parameters = 40_003
     offsets = torch.cat([torch.arange(0, 3000), torch.tensor([3001, 3001, 20_000, parameters])])
     lr, mask = torch.rand(len(offsets) - 1, dtype=dtype), torch.rand(len(offsets) - 1) < 0.7
@@ -84,7 +84,7 @@ def test_sign_step_many_segments(device, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sign_step_of_hard_numbers(device, dtype):
-    """Each number in every position of a vector and of the rest that fills none."""
+    """Each number in every position of a vector and of the tail that is shorter than a vector."""
     info = torch.finfo(dtype)
     numbers = [0.0, -0.0, info.tiny, -info.tiny, info.smallest_normal / 8, -info.smallest_normal / 8]
     numbers += [info.max, info.min, float("inf"), float("-inf"), float("nan"), -float("nan")]

@@ -1,4 +1,4 @@
-// Assertions of a small test program: a failure says where and what, and the program's exit status is 1.
+// Assertions of a small test program: a failure prints its location and values, and the program exits with status 1.
 #pragma once
 
 #include <cstdio>

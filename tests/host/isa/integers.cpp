@@ -1,4 +1,4 @@
-// integers.h: pieces that cover everything, once, as evenly as possible.
+// integers.h: pieces cover the whole range exactly once, as evenly as possible.
 
 #include "cpu/isa/integers.h"
 

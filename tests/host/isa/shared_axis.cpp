@@ -1,4 +1,4 @@
-// The schedules of shared products: sums over their terms against the convolution that they stand for, in integers.
+// The schedules of shared products: the sums of their terms equal the convolution that they replace, in integers.
 
 #include "cpu/isa/conv/shared_axis.h"
 
@@ -35,7 +35,7 @@ std::int64_t weight(const Numbers& taps, int which) {
     return which < 3 ? taps[static_cast<std::size_t>(which)] : (taps[0] + (which == 3 ? 1 : -1) * taps[2]) / 2;
 }
 
-// out <- what the terms of an axis give. An output that a term does not add to must not have been written before.
+// The outputs of an axis by its terms. A term that stores, rather than adds, must be the first to write its output.
 Numbers sums(const Axis& axis, const Numbers& x, const Numbers& taps, std::int64_t count) {
     Numbers out(static_cast<std::size_t>(count));
     std::vector<bool> written(static_cast<std::size_t>(count));
@@ -70,7 +70,7 @@ std::int64_t products(const Axis& axis) {
     return count;
 }
 
-// x with a zero border, and NaN's integer twin where nothing may be read.
+// x with one zero before it and `behind` zeros after it; at() catches reads outside.
 Numbers bordered(const Numbers& x, std::int64_t behind) {
     Numbers found{0};
     found.insert(found.end(), x.begin(), x.end());
@@ -125,7 +125,7 @@ void gathering(std::int64_t in, std::uint64_t& state) {
     }
 }
 
-// The gradients of three taps from the sums of the four matrices, as weight_grad joins them.
+// The gradients of three taps from the sums of the four matrices, combined as in weight_grad.
 void outer(std::int64_t in, std::int64_t stride, std::uint64_t& state) {
     const std::int64_t out = stride == 1 ? in : (in + 1) / 2;
     const Numbers x = bordered(numbers(in, state), 1), grads = numbers(out, state);
@@ -157,7 +157,7 @@ void outer(std::int64_t in, std::int64_t stride, std::uint64_t& state) {
     }
 }
 
-// 49 products instead of 81 for 3 x 3 outputs: 7 an axis instead of 9.
+// 3 x 3 outputs take 49 products instead of 81: 7 per axis instead of 9.
 void savings() {
     const Axis inner = strided_axis(1, 4, 100, 50);
     CHECK(products(inner) == 7, "%d", int(products(inner)));

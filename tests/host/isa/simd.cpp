@@ -12,7 +12,7 @@ using namespace signmaml::cpu::SIGNMAML_ISA;
 
 namespace {
 
-// Numbers that tell lanes apart, at an address that is aligned to nothing but Scalar.
+// Distinct numbers, so that lanes can be told apart; `loose` is aligned only to Scalar.
 template <typename Scalar>
 struct Numbers {
     alignas(64) Scalar all[64];
