@@ -550,6 +550,13 @@ def _checked_normalization(value: Any, channels: int) -> str | tuple[tuple[float
         parts.append(tuple(numbers))
     if min(parts[1]) <= 0:
         raise ValueError(f"normalize: expected std above 0, found {value[1]!r}")
+    shift, scale = _shift_and_scale((parts[0], parts[1]), channels, torch.device("cpu"))
+    assert shift is not None and scale is not None
+    extremes = (torch.tensor([[[0.0, 255.0]]]) - shift) / scale
+    if not bool(extremes.isfinite().all()):
+        raise ValueError(
+            f"normalize: expected mean and std by which black and white stay finite in float32, found {value!r}"
+        )
     return parts[0], parts[1]
 
 

@@ -316,6 +316,9 @@ def test_sets_samplers_and_episodes_print_as_one_line() -> None:
         ({"normalize": ((0.5, 0.5), 0.5)}, ValueError, r"normalize: .* 1 finite numbers \(channels\)"),
         ({"normalize": (0.5, 0.0)}, ValueError, "normalize: expected std above 0"),
         ({"normalize": (float("nan"), 1.0)}, ValueError, "normalize: .* finite"),
+        ({"normalize": (1.334440614822485e36, 1)}, ValueError, "normalize: .* finite in float32, found"),
+        ({"normalize": (0.5, 1e-50)}, ValueError, "normalize: .* finite in float32, found"),
+        ({"normalize": (0.0, 1e-39)}, ValueError, "normalize: .* finite in float32, found"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
