@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ show works: code runs, commands parse, links lead somewhere."""
+"""The README and the pages of docs/ are correct: code runs, commands parse, links resolve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ README, NOTEBOOK = ROOT / "README.md", ROOT / "docs" / "tutorial.ipynb"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "csrc/README.md")]
 NOT_RUN = "<!-- not run: "
-# Pages that train: half a second and more.
+# Pages that train, which takes half a second or more.
 SLOW = ("README.md", "docs/start.md", "docs/howto/own_data.md", "docs/howto/own_model.md", "docs/howto/resume.md")
 
 
@@ -45,7 +45,7 @@ def with_python() -> list[Any]:
 
 @pytest.fixture
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder and a cache of the test's own, and small images in place of the fonts' glyphs."""
+    """Gives the test its own working folder and cache, and small images in place of the fonts' glyphs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SIGNMAML_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("signmaml.data.glyphs", lambda split: toy_images(split, classes=6, size=28))
@@ -68,7 +68,7 @@ def test_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Files; the site's strict build checks headings."""
+    """Checks links to files; the site's strict build checks links to headings."""
     text = re.sub(r"(?ms)^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
     made_by_the_site = {"command_line.md", "configuration.md"}
@@ -111,7 +111,7 @@ def code_cells() -> list[dict[str, Any]]:
 
 
 def test_notebook_is_stored_as_executed_from_top_to_bottom() -> None:
-    """The site shows what is stored."""
+    """The site shows the stored outputs."""
     assert [cell["execution_count"] for cell in code_cells()] == list(range(1, len(code_cells()) + 1))
     assert not any(output["output_type"] == "error" for cell in code_cells() for output in cell["outputs"])
     assert NOTEBOOK.stat().st_size < 200_000, "small outputs"

@@ -1,4 +1,4 @@
-"""The GitHub workflows are well formed and test what the package says that it supports. They cannot be run here."""
+"""The GitHub workflows are well formed and test what the package claims to support. They cannot be run here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds that several tests look at; each is made once."""
+"""Builds shared by several tests; each is made once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bare(tmp_path: Path) -> Environment:
 
 @pytest.fixture(scope="session")
 def build_requirements(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the build requirements of pyproject.toml: for builds that take no isolated environment."""
+    """A folder with the build requirements of pyproject.toml, for builds without build isolation."""
     folder = tmp_path_factory.mktemp("requirements")
     project = tomllib.loads((clone / "pyproject.toml").read_text())
     run(sys.executable, "-m", "pip", "install", "--target", folder, *project["build-system"]["requires"])
@@ -60,7 +60,7 @@ def build_requirements(clone: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def distributions(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     """What `python -m build` makes: an sdist, and a wheel from the sdist, with CUDA where there is an nvcc.
 
-    For one architecture instead of the default ones, to be quick; the suite's own environment has those.
+    Built for one architecture instead of the default ones to save time; the suite's own environment has those.
     """
     folder = tmp_path_factory.mktemp("distributions")
     source = shutil.copytree(clone, folder / "source")

@@ -1,4 +1,4 @@
-"""Installing from the source tree: pip, uv, editable; with and without CUDA. None of the builds has torch at hand."""
+"""Installing from the source tree: pip, uv, editable; with and without CUDA. No build has torch available."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_without_cuda(installed, package: Path, build_type: str) -> None:
 
 
 def test_pip_install_where_nvcc_is_hidden(source, bare):
-    """With the emulated module too: it is built, and stays in the source tree."""
+    """The emulated module is built too, but stays in the source tree."""
     said = bare.pip_install("--verbose", "--no-deps", source, SIGNMAML_EMULATED="1", **without_nvcc())
     assert len(list((source / "build" / "emulated").glob("_emulated*.so"))) == 1
     assert list(bare.site_packages.rglob("*emulated*")) == []
@@ -38,7 +38,7 @@ def test_pip_install_where_nvcc_is_hidden(source, bare):
 
 
 def test_editable_install(source, bare):
-    """It works from its own folder as well, and what is edited counts."""
+    """It works from its own folder as well, and edits take effect."""
     said = bare.pip_install("--verbose", "--no-deps", "--editable", source, SIGNMAML_NO_CUDA="1")
     assert "**  SIGNMAML_NO_CUDA is set." in said
     check_without_cuda(bare, source / "signmaml_ext", "Release")

@@ -1,4 +1,4 @@
-"""Senseless switches, and an nvcc that is missing or broken, end a build at once, with one line that says why."""
+"""Invalid switches and a missing or broken nvcc end a build at once, with one line that says why."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def builder(build_requirements: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """An environment with all that a build needs, so that no test waits for an isolated one."""
+    """An environment with everything a build needs, so that no test waits for an isolated one."""
     environment = Environment.create(tmp_path_factory.mktemp("builder"))
     environment.lend(build_requirements)
     return environment

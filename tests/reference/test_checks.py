@@ -1,6 +1,6 @@
-"""Bad input: a message that names argument, expected and found, and a model that is as before."""
+"""Bad input raises an error that names the argument, what was expected and what was found; the model is unchanged."""
 
-# ruff: noqa: E501 (a table reads better with a line a case)
+# ruff: noqa: E501 (a table reads better with one line per case)
 from __future__ import annotations
 
 import math
@@ -149,7 +149,7 @@ def test_adapt_and_explain_check_too():
 
 
 def test_cross_entropy_with_a_wrong_label_is_nan_where_looking_would_synchronise():
-    """What a CUDA device sees instead of a device assertion; here the loss function itself."""
+    """On a CUDA device this replaces a device assertion; here the loss function itself is tested."""
     prediction = torch.randn(4, 3, requires_grad=True)
     loss = signmaml_ext.reference.cross_entropy(prediction, torch.tensor([0, 1, 2, 3]))
     assert loss.isnan()

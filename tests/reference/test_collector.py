@@ -1,4 +1,4 @@
-"""Python's garbage collector and torch's generators: tasks on threads neither wait for each other nor keep garbage."""
+"""Python's garbage collector and torch's generators: tasks on threads neither deadlock nor keep garbage."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from signmaml_ext import evaluate, meta_step
 
 OPTIONS: dict[str, Any] = {"inner_lr": 0.02, "inner_steps": 3, "batching": "one-by-one"}
 
-# Two threads that make autograd graphs in cycles and ask for the generator's state, as checkpointing does, with a
-# collector that starts every few objects. In torch alone they wait for each other for ever, within a second or so.
+# Threads create reference cycles that hold autograd graphs and read the generator's state, as checkpointing does,
+# while the collector runs every few objects. In torch alone they deadlock within a second or so.
 WAITS_FOR_EVER = """
 import faulthandler, gc, threading, sys, torch
 faulthandler.dump_traceback_later(100, exit=True)
@@ -64,7 +64,7 @@ def test_threads_that_ask_for_the_generators_state_do_not_wait_for_each_other(th
 
 
 class Cyclic(nn.Module):
-    """Every forward leaves a cycle behind that holds a tensor; `alive` counts those that are still there."""
+    """Every forward leaves behind a cycle that holds a tensor; `WATCHED.all` has those that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Cyclic(nn.Module):
         self.seen: list[bool] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        assert float(x.sum()) < 1e9  # no kernel of its own takes its place
+        assert float(x.sum()) < 1e9  # branches on a value, so that no native kernel replaces it
         WATCHED.enabled.append(gc.isenabled())
         cycle: list[Any] = [torch.tanh(self.body(x)).detach(), Watched()]
         cycle.append(cycle)
@@ -82,7 +82,7 @@ class Cyclic(nn.Module):
 
 
 class Watched:
-    """Something that can be referred to weakly."""
+    """Something that a weak reference can point to."""
 
 
 class Watch:
@@ -124,7 +124,7 @@ def test_the_collector_is_afterwards_as_it_was(watched, threads, on):
 
 
 def test_cycles_are_collected_during_a_call(watched):
-    """Not when it ends: a pass may leave activations behind in cycles."""
+    """Not only at its end: a pass may leave activations behind in cycles."""
     model = Cyclic().double()
     x, y = torch.randn(40, 6, 4, dtype=torch.float64), torch.randint(3, (40, 6))
     evaluate(model, x, y, x, y, **(OPTIONS | {"inner_steps": 20}))
@@ -145,7 +145,7 @@ def test_a_collector_that_is_off_stays_off(watched):
 
 
 def test_calls_of_several_threads_share_it(watched):
-    """The first call to end does not switch the collector on under the other."""
+    """The first call to end does not switch the collector on while others still run."""
     model, data = Cyclic().double(), nets.vector_tasks()
     callers = [threading.Thread(target=lambda: meta_step(model, *data, **OPTIONS)) for _ in range(3)]
     for caller in callers:

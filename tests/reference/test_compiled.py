@@ -1,6 +1,6 @@
-"""`compile=True`: the passes that torch computes, through torch.compile.
+"""`compile=True`: the passes that torch computes go through torch.compile.
 
-Most run torch's "aot_eager" backend, which traces and differentiates as Inductor does and compiles no code.
+Most tests use torch's "aot_eager" backend, which traces and differentiates as Inductor does but compiles no code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 @pytest.fixture
 def traced(monkeypatch):
-    """torch.compile without Inductor; the functions that it was given."""
+    """Uses torch.compile without Inductor; gives the functions that were compiled."""
     given = []
     compile = torch.compile
 
@@ -53,7 +53,7 @@ def group_norm() -> nn.Module:
 
 
 class Tied(nn.Module):
-    """Its last weight is its first one."""
+    """Its last layer shares the weight of its first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Leaves(nn.Module):
 
 
 class Past(nn.Module):
-    """Reaches a parameter by another way than by its name."""
+    """Reads a parameter through a functools.partial instead of by its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Past(nn.Module):
 
 
 class Decides(nn.Module):
-    """Goes a way that depends on values."""
+    """Branches on a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Renormalises(nn.Module):
 
 
 class Uses(nn.Module):
-    """Does not use all of its parameters, and has a row of padding."""
+    """Leaves some parameters unused, and has an embedding row for padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,13 +157,13 @@ def test_gradients_are_those_of_the_call_that_is_not_compiled(name, method, batc
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], **EXACT)
         if expected[key] is not None:
-            assert torch.equal(found[key] == 0, expected[key] == 0)  # biases in front of a BatchNorm
+            assert torch.equal(found[key] == 0, expected[key] == 0)  # e.g. biases in front of a BatchNorm
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batching", ["together", "one-by-one"])
 def test_inductor(batching, monkeypatch):
-    monkeypatch.setattr(batching_rules, "LONG", 0.0)  # tasks one by one run on threads
+    monkeypatch.setattr(batching_rules, "LONG", 0.0)  # with tasks one by one, use threads
     model, data = batch_norm().double(), nets.vector_tasks(tasks=9)
     expected = gradients(model, data, batching=batching)
     found = gradients(model, data, batching=batching, compile=True)
@@ -243,7 +243,7 @@ def test_what_is_compiled_serves_the_next_call(traced):
         with torch.no_grad():
             model[0].weight.mul_(1.01)
     assert before and counted["unique_graphs"] == before
-    assert len(traced) == 2  # support sets and query sets
+    assert len(traced) == 2  # one for support sets and one for query sets
     labels = data[1].clone()
     labels[1, 0] = 3
     with pytest.raises(ValueError, match="support_y"):
@@ -316,7 +316,7 @@ def test_what_torch_compile_cannot_do_is_refused(make, traced):
 
 
 class Knob:
-    """Where `structure` does not look, and torch.compile does."""
+    """Holds a value that torch.compile sees and `structure` does not."""
 
     __slots__ = ("value",)
 

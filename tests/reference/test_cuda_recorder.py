@@ -1,4 +1,4 @@
-"""How `CudaRecorder` uses torch.cuda: its calls in their order, on a device that only writes them down."""
+"""The order in which `CudaRecorder` calls torch.cuda, on a stand-in that only logs the calls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda", 1)
 
 
 class WrittenDown:
-    """Stands for torch.cuda: streams are names, and every call is a line of `log`."""
+    """Stand-in for torch.cuda: a stream is a name, and every call adds a line to `log`."""
 
     def __init__(self) -> None:
         self.log: list[str] = []

@@ -112,7 +112,7 @@ def test_all_tasks_skipped_gives_zero(backend):
 
 
 class BiasReadTwice(nn.Module):
-    """A bias in front of a BatchNorm that also counts elsewhere: alive."""
+    """A bias in front of a BatchNorm that is also read elsewhere, so it is alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class BiasReadTwice(nn.Module):
 
 
 class Residual(nn.Module):
-    """A convolution's output that goes around the BatchNorm as well: its bias is alive."""
+    """A convolution whose output also bypasses the BatchNorm, so its bias is alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_official_behaviour_moves_dead_biases_by_noise():
     adapted = adapt(model, *data[:2], inner_lr=0.01, inner_steps=3, zero_dead_bias=False)
     moved = adapted["0.0.conv.bias"] - model.get_parameter("0.0.conv.bias").detach()
     assert (moved.abs() > 0.005).any()
-    # It changes no prediction: BatchNorm takes the bias out again.
+    # No prediction changes, because BatchNorm cancels the bias.
     with_noise = evaluate(model, *data, inner_lr=0.01, inner_steps=3, zero_dead_bias=False)
     without = evaluate(model, *data, inner_lr=0.01, inner_steps=3)
     torch.testing.assert_close(with_noise.logits, without.logits, rtol=1e-9, atol=1e-9)
@@ -218,7 +218,7 @@ def test_batch_norm_with_running_statistics():
 
 
 def test_tasks_do_not_see_each_other():
-    """Batch statistics are a task's own: a task's result does not depend on its neighbours."""
+    """Batch statistics are per task: a task's result does not depend on its neighbours."""
     model, data = nets.conv4().double(), nets.image_tasks()
     options = {"inner_lr": 0.01, "inner_steps": 2}
     together = evaluate(model, *data, **options)
@@ -269,10 +269,10 @@ def test_dropout_is_keyed_by_seed_task_and_step(make):
     assert torch.equal(first.logits, again.logits)
     other = evaluate(model, *data, **options, seed=8)
     assert not torch.equal(first.logits, other.logits)
-    # Same task, same masks, whatever runs after it.
+    # The same task gets the same masks, whichever tasks follow it.
     fewer = evaluate(model, *[value[:2] for value in data], **options, seed=7)
     assert torch.equal(first.logits[:2], fewer.logits)
-    # Two tasks with equal data have masks of their own, and so have two steps.
+    # Two tasks with equal data get different masks, and so do two steps.
     twins = [value[:1].repeat(2, *[1] * (value.ndim - 1)) for value in data]
     result = evaluate(model, *twins, inner_lr=0.0, inner_steps=2, seed=7)
     assert not torch.equal(result.logits[0], result.logits[1])
@@ -312,7 +312,7 @@ def test_a_call_that_raises_for_a_nan_leaves_torchs_generator(known):
 
 
 def test_what_training_mode_cannot_batch_evaluation_still_may():
-    """So a result does not depend on whether the model was trained before."""
+    """Results in evaluation mode thus do not depend on whether the model was trained before."""
     model, data = dropout_net().double(), nets.vector_tasks()
     options = {"inner_lr": 0.05, "inner_steps": 2}
     before = evaluate(model.eval(), *data, **options)

@@ -1,4 +1,4 @@
-"""Which family serves a call, why the others do not, and that the caller sees no difference but the time."""
+"""Which family serves a call, why the others do not, and that the caller sees no difference except in time."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_each_family_is_asked_once_a_call(monkeypatch):
 
 
 def test_a_structure_that_changes_between_calls():
-    """Never a silent wrong result: the second call is the reference's, the third native again."""
+    """Never a silently wrong result: the second call is served by "flat", the third by "conv" again."""
     model, data = libraries.one_sequence().double(), nets.image_tasks()
     assert explain(model, *data, **OPTIONS).family == "conv"
     meta_step(model, *data, **OPTIONS)

@@ -102,7 +102,7 @@ def test_results_are_the_callers_own(cache):
     assert not torch.equal(first.query_loss, second.query_loss)
     assert_same(results(first), kept)
     assert_same(gradients, kept_gradients)
-    # And writing into them reaches no later result.
+    # Writing into them does not change later results.
     second.query_loss.fill_(7.0)
     for parameter in model.parameters():
         parameter.grad.fill_(7.0)
@@ -152,7 +152,7 @@ def test_a_call_of_another_kind_is_recorded_anew(cache, change):
     changed = OPTIONS | CHANGES_OF_THE_CALL[change](model)
     assert_equals_eager(model, changed.pop("data", DATA), **changed)
     assert cache.info().builds == 2
-    # The first one is still there.
+    # The first graph is still cached.
     assert_equals_eager(model, DATA, **OPTIONS)
     assert cache.info().builds == 2
 
@@ -220,7 +220,7 @@ def test_a_tensor_rate_may_change_its_value(cache):
     assert cache.info().builds == 1
     for scale in (1.0, 3.0):
         by_name = {name: scale * 0.01 * torch.rand_like(p) for name, p in model.named_parameters()}
-        by_name["0.bias"] = 0.01  # a float among them stays in the key
+        by_name["0.bias"] = 0.01  # a float in the dict is part of the graph's key
         assert_equals_eager(model, data, inner_lr=by_name, inner_steps=3)
     assert cache.info().builds == 2
     by_name["0.bias"] = 0.02
@@ -249,7 +249,7 @@ def test_the_graph_used_longest_ago_goes_first(monkeypatch):
     cache = stand_in(monkeypatch, limit=2)
     model, first = nets.mlp().double(), nets.vector_tasks()
     second, third = nets.vector_tasks(tasks=2), nets.vector_tasks(tasks=4)
-    for data in (first, second, first, third):  # the third drives out the second
+    for data in (first, second, first, third):  # the third evicts the second
         assert_equals_eager(model, data, **OPTIONS)
     assert cache.info()[:3] == (2, 2, 3)
     assert_equals_eager(model, first, **OPTIONS)
@@ -298,7 +298,7 @@ def test_clear_drops_the_graphs_of_one_model_or_of_all(cache):
 
 
 class Elsewhere(nn.Linear):
-    """Its forward reads what is no tensor of its own."""
+    """Its forward reads a class attribute and a global, not only its own tensors."""
 
     scales = (1.0,)
 
@@ -324,7 +324,7 @@ def test_what_a_forward_reads_elsewhere_is_noticed(cache, monkeypatch, owner):
 
 
 def test_what_a_loss_reads_elsewhere_needs_clear(cache, monkeypatch):
-    """The documented limit, and the way out of it."""
+    """The documented limit, and how to work around it."""
     monkeypatch.setitem(graphs.RECORDERS, "cpu", FixedRecorder)
     model, data = nets.mlp().double(), nets.vector_tasks()
     first = meta_step(model, *data, **OPTIONS, graph=True, loss=scaled).query_loss
@@ -421,11 +421,11 @@ def test_inference_mode_and_no_grad(cache):
 
 
 def test_threads_take_turns(cache):
-    """The stand-in asserts that no two are inside at once; each gets the result of its own data."""
+    """The stand-in asserts that only one thread is inside at a time; each gets the result of its own data."""
     model = nets.mlp().double()
     tasks = [nets.vector_tasks() for _ in range(4)]
     expected = [meta_step(copy.deepcopy(model), *data, **OPTIONS).query_loss for data in tasks]
-    # Checked here: torch's functional_call, which the stand-in runs, swaps the parameters of the module meanwhile.
+    # Checked up front: the stand-in runs torch's functional_call, which swaps the module's parameters meanwhile.
     problems = [problem_of(model, data, **(USUAL | OPTIONS), graph=True) for data in tasks]
     wrong: list[int] = []
 
@@ -452,7 +452,7 @@ def test_inside_a_capture_of_the_callers_own_the_call_launches_plainly(cache, mo
 
 
 def test_the_first_call_of_a_recognised_model_may_not_be_inside_a_capture(monkeypatch):
-    """It verifies by numbers what was recognised, and a capture has none."""
+    """It compares numbers to verify what was recognised, and a capture computes none."""
     model, data = nets.conv4(filters=8).double(), nets.image_tasks()
     monkeypatch.setattr(modes, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="expected a call of this model before the CUDA graph is captured"):
@@ -488,7 +488,7 @@ def test_the_conv_family_is_a_graph_unless_the_caller_says_no(cache):
         assert cache.info() == (1, graphs.LIMIT, 1, replays)
         assert_same(results(replayed), results(plain))
         assert_same(nets.grads(model), gradients)
-    # Asked for by name it is the same graph.
+    # `graph=True` uses the same graph.
     meta_step(model, *data, **OPTIONS, graph=True)
     assert cache.info()[2:] == (1, 3)
 
@@ -498,12 +498,12 @@ def test_nothing_else_is_a_graph_unless_the_caller_says_yes(cache):
     meta_step(nets.mlp().double(), *nets.vector_tasks(), **OPTIONS)
     meta_step(attention, *images, **OPTIONS)
     model, data = conv_on_this_device()
-    # Served by another family, and calls that no graph holds.
+    # Calls that another family serves, and calls that cannot be recorded.
     for change in ({"method": "maml"}, {"backend": "torch"}, {"nonfinite": "raise"}):
         meta_step(model, *data, **(OPTIONS | change))
         meta_step(model, *data, **(OPTIONS | change))
     assert cache.info() == (0, graphs.LIMIT, 0, 0)
-    # That it was not recorded unasked is no reason to refuse when asked.
+    # A call that is not recorded by default is recorded on request.
     meta_step(model, *data, **(OPTIONS | {"method": "maml"}), graph=True)
     assert cache.info().builds == 1
 

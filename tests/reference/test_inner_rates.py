@@ -14,7 +14,7 @@ STEPS = 3
 
 
 def shapes_of(model: nn.Module, kind: str):
-    """A float64 rate of each kind that the interface names, all requiring grad."""
+    """A float64 inner rate of the given kind; every tensor in it requires grad."""
 
     def rate(*shape: int) -> torch.Tensor:
         return (0.02 + 0.01 * torch.rand(shape, dtype=torch.float64)).requires_grad_()
@@ -68,7 +68,7 @@ def test_rate_gradient_equals_finite_differences(kind, method):
 
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
 def test_scalar_rate_gradient_equals_the_closed_form(method):
-    """d l_Q / d alpha = <g_Q, phi_K - theta> / alpha, task by task (algorithm's first-order formula)."""
+    """d l_Q / d alpha = <g_Q, phi_K - theta> / alpha, per task (the algorithm's first-order formula)."""
     model, data = nets.mlp().double(), nets.vector_tasks(tasks=4)
     alpha = torch.tensor(0.03, dtype=torch.float64, requires_grad=True)
     expected = 0.0
@@ -139,7 +139,7 @@ def test_float32_rate_for_a_float64_model_and_back():
 
 
 def test_learning_the_rate_helps():
-    """From a rate far too small, gradient descent on the rate alone lowers the query loss."""
+    """Starting from a rate that is far too small, training the rate alone lowers the query loss."""
     model, data = nets.mlp().double(), nets.vector_tasks(tasks=8, shots=5)
     log_rate = torch.tensor(-8.0, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([log_rate], 0.2)

@@ -110,14 +110,14 @@ def test_maml_meta_gradient_equals_finite_differences():
         expected = directional_difference(model, data, direction, **options, method="maml")
         found = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-        # First order alone is another number, so the check can fail.
+    # The first-order gradient is different, so the check above can fail.
     meta_step(model, *data, **options, method="fo-maml")
     first_order = sum((g * d).sum() for g, d in zip(nets.grads(model).values(), direction, strict=True))
     assert abs(first_order - expected) > 1e-3 * abs(expected)
 
 
 def test_sign_maml_meta_gradient_equals_finite_differences():
-    """Exact although first order: the loss is a smooth function of theta as long as no sign flips."""
+    """Exact although it is first order: the loss is a smooth function of theta as long as no sign flips."""
     model, data = nets.mlp(1, 1, nn.Tanh).double(), nets.regression_tasks()
     options = {"inner_lr": 0.01, "inner_steps": 3, "loss": "mse"}
     meta_step(model, *data, **options)

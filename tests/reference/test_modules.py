@@ -1,4 +1,4 @@
-"""Networks of many kinds train without special care."""
+"""Networks of many kinds train without special handling."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_trains(name):
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
 @pytest.mark.parametrize("make", [nets.Attention, nets.Recurrent])
 def test_a_call_equals_its_tasks_by_themselves(make, method):
-    """Tasks in one call, together or not, and in calls of their own are the same computation, in float64."""
+    """One call for all tasks, batched or not, computes the same as one call per task, in float64."""
     model, data = make().double(), nets.image_tasks()
     options = {"inner_lr": 0.003, "inner_steps": 2, "method": method}
     meta_step(model, *data, **options)
@@ -95,7 +95,7 @@ def test_a_backend_that_cannot_serve_says_why():
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
 @pytest.mark.parametrize("make", [nets.conv4, nets.Attention, nets.Recurrent])
 def test_the_number_of_threads_changes_no_bit(make, method, monkeypatch):
-    """Tasks one by one: each is computed by one thread, however many there are."""
+    """With tasks one by one, each task is computed by one thread, however many threads there are."""
     from signmaml_ext import batching
 
     monkeypatch.setattr(batching, "LONG", 0.0)
@@ -136,7 +136,7 @@ def test_an_error_on_another_thread_reaches_the_caller(monkeypatch):
 
 @pytest.mark.parametrize("passes", [0, 1, 2, 3])
 def test_an_error_in_the_first_task_ends_those_that_wait_for_it(passes, monkeypatch):
-    """They wait for what its first support pass and its query pass find out."""
+    """The other tasks wait for what the first task's first support pass and query pass find out."""
     from signmaml_ext import batching
 
     class Fails(nn.Module):

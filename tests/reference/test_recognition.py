@@ -1,4 +1,4 @@
-"""Modules that are recognised by their structure, modules that are not, and numbers that decide in the end."""
+"""Modules that are recognised by their structure, modules that are not, and the final check by numbers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_names_and_constants_come_in_order():
 
 
 def changed(change: Callable[[nn.Sequential], None], **options: int) -> Callable[[], nn.Module]:
-    """One sequence of layers with something else about it."""
+    """Makes one sequence of layers with one thing changed."""
 
     def make() -> nn.Module:
         model = libraries.one_sequence(**options)
@@ -95,7 +95,7 @@ def setting(index: int, attribute: str, value: object) -> Callable[[], nn.Module
 
 
 class Around(nn.Module):
-    """A network with something done to what goes in or comes out."""
+    """A network with a function applied to its input or its output."""
 
     def __init__(self, before=lambda x: x, after=lambda x: x) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_refused_with_a_reason(name):
 
 
 def test_only_the_mode_at_hand_counts():
-    """What deviates only in training is recognised in evaluation, dropout too, and the other way round refused."""
+    """Networks that deviate only in training, e.g. by dropout, are recognised in evaluation and refused in training."""
     for model in (OnlyInTraining(), nn.Sequential(nn.Dropout2d(0.5), *libraries.one_sequence())):
         for training in (True, False, True):
             found = conv.read(model.train(training))
@@ -268,7 +268,7 @@ def test_a_lambda_that_is_exchanged_is_noticed():
 
 
 class WithoutGradient(Around):
-    """The values are right, the gradient is not: torch.fx does not see the mode."""
+    """The values are right but the gradient is not: torch.fx does not see `no_grad`."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -294,7 +294,7 @@ def test_numbers_decide(make):
 
 @pytest.mark.parametrize("factor", [1.5, 1 + 1e-6])
 def test_a_small_factor_is_found(factor, monkeypatch):
-    """A convolution that torch.fx takes for torch's own and that is not quite."""
+    """A linear layer that torch.fx takes for torch's own, although its output is scaled."""
     model = libraries.one_sequence()
     original = nn.Linear.forward
     found = conv.read(model)
@@ -304,7 +304,7 @@ def test_a_small_factor_is_found(factor, monkeypatch):
 
 
 def test_a_view_of_another_size_mixes_images():
-    """`view(-1, 1, 16, 16)` leaves images of 16 x 16 as they are and cuts others in pieces."""
+    """`view(-1, 1, 16, 16)` leaves images of 16 x 16 unchanged and cuts others into pieces."""
     model = libraries.OmniglotCNN(size=16)
     found = conv.read(model)
     assert recognition.verified(found, model, images(1, 16))
@@ -348,7 +348,7 @@ def test_the_memo_keeps_no_model_alive():
 
 
 def test_reading_a_module_again_is_cheap(monkeypatch):
-    """torch.fx traces once; afterwards the structure is compared."""
+    """torch.fx traces once; later reads only compare the structure."""
     model, traces = Conv4(5, 1, 8, 28), []
     monkeypatch.setattr(chain, "_trace", lambda m, original=chain._trace: traces.append(1) or original(m))
     for _ in range(3):
@@ -413,7 +413,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_that_a_forward_can_see_is_noticed(change):
-    """Once more the same is known again; after any change nothing is."""
+    """An unchanged model is recognised as known; after any change it is not."""
     model = Configured()
     assert isinstance(chain.layers_of(model), tuple)
     known = chain.of_module(model)
@@ -424,7 +424,7 @@ def test_a_change_that_a_forward_can_see_is_noticed(change):
 
 @pytest.mark.parametrize("name", ["forward", "depth"])
 def test_a_change_of_the_class_is_noticed(monkeypatch, name):
-    """A notebook that loads a module's source again does this."""
+    """This happens when a notebook reloads a module's source."""
     model = Configured()
     chain.layers_of(model)
     known = chain.of_module(model)
@@ -450,4 +450,4 @@ def test_what_no_forward_reads_may_change(monkeypatch):
         setattr(model, f"more_{number}", number)
         chain.layers_of(model)
     assert len(traces) == 1
-    assert not hasattr(model, "count")  # nor did tracing leave anything behind
+    assert not hasattr(model, "count")  # tracing left nothing behind either

@@ -223,7 +223,7 @@ def test_bad_inputs_are_named(name):
 
 
 def test_tasks_of_different_sizes_add_up():
-    """The way that the message about lists and the docstring show."""
+    """Adds tasks up as the error message about lists and the docstring show."""
     model = nets.mlp(activation=nn.GELU).double()
     tasks = [nets.vector_tasks(tasks=1, shots=shots) for shots in (1, 2, 4)]
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -283,7 +283,7 @@ def test_queries_by_the_statistics_of_the_support_set(batching, method):
 
 @pytest.mark.parametrize("make", [normalised, lambda: Conv4(3, 1, 8, 16).double()], ids=["vectors", "images"])
 def test_inductive_predictions_do_not_depend_on_other_queries(make):
-    """Neither in `evaluate` nor by the documented call on what `adapt` returns."""
+    """Both in `evaluate` and in the documented call on the result of `adapt`."""
     model = make()
     x, y, qx, qy = nets.vector_tasks() if isinstance(model, nn.Sequential) else nets.image_tasks()
     options = {**OPTIONS, "batch_norm": "support"}
@@ -408,7 +408,7 @@ def test_what_one_call_made_impossible_the_next_may_do():
 
 
 class TwiceNormed(nn.Module):
-    """BatchNorms at two places, the second of them checkpointed or not; the same one, or each its own."""
+    """BatchNorm in two places, the second optionally checkpointed; one shared module or two separate ones."""
 
     def __init__(self, saves: bool, shares: bool = True) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_equal_to_full_precision(backend, case):
-    """Float64 trajectories agree to 1e-12: no gradient of these is so near 0 that a rounding could flip its sign."""
+    """Float64 trajectories agree to 1e-12: no gradient here is so close to 0 that rounding could flip its sign."""
     make, draw = MODELS[case]
     model, data = make().double(), draw(tasks=7)
     options = {**STEP, "backend": backend}
@@ -102,7 +102,7 @@ def test_options(backend, options):
 
 @pytest.mark.parametrize("policy", ["propagate", "skip"])
 def test_nan_and_inf_follow_the_same_rules(backend, policy):
-    """A NaN gradient is count -128, which is NaN for good; an infinite one has a sign; both flag their task."""
+    """A NaN gradient gives count -128, which stays NaN; an infinite gradient has a sign; both flag their task."""
     for bad in (torch.nan, torch.inf):
         model, data = nets.mlp().double(), nets.vector_tasks()
         data[0][1, 0, 0] = bad
@@ -139,7 +139,7 @@ def test_chunks_change_nothing_but_the_last_bits(backend, policy, monkeypatch):
 
 
 def test_exact_gradient_of_a_learnable_rate(monkeypatch):
-    """d phi / d alpha = -n, whatever keeps n, and in chunks too."""
+    """d phi / d alpha = -n on every backend, in either task state, and in chunks."""
     model, data = nets.mlp().double(), nets.vector_tasks()
     rates = []
     for backend, state, chunk in (

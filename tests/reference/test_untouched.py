@@ -1,4 +1,4 @@
-"""The user's module is not touched, not even during a call: threads, interrupts, what forwards and hooks leave."""
+"""The user's module is not touched, even during a call: threads, interrupts, what forwards and hooks leave behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = ("sign-maml", "fo-maml", "maml")
 
 
 class Checkpointed(nn.Module):
-    """As Hugging Face's models do with gradient checkpointing on."""
+    """Checkpoints its body as Hugging Face's models do with gradient checkpointing on."""
 
     def __init__(self, activation: Callable[[Tensor], Tensor] = F.gelu) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def images_group_norm() -> nn.Module:
 
 
 def state_of(model: nn.Module) -> dict[str, object]:
-    """All that a call must leave alone, by identity and value."""
+    """Everything a call must leave unchanged, by identity and value."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {
         "objects": {name: id(tensor) for name, tensor in tensors.items()},
@@ -102,7 +102,7 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("activation", [F.gelu, torch.relu], ids=["generic", "recognised"])
 def test_activation_checkpointing_is_exact(activation, method):
-    """What the backward pass computes again, it computes with the parameters of its own step."""
+    """The backward pass recomputes activations with the parameters of the step they belong to."""
     model, data = Checkpointed(activation).double(), nets.vector_tasks()
     model.saves = False
     expected, *_ = definition.meta_gradient(model, data, **OPTIONS, method=method)
@@ -153,7 +153,7 @@ def test_a_hook_changes_the_forward():
 
 
 def test_hooks_of_parameters_run_on_the_meta_gradient():
-    """Once, as after `backward()`: the gradient hook may change it, the other sees what was added up."""
+    """Once, as in `backward()`: the gradient hook may change the gradient, the other sees the accumulated one."""
     model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
     meta_step(model, *data, **OPTIONS)
     plain = nets.grads(model)
@@ -228,7 +228,7 @@ def test_meta_steps_of_threads_add_up_in_grad():
 
 
 def test_calls_that_disagree_take_turns():
-    """Those that want the same setting share it; it is the caller's own again when the last has left."""
+    """Calls that want the same setting share it; the last one to leave restores the caller's."""
     setting, log = ["caller's"], []
     turns = modes._Switches(lambda value: [(lambda: setting[0], lambda v: setting.__setitem__(0, v), value)])
     inside = threading.Barrier(2)
@@ -242,7 +242,7 @@ def test_calls_that_disagree_take_turns():
     def disagree() -> None:
         with turns.of("b"):
             log.append(setting[0])
-            with turns.of("a"):  # a call within a call goes on under the outer one's setting
+            with turns.of("a"):  # a nested call keeps the outer call's setting
                 log.append(setting[0])
 
     first = [threading.Thread(target=agree) for _ in range(2)]
@@ -259,7 +259,7 @@ def test_calls_that_disagree_take_turns():
 def test_dropout_leaves_the_callers_stream_but_for_one_draw():
     model, data = with_batch_norm_and_dropout(), nets.vector_tasks(dtype=torch.float32)
     for seed, draws in ((3, 0), (None, 1)):
-        for _ in range(2):  # the first time is the one that finds out that the model draws
+        for _ in range(2):  # the first call finds out that the model draws random numbers
             torch.manual_seed(7)
             evaluate(model, *data, **OPTIONS, seed=seed)
             found = torch.rand(())
@@ -274,7 +274,7 @@ def test_dropout_leaves_the_callers_stream_but_for_one_draw():
 
 
 def interrupted_at(line: int, call: Callable[[], object]) -> bool:
-    """Runs a call; at its n-th line of Python, whoever's, Ctrl-C arrives. Whether it got that far."""
+    """Runs `call` with a Ctrl-C at its `line`-th line of Python, in any code. Returns whether it was interrupted."""
     count = 0
 
     def trace(frame, event, argument):  # type: ignore[no-untyped-def]
@@ -344,16 +344,16 @@ def interrupt(name: str, points: int) -> None:
     for number in range(points):
         happened += interrupted_at(1 + number * lines // points, call)
         assert_untouched(model, before)
-    assert happened >= 0.8 * points  # some arrive while Python cleans up, and are ignored there
+    assert happened >= 0.8 * points  # Python ignores the ones that arrive while it cleans up
     found = []
-    for work in (lambda: found.append(call()), lambda: found.append(call())):  # another thread meets locks left held
+    for work in (lambda: found.append(call()), lambda: found.append(call())):  # a held lock would block a thread
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(60)
     assert len(found) == 2 and all(torch.equal(loss, expected) for loss in (*found, call()))
 
 
-# One that arrives in a callback of the garbage collector, Python itself ignores.
+# Python ignores an interrupt that arrives in a callback of the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", INTERRUPTED)
 def test_ctrl_c_leaves_everything_as_it_was(name, short_tasks_on_threads):
@@ -372,7 +372,7 @@ def test_hundreds_of_interrupts(name, short_tasks_on_threads):
 
 
 class References(nn.Module):
-    """Reaches its parts in ways that no dictionary of modules knows."""
+    """Reaches its parts by other ways than torch's dictionaries of modules and parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -418,7 +418,7 @@ def test_parts_are_reached_by_every_way(method):
 
 
 class ByName(nn.Module):
-    """What `References` computes, with every part under its name."""
+    """Computes what `References` does, and reads every part by its name."""
 
     def __init__(self, like: References) -> None:
         super().__init__()
@@ -473,7 +473,7 @@ HIDDEN = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
 
 
 def test_a_parameter_that_is_reached_past_the_module_is_refused():
-    """A copy cannot take its place, so the gradient would be another one."""
+    """A copy cannot replace it, so the gradient would be wrong."""
 
     class Global(nn.Module):
         def __init__(self) -> None:
@@ -548,7 +548,7 @@ def test_a_padding_row_stays_in_every_task(method):
     x, y = torch.randint(11, (4, 6, 5)), torch.randint(3, (4, 6))
     for bag in (False, True):
         if bag and method == "maml":
-            continue  # torch has no second derivative of it
+            continue  # torch has no second derivative of EmbeddingBag
         model = Text(bag).double()
         with torch.no_grad():
             model.words.weight[3] = 0.25
@@ -618,7 +618,7 @@ def test_what_hooks_and_forwards_share_they_share_in_a_copy(way):
 
 
 class Holds(nn.Module):
-    """Keeps a part in an object that is no module and of no class of the user's."""
+    """Keeps a part in an object that is neither a module nor of a user-defined class."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -684,7 +684,7 @@ def test_tasks_on_threads_do_not_see_each_others_buffers(steps, monkeypatch):
 
 
 def test_threads_that_measure_and_threads_that_differentiate_twice_do_not_wait_for_each_other():
-    """Each takes several turns; a set of a new size is measured first."""
+    """Each thread takes several turns; sets of a new size are measured first."""
     model = nets.mlp(activation=nn.GELU).double()
     done = []
 
@@ -739,7 +739,7 @@ def test_nothing_that_is_known_keeps_a_model_alive(patched):
 
 
 class Rebinds(nn.Module):
-    """Gives its weight other memory in each forward, and reads a dictionary of a class of its own."""
+    """Moves its weight to new memory in each forward, and reads a dictionary of its own subclass."""
 
     class Settings(dict):
         __getattr__ = dict.__getitem__

@@ -1,7 +1,7 @@
-"""Properties of every public entry: whatever comes in, a correct result or a clear error comes out, and nothing else.
+"""Properties of every public entry point: any input gives a correct result or a clear error, and nothing else.
 
-Each property takes one drawn input, and returns what came of it ("served" or "refused"); anything unclear is an
-AssertionError, or the exception that should not have been. The tests and the report run the same ones.
+Each property takes one drawn input and returns the outcome, "served" or "refused". Anything else raises an
+AssertionError or the exception that should not have occurred. The tests and the report run the same properties.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ VALUES = ("small", "zero", "huge", "subnormal", "nan", "inf", "mixed")
 
 @st.composite
 def tensors(draw: st.DrawFn, usual: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Mostly of the usual shape and type."""
+    """A tensor, mostly of the usual shape and type."""
     if draw(st.integers(0, 9)) == 0:
         usual = tuple(draw(st.lists(st.integers(0, 4), max_size=5)))
     if draw(st.integers(0, 9)) == 0:
@@ -133,7 +133,7 @@ anything: st.SearchStrategy[Any] = st.one_of(
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[str, nn.Module, dict[str, Any]]:
-    """A call of meta_step, adapt or evaluate, of which some arguments may be anything."""
+    """A call of meta_step, adapt or evaluate in which some arguments may be anything."""
     name = draw(st.sampled_from(("meta_step", "evaluate", "adapt")))
     make, shape = MODELS[draw(st.sampled_from(sorted(MODELS)))]
     torch.manual_seed(0)
@@ -180,7 +180,7 @@ def calls(draw: st.DrawFn) -> tuple[str, nn.Module, dict[str, Any]]:
             "query_y",
         )
         chosen = draw(st.sampled_from(extra))
-        # A huge number of steps is a correct call that takes for ever.
+        # A huge number of steps is a valid call that would take forever.
         arguments[chosen] = (
             draw(anything.filter(lambda v: not isinstance(v, int) or v < 9))
             if chosen == "inner_steps"
@@ -225,7 +225,7 @@ def any_call(call: tuple[str, nn.Module, dict[str, Any]]) -> str:
     assert kept, "parameters changed"
     if name != "meta_step":
         assert after == before, "gradients changed"
-    # Strides and other layouts change nothing: the same call on plain copies gives the same bits.
+    # Strides and memory layouts change nothing: the same call on plain copies gives the same bits.
     torch.set_rng_state(random_state)
     plain = {
         k: v.detach().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
@@ -307,7 +307,7 @@ def any_sampler(given_values: tuple[dict[str, Any], Any, Any]) -> str:
 TOY = ImageSet(
     "toy", "train", torch.arange(48, dtype=torch.uint8).view(12, 1, 2, 2), ("a", "b", "c"), torch.tensor([4, 4, 4])
 )
-# Between these a number is good, and what is drawn fills the memory.
+# Numbers between 64 and HUGE are valid, but drawing that much would fill the memory.
 bounded = small.filter(lambda value: not isinstance(value, int) or value <= 64 or value >= HUGE)
 few = mostly(st.integers(1, 2), bounded)
 samplers = st.tuples(
@@ -466,7 +466,7 @@ words = st.one_of(
 
 
 def any_command(given_words: list[str]) -> str:
-    """The command line with any words; nothing is trained, the trainer is a stand-in."""
+    """The command line with any words; a stand-in replaces the trainer, so nothing is trained."""
     trainer = mock.MagicMock()
     said = io.StringIO()
     with (
@@ -507,7 +507,7 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
             break
         place = draw(st.integers(0, len(content) - 1))
         if draw(st.booleans()):
-            place = min(place, draw(st.integers(0, 80)), len(content) - 1)  # headers are where it hurts
+            place = min(place, draw(st.integers(0, 80)), len(content) - 1)  # damage headers more often
         how = draw(st.sampled_from(("flip", "set", "cut", "truncate", "repeat", "insert")))
         length = draw(st.integers(1, 16))
         if how == "flip":
@@ -622,7 +622,7 @@ PROPERTIES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str]]] = {
 
 
 def run(name: str, examples: int, *, repeatable: bool = True) -> Counter[str]:
-    """Tries a property on so many inputs; how many were served and refused."""
+    """Tries a property on `examples` inputs; returns how many were served and how many refused."""
     strategy, body = PROPERTIES[name]
     outcomes: Counter[str] = Counter()
 

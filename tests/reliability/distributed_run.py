@@ -1,7 +1,8 @@
 """A toy training run in one of several processes: python -m reliability.distributed_run FOLDER ITERATIONS [options].
 
-It is started with torchrun's variables in the environment. Float64 and FO-MAML, so that runs of different numbers of
-processes, which differ in the order of summation, stay together: a sign step would turn a rounding near 0 into a step.
+It is started with torchrun's variables in the environment. It uses float64 and FO-MAML so that runs with different
+numbers of processes stay close although they sum in different orders: a sign step would turn a rounding error near 0
+into a full step.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class DoubleSampler:
 def make_trainer(
     folder: Path | str, iterations: int, *, tasks: int = 7, poisoned: Sequence[int] = (), **options: Any
 ) -> MetaTrainer:
-    """Seven tasks: no number of processes that the tests use divides it."""
+    """Trains with seven tasks by default, so that two or three processes get uneven shares."""
     changes = {"tasks": tasks, "schedule": "constant", "nonfinite": "skip", "method": "fo-maml"}
     changes |= options.pop("changes", {})
     torch.manual_seed(11)
@@ -71,7 +72,7 @@ def make_trainer(
 
 
 def start(processes: int, *words: object, **environment: str) -> list[subprocess.Popen[str]]:
-    """Starts this program in several processes of this machine, without torchrun around them."""
+    """Starts this program in several processes on this machine, without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,7 +102,7 @@ def start(processes: int, *words: object, **environment: str) -> list[subprocess
 
 
 def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str]]:
-    """Exit code and what was said on stderr, by rank."""
+    """Waits for the processes to end; returns the exit code and stderr of each rank."""
     ends = []
     for process in started:
         _, said = process.communicate(timeout=timeout)
@@ -165,7 +166,7 @@ def main() -> NoReturn:
 
 
 def dying_command(words: Sequence[str]) -> int:
-    """The command `signmaml`, of which process RANK kills itself in iteration N unless it was restarted."""
+    """Runs the command `signmaml`; process RANK kills itself in iteration N unless it was restarted."""
     rank, iteration = int(words[0]), int(words[1])
     step = MetaTrainer._train_step
 

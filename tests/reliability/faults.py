@@ -1,4 +1,4 @@
-"""Faults at every step that a run takes towards the disk: the steps are counted, and one of them goes wrong."""
+"""Faults at every step of a run that touches the disk: the steps are counted, and one of them fails."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 
 class Steps:
-    """Counts opening for writing, writing, syncing, renaming and removing files; the step number `at` goes wrong.
+    """Counts opening for writing, writing, syncing, renaming and removing files; step number `at` fails.
 
-    A write goes wrong half-way: the first half of the data is in the file.
+    A write fails half-way: the first half of the data is in the file.
 
     Args:
-        at: Which step, from 0; None: none, count only.
-        fault: What happens then.
+        at: The step that fails, counted from 0; None only counts.
+        fault: Called at that step.
     """
 
     def __init__(self, at: int | None, fault: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ class Steps:
         self._at, self._fault = at, fault
 
     def take(self, what: str, before: Callable[[], None] = lambda: None) -> None:
-        """One step; `before` is what still happens before it goes wrong."""
+        """Counts one step; if it is the one that fails, calls `before` ahead of the fault."""
         number = len(self.taken)
         self.taken.append(what)
         if number == self._at:
@@ -34,7 +34,7 @@ class Steps:
             self._fault()
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        """Puts itself between the product and the system."""
+        """Patches `open` and the functions of `os` that count as steps."""
         really_open = builtins.open
 
         def open_counted(file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
@@ -83,7 +83,7 @@ class _Writer:
 
 
 def die() -> None:
-    """As `kill -9` would end this process, between two instructions."""
+    """Ends this process between two instructions, as `kill -9` would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -92,7 +92,7 @@ def no_space() -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Runs something in a forked process; what it returned with, or minus the signal that ended it."""
+    """Runs `work` in a forked process; returns its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 1

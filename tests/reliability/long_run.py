@@ -1,6 +1,6 @@
 """A run that is killed at random moments and resumed: python -m reliability.long_run FOLDER ITERATIONS.
 
-As a program it trains (or goes on) to the end, and notes its memory and the clock now and then.
+Run as a program it trains (or resumes) to the end, and notes its memory and CPU time every NOTE_EVERY iterations.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ NOTE_EVERY = 100
 
 @dataclass(frozen=True)
 class LongRun:
-    """What came of it.
+    """The outcome of a long run.
 
     Attributes:
-        iterations: Of the run.
-        kills: SIGKILLs that hit it.
-        records_expected: Lines that metrics.jsonl must have.
-        records_found: Those it has, in order, each once.
-        same_as_uninterrupted: Whether metrics and weights are those of a run that nothing hit, bit by bit.
+        iterations: Iterations of the run.
+        kills: Number of SIGKILLs that ended its process.
+        records_expected: Number of records that metrics.jsonl must have.
+        records_found: Number of different records that it has.
+        same_as_uninterrupted: Whether metrics and weights are bitwise those of an uninterrupted run.
         memory_growth_mib: Median resident memory of the uninterrupted process, last fifth minus second fifth.
-        rate_change: Iterations a CPU second in the last fifth over those in the second, minus 1.
+        rate_change: Iterations per CPU second in the last fifth over those in the second, minus 1.
     """
 
     iterations: int
@@ -110,7 +110,7 @@ def notes_of(folder: Path) -> list[list[float]]:
 
 
 def long_run(place: Path, iterations: int, kills: int, seed: int = 0) -> LongRun:
-    """The run twice: in one piece, and killed at random iterations; what comes out is compared."""
+    """Runs twice, once in one piece and once killed at random iterations, and compares the results."""
     whole, hit = place / "whole", place / "hit"
     assert start(whole, iterations).wait() == 0
     generator, killed = random.Random(seed), 0

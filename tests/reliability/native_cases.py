@@ -1,7 +1,7 @@
 """The native module driven by addresses alone, without torch and NumPy: python native_cases.py MODULE [EXAMPLES].
 
-Buffers come from malloc, one by one and of exactly the size needed, so that AddressSanitizer sees a step out of any of
-them; and nothing else in the process has threads, so that ThreadSanitizer speaks of this code only.
+Every buffer is a malloc of its own, of exactly the size needed, so that AddressSanitizer sees any access out of bounds.
+Nothing else in the process has threads, so that ThreadSanitizer reports on this code only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REAL, WHOLE, BYTE = ("f", "d"), "q", "B"
 
 
 class Buffer:
-    """So many numbers of a type of `array`, in memory of their own."""
+    """Numbers of one type code of `array`, in a malloc of their own."""
 
     def __init__(self, kind: str, values: Sequence[float]) -> None:
         self.kind, self.count = kind, len(values)
@@ -101,7 +101,7 @@ def sign_step(native: ModuleType, generator: random.Random) -> None:
 
 
 def meta_accumulate(native: ModuleType, generator: random.Random) -> None:
-    """One call, against sums in task order."""
+    """One call, compared with sums in task order."""
     kind, skip = generator.choice(REAL), generator.random() < 0.5
     tasks, parameters = generator.choice((1, 2, 5, 9)), generator.choice((1, 3, 16, 63, 65, 1025))
     grads = [exact(kind, generator.uniform(-1, 1)) for _ in range(tasks * parameters)]
@@ -158,7 +158,7 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
         return Buffer(kind, [generator.uniform(-1, 1) for _ in range(count)])
 
     def labels(count: int) -> Buffer:
-        beyond = generator.random() < 0.1  # makes a loss NaN, and must not be read as an index
+        beyond = generator.random() < 0.1  # must make the loss NaN, and not be used as an index
         return Buffer(WHOLE, [2**40 if beyond else generator.randrange(shape["ways"]) for _ in range(count)])
 
     given = {
@@ -296,7 +296,7 @@ def any_entry(choose: Callable[[Sequence[Any]], Any]) -> Any:
 
 
 def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> str:
-    """One call of a plan, or of an operator whose addresses are absent, with any sizes and words.
+    """One call of a plan, or of an operator without addresses, with arbitrary sizes and words.
 
     Returns:
         "served" or "refused"; a refusal is a ValueError, TypeError, MemoryError or OverflowError with a message.
@@ -347,7 +347,7 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
             is_double=False,
             threads=size(),
         ),
-        # Of no tasks or no parameters nothing may be touched, so no address is needed. Others are sizes without memory.
+        # Without tasks or parameters no memory may be touched, so addresses of 0 are valid. Other sizes have no memory.
         "sign_step_cpu": lambda: native.sign_step_cpu(
             0, 0, 0, 0, 0, 0, choose((0, -1, 2**62)), size(), 1, 0, 0, False, size()
         ),
@@ -370,13 +370,13 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
 
 
 def cases(native: ModuleType) -> list[Callable[[ModuleType, random.Random], None]]:
-    """What the module has."""
+    """The cases whose operators the module has."""
     known = [sign_step, meta_accumulate, conv_meta_step, mlp_meta_step]
     return [case for case in known if hasattr(native, f"{case.__name__}_cpu")]
 
 
 def several_callers(native: ModuleType) -> None:
-    """Python threads that call at once: one of them gets the pool, the others work alone."""
+    """Calls from several Python threads at once: one of them gets the pool, the others compute without it."""
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -398,7 +398,7 @@ def several_callers(native: ModuleType) -> None:
 
 
 def forked(native: ModuleType) -> None:
-    """A child of a process whose pool has threads."""
+    """Computes in the forked child of a process whose pool has threads."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Whatever comes in: a correct result or a clear error, and the model as it was; see reliability/bad_input.py."""
+"""Any input gives a correct result or a clear error that leaves the model unchanged; see reliability/bad_input.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from reliability import bad_input
 
-# Examples of a quick run and of a long one: about one and a few seconds.
+# Numbers of examples in a quick run (about a second) and in a long one (a few seconds).
 EXAMPLES = {
     "meta_step, evaluate, adapt": (40, 300),
     "image sets": (100, 600),

@@ -1,4 +1,4 @@
-"""docs/determinism.md: what is bitwise equal to what."""
+"""The bitwise equalities that docs/determinism.md promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does, and none of them is left waiting for a dead one."""
+"""Several processes train as one does, and none of them keeps waiting for a dead one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POISONED = (9, 10, 25)  # tasks of iterations 1 and 3
 
 
 def assert_close_runs(found: Path, expected: Path) -> None:
-    """The same up to the order of summation: weights, optimizer, metrics, records of the best."""
+    """Weights, optimizer, metrics and results are equal up to the order of summation."""
     for name in ("last.safetensors", "best.safetensors"):
         ours, theirs = checkpoint.load(found / name)[0], checkpoint.load(expected / name)[0]
         assert ours.keys() == theirs.keys()
@@ -43,7 +43,7 @@ def assert_close_records(ours: dict, theirs: dict) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process, with tasks that are left out."""
+    """A run of one process in which some tasks are left out."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     make_trainer(folder, 9, poisoned=POISONED).fit()
     assert sum(r.get("nonfinite_tasks", 0) for r in read_metrics(folder / "metrics.jsonl")) == len(POISONED)
@@ -52,7 +52,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, alone: Path) -> None:
-    """Uneven shares, tasks left out, dropout, learned rates; and rank 1 starts from rank 0's weights."""
+    """With uneven shares, tasks left out, dropout and learned rates; rank 1 must take over rank 0's weights."""
     ends = finish(start(2, tmp_path / "run", 9, "--poisoned", *POISONED, "--own-weights"))
     assert [code for code, _ in ends] == [0, 0], ends
     assert_close_runs(tmp_path / "run", alone)
@@ -69,7 +69,7 @@ def test_resumed_with_other_numbers_of_processes(tmp_path: Path, alone: Path) ->
     longest = [r for r in read_metrics(folder / "metrics.jsonl") if r["iteration"] == 9]
     expected = [r for r in read_metrics(alone / "metrics.jsonl") if r["iteration"] == 9]
     for ours, theirs in zip(longest, expected, strict=True):
-        if ours["split"] == "val":  # a record of training means since the last one, of iteration 7 and not 8 here
+        if ours["split"] == "val":  # training records average since the previous one, here iteration 7, not 8
             assert_close_records(ours, theirs)
     ours, theirs = (checkpoint.load(path / "last.safetensors")[0] for path in (folder, alone))
     assert ours.keys() == theirs.keys()
@@ -79,7 +79,7 @@ def test_resumed_with_other_numbers_of_processes(tmp_path: Path, alone: Path) ->
 
 @pytest.mark.slow
 def test_more_processes_than_tasks(tmp_path: Path) -> None:
-    """Three processes for one task: two of them only take part in the sums, so the bits are those of one."""
+    """Three processes for one task: two of them only take part in the sums, so the bits are those of one process."""
     make_trainer(tmp_path / "alone", 6, tasks=1, changes={"method": "sign-maml"}).fit()
     ends = finish(start(3, tmp_path / "run", 6, "--tasks", 1, "--method", "sign-maml"))
     assert {code for code, _ in ends} == {0}, ends
@@ -135,7 +135,7 @@ def test_sigterm_to_one_stops_and_saves_all(tmp_path: Path) -> None:
     ends = finish(started)
     assert [code for code, _ in ends] == [143, 143], ends
     saved = checkpoint.load(tmp_path / "run" / "last.safetensors", kind="training")[1]["iteration"]
-    assert saved % 4 == 0  # log_every: where the processes agree
+    assert saved % 4 == 0  # the processes agree on stopping every log_every iterations
     assert all(f"stopped after iteration {saved} of 400; everything is saved" in said for _, said in ends)
 
 
@@ -154,18 +154,18 @@ def torchrun(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
-    """Process 1 dies in iteration 9, after the checkpoint of iteration 8; torchrun starts both anew."""
+    """Process 1 dies in iteration 9, after the checkpoint of iteration 8; torchrun restarts both."""
     dying = ("-m", "reliability.distributed_run", "--dying", 1, 9)
     lost = torchrun("--nproc-per-node=2", "--max-restarts=1", *dying, *SINUSOID, "--out", tmp_path / "run")
     assert lost.returncode == 0, lost.stderr
     assert lost.stderr.count("process 1 kills itself") == 1, lost.stderr
     assert "expected an answer of all 2 processes" in lost.stderr
-    assert "terminate called" not in lost.stderr  # process 0 ends by itself, with its reason
+    assert "terminate called" not in lost.stderr  # process 0 ends by itself and says why
     whole = torchrun("--nproc-per-node=2", "-m", "signmaml", *SINUSOID, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    # The same number of processes: the same bits.
+    # The same number of processes gives the same bits.
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    for name in ("best.safetensors", "last.safetensors"):  # their headers name the run's folder
+    for name in ("best.safetensors", "last.safetensors"):  # not their bytes: the headers name the run's folder
         ours, theirs = (checkpoint.load(tmp_path / run / name)[0] for run in ("run", "whole"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name

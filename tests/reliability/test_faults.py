@@ -1,4 +1,4 @@
-"""Whatever goes wrong around a run, what it had saved is there, and resuming ends with the same bits."""
+"""After any fault around a run, what it had saved is intact, and resuming ends with the same bits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 def saved_iteration(folder: Path) -> int:
-    """Of the state on disk, which must be whole; 0 if there is none."""
+    """The iteration of the state on disk, which must be complete; 0 if there is none."""
     path = folder / "last.safetensors"
     return checkpoint.load(path, kind="training")[1]["iteration"] if path.exists() else 0
 
@@ -66,7 +66,7 @@ def steps_of_a_run(folder: Path) -> list[str]:
 
 
 def step_numbers(folder: Path, every: int) -> Iterator[int]:
-    """All steps of a run, or each so many-th."""
+    """Every `every`-th step of a run."""
     taken = steps_of_a_run(folder)
     assert {"write", "fsync", "replace", "open metrics.jsonl"} <= set(taken)
     assert sum(step == "replace" for step in taken) >= 7
@@ -74,7 +74,7 @@ def step_numbers(folder: Path, every: int) -> Iterator[int]:
 
 
 def check_killed_at(folder: Path, whole: Path, number: int) -> None:
-    """A run that dies at one step; what is saved only ever grows; the resumed run ends with the same bits."""
+    """Kills a run at one step: what is saved is complete, and the resumed run ends with the same bits."""
 
     def run_and_die() -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +94,7 @@ def check_killed_at(folder: Path, whole: Path, number: int) -> None:
 
 
 def check_no_space_at(folder: Path, whole: Path, number: int) -> None:
-    """A disk that is full at one step: an OSError that says so, and nothing saved is lost."""
+    """Reports a full disk at one step: the run's OSError says so, and nothing saved is lost."""
     with pytest.MonkeyPatch.context() as patch:
         Steps(number, no_space).install(patch)
         with pytest.raises(OSError, match="No space left on device") as caught:
@@ -137,7 +137,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up(tiny_disk: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Really full, while checkpoints are written; with room again the run goes on."""
+    """The disk really is full while checkpoints are written; with room again the run resumes."""
     ballast = tiny_disk / "ballast"
     run = trainer(tiny_disk / "run")
     step = run._train_step
@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up(tiny_disk: Path, whole: Path, capsys: pytest.Captu
 
 
 def test_a_file_size_limit(tmp_path: Path, whole: Path) -> None:
-    """What quotas do: writing fails in the middle of a file."""
+    """Writing fails in the middle of a file, as it does with quotas."""
 
     def limited() -> None:
         limit = (whole / "last.safetensors").stat().st_size // 2
@@ -207,7 +207,7 @@ def test_a_full_disk_is_reported_with_what_is_safe(
 
 
 def test_a_run_does_not_depend_on_the_clock(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks that jump by years in both directions at every look."""
+    """Clocks jump by years in both directions at every reading."""
     jumps = random.Random(0)
     for name in ("time", "monotonic", "perf_counter"):
         really = getattr(time, name)
@@ -248,7 +248,7 @@ def test_the_second_command_in_a_folder_is_refused(tmp_path: Path, capsys: pytes
 
 
 def test_a_nan_task_is_left_out_and_reported(tmp_path: Path) -> None:
-    """Task 1 of iteration 1. With it left out the step is that of the other six."""
+    """Task 1 of iteration 1 has a NaN; the step is that of the other six tasks."""
     run = make_trainer(tmp_path / "run", 4, poisoned=[8], changes={"test_tasks": 0, "validate_every": 0})
     run.fit()
     (record,) = read_metrics(run.run.metrics)
@@ -278,7 +278,7 @@ def test_a_nan_task_that_is_passed_on_does_not_reach_the_disk(tmp_path: Path) ->
 
 
 class SmallMemory:
-    """Calls of signmaml_ext that run out of memory with more tasks than `fit`."""
+    """Makes calls of signmaml_ext with more than `fit` tasks run out of memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fit: int) -> None:
         self.tasks: list[int] = []
@@ -301,7 +301,7 @@ def test_out_of_memory_goes_on_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     make_trainer(tmp_path / "whole", 4, poisoned=[8]).fit()
     memory = SmallMemory(monkeypatch, fit)
     make_trainer(tmp_path / "run", 4, poisoned=[8]).fit()
-    # What fits is remembered: each size that does not is tried once in training, and once an evaluation.
+    # The size that fits is remembered: each size that does not is tried once in training and once per evaluation.
     sizes = [tasks for tasks in memory.tasks if tasks > fit]
     assert sizes.count(7) <= 3 and len(sizes) <= 9
     ours, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("run", "whole"))

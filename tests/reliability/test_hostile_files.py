@@ -1,4 +1,4 @@
-"""Files made to hurt: nothing in them is executed, nothing is written outside, and the message names them."""
+"""Malicious files: nothing in them is executed, nothing is written outside, and the message names the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from signmaml.runs import RunFolder
 
 
 class Bomb:
-    """Unpickled, it makes a file called `executed` in the current folder."""
+    """Unpickling it creates a file called `executed` in the current folder."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch executed",)
@@ -39,7 +39,7 @@ class Bomb:
 
 @pytest.fixture(autouse=True)
 def nothing_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Whatever a test loads, no command has run and the cache alone was written to."""
+    """Checks after every test that loading a file has run no command."""
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)
@@ -49,7 +49,7 @@ def nothing_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def png(width: int = 8, height: int = 8) -> bytes:
-    """Valid but for its size: the data are those of one row."""
+    """A PNG that is valid except for its size: it has the data of one row only."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -120,7 +120,7 @@ def test_pickles_are_no_images(tmp_path: Path, name: str) -> None:
     tree(tmp_path / "set", pickles()[name])
     with pytest.raises(ValueError, match=r"cannot decode 'a/1.png'|cannot decode"):
         load(tmp_path / "set")
-    # Not called images, they are left out.
+    # Without an image's suffix they are left out.
     other = tree(tmp_path / "other", good_png())
     (other / "a" / name).write_bytes(pickles()[name])
     with pytest.warns(UserWarning, match="1 files are not images and left out"):
@@ -183,7 +183,7 @@ def test_a_link_in_an_archive_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_archive_that_expands_without_end(tmp_path: Path) -> None:
-    """1.1 GB of zeros in 1 MB, and the same with a directory that lies about it."""
+    """1.1 GB of zeros in 1 MB, and the same with a zip directory that states a smaller size."""
     path = tmp_path / "set.zip"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file,

@@ -1,4 +1,4 @@
-"""A long run that is killed again and again, shortened; `python -m tests.reliability_report` has the long one."""
+"""A shortened long run that is killed again and again; `python -m tests.reliability_report` does the full one."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def test_memory_stays_and_metrics_are_whole_after_kills(tmp_path: Path) -> None:
     assert found.kills == 4
     assert found.records_expected == found.records_found
     assert found.same_as_uninterrupted
-    # An iteration that kept 1 KiB would add 1.2 MiB; torch and malloc settle within a few.
+    # A leak of 1 KiB per iteration would add 1.2 MiB over the run; torch and malloc vary by a few MiB.
     assert found.memory_growth_mib < 8

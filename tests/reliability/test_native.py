@@ -19,7 +19,7 @@ from signmaml_ext._loader import C
 
 
 def test_against_python() -> None:
-    """The driver that the sanitizers run, here on the installed module."""
+    """Runs the driver that the sanitizers run, here on the installed module."""
     done = subprocess.run([sys.executable, native_cases.__file__, C.__file__, "4"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     counts = ast.literal_eval(done.stdout)
@@ -29,7 +29,7 @@ def test_against_python() -> None:
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)
 @given(st.data())
 def test_structs_of_any_content(data: st.DataObject) -> None:
-    """A plan with no negative number, or a refusal; not a crash."""
+    """Gives a plan without negative numbers or a refusal, never a crash."""
     native_cases.any_struct(C, lambda choices: data.draw(st.sampled_from(choices)))
 
 
@@ -40,7 +40,7 @@ LARGE = 2**31 + 1
 
 
 def test_plans_count_beyond_31_bits() -> None:
-    """Every count that a size of 2^31 + 1 goes into is exact, with products in 64 bits."""
+    """Every count derived from a size of 2^31 + 1 is exact, because products are computed in 64 bits."""
     plan = C.plan_sign_step_cpu(3, LARGE, 8)
     assert (plan["chunks_per_row"] - 1) * plan["chunk"] < LARGE <= plan["chunks_per_row"] * plan["chunk"]
     assert plan["items"] == 3 * plan["chunks_per_row"]
@@ -92,7 +92,8 @@ OPTIONS = {**emulated.SANITIZER_OPTIONS, "TSAN_OPTIONS": "halt_on_error=1", "PYT
 def with_thread_sanitizer(folder: Path) -> Path:
     """The CPU-only module in a folder of its own.
 
-    Races depend on the threads, which are the same for every instruction set: one is enough, the quickest to compile.
+    Races depend on the threads, which are the same for every instruction set, so one is enough: the quickest to
+    compile.
     """
     import pybind11
 
@@ -108,7 +109,7 @@ def with_thread_sanitizer(folder: Path) -> Path:
 
 
 def drive(module: Path, libraries: list[str], examples: int) -> subprocess.CompletedProcess[str]:
-    """Runs the driver on the module. Without random addresses, which ThreadSanitizer's shadow memory cannot serve."""
+    """Runs the driver without address randomisation, which ThreadSanitizer's shadow memory does not support."""
     command = [sys.executable, native_cases.__file__, str(module), str(examples)]
     if shutil.which("setarch"):
         command = ["setarch", "-R", *command]
@@ -121,7 +122,7 @@ def drive(module: Path, libraries: list[str], examples: int) -> subprocess.Compl
     ("sanitizers", "libraries"), [("address,undefined", ["libasan", "libstdc++"]), ("thread", ["libtsan"])]
 )
 def test_the_cpu_backend_under_sanitizers(tmp_path: Path, sanitizers: str, libraries: list[str]) -> None:
-    """AddressSanitizer looks at the emulated module, which has the same bindings and operators of the CPU."""
+    """AddressSanitizer checks the emulated module, which has the same bindings and CPU operators."""
     paths = [emulated.sanitizer_library(name) for name in libraries]
     module = with_thread_sanitizer(tmp_path) if sanitizers == "thread" else emulated.sanitized_once()
     done = drive(module, paths, examples=6)

@@ -38,7 +38,7 @@ def test_two_machines_train_as_one(tmp_path: Path) -> None:
     assert main(["train", *words, "--quiet", "--no-tensorboard", f"--out={tmp_path / 'alone'}"]) == 0
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "alone"))
     assert len(ours) == len(theirs) == 2
-    for found, expected in zip(ours, theirs, strict=True):  # float32: the order of summation shows
+    for found, expected in zip(ours, theirs, strict=True):  # in float32 the order of summation matters
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 

@@ -40,7 +40,7 @@ class TwoMachines:
 
 @contextlib.contextmanager
 def two_machines() -> Iterator[TwoMachines]:
-    """Makes them; skips the test where that is not allowed."""
+    """Creates the two machines; skips the test where that is not allowed."""
     if shutil.which("ip") is None:
         pytest.skip("two machines: iproute2 is not installed")
     if os.geteuid() != 0:

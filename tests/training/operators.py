@@ -1,4 +1,4 @@
-"""Which torch operators a piece of code calls: what a GPU would wait for is seen without one."""
+"""Records which torch operators code calls: this shows waits for the device without a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every operator called."""
+    """Records every operator called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Their result's shape, or the Python number they give, depends on data: on a GPU the host would wait for it.
+# The shape of their result, or the Python number they return, depends on data: on a GPU the host would wait for it.
 WAITING = {
     *("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"),
     *("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::index by a mask", "aten::repeat_interleave"),

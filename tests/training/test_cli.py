@@ -31,7 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """Decoded images go to a folder of this test."""
+    """Decoded images are cached in a folder of this module's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGNMAML_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -98,7 +98,7 @@ def test_every_field_has_an_option() -> None:
 
 
 def test_help_is_fast_and_complete() -> None:
-    """Without torch; every field of the configuration is described."""
+    """It does not import torch, and describes every field of the configuration."""
     code = (
         "import sys; from signmaml import cli\n"
         "try: cli.main(['train', '--help'])\n"
@@ -150,12 +150,12 @@ def test_user_errors_are_one_line_and_code_2(
     monkeypatch.chdir(tmp_path)
     try:
         code = cli.main(words.split())
-    except SystemExit as end:  # argparse's own
+    except SystemExit as end:  # raised by argparse
         code = end.code if isinstance(end.code, int) else -1
     captured = capsys.readouterr()
     assert code == 2
     assert message in captured.err and "Traceback" not in captured.err
-    assert not list(tmp_path.iterdir())  # nothing was made
+    assert not list(tmp_path.iterdir())  # no file was created
 
 
 def test_other_errors_are_code_1_and_debug_shows_where(

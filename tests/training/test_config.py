@@ -33,7 +33,7 @@ def test_toml(tmp_path: Path) -> None:
 
 def test_yaml_number_without_a_dot(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
-    path.write_text("outer_lr: 1e-4\n", encoding="utf-8")  # text by YAML's rules
+    path.write_text("outer_lr: 1e-4\n", encoding="utf-8")  # a string by YAML's rules
     assert TrainConfig.from_dict(configs.read_file(path)).outer_lr == 1e-4
 
 

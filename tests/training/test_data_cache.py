@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Builder:
-    """Counts how often it is asked."""
+    """Counts how often it is called."""
 
     def __init__(self, *sizes: int) -> None:
         self.images = random_set(sizes or (3, 5, 2), channels=3)

@@ -1,4 +1,4 @@
-"""Own images: trees and zips of class folders, friendly and hostile ones."""
+"""Own images: trees and zips of class folders, both valid and hostile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from signmaml.data.folder import deal_out
 from signmaml.episodes import EpisodeSampler
 
 THREE = {"train/a": 3, "train/b": 2, "val/c": 2, "test/d": 1}
-# Of the classes "00" to "19", by seed 0.
+# Dealt from the classes "00" to "19" with seed 0.
 DEALT_TEST = ["04", "07", "15", "18"]
 DEALT_VAL = ["01", "10", "17"]
 
@@ -146,7 +146,7 @@ def test_exif_rotation_is_applied(root: Path) -> None:
     write_tree(root, {"val/b": 1, "test/c": 1})
     (root / "train" / "a").mkdir(parents=True)
     image, exif = Image.fromarray(picture(3)), Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees for display
     image.save(root / "train" / "a" / "1.png", exif=exif)
     pixels = folder(root, "train", progress=False).images[0, 0].numpy()
     assert np.array_equal(pixels, np.rot90(picture(3), -1))
@@ -276,7 +276,7 @@ def wrong_checksum() -> bytes:
 
 
 def huge() -> bytes:
-    """A header that promises 100,000 x 100,000 pixels."""
+    """An image whose header claims 100,000 x 100,000 pixels."""
     content = bytearray(png())
     content[16:24] = struct.pack(">II", 100_000, 100_000)
     return bytes(content)

@@ -1,4 +1,4 @@
-"""The real sets, where they are: counts, splits, pixels, and `verify`."""
+"""The real sets, where they are available: counts, splits, pixels, and `verify`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_omniglot() -> None:
     assert {split: images.classes for split, images in splits.items()} == {"train": 1028, "val": 172, "test": 423}
     for images in splits.values():
         assert set(images.class_sizes.tolist()) == {20} and images.image_shape == (1, 28, 28)
-        # White ink on black: some everywhere, little on the whole.
+        # White ink on black: every image has some, but little of the area is ink.
         assert bool((images.images.amax((1, 2, 3)) > 100).all())
         assert 0.04 < float(images.images.float().mean()) / 255 < 0.2
     name = splits["test"].class_names[200]

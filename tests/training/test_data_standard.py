@@ -51,7 +51,7 @@ def test_splits_have_the_published_sizes_and_share_no_class(name: str) -> None:
 def test_omniglot_has_its_1623_characters_of_50_alphabets() -> None:
     every = [c for split in data.SPLITS for c in OMNIGLOT.classes[split]]
     assert len(every) == 1623 and len({c.partition("/")[0] for c in every}) == 50
-    # Whole alphabets, but for Gurmukhi, of which Vinyals' list has the last four characters in test.
+    # Alphabets are whole except Gurmukhi, whose last four characters Vinyals' list puts in test.
     shared = {
         a
         for one, other in itertools.combinations(data.SPLITS, 2)
@@ -149,7 +149,7 @@ def test_mini_imagenet_from_folders_and_from_lists(tmp_path: Path) -> None:
 
 
 class FakeCifar100:
-    """As ``torchvision.datasets.CIFAR100`` once it has read the release, with 6 and 1 images a class."""
+    """As ``torchvision.datasets.CIFAR100`` once it has read the release, with 6 and 1 images per class."""
 
     classes = sorted(split_facts()["cifar100"]["fine_to_coarse"])
 
@@ -234,7 +234,7 @@ def test_a_partial_set_loads_its_complete_splits_and_says_what_is_missing(tmp_pa
 
 def test_verify_reads_every_image_and_compares_the_counts(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "cifar", dict.fromkeys(FC100.classes["test"], 1), size=32, channels=3)
-    data.fc100("test", root=root, progress=False)  # now it is in the cache, which verify must not ask
+    data.fc100("test", root=root, progress=False)  # now it is in the cache, which verify must not use
     train, val, test = data.verify("fc100", root=root, progress=False)
     assert "60 of 60 classes are missing" in train.problems[0] and train.classes == 0
     assert "20 of 20 classes are missing" in val.problems[0]

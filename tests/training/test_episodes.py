@@ -42,14 +42,14 @@ def signed(word: int) -> int:
 
 
 def first_in_order(key: int, candidates: int, available: int, count: int) -> list[int]:
-    """The `count` of `available` numbers with the least random number, whose low bits hold the number itself."""
+    """The `count` of `available` numbers with the smallest random keys; a key's low bits hold the number itself."""
     low = (1 << (candidates - 1).bit_length()) - 1
     order = {number: (signed(child(key, number)) & ~low) | number for number in range(available)}
     return sorted(order, key=order.__getitem__)[:count]
 
 
 def defined_task(seed: int, task: int, sizes: list[int], ways: int, images: int, turns: int = 1) -> list[list[int]]:
-    """For each way [class number, row, row, ...]."""
+    """For each way: [class number, row, row, ...]."""
     start = [sum(sizes[:number]) for number in range(len(sizes))]
     of_seed = child(0, seed)
     classes_key, images_key = child(child(of_seed, 0), task), child(child(of_seed, 1), task)
@@ -74,7 +74,7 @@ def test_tasks_follow_the_definition(seed: int, rotations: bool) -> None:
 
 
 def test_tasks_stay_as_recorded() -> None:
-    """Numbers written down once: a change of the stream would make recorded runs unrepeatable."""
+    """Compares with recorded numbers: a change of the stream would make recorded runs unrepeatable."""
     sampler = EpisodeSampler(random_set([20] * 30), ways=5, shots=1, queries=1, tasks=4)
     classes, rows = sampler.draw_indices(0, 2)
     assert classes.tolist() == GOLDEN_CLASSES
@@ -174,15 +174,15 @@ def test_seeds_and_iterations_differ_and_the_global_generator_is_left_alone(kind
     assert torch.equal(state, torch.get_rng_state())
 
 
-# --- statistics: one fixed stream, so a failure is a fact and not bad luck ----------------------------------
+# --- statistics: the stream is fixed, so a failure is never bad luck ----------------------------------------
 
 
 def check_uniform(counts: torch.Tensor) -> None:
-    """Chi-square at one in a million."""
+    """A chi-square test at a level of one in a million."""
     expected = counts.sum() / counts.numel()
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert expected > 20 and statistic < chi2.ppf(1 - 1e-6, counts.numel() - 1)
-    # Far too even would be as wrong.
+    # Counts that are far too even are as wrong.
     assert statistic > chi2.ppf(1e-6, counts.numel() - 1)
 
 
@@ -405,7 +405,7 @@ def test_cuda_draws_the_same_numbers_without_waiting(kind: str) -> None:
             assert part.device.type == "cuda" and torch.equal(part.cpu(), wanted), name
 
 
-# --- iterations whose number lies on the device ----------------------------------------------------------------------
+# --- iterations whose number is stored on the device -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ways, shots, queries, tasks", [(5, 1, 1, 4), (2, 3, 4, 1), (9, 1, 2, 3)])

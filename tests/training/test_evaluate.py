@@ -75,7 +75,7 @@ def test_regression_is_a_mean_squared_error() -> None:
 
 
 class PlainSampler:
-    """The least a sampler can be: no draw_tasks, plain tuples."""
+    """A minimal sampler: no draw_tasks, plain tuples."""
 
     def __init__(self, tasks: int) -> None:
         self.episodes = EpisodeSampler(toy_images(), ways=3, shots=1, queries=2, tasks=tasks)

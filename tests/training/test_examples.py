@@ -1,4 +1,4 @@
-"""The examples run, and what they show is true; shortened, and without the fonts of `glyphs`."""
+"""The examples, shortened and without the fonts of `glyphs`, run, and what they show is true."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_sign_steps_beat_gradient_steps_on_sine_waves(tmp_path: Path, monkeypatc
 
 
 def test_recorded_comparison_on_sine_waves() -> None:
-    """What the README shows: with rates chosen alike, sign steps are at least as good at 5 and at 10 points."""
+    """What the README shows: with rates chosen the same way, sign steps are at least as good at 5 and at 10 points."""
     recorded = json.loads((EXAMPLES.parent / "benchmarks" / "results" / "sinusoid_cpu.json").read_text())
     assert set(recorded["results"]) == {"5-shot", "10-shot"}
     for of_kind in recorded["results"].values():

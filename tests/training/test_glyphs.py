@@ -29,7 +29,7 @@ def _own_cache(glyph_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def built(glyph_cache: Path) -> dict[str, ImageSet]:
-    """All splits, drawn once a session."""
+    """All splits, drawn once per session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGNMAML_CACHE", str(glyph_cache))
         return {split: glyphs(split, progress=False) for split in SPLITS}
@@ -71,7 +71,7 @@ def test_every_character_is_a_letter_that_the_fonts_have_and_there_once() -> Non
         assert all(ord(character) in font.characters for font in fonts_with(ord(character)))
 
 
-# Of the Latin A, B, O, P, H, T, X, V, S and what Greek, Cyrillic, Armenian, Coptic, Lisu and lower case have like them.
+# The Latin A, B, O, P, H, T, X, V, S with look-alikes in Greek, Cyrillic, Armenian, Lisu, syllabics and lower case.
 LOOK_ALIKES = (
     *("\u0041\u0391\u0410\ua4ee", "\u0042\u0392\u0412\ua4d0", "\u004f\u006f\u039f\u041e\u0555\ua4f3"),
     *(
@@ -110,7 +110,7 @@ def test_no_picture_is_blank_clipped_or_flooded(built: dict[str, ImageSet], spli
     images = built[split].images
     edge = torch.ones(28, 28, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
-    assert int(images[:, 0, edge].max()) < 32  # nothing reaches the edge, but for the fade of antialiasing
+    assert int(images[:, 0, edge].max()) < 32  # nothing but faint antialiasing reaches the edge
     share = images.float().mean((1, 2, 3)) / 255
     assert float(share.min()) > 0.01 and float(share.max()) < 0.45
     assert bool((images.amax((1, 2, 3)) >= 160).all())
@@ -125,7 +125,7 @@ def test_samples_of_a_class_differ_and_no_two_classes_share_a_picture(built: dic
 
 
 def overlaps(characters: list[str], font: Font) -> torch.Tensor:
-    """Shared ink over joint ink of every pair, drawn by one font, cropped, scaled alike and centred."""
+    """Shared ink over joint ink of every pair of glyphs of one font, cropped, scaled alike and centred."""
     pictures = torch.zeros(len(characters), 28, 28)
     for picture, character in zip(pictures, characters, strict=True):
         glyph = font.draw(ord(character))

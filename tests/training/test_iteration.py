@@ -57,7 +57,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 
 def replays() -> list[int]:
-    """Of each recorder, how often what it recorded was replayed."""
+    """For each recorder that recorded something, how often the recording was replayed."""
     return [recorder.recording.replays for recorder in ReplayingRecorder.made if recorder.recording is not None]
 
 
@@ -90,7 +90,7 @@ def test_auto_takes_graphs_where_it_can_and_says_so(tmp_path: Path) -> None:
 
 
 class Doubling:
-    """A sampler of the user's own, without draw_at."""
+    """A user-defined sampler without draw_at."""
 
     def draw(self, iteration: int) -> tuple[Tensor, ...]:
         x = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(iteration))
@@ -213,12 +213,12 @@ def test_a_recording_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pyt
 
 
 def fused_on_the_cpu(parameters: Any, lr: float, device: torch.device) -> torch.optim.Adam:
-    """What `outer_adam` gives on a CUDA device."""
+    """What `outer_adam` returns on a CUDA device."""
     return torch.optim.Adam(parameters, lr=torch.tensor(lr), fused=True)
 
 
 def test_the_fused_adam_of_cuda_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rate is float32 and its kernel another, so it is equal to rounding; graph and eager are equal bitwise."""
+    """Its rate is float32 and its kernel differs, so it is equal up to rounding; graph and eager are bitwise equal."""
     plain = trainer_of(tmp_path / "plain", 7, graph=False)
     plain.fit()
     monkeypatch.setattr("signmaml.trainer.outer_adam", fused_on_the_cpu)
@@ -306,9 +306,9 @@ def test_regression_is_a_graph_too(tmp_path: Path) -> None:
 def test_nothing_in_an_iteration_waits_or_comes_from_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, backend: str
 ) -> None:
-    """A CUDA graph could hold it: seen by the operators called, in the second run as in a recording."""
+    """The operators called show that a CUDA graph could hold an iteration; the second run is the one to record."""
     monkeypatch.setattr("signmaml.trainer.outer_adam", fused_on_the_cpu)
-    # Labels are looked at on the CPU only.
+    # Label values are checked on the CPU only.
     monkeypatch.setattr("signmaml_ext.reference.check_labels", lambda *_: None)
     monkeypatch.setattr("signmaml_ext.fused.check_labels", lambda *_: None)
     iteration = trainer_of(tmp_path, 9, model=model, backend=backend)._iteration

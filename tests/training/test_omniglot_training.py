@@ -1,4 +1,4 @@
-"""The whole way on real images: `signmaml train --preset omniglot` learns to tell characters it has never seen."""
+"""End to end on real images: `signmaml train --preset omniglot` learns to tell characters it has never seen."""
 
 from __future__ import annotations
 

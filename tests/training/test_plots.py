@@ -1,4 +1,4 @@
-"""What is on the pictures: read back from the figures before they become pixels."""
+"""What the plots show, read back from the figures before they become pixels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP = {"inner_lr": 0.01, "inner_steps": 2}
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is saved, also saved for real."""
+    """Collects every figure that is saved; it is still written to its file."""
     saved: list[Figure] = []
     save = sheets.save_figure
 

@@ -1,4 +1,4 @@
-"""Whatever stops a run, resuming it ends with the same bits."""
+"""However a run is stopped, resuming it ends with the same bits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """A training process that prints each iteration once it is done, and takes its time."""
+    """A training process that prints each iteration once it is done, and then pauses."""
     command = [sys.executable, "-m", "helpers.programs.toy_run", str(folder), str(ITERATIONS), "--slow", "0.05"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder.parent, env=environment)
@@ -55,7 +55,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert read(found / "best.safetensors")[1]["inner_rates"] == read(expected / "best.safetensors")[1]["inner_rates"]
 
 
-# Before the first checkpoint; and when metrics and validation are ahead of the last one, of iteration 10.
+# Before the first checkpoint, and when metrics and validation are ahead of the last checkpoint, of iteration 10.
 @pytest.mark.slow
 @pytest.mark.parametrize("iteration", [2, 13])
 def test_kill_9_and_resume_is_bitwise_the_same(tmp_path: Path, whole: Path, iteration: int) -> None:
@@ -88,7 +88,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path, whole: Path) -> None:
 
 
 def test_interrupted_at_every_iteration_in_turn(tmp_path: Path) -> None:
-    """One run in one piece; one that stops after each iteration and goes on in a new trainer."""
+    """A run that stops after each iteration and resumes in a new trainer equals one that is not interrupted."""
     reference = toy_trainer(tmp_path / "reference", 9)
     reference.fit()
     folder = tmp_path / "run"

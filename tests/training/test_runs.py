@@ -92,4 +92,4 @@ def test_small_images_are_not_spread_over_threads_in_plain_pytorch(
         commands.settle_threads(TrainConfig(**changes))  # type: ignore[arg-type]
         assert torch.get_num_threads() == threads
     finally:
-        torch.set_num_threads(1)  # as in the whole folder
+        torch.set_num_threads(1)  # as in the other tests of this folder

@@ -11,7 +11,7 @@ import pytest
 from signmaml.schedule import learning_rate, step_seed
 from signmaml.stats import mean_and_ci95
 
-# Two-sided 95%, by degrees of freedom, from the tables that every statistics textbook prints.
+# Two-sided 95% quantiles by degrees of freedom, as in the tables of statistics textbooks.
 TABLE_95 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 10: 2.2281, 29: 2.0452, 30: 2.0423, 120: 1.9799}
 
 

@@ -27,7 +27,7 @@ def hard_images(split: str) -> ImageSet:
 
 
 def trainer_of(folder: Path, iterations: int = 18, **changes: Any) -> MetaTrainer:
-    """Images that an untrained network adapts to badly."""
+    """A trainer on images that an untrained network adapts to badly."""
     sets = {split: hard_images(split) for split in ("train", "val", "test")}
     config = toy_config(
         iterations, model="mlp", hidden=(64, 64), tasks=8, schedule="constant", learn_inner_lr="none", outer_lr=0.005,
@@ -103,7 +103,7 @@ def test_one_iteration_is_the_documented_update(tmp_path: Path) -> None:
 @pytest.mark.parametrize("learn", ["scalar", "per-step", "per-layer", "per-layer-per-step"])
 @pytest.mark.parametrize("method", ["sign-maml", pytest.param("maml", marks=pytest.mark.slow)])
 def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
-    """A rate far too small grows; shapes and test steps fit whatever the kind."""
+    """A rate that is far too small grows; shapes and test steps fit for every kind of rate."""
     changes = {"learn_inner_lr": learn, "method": method, "inner_lr": 1e-4, "outer_lr": 0.05, "test_steps": 4}
     trainer = MetaTrainer(
         toy_config(8, test_tasks=0, validate_tasks=3, validate_every=8, **changes), model=MLP(256, 3), progress=False,
@@ -293,7 +293,7 @@ def test_describe_says_what_will_happen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "family"), [("conv4", "conv"), ("mlp", "mlp")])
 def test_networks_of_the_package_train_and_test_natively(tmp_path: Path, model: str, family: str) -> None:
-    """The whole way, by the backend that "auto" takes on a CPU; and the reference's numbers in the first iteration."""
+    """End to end on the backend that "auto" takes on a CPU; the test loss is close to the reference's."""
     sets = {split: toy_images(split) for split in ("train", "val", "test")}
     losses = {}
     for backend in ("auto", "torch"):

@@ -18,17 +18,18 @@ TASKS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what its tasks are like.
+    """A model and the kind of tasks it gets.
 
     Attributes:
-        make: The model.
-        inputs: Of one example: "vectors", "images", "large images", "volumes", "series", "tokens" or "points".
-        targets: "labels", "numbers" (as predictions are), or "tokens" for labels by place.
-        together: A part of the reason why tasks cannot go together under vmap; None: they can.
+        make: Makes the model.
+        inputs: The kind of one example: "vectors", "images", "large images", "volumes", "series", "tokens" or "points".
+        targets: "labels", "tokens" for 12 numbers per token, or the shape of the numbers that the model predicts:
+            "points", "images", "vectors" or "forces".
+        together: Part of the reason why tasks cannot be batched under vmap; None if they can.
         options: More arguments of `meta_step`.
-        methods: Those for which torch has the derivatives, and the right ones.
-        training: The mode of the model.
-        twin: Another model of the same numbers that the plain loop can copy; None: the model itself.
+        methods: The methods for which torch has the derivatives and computes them correctly.
+        training: Whether the model is in training mode.
+        twin: Makes a model of the same numbers that the plain loop can copy; None if it can copy the model itself.
     """
 
     make: Callable[[], nn.Module]
@@ -41,13 +42,13 @@ class Case:
     twin: Callable[[nn.Module], nn.Module] | None = None
 
     def model(self) -> nn.Module:
-        """In float64."""
+        """The model in float64."""
         torch.manual_seed(1)
         model = self.make().double()
         return model if self.training else model.eval()
 
     def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Support and query sets of several tasks, of different sizes."""
+        """Support and query sets, of different sizes, for several tasks."""
         torch.manual_seed(2)
         sx, qx = _draw(self.inputs, 6), _draw(self.inputs, 7)
         return sx, self._targets(sx), qx, self._targets(qx)
@@ -74,7 +75,7 @@ def _draw(kind: str, count: int) -> Tensor:
 
 
 class ScaledByName(nn.Module):
-    """What `LambdaOverSelf` computes; its own deep copies go on reading the first one's scale."""
+    """Computes what `LambdaOverSelf` does; deep copies of that one would still read the original's scale."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class ScaledByName(nn.Module):
 
 
 class ParametersByName(nn.Module):
-    """What `PlainParameters` computes."""
+    """Computes what `PlainParameters` does."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class ParametersByName(nn.Module):
 
 
 class NormedByHand(nn.Module):
-    """A layer of `torch.nn.utils.weight_norm`; after a forward that cannot be copied."""
+    """Computes what a layer under `torch.nn.utils.weight_norm` does; that one cannot be copied after a forward."""
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
@@ -283,7 +284,7 @@ CASES: dict[str, Case] = {
     "lazily initialised": images(m.lazily_initialised),
     "layer norm by hand": vector_norm(lambda: m.HandwrittenLayerNorm(8)),
     "a stage in evaluation": Case(m.TrainsAndEvaluates),
-    # In the manner of the big libraries
+    # In the style of large libraries
     "timm": images(m.TimmViT),
     "timm, attention by hand": images(lambda: m.TimmViT(fused=False, pool="token")),
     "Hugging Face": tokens(m.Bert, together=PADDED),

@@ -1,6 +1,6 @@
-"""Small models as people write them, each with one habit or one family of layers that a meta-step must get right.
+"""Small models as users write them, each with one habit or one family of layers that a meta-step must get right.
 
-Nothing here is made easy for the package: forwards keep tensors, write buffers, branch on numbers, differentiate.
+Nothing is simplified for the package: forwards keep tensors, write buffers, branch on numbers and differentiate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 WAYS = 3
-PADDING = 0  # the token that fills up short rows
+PADDING = 0  # the token that pads short rows
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def odd_convolutions() -> nn.Module:
 
 
 def padded_convolutions() -> nn.Module:
-    """Every padding that is not zeros."""
+    """Every padding mode other than zeros."""
     return image_net(
         nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.SiLU(),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.SiLU(),
@@ -120,7 +120,7 @@ def normed_images(norm: nn.Module) -> nn.Module:
 
 
 def pools() -> nn.Module:
-    """Every pooling that is not a plain maximum."""
+    """Poolings other than plain max pooling."""
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.Softplus(), nn.AvgPool2d(2, ceil_mode=True),
         nn.Conv2d(4, 4, 3, padding=1), nn.Softplus(), nn.LPPool2d(2, 2),
@@ -172,7 +172,7 @@ class Unfolded(nn.Module):
 
 
 class BagOfWords(nn.Module):
-    """The mean of all words' vectors."""
+    """The mean of the vectors of all words."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class CellReader(nn.Module):
 
 
 class PackedReader(nn.Module):
-    """Rows of tokens of their own lengths, packed: the lengths are numbers on the host."""
+    """Packed rows of tokens of different lengths; the lengths are numbers on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,13 +251,13 @@ class SelfAttention(nn.Module):
 
 
 class AttentionWithMaps(nn.Module):
-    """Keys of another width, an extra key, and the attention maps as features."""
+    """Keys of a different width, an extra key, and the attention maps as features."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(2, 4))
         self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, add_bias_kv=True, batch_first=True)
-        self.head = nn.Linear(8 + 2 * 10, WAYS)  # the maps see the extra key too
+        self.head = nn.Linear(8 + 2 * 10, WAYS)  # the maps include the extra key
 
     def forward(self, x: Tensor) -> Tensor:
         keys = x.transpose(1, 2)
@@ -283,7 +283,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Learned queries that look at a sequence."""
+    """Learned queries that attend to a sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Decoder(nn.Module):
 
 
 class Translator(nn.Module):
-    """The whole nn.Transformer: a causal target, padding in both, logits a token."""
+    """The whole nn.Transformer: a causal target, padding in both, logits per token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -401,11 +401,11 @@ class WindowAttention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Few-shot backbones as the public libraries have them
+# Few-shot backbones as in public libraries
 
 
 class ConvBlockL2L(nn.Module):
-    """Attributes in another order than the forward uses them."""
+    """Registers its layers in a different order than the forward uses them."""
 
     def __init__(self, inputs: int, filters: int) -> None:
         super().__init__()
@@ -457,7 +457,7 @@ class Conv4Torchmeta(nn.Module):
 
 
 class Conv4Easyfsl(nn.Module):
-    """easyfsl's style: named layers, the head may be left out, blocks of other widths."""
+    """easyfsl's style: named layers, an optional head, blocks of different widths."""
 
     def __init__(self, widths: Sequence[int] = (6, 6, 6), *, use_fc: bool = True) -> None:
         super().__init__()
@@ -564,7 +564,7 @@ def squeezed() -> nn.Module:
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2: widen, depthwise, narrow, around it the identity."""
+    """MobileNetV2: widen, depthwise, narrow, with an identity shortcut."""
 
     def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
@@ -584,7 +584,7 @@ def mobilenet() -> nn.Module:
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution, LayerNorm over channels last, a scale a channel."""
+    """Depthwise convolution, LayerNorm over channels last, one scale per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -605,7 +605,7 @@ def convnext() -> nn.Module:
 
 
 class MixerBlock(nn.Module):
-    """Mixes places, then channels."""
+    """Mixes positions, then channels."""
 
     def __init__(self, places: int, width: int) -> None:
         super().__init__()
@@ -672,7 +672,7 @@ class Shuffled(nn.Module):
 
 
 class CosineClassifier(nn.Module):
-    """Angles between features and class vectors, times a learned scale (a parameter without axes)."""
+    """Angles between features and class vectors, times a learned scale (a parameter without dimensions)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -685,7 +685,7 @@ class CosineClassifier(nn.Module):
 
 
 class RidgeHead(nn.Module):
-    """Features onto learned anchors by a regularised least-squares solve."""
+    """Predicts from features by a regularised least-squares fit to learned anchors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -705,7 +705,7 @@ class RidgeHead(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, up, and the skip between; images in and out."""
+    """Down, up, and a skip connection; images in and out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -757,7 +757,7 @@ def siren() -> nn.Module:
 
 
 class SkipField(nn.Module):
-    """The input again half way, as radiance fields have it."""
+    """Feeds the input in again half way, as radiance fields do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -773,7 +773,7 @@ class SkipField(nn.Module):
 
 
 class DeepSets(nn.Module):
-    """Every element alone, their sum, then the rest."""
+    """One network per element, the sum over elements, then another network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -802,7 +802,7 @@ class GraphConv(nn.Module):
 
 
 class EdgeSums(nn.Module):
-    """Messages along a list of edges, added up at their ends by index."""
+    """Messages along a list of edges, summed at the target nodes by index."""
 
     def __init__(self, nodes: int = 9) -> None:
         super().__init__()
@@ -896,7 +896,7 @@ class Highway(nn.Module):
 
 
 class RungeKutta(nn.Module):
-    """A differential equation in a few steps: one field, called many times."""
+    """Solves a differential equation in a few steps: one field, called many times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -915,7 +915,7 @@ class RungeKutta(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """A diagonal linear recurrence over time, its poles by log and exp."""
+    """A diagonal linear recurrence over time, whose decays are exp(-exp(parameter))."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -947,7 +947,7 @@ class FourierMixing(nn.Module):
 
 
 class MaskedConv(nn.Conv2d):
-    """A convolution that sees only what is above and to the left: a mask buffer on its own weight."""
+    """A convolution that sees only what is above and to the left: a mask buffer multiplies its weight."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
@@ -987,7 +987,7 @@ def temporal_convolutions() -> nn.Module:
 
 
 class OneModuleTwoNames(nn.Module):
-    """The same layer as `first` and as `again`."""
+    """The same layer, registered as `first` and as `again`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1035,7 +1035,7 @@ def frozen_body() -> nn.Module:
 
 
 def frozen_between() -> nn.Module:
-    """The gradient goes through what is frozen to what is not."""
+    """The gradient passes through a frozen layer to one that is not."""
     model = mlp()
     model[2].requires_grad_(False)
     return model
@@ -1059,7 +1059,7 @@ def low_rank() -> nn.Module:
 
 
 class WithUnused(nn.Module):
-    """A layer that no forward reads, and an auxiliary head that evaluation reads only."""
+    """A layer that no forward uses, and an auxiliary head that only evaluation uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1073,7 +1073,7 @@ class WithUnused(nn.Module):
 
 
 class PartlyUsed(nn.Module):
-    """A parameter of which a slice counts; the rest has gradient 0."""
+    """Uses only a slice of a parameter; the rest has gradient 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1115,7 +1115,7 @@ class Containers(nn.Module):
 
 
 class RegularisesItself(nn.Module):
-    """Walks over `self.parameters()` in its forward."""
+    """Iterates over `self.parameters()` in its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1202,7 +1202,7 @@ class CountsCalls(nn.Module):
 
 
 class RunningMeanByHand(nn.Module):
-    """Writes a new tensor in the buffer's place, and normalises by it."""
+    """Replaces the buffer by a new tensor, and normalises by it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1217,7 +1217,7 @@ class RunningMeanByHand(nn.Module):
 
 
 class RunningMeanInPlace(RunningMeanByHand):
-    """The same by `copy_` and `lerp_`."""
+    """Does the same in place, by `lerp_`."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x)
@@ -1227,7 +1227,7 @@ class RunningMeanInPlace(RunningMeanByHand):
 
 
 class KeepsFeatures(nn.Module):
-    """Leaves its features on itself for whoever wants them."""
+    """Keeps its features in an attribute, for use outside the forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1240,7 +1240,7 @@ class KeepsFeatures(nn.Module):
 
 
 class CollectsByHook(nn.Module):
-    """Hooks gather the layers' outputs in a list that the forward starts anew; the head reads them all."""
+    """Hooks collect layers' outputs in a list that every forward replaces; the head reads them all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1265,7 +1265,7 @@ def remember(kept: dict[str, Tensor], name: str, module: nn.Module, inputs: tupl
 
 
 class ActivationsInDict(nn.Module):
-    """The recipe of the forums: a dictionary that hooks fill, here one of the model's own."""
+    """The usual recipe from forums: hooks fill a dictionary, here an attribute of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1278,7 +1278,7 @@ class ActivationsInDict(nn.Module):
 
 
 class AddsAuxiliaryLoss(nn.Module):
-    """A penalty on the features, kept for the loss function to add."""
+    """Keeps a penalty on its features in an attribute, and scales the logits by it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1307,7 +1307,7 @@ class FillsNewTensor(nn.Module):
 
 
 class WorksInPlace(nn.Module):
-    """In-place operators on what it computed itself."""
+    """Applies in-place operators to tensors that it computed itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1400,7 +1400,7 @@ class EnergyForce(nn.Module):
 
 
 class EnergyForceByFunc(EnergyForce):
-    """The same by torch.func."""
+    """Does the same by torch.func."""
 
     def forward(self, x: Tensor) -> Tensor:
         return -torch.func.grad(lambda places: self.energy(places).sum())(x)
@@ -1454,7 +1454,7 @@ class CustomFunction(nn.Module):
 
 
 class PlainList(nn.Module):
-    """Keeps its blocks a second time in an ordinary list, and calls them from there."""
+    """Keeps its blocks in an ordinary list as well, and calls them from there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1469,7 +1469,7 @@ class PlainList(nn.Module):
 
 
 class PlainParameters(nn.Module):
-    """Keeps its parameters a second time in an ordinary dictionary, and reads them there."""
+    """Keeps its parameters in an ordinary dictionary as well, and reads them from there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1528,7 +1528,7 @@ class PartialOfSubmodule(nn.Module):
 
 
 class BackReference(nn.Module):
-    """A child that knows its parent (outside torch's own register) and reads a parameter of it."""
+    """A child that holds its parent (in a tuple, so that torch does not register it) and reads a parameter of it."""
 
     class Child(nn.Module):
         def __init__(self, parent: nn.Module) -> None:
@@ -1581,7 +1581,7 @@ class TrainsAndEvaluates(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Blocks in the manner of the big libraries
+# Blocks in the style of large libraries
 
 
 class LayerScale(nn.Module):

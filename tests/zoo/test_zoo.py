@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 2}
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """What a call must leave alone."""
+    """Everything a call must leave unchanged."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {
         "objects": {name: id(tensor) for name, tensor in tensors.items()},
@@ -69,7 +69,7 @@ def check(case: Case, method: str, batching: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_it_is_called(name: str) -> None:
-    """Sign steps, by whatever serves the model."""
+    """Sign steps with the default backend and batching."""
     check(CASES[name], "sign-maml", "auto", "auto")
 
 
@@ -86,13 +86,13 @@ def test_every_way(name: str, method: str, batching: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference(name: str) -> None:
-    """The readable backend, which all others are held to."""
+    """The reference backend, which all others must agree with."""
     check(CASES[name], "sign-maml", "one-by-one", "torch")
 
 
 @pytest.mark.slow
 def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile serves is exact, and the rest is refused."""
+    """The models that torch.compile serves are exact, and the others are refused."""
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     served = 0
     for name in list(CASES)[::9]:
@@ -115,7 +115,7 @@ def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_predictions_do_not_depend_on_the_way() -> None:
-    """`evaluate` one by one and together, where both work."""
+    """`evaluate` gives the same one by one and together, where both work."""
     compared = 0
     for case in CASES.values():
         if case.together is not None:
