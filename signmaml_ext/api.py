@@ -121,10 +121,11 @@ def meta_step(
         output: Which part of what the model returns is the prediction: a key or an attribute ("logits"), a number, or a
             callable `(returned) -> tensor`. None: all of it, which must be one tensor for a named loss.
         batching: How tasks run that no whole-meta-step kernel serves. "together": under torch.vmap; a module that vmap
-            refuses is refused. "one-by-one": separately, which serves every module; on a CPU as many at a time as torch
-            has threads. "auto": together where the operators of one task are too small to be worth their calls, as many
-            tasks as fit in the caches, and always on CUDA; one by one where that does not work. The choice depends only
-            on the model and on sizes, never on a clock; `explain` says which, and why.
+            refuses is refused. "one-by-one": separately, which serves every module; on a CPU at most as many at a time
+            as torch has threads, and one at a time if their order matters (random draws, hooks, a loss that is not
+            torch's) or threads do not pay. "auto": together where the operators of one task are too small to be worth
+            their calls, as many tasks as fit in the caches, and always on CUDA; one by one where that does not work.
+            The choice depends only on the model and on sizes, never on a clock; `explain` says which, and why.
         compile: Whether torch.compile makes the forward and backward passes where no whole-meta-step kernel serves
             ("conv" and "mlp" have nothing to compile). The first call of a kind takes seconds to minutes. Compiled
             passes round differently from torch's own operators and draw other dropout masks, repeatably. The query pass

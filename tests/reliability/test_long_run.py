@@ -15,5 +15,5 @@ def test_memory_stays_and_metrics_are_whole_after_kills(tmp_path: Path) -> None:
     assert found.kills == 4
     assert found.records_expected == found.records_found
     assert found.same_as_uninterrupted
-    # A leak of 1 KiB per iteration would add 1.2 MiB over the run; torch and malloc vary by a few MiB.
+    # torch and malloc vary by a few MiB, so this catches leaks from 7 KiB per iteration on; the full run, smaller ones.
     assert found.memory_growth_mib < 8
