@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .episodes import Sampler, draw
-from .evaluation import StepArguments
+from .evaluation import EvaluationArguments, StepArguments
 from .models import MLP, Conv4
+from .rates import InnerRates
 
 if TYPE_CHECKING:
     from .data import ImageSet
@@ -158,6 +159,16 @@ def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], T
         "nonfinite": config.nonfinite,
         "batch_norm": config.batch_norm,
     }
+
+
+def evaluation_arguments(
+    config: TrainConfig, rates: InnerRates, loss: str | Callable[[Tensor, Tensor], Tensor]
+) -> EvaluationArguments:
+    """The arguments of `signmaml_ext.evaluate` in an evaluation; the rates carry no gradient."""
+    steps = config.evaluation_steps()
+    with torch.no_grad():
+        values = rates.values(steps)
+    return {**step_arguments(config, loss), "inner_lr": values, "inner_steps": steps}
 
 
 def data_name(config: TrainConfig, sources: Sequence[Source]) -> str:

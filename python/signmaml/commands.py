@@ -17,7 +17,7 @@ from . import building, checkpoint, data, distributed, plots
 from . import config as configs
 from .config import TrainConfig
 from .episodes import Sampler, draw
-from .evaluation import Evaluation, EvaluationArguments, default_chunk, evaluate_sampler, loss_for
+from .evaluation import Evaluation, default_chunk, evaluate_sampler, loss_for
 from .loggers import clock, counting
 from .options import EVALUATION_FIELDS, given_fields
 from .presets import PRESETS
@@ -188,16 +188,8 @@ def _evaluation(
         chunk=default_chunk(next(model.parameters()).device),
         report={"data": config.data, "split": split},
         progress=count,
-        **_call_arguments(config, rates, sampler),
+        **building.evaluation_arguments(config, rates, loss_for(draw(sampler, 0))),
     )
-
-
-def _call_arguments(config: TrainConfig, rates: InnerRates, sampler: Sampler) -> EvaluationArguments:
-    """The arguments of an evaluation for `signmaml_ext.evaluate`."""
-    with torch.no_grad():
-        values = rates.values(config.evaluation_steps())
-    arguments = building.step_arguments(config, loss_for(draw(sampler, 0)))
-    return {**arguments, "inner_lr": values, "inner_steps": config.evaluation_steps()}
 
 
 def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -289,7 +281,7 @@ def _plot_episode(run: RunFolder, task: int) -> None:
     device = building.resolve_device(config.device)
     sampler = building.make_sampler(config, None, "test", device)
     model, rates = rebuild(config, config, sampler, tensors, inner_rates, device)
-    arguments = _call_arguments(config, rates, sampler)
+    arguments = building.evaluation_arguments(config, rates, loss_for(draw(sampler, 0)))
     if plots.draw_task(
         model, sampler, run.episode, task=task, title=f"{config.data}/test, {config.method}", **arguments
     ):

@@ -22,7 +22,7 @@ from signmaml_ext.checks import check_problem
 
 from .config import TrainConfig
 from .distributed import Group
-from .episodes import Episodes, Sampler, draw
+from .episodes import Episodes, Sampler
 from .evaluation import StepArguments
 from .pieces import MetaStep, Share, draw_share
 from .rates import InnerRates
@@ -73,7 +73,7 @@ class Trial(NamedTuple):
     unreached: frozenset[str]
 
 
-def try_one_task(training: Training) -> Trial:
+def try_one_task(training: Training, one_task: Episodes) -> Trial:
     """Runs a meta-step and discards it, so that errors are raised before anything is written.
 
     It also settles which backend serves the model (a module may turn out not to batch), so that the choice does not
@@ -85,7 +85,7 @@ def try_one_task(training: Training) -> Trial:
     training.model.train()
     result = signmaml_ext.meta_step(
         training.model,
-        *draw(training.sampler, 0).part(0, 1),
+        *one_task,
         inner_lr=training.rates.values(),
         inner_steps=training.config.inner_steps,
         seed=0,
@@ -98,7 +98,7 @@ def try_one_task(training: Training) -> Trial:
     return Trial(result.query_accuracy is not None, unreached)
 
 
-def why_no_graph(training: Training) -> str | None:
+def why_no_graph(training: Training, one_task: Episodes) -> str | None:
     """None if iterations can be replayed as CUDA graphs, else the reason; tries a meta-step of one task."""
     if training.config.graph is False:
         return "the configuration says no"
@@ -110,7 +110,7 @@ def why_no_graph(training: Training) -> str | None:
         return f"{type(training.sampler).__name__} draws on the host (it has no draw_at)"
     problem = check_problem(
         training.model,
-        *draw(training.sampler, 0).part(0, 1),
+        *one_task,
         inner_lr=training.rates.values(),
         inner_steps=training.config.inner_steps,
         seed=0,

@@ -21,7 +21,7 @@ from . import building, checkpoint, state, version
 from .config import TrainConfig
 from .distributed import Group
 from .episodes import EpisodeSampler, Sampler, draw
-from .evaluation import Evaluation, EvaluationArguments, default_chunk, evaluate_sampler, loss_for
+from .evaluation import Evaluation, default_chunk, evaluate_sampler, loss_for
 from .iteration import Iteration, Training, outer_adam, try_one_task, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
@@ -115,11 +115,13 @@ class MetaTrainer:
         self.model.to(self.device)
         self.rates = InnerRates(self.model, config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
         episodes = draw(self._train_sampler, 0)
-        self._arguments = building.step_arguments(config, loss or loss_for(episodes))
+        self._loss = loss or loss_for(episodes)
+        self._arguments = building.step_arguments(config, self._loss)
         training = Training(config, self.model, self.rates, self._train_sampler, self._arguments, self.group)
         self._trained = training.trained
         # Reject a configuration that does not fit before a folder is created.
-        self._classification, unreached = try_one_task(training)
+        one_task = episodes.part(0, 1)
+        self._classification, unreached = try_one_task(training, one_task)
         self.explanation = signmaml_ext.explain(
             self.model,
             *episodes,
@@ -127,7 +129,7 @@ class MetaTrainer:
             inner_steps=config.inner_steps,
             **self._arguments,  # type: ignore[arg-type]
         )
-        reason = why_no_graph(training)
+        reason = why_no_graph(training, one_task)
         if config.graph and reason is not None:
             raise ValueError(f"graph: expected a run whose iterations a CUDA graph can hold, found that {reason}")
         step = MetaStep(self.model, training.trained, self.group, self._classification, unreached)
@@ -408,12 +410,10 @@ class MetaTrainer:
     ) -> Evaluation:
         if sampler is None:
             raise ValueError(f"{split}: expected data for this split, found none")
-        config, steps = self.config, self.config.evaluation_steps()
+        config = self.config
         report: dict[str, Any] = {"data": self.data_name, "split": split}
         if self._sources[split] is None:
             report |= {"ways": config.ways, "shots": config.shots, "queries": config.evaluation_queries()}
-        with torch.no_grad():
-            rates = self.rates.values(steps)
         return evaluate_sampler(
             self.model,
             sampler,
@@ -422,9 +422,7 @@ class MetaTrainer:
             report=report,
             progress=progress,
             group=self.group,
-            inner_lr=rates,
-            inner_steps=steps,
-            **self._arguments,
+            **building.evaluation_arguments(config, self.rates, self._loss),
         )
 
     def _test_best(self, guard: SignalGuard) -> Evaluation | None:
@@ -460,10 +458,7 @@ class MetaTrainer:
 
         plots.draw_curves(self.run.metrics, self.run.curves)
         sampler = self._test_sampler or self._val_sampler or self._train_sampler
-        with torch.no_grad():
-            rates = self.rates.values(self.config.evaluation_steps())
-        steps = self.config.evaluation_steps()
-        arguments: EvaluationArguments = {**self._arguments, "inner_lr": rates, "inner_steps": steps}
+        arguments = building.evaluation_arguments(self.config, self.rates, self._loss)
         split = "test" if self._test_sampler else "val" if self._val_sampler else "train"
         title = f"{self.data_name}/{split}, {self.config.method}"
         plots.draw_task(self.model, sampler, self.run.episode, title=title, **arguments)

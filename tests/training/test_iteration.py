@@ -324,5 +324,6 @@ def test_nothing_in_an_iteration_waits_or_comes_from_the_host(
 def test_several_processes_train_without_graphs(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, 2)
     parts = (trainer.config, trainer.model, trainer.rates, trainer._train_sampler, trainer._arguments)
-    assert why_no_graph(Training(*parts, Group())) is None
-    assert why_no_graph(Training(*parts, Group(1, 2))) == "2 processes train together"
+    one_task = trainer._train_sampler.draw(0).part(0, 1)
+    assert why_no_graph(Training(*parts, Group()), one_task) is None
+    assert why_no_graph(Training(*parts, Group(1, 2)), one_task) == "2 processes train together"
