@@ -55,13 +55,15 @@ void define_emulation(py::module_& m) {
     m.attr("emulated") = true;
     m.def(
         "configure",
-        [](std::uint64_t seed, int blocks_alive, int multiprocessors) {
+        [](std::uint64_t seed, int blocks_alive, int multiprocessors, int architecture) {
+            emulation::settings().tensor_cores = emulation::tensor_cores_of(architecture);
             emulation::settings().seed = seed;
             emulation::settings().blocks_alive = blocks_alive;
             emulation::settings().multiprocessors = multiprocessors;
         },
-        py::arg("seed") = 0, py::arg("blocks_alive") = 1, py::arg("multiprocessors") = 2,
-        "Order of threads, blocks that run at the same time, and the size that plans are told.");
+        py::arg("seed") = 0, py::arg("blocks_alive") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 80,
+        "Order of threads, blocks that run at the same time, the size that plans are told, and whose tensor cores sum "
+        "(80: those whose sums lose most).");
     m.def("selftest_fault", &fault);
     m.def("selftest_block_sum", &block_sum);
     m.def("selftest_matmul_tf32", &matmul_tf32);

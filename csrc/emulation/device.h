@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "emulation/machine.h"
+#include "emulation/tensor_cores.h"
 
 #define __global__
 #define __device__
@@ -111,17 +112,12 @@ inline Scalar shuffle_xor(Scalar value, int distance) {
     return operand.result;
 }
 
-// ---- tensor cores
+// ---- rounding; C++ is compiled without fused multiply-adds
 
-// Rounds to TF32 (10 bits of mantissa), ties away from zero, as cvt.rna.tf32.f32 does. NaN and Inf stay.
-inline float to_tf32(float value) {
-    if (!std::isfinite(value)) return value;
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits = (bits + 0x1000u) & ~0x1fffu;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+inline float rounded_product(float a, float b) { return a * b; }
+inline double rounded_product(double a, double b) { return a * b; }
+
+// ---- tensor cores
 
 inline std::uint32_t bits_of(float value) {
     std::uint32_t bits;
@@ -133,6 +129,14 @@ inline float float_of(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+// A value rounded to TF32 (10 bits of mantissa), ties away from zero, as cvt.rna.tf32.f32 does. The low 13 bits, which
+// PTX leaves open, are what the value had there and more.
+inline std::uint32_t tf32_operand(float value) {
+    if (value != value) return 0x7fffffffu;
+    const std::uint32_t bits = bits_of(value);
+    return std::isinf(value) ? bits : bits + 0x1000u;
 }
 
 // Two floats rounded to bf16 (ties to even) in one register, the lower one first.
@@ -160,24 +164,24 @@ struct MmaOperand {
     const std::uint32_t* b;
 };
 
-// d += a * b for fragments of a 16 x kK and a kK x 8 matrix; `element` reads entry e of a lane's fragment.
+// d += a * b for fragments of a 16 x kK and a kK x 8 matrix, `products` of them at once; `element` reads entry e of a
+// lane's fragment.
 template <int kK, int kEntriesOfA, int kEntriesOfB, typename RowOfA, typename ColumnOfA, typename RowOfB,
           typename Element>
-inline void mma(void* const* operands, RowOfA row_of_a, ColumnOfA column_of_a, RowOfB row_of_b, Element element) {
-    float a[16][kK], b[kK][8];
+inline void mma(void* const* operands, RowOfA row_of_a, ColumnOfA column_of_a, RowOfB row_of_b, Element element,
+                int products, int extra_bits) {
+    float rows[16][kK], columns[8][kK];
     for (int lane = 0; lane < kWarpThreads; ++lane) {
         const auto* own = static_cast<const MmaOperand*>(operands[lane]);
-        for (int e = 0; e < kEntriesOfA; ++e) a[row_of_a(lane, e)][column_of_a(lane, e)] = element(own->a, e);
-        for (int e = 0; e < kEntriesOfB; ++e) b[row_of_b(lane, e)][lane / 4] = element(own->b, e);
+        for (int e = 0; e < kEntriesOfA; ++e) rows[row_of_a(lane, e)][column_of_a(lane, e)] = element(own->a, e);
+        for (int e = 0; e < kEntriesOfB; ++e) columns[lane / 4][row_of_b(lane, e)] = element(own->b, e);
     }
     for (int lane = 0; lane < kWarpThreads; ++lane) {
         auto* own = static_cast<MmaOperand*>(operands[lane]);
         for (int e = 0; e < 4; ++e) {
-            const int row = lane / 4 + (e >= 2 ? 8 : 0);
-            const int column = lane % 4 * 2 + e % 2;
-            double sum = own->d[e];  // products are exact; the hardware's order of summation is not specified
-            for (int k = 0; k < kK; ++k) sum += double{a[row][k]} * double{b[k][column]};
-            own->d[e] = static_cast<float>(sum);
+            const float* row = rows[lane / 4 + (e >= 2 ? 8 : 0)];
+            const float* column = columns[lane % 4 * 2 + e % 2];
+            own->d[e] = add_products(own->d[e], row, column, kK, products, extra_bits);
         }
     }
 }
@@ -188,6 +192,7 @@ inline void mma(void* const* operands, RowOfA row_of_a, ColumnOfA column_of_a, R
 inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     emulation::MmaOperand operand{d, a, b};
     emulation::warp_operation("mma_m16n8k8_tf32", kAllLanes, &operand, [](void* const* operands) {
+        const emulation::TensorCores& cores = emulation::settings().tensor_cores;
         emulation::mma<8, 4, 2>(
             operands, [](int lane, int e) { return lane / 4 + e % 2 * 8; },
             [](int lane, int e) { return lane % 4 + e / 2 * 4; }, [](int lane, int e) { return lane % 4 + e * 4; },
@@ -196,7 +201,8 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const s
                 float value;
                 std::memcpy(&value, &bits, 4);
                 return value;
-            });
+            },
+            cores.tf32_products, cores.extra_bits);
     });
 }
 
@@ -204,13 +210,15 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const std::uint32_t (&a)[4], const s
 inline void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     emulation::MmaOperand operand{d, a, b};
     emulation::warp_operation("mma_m16n8k16_bf16", kAllLanes, &operand, [](void* const* operands) {
+        const emulation::TensorCores& cores = emulation::settings().tensor_cores;
         emulation::mma<16, 8, 4>(
             operands, [](int lane, int e) { return lane / 4 + e / 2 % 2 * 8; },
             [](int lane, int e) { return lane % 4 * 2 + e % 2 + e / 4 * 8; },
             [](int lane, int e) { return lane % 4 * 2 + e % 2 + e / 2 * 8; },
             [](const std::uint32_t* fragment, int e) {
                 return emulation::bf16_to_float(fragment[e / 2] >> (e % 2 * 16) & 0xffffu);
-            });
+            },
+            cores.bf16_products, cores.extra_bits);
     });
 }
 

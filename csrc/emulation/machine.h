@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "emulation/memory.h"
+#include "emulation/tensor_cores.h"
 
 namespace signmaml::emulation {
 
@@ -32,9 +33,10 @@ struct Buffer {
 };
 
 struct Settings {
-    std::uint64_t seed = 0;   // of the order of threads and blocks
-    int blocks_alive = 1;     // blocks that run at the same time
-    int multiprocessors = 2;  // the number that plans are given
+    std::uint64_t seed = 0;                          // of the order of threads and blocks
+    int blocks_alive = 1;                            // blocks that run at the same time
+    int multiprocessors = 2;                         // the number that plans are given
+    TensorCores tensor_cores = tensor_cores_of(80);  // those whose sums lose most
     std::vector<Buffer> buffers;
 };
 

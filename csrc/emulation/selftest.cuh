@@ -70,14 +70,6 @@ __device__ inline void stage_tf32(const MatmulTf32Params& p, const Shared<float>
     cp_async_commit();
 }
 
-__device__ inline std::uint32_t tf32_bits(float value) {
-    union {
-        float value;
-        std::uint32_t bits;
-    } both{to_tf32(value)};
-    return both.bits;
-}
-
 __global__ void matmul_tf32_kernel(const MatmulTf32Params p) {
     const Shared<float> a(0, 2 * kTf32StageOfA);
     const Shared<float> b(2 * kTf32StageOfA * 4, 2 * kTf32StageOfB);
@@ -95,14 +87,14 @@ __global__ void matmul_tf32_kernel(const MatmulTf32Params p) {
         block_barrier();  // the slab of both warps has arrived
         const int of_a = slab % 2 * kTf32StageOfA, of_b = slab % 2 * kTf32StageOfB;
         const std::uint32_t fragment_a[4] = {
-            tf32_bits(a.get(of_a + group * kTf32Depth + member)),
-            tf32_bits(a.get(of_a + (group + 8) * kTf32Depth + member)),
-            tf32_bits(a.get(of_a + group * kTf32Depth + member + 4)),
-            tf32_bits(a.get(of_a + (group + 8) * kTf32Depth + member + 4)),
+            tf32_operand(a.get(of_a + group * kTf32Depth + member)),
+            tf32_operand(a.get(of_a + (group + 8) * kTf32Depth + member)),
+            tf32_operand(a.get(of_a + group * kTf32Depth + member + 4)),
+            tf32_operand(a.get(of_a + (group + 8) * kTf32Depth + member + 4)),
         };
         const std::uint32_t fragment_b[2] = {
-            tf32_bits(b.get(of_b + member * kTf32Columns + first_column + group)),
-            tf32_bits(b.get(of_b + (member + 4) * kTf32Columns + first_column + group)),
+            tf32_operand(b.get(of_b + member * kTf32Columns + first_column + group)),
+            tf32_operand(b.get(of_b + (member + 4) * kTf32Columns + first_column + group)),
         };
         mma_m16n8k8_tf32(d, fragment_a, fragment_b);
         block_barrier();  // both warps have read the stage before it is filled again

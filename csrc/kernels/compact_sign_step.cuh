@@ -26,7 +26,7 @@ inline constexpr Scalar kNan = std::numeric_limits<Scalar>::quiet_NaN();
 
 template <typename Scalar>
 __device__ inline Scalar from_count(Scalar theta, Scalar lr, std::int8_t count) {
-    return count == kNanCount ? kNan<Scalar> : theta - lr * static_cast<Scalar>(count);
+    return count == kNanCount ? kNan<Scalar> : stepped(theta, lr, static_cast<Scalar>(count));
 }
 
 // The columns [column, column + kVector) of one row. Returns whether to flag the task.

@@ -58,6 +58,16 @@ __device__ inline void store_floats(Stored* target, const Vector<float, kCount>&
     store<Stored, kCount>(target, stored);
 }
 
+// Starts to copy four floats to shared memory, both addresses multiples of 16 bytes; zeros if there is no source.
+__device__ inline void copy_or_clear(float* target, const float* source, bool has_source) {
+    if (has_source) {
+        cp_async_16(target, source);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store(target + i, 0.0f);
+    }
+}
+
 // ---- tiles
 
 // Where a tile is in the grid of positions.
@@ -251,6 +261,13 @@ __device__ inline void prepare_raw_grad(const ConvLayer<Stored>& layer, std::int
 
 // ---- products on tensor cores
 
+// Thread blocks of kTilesN * 8 columns that a multiprocessor holds at once: as many as registers allow without
+// spilling. In fp32 a thread also holds the sums of one step of the depth.
+template <ConvPrecision kPrecision, int kTilesN>
+inline constexpr int kConvBlocksResident = kTilesN == 8                                         ? 2
+                                           : kTilesN == 4 && kPrecision == ConvPrecision::kFp32 ? 3
+                                                                                                : 4;
+
 template <ConvPrecision kPrecision>
 inline constexpr int kConvDepth = kPrecision == ConvPrecision::kBf16 ? 16 : 8;
 
@@ -270,7 +287,7 @@ struct Halves {
 
 __device__ inline Halves halves_of(float value) {
     const float high = to_tf32(value);
-    return {bits_of(high), bits_of(to_tf32(value - high))};
+    return {bits_of(high), tf32_operand(value - high)};
 }
 
 // sums[i][j] += a_i b_j over kConvDepth of depth, for kM fragments of 16 rows and kN of 8 columns.
@@ -312,11 +329,17 @@ __device__ inline void multiply(float (&sums)[kM][kN][4], const A& a, const B& b
 #pragma unroll
             for (int i = 0; i < kM; ++i) {
                 if constexpr (kPrecision == ConvPrecision::kFp32) {
-                    // Add the small products first: they would be lost in the large sum.
-                    mma_m16n8k8_tf32(sums[i][j], low[i], columns);
-                    mma_m16n8k8_tf32(sums[i][j], high[i], rest);
+                    // Tensor cores cut off what they add to a large sum, so the large sums are added up outside them.
+                    // The small products come first: they would be lost in the large ones.
+                    float of_step[4] = {};
+                    mma_m16n8k8_tf32(of_step, low[i], columns);
+                    mma_m16n8k8_tf32(of_step, high[i], rest);
+                    mma_m16n8k8_tf32(of_step, high[i], columns);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sums[i][j][e] += of_step[e];
+                } else {
+                    mma_m16n8k8_tf32(sums[i][j], high[i], columns);
                 }
-                mma_m16n8k8_tf32(sums[i][j], high[i], columns);
             }
         }
     }

@@ -56,20 +56,15 @@ __device__ inline void stage_transposed_slab(const float* weights, int tap, int 
     const int quads = padded / 4;
     for (int item = threadIdx.x; item < kColumns * quads; item += kConvThreads) {
         const int column = item / quads, filter = item % quads * 4;
-        float* target = slabs.address(slab + column * kConvRow + filter);
-        if (filter < depth && first_column + column < channels) {
-            cp_async_16(target,
-                        weights + (std::int64_t{tap} * channels + first_column + column) * filters + first + filter);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) store(target + i, 0.0f);
-        }
+        const std::int64_t from = (std::int64_t{tap} * channels + first_column + column) * filters + first + filter;
+        copy_or_clear(slabs.address(slab + column * kConvRow + filter), weights + from,
+                      filter < depth && first_column + column < channels);
     }
     cp_async_commit();
 }
 
 template <ConvPrecision kPrecision, int kTilesN>
-__global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
     conv_data_grad_kernel(const ConvDataGradParams<typename ConvStored<kPrecision>::Type> p) {
     using Stored = typename ConvStored<kPrecision>::Type;
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;

@@ -82,20 +82,15 @@ __device__ inline void stage_forward_slab(const float* weights, int tap, int cha
     const int slab = tap % 2 * kConvChunk * (kColumns + 8);
     for (int item = threadIdx.x; item < padded * (kColumns / 4); item += kConvThreads) {
         const int row = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
-        float* target = slabs.address(slab + row * (kColumns + 8) + column);
-        if (row < depth && first_column + column < filters) {
-            const std::int64_t from = (std::int64_t{tap} * channels + first + row) * filters + first_column + column;
-            cp_async_16(target, weights + from);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) store(target + i, 0.0f);
-        }
+        const std::int64_t from = (std::int64_t{tap} * channels + first + row) * filters + first_column + column;
+        copy_or_clear(slabs.address(slab + row * (kColumns + 8) + column), weights + from,
+                      row < depth && first_column + column < filters);
     }
     cp_async_commit();
 }
 
 template <ConvPrecision kPrecision, int kTilesN>
-__global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
     conv_forward_kernel(const ConvForwardParams<typename ConvStored<kPrecision>::Type> p) {
     using Stored = typename ConvStored<kPrecision>::Type;
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;

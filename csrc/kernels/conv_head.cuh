@@ -173,7 +173,7 @@ struct ConvHead {
             store(p.grads + task * p.parameters + theta_place, gradient);
         } else {
             const float direction = p.by_sign ? sign(gradient) : gradient;
-            store(weights() + place, load(weights() + place) - load(p.lr + tensor) * direction);
+            store(weights() + place, stepped(load(weights() + place), load(p.lr + tensor), direction));
         }
         return is_nonfinite(gradient);
     }

@@ -172,7 +172,7 @@ __device__ inline bool take(const ConvUpdateParams& p, std::int64_t task, std::i
     if (load(p.adapt + tensor) == 0) return false;
     float* weight = row_of(p.weights, task) + place;
     const float direction = p.by_sign ? sign(gradient) : gradient;
-    store(weight, load(weight) - load(p.lr + tensor) * direction);
+    store(weight, stepped(load(weight), load(p.lr + tensor), direction));
     return is_nonfinite(gradient);
 }
 

@@ -69,7 +69,7 @@ __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>&
 }
 
 template <ConvPrecision kPrecision, int kTilesN>
-__global__ void __launch_bounds__(kConvThreads, kTilesN == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
     conv_weight_grad_kernel(const ConvWeightGradParams<typename ConvStored<kPrecision>::Type> p) {
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>;
     const ConvBlock& block = p.layer.block;

@@ -228,7 +228,7 @@ struct MlpTask {
     __device__ void take(Scalar* place, Scalar gradient, const Scalar* lr) {
         nonfinite |= is_nonfinite(gradient);
         if (kStep) {
-            store(place, load(place) - load(lr) * (p.by_sign ? sign(gradient) : gradient));
+            store(place, stepped(load(place), load(lr), p.by_sign ? sign(gradient) : gradient));
         } else {
             store(place, gradient);
         }

@@ -74,13 +74,20 @@ __device__ inline Scalar shuffle_xor(Scalar value, int distance) {
     return __shfl_xor_sync(kAllLanes, value, distance);
 }
 
+// ---- rounding
+
+// a * b, rounded: never part of a fused multiply-add, into which nvcc turns a product and a sum.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // ---- tensor cores (sm_80 and later)
 
-// Rounds to TF32 (10 bits of mantissa), ties away from zero.
-__device__ inline float to_tf32(float value) {
+// A value rounded to TF32 (10 bits of mantissa), ties away from zero, as an operand of mma. Its low 13 bits may be
+// anything: PTX promises nothing about them, and mma does not read them.
+__device__ inline std::uint32_t tf32_operand(float value) {
     std::uint32_t bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return __uint_as_float(bits);
+    return bits;
 }
 
 __device__ inline std::uint32_t bits_of(float value) { return __float_as_uint(value); }
@@ -139,6 +146,9 @@ namespace signmaml {
 
 // ---- built from the above, the same on both machines
 
+// A value rounded to TF32, as a float.
+__device__ inline float to_tf32(float value) { return float_of(tf32_operand(value) & 0xffffe000u); }
+
 // x - x is NaN for NaN and infinities, and 0 for every other number.
 template <typename Scalar>
 __device__ inline bool is_nonfinite(Scalar x) {
@@ -151,6 +161,12 @@ __device__ inline Scalar sign(Scalar x) {
     if (x > Scalar(0)) return Scalar(1);
     if (x < Scalar(0)) return Scalar(-1);
     return x == Scalar(0) ? Scalar(0) : x;
+}
+
+// One step of a weight, with the bits of the CPU's: the product is rounded before it is taken off.
+template <typename Scalar>
+__device__ inline Scalar stepped(Scalar weight, Scalar rate, Scalar direction) {
+    return weight - rounded_product(rate, direction);
 }
 
 // The sum over the 32 lanes, the same bits in every lane: each level adds pairs, and a + b is b + a.

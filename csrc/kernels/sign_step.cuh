@@ -85,7 +85,7 @@ __device__ inline bool step_vector(Vector<Scalar, kVector>& params, const Vector
             if (!tables.looks_at(column + i)) continue;
             rate = tables.lr(column + i);
         }
-        params.at[i] -= rate * sign(grads.at[i]);
+        params.at[i] = stepped(params.at[i], rate, sign(grads.at[i]));
         nonfinite |= is_nonfinite(grads.at[i]);
     }
     return nonfinite;

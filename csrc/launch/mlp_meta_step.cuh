@@ -7,9 +7,15 @@
 #include "plan/mlp_meta_step.h"
 
 namespace signmaml {
+
+// The kernel of a team. One that no plan chooses is not compiled.
 template <typename Scalar, bool kWarp>
 auto mlp_kernel_for(bool in_shared) {
-    return in_shared ? mlp_meta_step_kernel<Scalar, kWarp, true> : mlp_meta_step_kernel<Scalar, kWarp, false>;
+    if constexpr (kWarp || mlp_block_fits_shared(sizeof(Scalar))) {
+        return in_shared ? mlp_meta_step_kernel<Scalar, kWarp, true> : mlp_meta_step_kernel<Scalar, kWarp, false>;
+    } else {
+        return mlp_meta_step_kernel<Scalar, kWarp, false>;
+    }
 }
 
 template <typename Scalar>

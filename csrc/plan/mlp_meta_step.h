@@ -53,6 +53,12 @@ inline constexpr std::int64_t kMlpWarpWork = 32 * 64;
 // Warps of all teams on one multiprocessor: as many as can be resident. More would only enlarge the workspace.
 inline constexpr std::int64_t kMlpWarpsPerMultiprocessor = 32;
 
+// Whether a block's task can be in shared memory at all: it has an activation beyond kMlpWarpWork and two deltas at
+// least as large.
+constexpr bool mlp_block_fits_shared(int scalar_bytes) {
+    return (3 * (kMlpWarpWork + 1) + kMlpScratch) * scalar_bytes <= kMlpSharedBytes;
+}
+
 struct MlpPlan {
     int threads;                     // of a team: one warp, or a block
     bool in_shared;                  // the task's memory is shared memory, else workspace

@@ -75,6 +75,10 @@ FP64 = re.compile(
     r"^\s+/\*\w+\*/\s+(?:@\S+\s+)?(?:D(?:ADD|FMA|MUL|SETP|MNMX|MMA)\b|\S*\.F64\b|MUFU\.\w+64H)", re.MULTILINE
 )
 
+# A product and a sum with one rounding. Kernels whose bits are the CPU's must not contain any.
+FUSED = re.compile(r"^\s+/\*\w+\*/\s+(?:@\S+\s+)?[FD]FMA2?\b", re.MULTILINE)
+ROUNDED_LIKE_THE_CPU = {"compact_sign_step_kernel", "sign_step_kernel"}
+
 
 def missing() -> str | None:
     """A missing program that the measurement needs, or None."""
@@ -201,6 +205,7 @@ def measure(files: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
             "shared_bytes": max(0, numbers["SHARED"] - (1024 if number >= 90 else 0)),
             "stack_bytes": numbers["STACK"],  # spilled registers are stored there
             "fp64_instructions": len(FP64.findall(code[architecture, symbol])),
+            "fused_multiply_adds": len(FUSED.findall(code[architecture, symbol])),
             "dynamic_shared_bytes": dynamic_shared_bytes(name),
         }
         shared = values["shared_bytes"] + values["dynamic_shared_bytes"]

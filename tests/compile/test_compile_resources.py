@@ -56,6 +56,15 @@ def test_float_kernels_have_no_double_arithmetic(measured):
             assert values["fp64_instructions"] > 0, "the count must see double arithmetic where there is some"
 
 
+def test_steps_on_flat_buffers_are_rounded_as_on_the_cpu(measured):
+    """nvcc fuses products and sums unless it is told not to."""
+    for name, architecture, values in rows(measured):
+        if base_of(name) in resources.ROUNDED_LIKE_THE_CPU:
+            assert values["fused_multiply_adds"] == 0, (name, architecture)
+        elif base_of(name) == "conv_forward_kernel":  # in its BatchNorm
+            assert values["fused_multiply_adds"] > 0, "the count must see them where there are some"
+
+
 def test_occupancy_at_the_launch_configuration(measured):
     """Kernels that stream memory need 16 warps to hide its latency. Those on tensor cores need 8, because their
     operands are already on chip. A task in shared memory needs about one warp per scheduler."""

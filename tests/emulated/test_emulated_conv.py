@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.cases import conv_cases, nets
@@ -15,9 +14,6 @@ from helpers.cases.conv_cases import Net
 from helpers.devices import emulated
 from signmaml_ext import conv, reference
 from signmaml_ext.checks import check_problem
-
-# Two float32 epsilons: smaller errors are negligible, and PyTorch's own may be this small by luck.
-SPACING = 2 * torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +24,6 @@ def native() -> ModuleType:
 def by_seed(native: ModuleType, seed: int) -> None:
     """Runs threads in a random order, for some seeds with several blocks at once."""
     native.configure(seed=seed, blocks_alive=1 + seed % 3, multiprocessors=2)
-
-
-def assert_within_twice_torch(net: Net, found: Tensor, exact: Tensor, torch_found: Tensor) -> None:
-    """Every tensor's gradient is at most twice as far from float64's as PyTorch's own in the same precision."""
-    ours, theirs = conv_cases.errors(net, found, exact), conv_cases.errors(net, torch_found, exact)
-    for shape, error, peer in zip(net.tensors, ours, theirs, strict=True):
-        assert error <= 2 * peer + SPACING, (shape, error, peer)
 
 
 NETS = {
@@ -63,11 +52,11 @@ FORMS = [True, pytest.param(False, marks=pytest.mark.slow)]
 def test_gradients_before_the_sign(native, name, by_covariance):
     net = NETS[name]
     by_seed(native, list(NETS).index(name))
-    data = conv_cases.draw(net, seed=3)
-    found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
-    exact = conv_cases.definition(net, data, steps=0)
-    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
-    assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+    draws = conv_cases.draw_tasks(net, seed=3)
+    apart = conv_cases.errors_of_tasks(native, net, draws, by_covariance=by_covariance)
+    conv_cases.assert_within_twice_torch(net, apart)
+    found = conv_cases.run(native, net, draws[0], steps=0, by_covariance=by_covariance)
+    exact = conv_cases.definition(net, draws[0], steps=0)
     torch.testing.assert_close(found.query_loss.double(), exact.query_loss, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(found.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.query_accuracy, exact.query_accuracy)
@@ -97,11 +86,7 @@ def test_several_chunks_of_channels_and_columns(native, filters):
     """72 filters make two blocks of columns and three chunks of depth."""
     by_seed(native, 1)
     net = Net(blocks=2, filters=filters, height=4, width=4, tasks=1, support=2, query=2)
-    data = conv_cases.draw(net)
-    found = conv_cases.run(native, net, data, steps=0)
-    exact = conv_cases.definition(net, data, steps=0)
-    single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
-    assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+    conv_cases.assert_within_twice_torch(net, conv_cases.errors_of_tasks(native, net, conv_cases.draw_tasks(net)))
 
 
 @pytest.mark.parametrize("offset", [0.0, 128.0])
@@ -109,12 +94,10 @@ def test_images_far_from_zero(native, offset):
     """Pixel values as in files with 0..255: the covariance must not suffer from cancellation."""
     by_seed(native, 2)
     net = Net(channels=3, height=10, width=9)
-    data = conv_cases.draw(net, offset=offset)
+    draws = [conv_cases.draw(net, seed, offset) for seed in range(2)]
     for by_covariance in (True, False):
-        found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
-        exact = conv_cases.definition(net, data, steps=0)
-        single = conv_cases.definition(net, data, steps=0, dtype=torch.float32)
-        assert_within_twice_torch(net, found.grads, exact.grads, single.grads)
+        apart = conv_cases.errors_of_tasks(native, net, draws, by_covariance=by_covariance)
+        conv_cases.assert_within_twice_torch(net, apart)
 
 
 @pytest.mark.parametrize("by_sign", [True, False])

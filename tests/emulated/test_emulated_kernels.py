@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import random
+from fractions import Fraction
 from types import ModuleType
 
 import pytest
@@ -115,6 +118,63 @@ def test_tf32_rounds_as_documented(native):
     c = emulated_cases.poisoned(16, 16)
     native.selftest_matmul_tf32(a.data_ptr(), b.data_ptr(), c.data_ptr(), 16, 16, 8)
     assert c[:3, 0].tolist() == [1 + 2**-10, 1.0, -(1 + 2**-10)]
+
+
+def test_tensor_cores_cut_sums_off_as_the_published_models_say(native):
+    emulated_cases.tensor_core_sums(native)
+
+
+def aligned(value: Fraction, exponent: int, extra_bits: int) -> Fraction:
+    """Cut off towards zero below float32's last bit of that exponent and the extra bits."""
+    unit = Fraction(2) ** (exponent - 23 - extra_bits)
+    return int(value / unit) * unit
+
+
+def exponent_of(value: float) -> int:
+    return max(math.frexp(value)[1] - 1, -126)
+
+
+def modelled_sum(start: float, factors: list[tuple[float, float]], at_once: int, extra_bits: int) -> float:
+    """The published models in exact fractions."""
+    total = start
+    for first in range(0, len(factors), at_once):
+        group = factors[first : first + at_once]
+        terms = [(Fraction(x) * Fraction(y), exponent_of(x) + exponent_of(y)) for x, y in group if x * y != 0]
+        if total != 0:
+            terms.append((Fraction(total), exponent_of(total)))
+        if not terms:
+            continue
+        largest = max(exponent for _, exponent in terms)
+        exact = sum((aligned(value, largest, extra_bits) for value, _ in terms), Fraction(0))
+        total = float(aligned(exact, exponent_of(float(exact)), 0)) if exact else 0.0
+    return total
+
+
+@pytest.mark.parametrize(("architecture", "at_once", "extra_bits"), [(80, 4, 1), (89, 4, 1), (90, 8, 2), (120, 8, 2)])
+def test_tensor_cores_on_random_numbers_of_many_sizes(native, architecture, at_once, extra_bits):
+    draw = random.Random(architecture)
+    native.configure(architecture=architecture)
+
+    def number(bits: int, spread: int) -> float:
+        return draw.choice((-1, 1)) * draw.randrange(2 ** (bits - 1), 2**bits) * 2.0 ** draw.randint(-spread, spread)
+
+    rounded_differently = 0
+    for _ in range(200):
+        start, factors = number(8, 20), [(number(8, 9), number(8, 9)) for _ in range(8)]
+        at_tf32 = emulated_cases.tensor_core_sum(native, "tf32", start, factors)
+        assert at_tf32 == modelled_sum(start, factors, at_once, extra_bits)
+        at_bf16 = emulated_cases.tensor_core_sum(native, "bf16", start, [*factors, *factors])
+        assert at_bf16 == modelled_sum(start, [*factors, *factors], 2 * at_once, extra_bits)
+        nearest = torch.tensor(float(start + sum(Fraction(x) * Fraction(y) for x, y in factors))).item()
+        rounded_differently += at_tf32 != nearest
+    assert rounded_differently > 50, "the model rounds like a single addition"
+
+
+def test_architectures_without_a_model_are_refused(native):
+    with pytest.raises(ValueError, match=r"architecture: expected a number from 80 to 120, .*, found 75"):
+        native.configure(architecture=75)
+    with pytest.raises(ValueError, match="found 130"):
+        native.configure(architecture=130)
 
 
 def test_block_sum_is_bitwise_the_same_in_every_order(native):

@@ -27,6 +27,7 @@ SIGN, META, PLATFORM, SELF = (
     "kernels/platform.cuh",
     "emulation/selftest.cuh",
 )
+CORES = "emulation/tensor_cores.cpp"
 COMPACT = "kernels/compact_sign_step.cuh"
 VECTORS, MLP = "kernels/vectors.cuh", "kernels/mlp_meta_step.cuh"
 COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
@@ -56,8 +57,8 @@ MUTATIONS = [
     Mutation("stage index shifted", SELF, "const int stage = slab % 2;", "const int stage = slab % 2 + 1;", "out of bounds: |uninitialised: "),
     Mutation("all threads write the sum", PLATFORM, "if (lane() == 0) scratch.set", "scratch.set", "race: "),
     # Fragments.
-    Mutation("tf32 a1 and a2 swapped", SELF, "(group + 8) * kTf32Depth + member)),\n            tf32_bits(a.get(of_a + group * kTf32Depth + member + 4)", "group * kTf32Depth + member + 4)),\n            tf32_bits(a.get(of_a + (group + 8) * kTf32Depth + member)"),
-    Mutation("tf32 b0 and b1 swapped", SELF, "{\n            tf32_bits(b.get(of_b + member * kTf32Columns + first_column + group)),\n            tf32_bits(b.get(of_b + (member + 4)", "{\n            tf32_bits(b.get(of_b + (member + 4) * kTf32Columns + first_column + group)),\n            tf32_bits(b.get(of_b + (member)"),
+    Mutation("tf32 a1 and a2 swapped", SELF, "(group + 8) * kTf32Depth + member)),\n            tf32_operand(a.get(of_a + group * kTf32Depth + member + 4)", "group * kTf32Depth + member + 4)),\n            tf32_operand(a.get(of_a + (group + 8) * kTf32Depth + member)"),
+    Mutation("tf32 b0 and b1 swapped", SELF, "{\n            tf32_operand(b.get(of_b + member * kTf32Columns + first_column + group)),\n            tf32_operand(b.get(of_b + (member + 4)", "{\n            tf32_operand(b.get(of_b + (member + 4) * kTf32Columns + first_column + group)),\n            tf32_operand(b.get(of_b + (member)"),
     Mutation("d1 and d2 swapped", SELF, "store(c + member * 2 + 1, d[1]);\n    store(c + 8 * p.n + member * 2, d[2]);", "store(c + member * 2 + 1, d[2]);\n    store(c + 8 * p.n + member * 2, d[1]);"),
     Mutation("group and member swapped", SELF, "group = lane() / 4, member = lane() % 4;\n    const int first", "group = lane() % 8, member = lane() / 8;\n    const int first"),
     Mutation("ldmatrix rows shifted", SELF, "(lane() % 16) * 16 + lane() / 16 * 8", "(lane() % 8) * 16 + lane() / 16 * 8"),
@@ -65,6 +66,15 @@ MUTATIONS = [
     Mutation("bf16 pair swapped", SELF, "b.get(group * 16 + k)) |", "b.get(group * 16 + k + 1)) |"),
     Mutation("bf16 b0 and b1 swapped", SELF, "{pair(member * 2), pair(member * 2 + 8)}", "{pair(member * 2 + 8), pair(member * 2)}"),
     Mutation("shuffle level dropped", PLATFORM, "int distance = 16;", "int distance = 8;"),
+    # How tensor cores sum.
+    Mutation("terms not cut off", CORES, "return shift > -64 ? digits >> -shift : 0;", "return shift > -64 ? (digits + (std::uint64_t{1} << (-shift - 1))) >> -shift : 0;"),
+    Mutation("sums rounded to nearest", CORES, "static_cast<double>(magnitude >> extra)", "static_cast<double>((magnitude + (extra > 0 ? std::uint64_t{1} << (extra - 1) : 0)) >> extra)"),
+    Mutation("no extra bits", CORES, "largest - kMantissa - extra_bits", "largest - kMantissa"),
+    Mutation("one extra bit too many", CORES, "largest - kMantissa - extra_bits", "largest - kMantissa - extra_bits - 1"),
+    Mutation("all products at once", CORES, "k += products) sum = add_at_once(sum, a + k, b + k, products,", "k += depth) sum = add_at_once(sum, a + k, b + k, depth,"),
+    Mutation("products one by one", CORES, "k += products) sum = add_at_once(sum, a + k, b + k, products,", "k += 1) sum = add_at_once(sum, a + k, b + k, 1,"),
+    Mutation("the running sum not aligned with", CORES, "for (int k = 0; k <= count; ++k) {\n        if", "for (int k = 0; k < count; ++k) {\n        if"),
+    Mutation("products normalised before", CORES, "x.exponent + y.exponent, 2 * kMantissa,", "x.exponent + y.exponent + (x.digits * y.digits >> (2 * kMantissa + 1) != 0 ? 1 : 0), 2 * kMantissa + (x.digits * y.digits >> (2 * kMantissa + 1) != 0 ? 1 : 0),"),
     # Indices and tails of the flat-buffer kernels.
     Mutation("head of a row dropped", SIGN, "if (threadIdx.x < span.head)", "if (false && threadIdx.x < span.head)"),
     Mutation("tail of a row dropped", SIGN, "if (tail < p.parameters)", "if (false && tail < p.parameters)"),
@@ -107,7 +117,7 @@ MUTATIONS = [
     Mutation("NaN gradient not counted", COMPACT, "&& grad == grad", ""),
     Mutation("NaN count forgotten", COMPACT, "count != kNanCount && grad == grad", "grad == grad"),
     Mutation("count ends early", COMPACT, "next <= 127", "next <= 126"),
-    Mutation("NaN count taken for a number", COMPACT, "return count == kNanCount ? kNan<Scalar> : theta", "return theta"),
+    Mutation("NaN count taken for a number", COMPACT, "return count == kNanCount ? kNan<Scalar> : stepped", "return stepped"),
     Mutation("counts alone not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "is_nonfinite(grads.at[i])"),
     Mutation("infinite gradient of a count not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "counts.at[i] == kNanCount"),
     Mutation("counts not kept", COMPACT, "    store<std::int8_t, kVector>(p.counts + row + column, counts);\n", ""),
@@ -170,7 +180,9 @@ MUTATIONS = [
     # Fragments.
     Mutation("conv: a1 and a2 swapped", COMMON, "halves_of(a(i, e % 2, member + e / 2 * 4))", "halves_of(a(i, e / 2, member + e % 2 * 4))"),
     Mutation("conv: b0 and b1 swapped", COMMON, "first = halves_of(b(j, member)), second = halves_of(b(j, member + 4))", "first = halves_of(b(j, member + 4)), second = halves_of(b(j, member))"),
-    Mutation("conv: low halves dropped", COMMON, "mma_m16n8k8_tf32(sums[i][j], low[i], columns);\n", "\n"),
+    Mutation("conv: low halves dropped", COMMON, "mma_m16n8k8_tf32(of_step, low[i], columns);\n", "\n"),
+    Mutation("conv: low bits of a TF32 number", COMMON, "const float high = to_tf32(value);", "const float high = float_of(tf32_operand(value));"),
+    Mutation("conv: large sums in the tensor cores", COMMON, "mma_m16n8k8_tf32(of_step, high[i], columns);", "mma_m16n8k8_tf32(sums[i][j], high[i], columns);"),
     Mutation("conv: rows summed by half", COMMON, "distance = 4; distance < 32;", "distance = 4; distance < 16;"),
     Mutation("conv: d1 and d2 swapped", WEIGHT, "sums[tap][j][half * 2 + e] +", "sums[tap][j][half + e * 2] +"),
     # Indices and tails.

@@ -164,3 +164,15 @@ def test_plan_conv_meta_step_cpu_counts_beyond_32_bits_and_refuses_what_it_canno
     assert C.plan_conv_meta_step_cpu(shape, 8, 1000, 1000, 4, 2)["workspace_bytes"] > 2**43
     with pytest.raises(ValueError, match="sizes whose memory can be counted"):
         C.plan_conv_meta_step_cpu(shape, 8, 2**31 - 1, 1, 4, 2)
+
+
+@given(st.lists(st.integers(1, 400), min_size=3, max_size=6), tasks, st.integers(0, 400), st.integers(0, 400))
+def test_a_block_of_an_mlp_is_never_in_shared_memory_in_double(widths, tasks, support, query):
+    """That kernel is not compiled. In float it is chosen, for some."""
+    plan = C.plan_mlp_meta_step(widths, tasks, support, query, 8, 100)
+    assert plan["threads"] == 32 or not plan["in_shared"]
+
+
+def test_a_block_of_an_mlp_can_be_in_shared_memory_in_float():
+    plan = C.plan_mlp_meta_step([1, 100, 1], 4, 25, 1, 4, 100)
+    assert plan["threads"] > 32 and plan["in_shared"]

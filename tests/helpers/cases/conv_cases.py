@@ -331,20 +331,51 @@ def errors(net: Net, found: Tensor, exact: Tensor) -> list[float]:
     return [float((f - e).norm() / e.norm().clamp(min=1e-30)) for f, e in pairs]
 
 
-def errors_of_draws(
-    native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", **options: Any
+def errors_of_tasks(
+    native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", device: str = "cpu", **options: Any
 ) -> Tensor:
-    """Relative distances of each tensor's gradient (before the sign) from float64: `[draws, 2, tensors]`.
+    """Relative distances of each tensor's gradient (before the sign) from float64: `[tasks, 2, tensors]`, of all draws.
 
     Index 0 is the kernels, index 1 PyTorch in the same precision: TF32 operands are rounded by hand, because a CPU has
-    no such products, and summed in float32; bf16 uses autocast. Zeros become 1e-12. A single draw depends on luck: a
+    no such products, and summed in float32; bf16 uses autocast. Zeros become 1e-12. A single task depends on luck: a
     classifier's few scores can be right to the last bit, and if ReLU or pooling decides differently from float64, one
     value changes a whole gradient, for the kernels and for PyTorch alike.
     """
-    of_draws = []
+    of_tasks = []
     for data in draws:
         exact = definition(net, data, steps=0)
         peer = definition(net, data, steps=0, dtype=torch.float32, precision=precision)
-        found = run(native, net, data, steps=0, precision=precision, **options)
-        of_draws.append([errors(net, each.grads, exact.grads) for each in (found, peer)])
-    return torch.tensor(of_draws).clamp(min=1e-12)
+        found = run(native, net, data.to(device), steps=0, precision=precision, **options)
+        for t in range(data.query_x.shape[0]):
+            rows = slice(t, t + 1)
+            of_tasks.append([errors(net, each.grads[rows], exact.grads[rows]) for each in (found, peer)])
+    return torch.tensor(of_tasks).clamp(min=1e-12)
+
+
+# Two float32 epsilons: smaller errors are negligible, and PyTorch's own may be this small by luck.
+SPACING = 2 * torch.finfo(torch.float32).eps
+
+
+def draw_tasks(net: Net, least: int = 3, seed: int = 0) -> list[Data]:
+    """As many draws as hold this many tasks."""
+    return [draw(net, seed + i) for i in range(-(-least // net.tasks))]
+
+
+def assert_within_twice_torch(net: Net, apart: Tensor) -> None:
+    """Every tensor's gradient is at most twice as far from float64's as PyTorch's own in the same precision.
+
+    `apart` is that of `errors_of_tasks`, of at least 3 tasks. Their median counts: it leaves out the tasks in which
+    ReLU or pooling decides differently.
+    """
+    assert apart.shape[0] >= 3, apart.shape
+    ours, theirs = apart.median(0).values
+    for shape, error, peer in zip(net.tensors, ours.tolist(), theirs.tolist(), strict=True):
+        assert error <= 2 * peer + SPACING, (shape, error, peer)
+
+
+def ratio_to_torch(net: Net, apart: Tensor) -> float:
+    """The median errors of the kernels relative to PyTorch's own: their geometric mean over the tensors that have a
+    gradient."""
+    ours, theirs = apart.median(0).values
+    alive = ~torch.tensor(net.dead)
+    return float((ours[alive] / theirs[alive]).log().mean().exp())

@@ -57,6 +57,57 @@ def matmul_bf16(native: ModuleType, m: int, n: int, k: int) -> None:
     torch.testing.assert_close(c, a.float() @ b.float().T, rtol=0, atol=0)
 
 
+def tensor_core_sum(native: ModuleType, precision: str, start: float, factors: list[tuple[float, float]]) -> float:
+    """`start` plus the products of at most 8 (tf32) or 16 (bf16) pairs, as one mma makes it; `start` is a tf32 or bf16
+    number."""
+    depth = {"tf32": 8, "bf16": 16}[precision]
+    a, b, c = torch.zeros(16, 2 * depth), torch.zeros(2 * depth, 16), poisoned(16, 16)
+    a[0, 0], b[0, 0] = start, 1.0  # the first mma makes the start
+    for k, (x, y) in enumerate(factors):
+        a[0, depth + k], b[depth + k, 0] = x, y
+    if precision == "tf32":
+        native.selftest_matmul_tf32(a.data_ptr(), b.data_ptr(), c.data_ptr(), 16, 16, 2 * depth)
+    else:
+        rows, columns = a.to(torch.bfloat16), b.T.contiguous().to(torch.bfloat16)
+        assert torch.equal(rows.float(), a) and torch.equal(columns.float(), b.T)
+        native.selftest_matmul_bf16(rows.data_ptr(), columns.data_ptr(), c.data_ptr(), 16, 16, 2 * depth)
+    return float(c[0, 0])
+
+
+_ZERO, _QUARTER = (0.0, 0.0), (0.5, 0.5)
+_LARGE, _MINUS_LARGE = (2.0**12, 2.0**12), (-(2.0**12), 2.0**12)
+_SQUARE, _MINUS_SQUARE = (1.5, 1.5), (-1.5, 1.5)  # 2.25: its exponent is counted as 0, the sum of 1.5's
+# A start, factors, and their sums on sm_80 and on sm_90, worked out by hand from the published models.
+TENSOR_CORE_SUMS: dict[str, tuple[str, float, list[tuple[float, float]], float, float]] = {
+    "the last bit that both keep": ("tf32", 1.0, [(2.0**-12, 2.0**-12)] * 8, 1 + 2.0**-21, 1 + 2.0**-21),
+    "one bit lower": ("tf32", 1.0, [(2.0**-12, 2.0**-13)] * 8, 1.0, 1 + 2.0**-22),
+    "two bits lower": ("tf32", 1.0, [(2.0**-13, 2.0**-13)] * 8, 1.0, 1.0),
+    "sums are cut off": ("tf32", 1.0, [(1.5 * 2.0**-12, 2.0**-12)], 1.0, 1.0),
+    "towards zero": ("tf32", -1.0, [(-1.5 * 2.0**-12, 2.0**-12)], -1.0, -1.0),
+    "terms are cut off": ("tf32", 1.0, [(-(2.0**-12), 2.0**-13)], 1.0, 1 - 2.0**-24),
+    "four at once, or eight": ("tf32", 0.0, [_LARGE, _MINUS_LARGE, _ZERO, _ZERO, _QUARTER], 0.25, 0.0),
+    "the first four": ("tf32", 0.0, [_LARGE, _MINUS_LARGE, _ZERO, _QUARTER], 0.0, 0.0),
+    "exponents of products": ("tf32", 0.0, [_SQUARE, _MINUS_SQUARE, (2.0**-12, 2.0**-12)], 2.0**-24, 2.0**-24),
+    "beyond them": ("tf32", 0.0, [_SQUARE, _MINUS_SQUARE, (2.0**-13, 2.0**-13)], 0.0, 0.0),
+    "a subnormal sum": ("tf32", 0.0, [(2.0**-75, 2.0**-74)], 2.0**-149, 2.0**-149),
+    "too small a sum": ("tf32", 0.0, [(2.0**-75, 2.0**-75)], 0.0, 0.0),
+    "too large a sum": ("tf32", 0.0, [(-(2.0**64), 2.0**64)], -torch.inf, -torch.inf),
+    "eight at once, or sixteen": ("bf16", 0.0, [_LARGE, _MINUS_LARGE, *[_ZERO] * 6, _QUARTER], 0.25, 0.0),
+    "the first eight": ("bf16", 0.0, [_LARGE, _MINUS_LARGE, *[_ZERO] * 5, _QUARTER], 0.0, 0.0),
+    "bf16, one bit lower": ("bf16", 1.0, [(2.0**-12, 2.0**-13)] * 16, 1.0, 1 + 2.0**-21),
+}
+
+
+def tensor_core_sums(native: ModuleType) -> None:
+    """Sums by the tensor cores of both kinds of architecture; leaves the default chosen."""
+    for name, (precision, start, factors, *expected) in TENSOR_CORE_SUMS.items():
+        for architecture, sum_there in zip((80, 90), expected, strict=True):
+            native.configure(architecture=architecture)
+            found = tensor_core_sum(native, precision, start, factors)
+            assert found == sum_there, (name, architecture, found, sum_there)
+    native.configure()
+
+
 def gradients(tasks: int, parameters: int, dtype: torch.dtype) -> Tensor:
     """Numbers of every kind except NaN and Inf."""
     grads = torch.randn(tasks, parameters, dtype=dtype)
@@ -213,6 +264,14 @@ def conv_ties(native: ModuleType) -> None:
         assert max(conv_cases.errors(net, found.grads, exact.grads)) < 5e-6
 
 
+def conv_sums(native: ModuleType) -> None:
+    """Sums over a long depth are about as exact as PyTorch's; left to tensor cores, they would not be."""
+    net = conv_cases.Net(filters=32, height=6, width=6, tasks=1, support=2, query=12)
+    apart = conv_cases.errors_of_tasks(native, net, [conv_cases.draw(net)])
+    ratio = conv_cases.ratio_to_torch(net, apart)
+    assert ratio < 1.4, ratio
+
+
 def conv_faults(native: ModuleType, device: str = "cpu") -> None:
     """Only a non-finite task is flagged; its neighbours' results keep every bit."""
     net = conv_cases.Net(tasks=3, height=5, width=6, support=2, query=2)
@@ -242,6 +301,7 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
         conv_meta_step(native, Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False)
         # Several chunks of channels, and of columns of the weight gradient.
         conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
+        conv_sums(native)
         conv_meta_step(native, Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False)
         # More tiles than slices: a thread block processes several tiles in turn.
         many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
@@ -254,6 +314,7 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
 
     The quick ones come first, because they find most errors.
     """
+    tensor_core_sums(native)
     for seed in range(seeds):
         torch.manual_seed(seed)
         native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
