@@ -25,6 +25,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(shared.make_folder())
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what tests record as `summary`."""
+    passed = terminalreporter.stats.get("passed", [])
+    lines = [value for report in passed for name, value in report.user_properties if name == "summary"]
+    if lines:
+        terminalreporter.section("what ran")
+        for line in lines:
+            terminalreporter.line(line)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

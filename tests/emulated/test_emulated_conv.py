@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.cases import conv_cases, nets
+from helpers.cases import conv_cases, emulated_cases, nets
 from helpers.cases.conv_cases import Net
 from helpers.devices import emulated
 from signmaml_ext import conv, reference
@@ -104,18 +104,7 @@ def test_images_far_from_zero(native, offset):
 def test_the_step_is_exact_given_the_gradient(native, by_sign):
     """With the same data as query set of no step and as support set of one, the step uses exactly that gradient."""
     by_seed(native, 4)
-    net = Net(channels=2, support=3, query=3)
-    data = conv_cases.draw(net)
-    lr = torch.rand(1, len(net.tensors)) * 0.1
-    data.query_x, data.query_y = data.support_x, data.support_y
-    gradient = conv_cases.run(native, net, data, steps=0).grads
-    stepped = conv_cases.run(native, net, data, steps=1, lr=lr, by_sign=by_sign)
-    rates = torch.cat([rate.expand(torch.Size(shape).numel()) for rate, shape in zip(lr[0], net.tensors, strict=True)])
-    theta = torch.cat([p.reshape(-1) for p in data.params])
-    direction = gradient.sign() if by_sign else gradient
-    assert torch.equal(stepped.adapted, theta - rates * direction)
-    for tensor, before, dead in zip(conv_cases.split(net, stepped.adapted), data.params, net.dead, strict=True):
-        assert not dead or torch.equal(tensor, before.expand_as(tensor)), "a convolution's bias never moves"
+    emulated_cases.conv_step_is_exact(native, by_sign)
 
 
 @pytest.mark.parametrize("halving", ["max", "stride"])

@@ -226,6 +226,8 @@ UNCHANGED = 0
 
 
 def group_of(mutation: Mutation) -> str:
+    if mutation.file == CORES:
+        return "sums"
     return "conv" if "conv_" in mutation.file else "flat"
 
 
@@ -311,7 +313,7 @@ def test_a_place_that_no_switch_fits_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["flat", "conv"])
+@pytest.mark.parametrize("group", ["flat", "conv", "sums"])
 def test_unchanged_sources_pass(outcomes, group):
     outcome = outcomes[UNCHANGED, group]
     assert outcome.code == 0, outcome.said[-2000:]

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from dataclasses import replace
@@ -98,14 +99,11 @@ TENSOR_CORE_SUMS: dict[str, tuple[str, float, list[tuple[float, float]], float, 
 }
 
 
-def tensor_core_sums(native: ModuleType) -> None:
-    """Sums by the tensor cores of both kinds of architecture; leaves the default chosen."""
+def tensor_core_sums(native: ModuleType, architecture: int) -> None:
+    """Sums by the tensor cores of an architecture, which the caller has chosen."""
     for name, (precision, start, factors, *expected) in TENSOR_CORE_SUMS.items():
-        for architecture, sum_there in zip((80, 90), expected, strict=True):
-            native.configure(architecture=architecture)
-            found = tensor_core_sum(native, precision, start, factors)
-            assert found == sum_there, (name, architecture, found, sum_there)
-    native.configure()
+        found = tensor_core_sum(native, precision, start, factors)
+        assert found == expected[architecture >= 90], (name, architecture, found, expected)
 
 
 def gradients(tasks: int, parameters: int, dtype: torch.dtype) -> Tensor:
@@ -118,7 +116,10 @@ def gradients(tasks: int, parameters: int, dtype: torch.dtype) -> Tensor:
     return grads
 
 
-def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0) -> None:
+def sign_step(
+    native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0, apart: int = 0
+) -> None:
+    """Addresses start `shift` elements after a boundary; those of gradients `apart` more."""
     from helpers.devices import emulated
 
     grads = gradients(tasks, parameters, dtype)
@@ -145,7 +146,7 @@ def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtyp
     params = torch.randn(tasks, parameters, dtype=dtype)
     direction = torch.where(grads.isnan(), grads, grads.sign())
     expected = torch.where(looked_at, params - rates * direction, params)
-    params, grads = misaligned(params, shift), misaligned(grads, shift)
+    params, grads = misaligned(params, shift), misaligned(grads, shift + apart)
     flags = torch.zeros(tasks, dtype=torch.bool)
     emulated.sign_step_(native, params, grads, lr, segment_offsets=offsets, mask=mask, nonfinite=flags)
     torch.testing.assert_close(params, expected, rtol=0, atol=0, equal_nan=True)
@@ -153,8 +154,9 @@ def sign_step(native: ModuleType, tasks: int, parameters: int, dtype: torch.dtyp
 
 
 def compact_sign_step(
-    native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0
+    native: ModuleType, tasks: int, parameters: int, dtype: torch.dtype, form: str, shift: int = 0, apart: int = 0
 ) -> None:
+    """Addresses start `shift` elements after a boundary; those of gradients `apart` more."""
     from helpers.devices import emulated
 
     theta, segments = torch.randn(parameters, dtype=dtype), min(3, parameters)
@@ -176,7 +178,7 @@ def compact_sign_step(
     bad = ((after == -128) | ~grads.isfinite()).any(1)
     number = torch.where(after == -128, torch.nan, after.to(dtype))
     counts = misaligned(before.to(torch.int8), shift)  # in step with the scalars
-    params, grads = misaligned(poisoned(tasks, parameters, dtype=dtype), shift), misaligned(grads, shift)
+    params, grads = misaligned(poisoned(tasks, parameters, dtype=dtype), shift), misaligned(grads, shift + apart)
     flags = torch.zeros(tasks, dtype=torch.bool)
     emulated.compact_sign_step_(native, counts, params, theta, grads, lr, segment_offsets=offsets, nonfinite=flags)
     assert torch.equal(counts.long(), after)
@@ -207,8 +209,19 @@ def meta_accumulate(
     assert torch.equal(flags, bad), (flags, bad)
 
 
-def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, support: int, query: int, loss: str) -> None:
-    """Against the definition in plain PyTorch, float64, for sign and plain steps."""
+def mlp_meta_step(
+    native: ModuleType,
+    widths: tuple[int, ...],
+    tasks: int,
+    support: int,
+    query: int,
+    loss: str,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Against the definition in plain PyTorch in float64: plain steps and, in float64, sign steps.
+
+    In float32 a sign can differ where a gradient is near 0.
+    """
     from helpers.cases import definition
     from signmaml_ext import mlp
     from signmaml_ext.checks import check_problem
@@ -222,19 +235,23 @@ def mlp_meta_step(native: ModuleType, widths: tuple[int, ...], tasks: int, suppo
         data.append(torch.randn(tasks, count, widths[0], dtype=torch.float64))
         targets = torch.randn(tasks, count, widths[-1], dtype=torch.float64)
         data.append(targets if loss == "mse" else targets.argmax(-1))
-    for method in ("sign-maml", "fo-maml"):
+    tested = copy.deepcopy(model).to(dtype)
+    inputs = tuple(value.to(dtype) if value.is_floating_point() else value for value in data)
+    near = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for method in ("sign-maml", "fo-maml") if dtype == torch.float64 else ("fo-maml",):
         options = {"inner_lr": 0.05, "inner_steps": 2, "method": method, "loss": loss}
         problem = check_problem(
-            model, *data, **options, adapt=None, backend="torch", precision="fp32", nonfinite="skip",
+            tested, *inputs, **options, adapt=None, backend="torch", precision="fp32", nonfinite="skip",
             batch_norm="batch", seed=0, zero_dead_bias=True,
         )  # fmt: skip
         found = mlp.meta_gradients(problem, native)
         expected, query_loss, support_loss = definition.meta_gradient(model, data, **options)
-        torch.testing.assert_close(found.params, expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(found.query_loss, query_loss, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(found.support_loss, support_loss, rtol=1e-10, atol=1e-10)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found.params[name].double(), gradient, **near)
+        torch.testing.assert_close(found.query_loss.double(), query_loss, **near)
+        torch.testing.assert_close(found.support_loss.double(), support_loss, **near)
         adapted = mlp.adapt(problem, native)
-        torch.testing.assert_close(adapted.query_loss, query_loss, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(adapted.query_loss.double(), query_loss, **near)
         if loss == "cross_entropy":
             right = (adapted.logits.argmax(-1) == data[3]).float().mean(1)
             assert torch.equal(found.query_accuracy, right)
@@ -270,6 +287,43 @@ def conv_sums(native: ModuleType) -> None:
     apart = conv_cases.errors_of_tasks(native, net, [conv_cases.draw(net)])
     ratio = conv_cases.ratio_to_torch(net, apart)
     assert ratio < 1.4, ratio
+
+
+def conv_precision(native: ModuleType, net: conv_cases.Net, precision: str, by_covariance: bool) -> None:
+    """Gradients are about as exact as PyTorch's in the same precision."""
+    draws = conv_cases.draw_tasks(net)
+    apart = conv_cases.errors_of_tasks(native, net, draws, precision, by_covariance=by_covariance)
+    ratio = conv_cases.ratio_to_torch(net, apart)
+    assert ratio < 2, (precision, by_covariance, ratio)
+
+
+def conv_step_is_exact(native: ModuleType, by_sign: bool) -> None:
+    """With the same data as query set of no step and as support set of one, the step uses exactly that gradient."""
+    net = conv_cases.Net(channels=2, support=3, query=3)
+    data = conv_cases.draw(net)
+    lr = torch.rand(1, len(net.tensors)) * 0.1
+    data.query_x, data.query_y = data.support_x, data.support_y
+    gradient = conv_cases.run(native, net, data, steps=0).grads
+    stepped = conv_cases.run(native, net, data, steps=1, lr=lr, by_sign=by_sign)
+    rates = torch.cat([rate.expand(torch.Size(shape).numel()) for rate, shape in zip(lr[0], net.tensors, strict=True)])
+    theta = torch.cat([p.reshape(-1) for p in data.params])
+    assert gradient is not None
+    direction = gradient.sign() if by_sign else gradient
+    assert torch.equal(stepped.adapted, theta - rates * direction)
+    for tensor, before, dead in zip(conv_cases.split(net, stepped.adapted), data.params, net.dead, strict=True):
+        assert not dead or torch.equal(tensor, before.expand_as(tensor)), "a convolution's bias never moves"
+
+
+def conv_branches(native: ModuleType, by_covariance: bool) -> None:
+    """Without gradients, without a query set and in chunks of tasks, the results that remain have the same bits."""
+    net = conv_cases.Net(height=6, width=7, support=2, query=2)
+    data = conv_cases.draw(net)
+    whole = conv_cases.run(native, net, data, steps=2, by_covariance=by_covariance)
+    for options in ({"wants_grads": False}, {"with_query": False}, {"workspace_limit": 1}):
+        part = conv_cases.run(native, net, data, steps=2, by_covariance=by_covariance, **options)
+        for name in ("support_loss", "query_loss", "logits", "adapted", "grads"):
+            found = getattr(part, name)
+            assert found is None or torch.equal(found, getattr(whole, name)), (options, name)
 
 
 def conv_faults(native: ModuleType, device: str = "cpu") -> None:
@@ -314,7 +368,6 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
 
     The quick ones come first, because they find most errors.
     """
-    tensor_core_sums(native)
     for seed in range(seeds):
         torch.manual_seed(seed)
         native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
@@ -348,7 +401,53 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
     compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
 
 
-GROUPS = {"flat": run_flat, "conv": run_conv}
+# Networks of 8, 32 and 64 columns of products, of every number of channels and both halvings.
+OF_EVERY_KIND = (
+    conv_cases.Net(blocks=3, height=11, width=13),
+    conv_cases.Net(filters=32, channels=2, halving="stride", height=9, width=8, tasks=1, query=9),
+    conv_cases.Net(filters=64, channels=3, height=6, width=7, tasks=1, query=6, readout="mean", conv_bias=False),
+)
+
+
+def run_kernels(native: ModuleType) -> None:
+    """Every kernel that the other groups leave out: each precision, type and kind of address."""
+    torch.manual_seed(0)
+    native.configure(seed=1, multiprocessors=1)
+    for dtype in (torch.float32, torch.float64):
+        for form in ("all", "masked", "element", "segments", "segments masked"):
+            for apart in (0, 1):  # in vectors, or one element at a time
+                sign_step(native, 2, 9001, dtype, form, apart=apart)
+                if not form.endswith("masked"):
+                    compact_sign_step(native, 2, 9001, dtype, form, apart=apart)
+        for skip in (False, True):
+            for tasks, shift in ((17, 0), (9, 1)):
+                meta_accumulate(native, tasks, 1029, dtype, skip, shift)
+        for loss in ("mse", "cross_entropy"):
+            mlp_meta_step(native, (3, 40, 40, 5), 3, 5, 9, loss, dtype)  # a warp in shared memory
+            mlp_meta_step(native, (90, 120, 120, 3), 2, 2, 3, loss, dtype)  # a warp in the workspace
+            mlp_meta_step(native, (3, 33, 5), 2, 70, 66, loss, dtype)  # a block, in float in shared memory
+            mlp_meta_step(native, (9, 120, 120, 3), 2, 60, 65, loss, dtype)  # a block in the workspace
+    for by_sign in (True, False):
+        conv_step_is_exact(native, by_sign)
+    for by_covariance in (True, False):
+        conv_branches(native, by_covariance)
+    for precision in ("fp32", "tf32", "bf16"):
+        for net in OF_EVERY_KIND:
+            for by_covariance in (True, False):
+                conv_precision(native, net, precision, by_covariance)
+        # Block 1 of every number of channels, by the covariance of its patches.
+        for channels in (1, 2, 3):
+            conv_precision(native, conv_cases.Net(1, channels=channels, query=9), precision, by_covariance=True)
+
+
+def run_sums(native: ModuleType) -> None:
+    """How the emulated tensor cores sum."""
+    for architecture in (80, 90):
+        native.configure(architecture=architecture)
+        tensor_core_sums(native, architecture)
+
+
+GROUPS = {"flat": run_flat, "conv": run_conv, "sums": run_sums, "kernels": run_kernels}
 
 
 def run_all(native: ModuleType) -> None:
