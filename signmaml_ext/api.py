@@ -412,7 +412,7 @@ def explain(
 
 def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Small data of the shape that the model takes: one task of two examples. One feature if it is unknown."""
-    like, outputs = torch.empty(()), 1
+    like, outputs = torch.empty((), device="cpu"), 1
     example: tuple[int, ...] = (1,)
     if isinstance(model, nn.Module):
         like = next((p for p in model.parameters() if p.requires_grad), like)

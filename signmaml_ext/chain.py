@@ -394,7 +394,7 @@ def computes(
             "what it found out about the model, which a graph cannot hold), found the first one inside the capture"
         )
     generator = torch.Generator().manual_seed(0)
-    examples = torch.randn(3, *x.shape[1:], generator=generator)
+    examples = torch.randn(3, *x.shape[1:], generator=generator, device="cpu")
     copies = Replicas(model, "batch")
     with torch.inference_mode(False), torch.enable_grad():
         for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
@@ -410,7 +410,7 @@ def computes(
                 return False
             if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:
                 return False
-            weights = torch.randn(expected.shape, generator=generator).to(x.device, dtype)
+            weights = torch.randn(expected.shape, generator=generator, device="cpu").to(x.device, dtype)
             if not _agree(found, expected, weights, [parameters[name] for name in names], tolerance):
                 return False
     return True

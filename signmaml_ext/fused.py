@@ -56,7 +56,7 @@ class Scratch:
         except IndexError:
             buffer = None
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         try:
             yield buffer[:size].view(dtype).view(shape)
         finally:

@@ -71,7 +71,7 @@ class Group:
         """Whether the flag is set in any process."""
         if self.size == 1:
             return flag
-        raised = torch.tensor([int(flag)])
+        raised = torch.tensor([int(flag)], device="cpu")
         self.add(raised)
         return bool(raised)
 
@@ -90,9 +90,9 @@ class Group:
             assert content is not None
             return content
         with self._telling():
-            length = torch.tensor([len(content) if content is not None else 0])
+            length = torch.tensor([len(content) if content is not None else 0], device="cpu")
             torch.distributed.broadcast(length, 0)
-            data = torch.empty(int(length), dtype=torch.uint8)
+            data = torch.empty(int(length), dtype=torch.uint8, device="cpu")
             if self.first and content:
                 data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             if len(data):
@@ -135,7 +135,7 @@ class Group:
         """Raises RuntimeError unless the tensors are bitwise equal in every process."""
         if self.size == 1:
             return
-        total = torch.tensor([_checksum(tensors)])
+        total = torch.tensor([_checksum(tensors)], device="cpu")
         low, high = total.clone(), total.clone()
         with self._telling():
             torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
@@ -283,6 +283,6 @@ def _checksum(tensors: Iterable[Tensor]) -> int:
     total = 0
     for tensor in tensors:
         words = tensor.detach().contiguous().cpu().flatten().view(torch.int32).to(torch.int64)
-        places = torch.arange(1, len(words) + 1).mul_(0x9E3779B1)
+        places = torch.arange(1, len(words) + 1, device="cpu").mul_(0x9E3779B1)
         total = (total * 31 + int(places.mul_(words).sum())) % (1 << 62)
     return total

@@ -552,7 +552,7 @@ def _checked_normalization(value: Any, channels: int) -> str | tuple[tuple[float
         raise ValueError(f"normalize: expected std above 0, found {value[1]!r}")
     shift, scale = _shift_and_scale((parts[0], parts[1]), channels, torch.device("cpu"))
     assert shift is not None and scale is not None
-    extremes = (torch.tensor([[[0.0, 255.0]]]) - shift) / scale
+    extremes = (torch.tensor([[[0.0, 255.0]]], device="cpu") - shift) / scale
     if not bool(extremes.isfinite().all()):
         raise ValueError(
             f"normalize: expected mean and std by which black and white stay finite in float32, found {value!r}"
@@ -570,7 +570,11 @@ def _shift_and_scale(
     """
 
     def per_channel(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor([255.0 * value for value in values], dtype=torch.float32).view(-1, 1, 1).to(device)
+        return (
+            torch.tensor([255.0 * value for value in values], dtype=torch.float32, device="cpu")
+            .view(-1, 1, 1)
+            .to(device)
+        )
 
     if normalize == "raw":
         return None, None
@@ -584,7 +588,7 @@ def _shift_and_scale(
 
 def _turned_pixels(size: int, device: torch.device) -> torch.Tensor:
     """``[4, H*W]`` int64: the source index of each pixel after 0 to 3 quarter turns (as ``torch.rot90``)."""
-    grid = torch.arange(size * size).view(size, size)
+    grid = torch.arange(size * size, device="cpu").view(size, size)
     return torch.stack([torch.rot90(grid, turns).reshape(-1) for turns in range(4)]).to(device)
 
 

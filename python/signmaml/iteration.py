@@ -200,7 +200,7 @@ class Iteration:
             learning_rate(config.schedule, config.outer_lr, iteration, config.iterations)
             for iteration in range(config.iterations)
         ]
-        self._learning_rates = torch.tensor(schedule, dtype=torch.float64).to(self._lr)
+        self._learning_rates = torch.tensor(schedule, dtype=torch.float64, device="cpu").to(self._lr)
         self._number = torch.zeros((), dtype=torch.int64, device=device)
         self._next = 0  # the host's copy of `_number`
         self._recording: graphs.Recording | None = None

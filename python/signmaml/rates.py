@@ -82,7 +82,7 @@ class InnerRates(nn.Module):
         try:
             found = (stored["learn"], stored["steps"], list(stored["logs"]))
             start = float(stored["start"])
-            logs = {name: torch.tensor(log, dtype=torch.float64) for name, log in stored["logs"].items()}
+            logs = {name: torch.tensor(log, dtype=torch.float64, device="cpu") for name, log in stored["logs"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"inner rates: expected kind, start, steps and logs, found others ({error!r})") from error
         if own != found or any(logs[name].shape != log.shape for name, log in self.logs.items()):

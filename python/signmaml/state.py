@@ -83,7 +83,7 @@ def unpack(
         # Adam keeps its step counter on the CPU, except for the fused implementation.
         stays = () if optimizer.defaults["fused"] else ("step",)
         optimizer.state[parameter] = {k: v if k in stays else v.to(parameter.device) for k, v in entries.items()}
-    return torch.empty(0, 3, dtype=torch.float64) if window is None else window
+    return torch.empty(0, 3, dtype=torch.float64, device="cpu") if window is None else window
 
 
 def checked_metadata(metadata: Mapping[str, Any], where: str) -> tuple[int, float, Best | None]:

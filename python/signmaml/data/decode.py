@@ -74,7 +74,7 @@ def decode(
     """
     sizes = [len(files) for files in classes.values()]
     side = decoding.image_size
-    images = torch.empty(sum(sizes), decoding.channels, side, side, dtype=torch.uint8)
+    images = torch.empty(sum(sizes), decoding.channels, side, side, dtype=torch.uint8, device="cpu")
     pixels = images.numpy()
 
     def decode_class(first: int, files: Sequence[SourceFile]) -> None:
@@ -90,7 +90,7 @@ def decode(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # report the error without decoding the rest
             raise
-    return ImageSet(name, split, images, tuple(classes), torch.tensor(sizes, dtype=torch.int64))
+    return ImageSet(name, split, images, tuple(classes), torch.tensor(sizes, dtype=torch.int64, device="cpu"))
 
 
 def decode_file(source: Source, file: SourceFile, decoding: Decoding) -> np.ndarray:

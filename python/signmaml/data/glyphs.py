@@ -97,14 +97,14 @@ def class_counts() -> dict[str, int]:
 def draw_split(split: str, image_size: int, samples: int, seed: int, progress: bool) -> ImageSet:
     """Draws one split without using the cache; arguments as `glyphs`."""
     characters = [(script, char) for script, chars in character_lists()[split].items() for char in chars]
-    images = torch.empty(len(characters), samples, 1, image_size, image_size, dtype=torch.uint8)
+    images = torch.empty(len(characters), samples, 1, image_size, image_size, dtype=torch.uint8, device="cpu")
     pixels = images.numpy()
     # One thread: Pillow holds the GIL while it draws text.
     shown = track(characters, total=len(characters), what=f"glyphs/{split}: drawing", unit="classes", show=progress)
     for index, (_, char) in enumerate(shown):
         pixels[index, :, 0] = draw_class(ord(char), image_size, samples, seed)
     names = tuple(f"{script}/U+{ord(char):04X}" for script, char in characters)
-    return ImageSet("glyphs", split, images.flatten(0, 1), names, torch.full((len(names),), samples))
+    return ImageSet("glyphs", split, images.flatten(0, 1), names, torch.full((len(names),), samples, device="cpu"))
 
 
 def draw_class(codepoint: int, image_size: int, samples: int, seed: int) -> np.ndarray:
