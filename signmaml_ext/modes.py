@@ -132,14 +132,32 @@ class _Switches(Turns):
 
 
 def _precision(allowed: object) -> list[_Switch]:
-    """Strict float32 (or TF32) convolutions and matrix products on CUDA; torch's default mixes the two."""
-    if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; reading the older flags may raise there
-        flags: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
-        name, setting = "fp32_precision", cast(Any, "tf32" if allowed else "ieee")
-    else:
-        flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
-        name, setting = "allow_tf32", bool(allowed)
-    return [(partial(getattr, flag, name), partial(setattr, flag, name), setting) for flag in flags]
+    """Strict float32 (or TF32) convolutions and matrix products on CUDA; torch's default mixes the two.
+
+    From torch 2.9 on there are older and newer flags for the same thing, and reading an older one raises if the two
+    disagree, as `torch.backends.cudnn.flags` in a forward would. So both are set, the older ones where the caller's
+    own settings leave them readable.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    older: list[_Switch] = [
+        (partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), bool(allowed)),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high" if allowed else "highest"),
+    ]
+    older = [switch for switch in older if _is_readable(switch[0])]
+    if not hasattr(cudnn, "conv"):
+        return older
+    name, setting = "fp32_precision", cast(Any, "tf32" if allowed else "ieee")
+    flags: tuple[Any, ...] = (matmul, cudnn.conv, cudnn.rnn)
+    newer = [(partial(getattr, flag, name), partial(setattr, flag, name), setting) for flag in flags]
+    return older + 2 * newer  # twice, because torch resets one of them where another becomes "none"
+
+
+def _is_readable(read: Callable[[], Any]) -> bool:
+    try:
+        read()
+    except RuntimeError:  # the caller's older and newer flags disagree
+        return False
+    return True
 
 
 def _plain_attention(only: object) -> list[_Switch]:
