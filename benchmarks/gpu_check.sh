@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gpu_check.sh OUT [--call 1|2|3] [--part PART]... [--dry-run]: builds, tests and measures this tree on a machine with
-# a GPU, without network or git, using the installed interpreter (PYTHON, default python3). There are three calls, because
-# a machine may be lent for minutes at a time. Each ends within 9 minutes (GPU_CHECK_SECONDS, default 530).
+# a GPU, without network or git, using the installed interpreter (PYTHON, default python3). There are three calls,
+# because a machine may be lent for minutes at a time. Each ends within 9 minutes (GPU_CHECK_SECONDS, default 530).
 #
 #   --call 1   build platform conv meta_step graphs ops sanitizer: is it right, and how fast is a meta-step (default)
 #   --call 2   kernels meta_step_others sanitizer_rest training: the other figures, initcheck and synccheck
@@ -155,7 +155,8 @@ install_tree() {
   copy_tree || return 1
   state=$(cd "$source_copy" && {
     echo "${switches[*]}"
-    find CMakeLists.txt setup.py pyproject.toml csrc signmaml_ext python -type f | LC_ALL=C sort | xargs -d '\n' sha256sum
+    find CMakeLists.txt setup.py pyproject.toml csrc signmaml_ext python -type f | LC_ALL=C sort |
+      xargs -d '\n' sha256sum
   } | sha256sum) || return 1
   if [ "$state" = "$(cat "$out/installed" 2>/dev/null)" ]; then
     echo "$site holds this tree" >>"$out/logs/build.log"
@@ -243,12 +244,13 @@ part_ops() {
 }
 
 sanitize() {
-  local name=$1 tool
+  local name=$1
   shift
   needs_gpu "$name" || return 77
-  for tool in "$@"; do
-    in_copy "$name" 60 "$python" tests/gpu/sanitizer.py "$tool"
+  while [ $# -gt 0 ]; do
+    in_copy "$name" $(($(left) / $# + 1)) "$python" tests/gpu/sanitizer.py "$1" # an equal share of the time
     note $?
+    shift
   done
 }
 
