@@ -9,7 +9,8 @@ of the validation of `signmaml train`, on the same tasks for all methods. Exampl
       the official run of Sign-MAML (mini-ImageNet, T = 8, K = 5), for a GPU
 
 The inner rates of fo-maml and maml are the preset's rate times 0.1 / 0.0035 and 0.14 / 0.0035, the ratios in the
-official code. `--set NAME=VALUE` changes any other field of the configuration, such as data=fc100.
+official code. `--set NAME=VALUE` changes any other field of the configuration, such as data=fc100. `--images random`
+trains on noise of mini-ImageNet's size: the time per iteration needs no data set, and nothing can be learned.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import harness
 import torch
 
 from signmaml.config import TrainConfig, kinds
+from signmaml.data.image_set import ImageSet
 from signmaml.evaluation import Evaluation
 from signmaml.presets import PRESETS
 from signmaml.results import FitResult
@@ -33,6 +36,8 @@ from signmaml.values import parse_word
 
 RATES = {"sign-maml": 1.0, "fo-maml": 0.1 / 0.0035, "maml": 0.14 / 0.0035}
 TARGETS = (0.7, 0.8, 0.9)
+# mini-ImageNet's: classes of each split, images of each class.
+CLASSES, IMAGES_OF_CLASS = {"train": 64, "val": 16, "test": 20}, 600
 
 
 class Timed(MetaTrainer):
@@ -66,35 +71,54 @@ class Timed(MetaTrainer):
         print(f"    {point['seconds']:7.1f} s  {point}", flush=True)
 
 
-def train(config: TrainConfig) -> tuple[Timed, FitResult]:
+def random_images(size: int, images: int = IMAGES_OF_CLASS) -> dict[str, ImageSet]:
+    """The three splits as colour images of noise, as many classes and images as mini-ImageNet has."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for split, classes in CLASSES.items():
+        shape = (classes * images, 3, size, size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        names = tuple(f"class {number}" for number in range(classes))
+        found[split] = ImageSet("random images", split, pixels, names, torch.full((classes,), images))
+    return found
+
+
+def train(config: TrainConfig, images: Mapping[str, ImageSet]) -> tuple[Timed, FitResult]:
     """A run in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Timed(config, out=Path(folder) / "run", progress=False)
+        trainer = Timed(config, out=Path(folder) / "run", progress=False, **images)
         return trainer, trainer.fit()
 
 
-def iterations_in(config: TrainConfig, seconds: float, enough: float = 3) -> int:
+def iterations_in(
+    config: TrainConfig, seconds: float, enough: float = 3, images: Mapping[str, ImageSet] = MappingProxyType({})
+) -> int:
     """The number of iterations in a time budget, extrapolated from a trial of at least `enough` seconds."""
     few = 15
-    while (spent := _seconds_of(config.replace(iterations=few, validate_every=0, test_tasks=0))) < enough:
+    while (spent := _seconds_of(config.replace(iterations=few, validate_every=0, test_tasks=0), images)) < enough:
         few *= 4
     return max(20, round(seconds / spent * few))
 
 
-def _seconds_of(config: TrainConfig) -> float:
+def _seconds_of(config: TrainConfig, images: Mapping[str, ImageSet]) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return MetaTrainer(config, out=Path(folder) / "run", progress=False).fit().seconds
+        return MetaTrainer(config, out=Path(folder) / "run", progress=False, **images).fit().seconds
 
 
-def measure(config: TrainConfig, seconds: float | None, validations: int, targets: tuple[float, ...]) -> dict[str, Any]:
-    """Trains one method."""
+def measure(
+    config: TrainConfig,
+    seconds: float | None,
+    validations: int,
+    targets: tuple[float, ...],
+    images: Mapping[str, ImageSet] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Trains one method, on `images` (by split) instead of the configuration's data if there are any."""
     if seconds is not None:
-        iterations = iterations_in(config, seconds)
+        iterations = iterations_in(config, seconds, images=images)
         config = config.replace(iterations=iterations)
     if validations:
         config = config.replace(validate_every=max(1, config.iterations // validations))
     print(f"{config.method}: {config.iterations} iterations", flush=True)
-    trainer, ended = train(config)
+    trainer, ended = train(config, images)
     reached = {
         str(target): next((p["seconds"] for p in trainer.curve if p.get("accuracy", 0) >= target), None)
         for target in targets
@@ -103,6 +127,7 @@ def measure(config: TrainConfig, seconds: float | None, validations: int, target
     kept = trainer.config.to_dict()
     for private in ("data_root", "out"):
         kept.pop(private, None)
+    kept["data"] = trainer.data_name
     result = {
         "backend": trainer.explanation.backend,
         "iterations": trainer.iteration,
@@ -132,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="official")
     parser.add_argument("--data-root", help="where the data set lies; default: the cache folder")
+    parser.add_argument("--images", choices=["random"], help="noise of mini-ImageNet's size, instead of a data set")
     parser.add_argument("--methods", nargs="+", choices=list(RATES), default=["sign-maml"])
     parser.add_argument("--iterations", type=int, help="of each method; default: the preset's")
     parser.add_argument("--seconds", type=float, help="training time of each method, instead of --iterations")
@@ -150,14 +176,18 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "methods", **harness.stamp(device), "preset": arguments.preset}
     if arguments.data_root is not None:
         result["command"] = result["command"].replace(arguments.data_root, "DIR")
+    images = {} if arguments.images is None else random_images(base.image_size or 84)
+    data = "random images" if images else base.data.replace("_", "-")
     result["summary"] = (
-        f"{base.data.replace('_', '-')}, {base.ways}-way {base.shots}-shot, {base.queries} queries a class, "
+        f"{data}, {base.ways}-way {base.shots}-shot, {base.queries} queries a class, "
         f"Conv4-{base.filters}, T = {base.tasks}, K = {base.inner_steps}"
     )
     result["runs"] = {}
     for method in arguments.methods:
         config = base.replace(method=method, inner_lr=base.inner_lr * RATES[method])
-        result["runs"][method] = measure(config, arguments.seconds, arguments.validations, tuple(arguments.targets))
+        result["runs"][method] = measure(
+            config, arguments.seconds, arguments.validations, tuple(arguments.targets), images
+        )
     if arguments.out:
         harness.write(arguments.out / f"methods_{arguments.preset}_{device.type}.json", result)
 

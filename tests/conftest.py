@@ -10,7 +10,7 @@ import pytest
 import helpers.programs.installed  # noqa: F401 (before anything imports the package)
 
 # Set before torch is imported, and inherited by the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SIGNMAML_TEST_THREADS", "1"))
 
 import torch
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
+import torch
 
 
 def test_settings_are_fields_of_the_configuration():
@@ -35,3 +39,28 @@ def test_a_budget_of_time_and_a_curve(method):
     assert result["iterations"] == 12 and result["train_seconds"] > 0
     assert [point["iteration"] for point in result["curve"]] == [4, 8, 12]
     assert result["seconds_to"] == {"0.5": None} and result["test"]["loss"] > 0
+
+
+def test_random_images_have_the_classes_of_mini_imagenet():
+    import bench_training
+
+    found = bench_training.random_images(6, images=3)
+    assert {split: images.classes for split, images in found.items()} == {"train": 64, "val": 16, "test": 20}
+    for split, images in found.items():
+        assert images.split == split and images.images.shape == (3 * images.classes, 3, 6, 6)
+    assert found["val"].images.min() < 5 and found["val"].images.max() > 250
+    assert torch.equal(bench_training.random_images(6, images=3)["test"].images, found["test"].images)
+
+
+@pytest.mark.slow
+def test_a_result_says_that_its_images_are_random(tmp_path, monkeypatch):
+    import bench_training
+
+    settings = "image_size=16 filters=8 tasks=2 validate_tasks=2 test_tasks=2 device=cpu tensorboard=false"
+    words = ["--images", "random", "--iterations", "2", "--validations", "1", "--out", str(tmp_path), "--set"]
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", *words, *settings.split()])
+    bench_training.main()
+    result = json.loads((tmp_path / "methods_official_cpu.json").read_text())
+    assert result["summary"].startswith("random images, 5-way 1-shot")
+    run = result["runs"]["sign-maml"]
+    assert run["config"]["data"] == "random images" and run["iterations"] == 2 and run["ms_per_iteration"] > 0

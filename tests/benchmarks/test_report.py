@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -74,20 +73,3 @@ def test_numbers_come_from_the_files(tmp_path):
     assert "| **signmaml_ext, cpu** | 9 (12%) |" in text and "| large matrix product | 72 |" in text
     assert "| 16 ms | 4.75x | - | 160 / 800 |" in text
     assert "### kernels" not in text and report.content("stages", tmp_path) == report.NOTHING
-
-
-@pytest.mark.slow
-def test_gpu_check_says_when_there_is_no_gpu(tmp_path):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    script = ROOT / "benchmarks" / "gpu_check.sh"
-    environment = {"PATH": "/usr/bin:/bin", "PYTHON": __import__("sys").executable}
-    done = subprocess.run([str(script), str(tmp_path / "out")], capture_output=True, text=True, env=environment)
-    assert done.returncode == 3 and "no CUDA device" in done.stdout
-    assert "no CUDA device" in (tmp_path / "out" / "summary.txt").read_text()
-    bad = subprocess.run(
-        [str(script), str(tmp_path), "--part", "tset"], capture_output=True, text=True, env=environment
-    )
-    assert bad.returncode == 2 and "tset" in bad.stderr

@@ -1,18 +1,19 @@
 """The Conv-N kernels on a CUDA device: the cases of the emulated GPU, and cases that need a device.
 
-`tests/gpu/sanitize.sh` runs these under compute-sanitizer.
+`tests/gpu/gpu_cases.py` has the cases for compute-sanitizer.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
 import signmaml_ext
 from helpers.cases import conv_cases, emulated_cases, nets
-from helpers.cases.conv_cases import Net
+from helpers.cases.conv_cases import Data, Net, Result
 from signmaml_ext._loader import C
 
 pytestmark = [
@@ -22,6 +23,7 @@ pytestmark = [
 
 OFFICIAL = Net(blocks=4, channels=3, filters=32, height=84, width=84, ways=5, tasks=8, support=5, query=5)
 OMNIGLOT = Net(blocks=4, filters=64, height=28, width=28, ways=5, tasks=32, support=5, query=75)
+FLOATS = (torch.float64, torch.float32)
 NETS = {
     "official": OFFICIAL,
     "omniglot": OMNIGLOT,
@@ -33,24 +35,34 @@ NETS = {
 }
 
 
+@cache
+def references(name: str) -> list[tuple[Data, Result, Result]]:
+    """Draws, and PyTorch's results on the CPU in float64 and float32; the slow part, so tests share it."""
+    found = []
+    for data in conv_cases.draw_tasks(NETS[name], seed=3):
+        exact, peer = (conv_cases.definition(NETS[name], data, steps=0, dtype=dtype) for dtype in FLOATS)
+        found.append((data, exact, peer))
+    return found
+
+
 @pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_before_the_sign(name, by_covariance):
     """At most twice as far from float64 as PyTorch's own float32, tensor by tensor."""
-    net = NETS[name]
-    draws = conv_cases.draw_tasks(net, seed=3)
-    apart = conv_cases.errors_of_tasks(C, net, draws, device="cuda", by_covariance=by_covariance)
-    conv_cases.assert_within_twice_torch(net, apart)
-    found = conv_cases.run(C, net, draws[0].to("cuda"), steps=0, by_covariance=by_covariance)
-    exact = conv_cases.definition(net, draws[0], steps=0)
-    torch.testing.assert_close(found.query_loss.cpu().double(), exact.query_loss, rtol=1e-5, atol=1e-5)
+    net, of_tasks = NETS[name], []
+    for data, exact, peer in references(name):
+        found = conv_cases.run(C, net, data.to("cuda"), steps=0, by_covariance=by_covariance)
+        torch.testing.assert_close(found.query_loss.cpu().double(), exact.query_loss, rtol=1e-5, atol=1e-5)
+        for task in range(net.tasks):
+            rows = slice(task, task + 1)
+            of_tasks.append([conv_cases.errors(net, each.grads[rows], exact.grads[rows]) for each in (found, peer)])
+    conv_cases.assert_within_twice_torch(net, torch.tensor(of_tasks).clamp(min=1e-12))
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("tf32", 0.05), ("bf16", 0.3)])
 def test_lower_precisions(precision, bound):
-    data = conv_cases.draw(OFFICIAL, seed=3)
+    data, exact, _ = references("official")[0]
     found = conv_cases.run(C, OFFICIAL, data.to("cuda"), steps=0, precision=precision)
-    exact = conv_cases.definition(OFFICIAL, data, steps=0)
     assert max(conv_cases.errors(OFFICIAL, found.grads, exact.grads)) < bound
 
 

@@ -16,6 +16,7 @@ from signmaml_ext import graphs, meta_step
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.usefixtures("deterministic_cudnn"),  # bits are compared
 ]
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}

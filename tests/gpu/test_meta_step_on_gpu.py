@@ -59,6 +59,7 @@ def test_does_not_make_the_host_wait(case):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("deterministic_cudnn")
 @pytest.mark.parametrize("case", ["MLP kernel, ReLU", "flat buffers, Conv4"])
 def test_on_another_stream_and_bitwise_repeatable(case):
     make, draw = CASES[case]

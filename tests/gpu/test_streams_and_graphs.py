@@ -13,6 +13,7 @@ from signmaml_ext import adapt, evaluate, meta_step
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.usefixtures("deterministic_cudnn"),  # bits are compared
 ]
 
 STEP = {"inner_lr": 0.02, "inner_steps": 3}

@@ -19,6 +19,7 @@ from signmaml.trainer import MetaTrainer
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    pytest.mark.usefixtures("deterministic_cudnn"),  # bits are compared
 ]
 
 MODELS = {

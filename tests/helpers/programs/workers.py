@@ -15,6 +15,7 @@ LONGEST = (
     "tests/ptx/test_ptx.py",
     "tests/reliability/test_native.py",
     "tests/emulated/test_emulated_conv_errors.py",
+    "tests/benchmarks/test_gpu_check.py",
     "tests/packaging/test_installs.py",
     "tests/packaging/test_distributions.py",
     "tests/training/test_omniglot_training.py",
