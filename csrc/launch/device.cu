@@ -1,4 +1,9 @@
 #include "launch/device.cuh"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "launch/launch.h"
 
 namespace signmaml {
@@ -16,6 +21,12 @@ void check_cuda(cudaError_t status, const std::string& what) {
     throw std::runtime_error(message);
 }
 
+RelaxedCapture::RelaxedCapture() {
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&other_), "relaxing the capture mode");
+}
+
+RelaxedCapture::~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&other_); }
+
 DeviceScope::DeviceScope(int device) : device_(device) {
     check_cuda(cudaGetDevice(&previous_), "asking for the current device");
     if (previous_ != device_) check_cuda(cudaSetDevice(device_), "choice of device " + std::to_string(device_));
@@ -26,6 +37,7 @@ DeviceScope::~DeviceScope() {
 }
 
 int multiprocessors(int device) {
+    const RelaxedCapture relaxed;
     int count = 0;
     check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
                "asking for the multiprocessors of device " + std::to_string(device));
@@ -36,12 +48,21 @@ void load_if_capturing(const void* kernel, cudaStream_t stream) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check_cuda(cudaStreamIsCapturing(stream, &capture), "asking whether the stream is being captured");
     if (capture != cudaStreamCaptureStatusActive) return;
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "relaxing the capture mode");
     cudaFuncAttributes attributes;
-    const cudaError_t loaded = cudaFuncGetAttributes(&attributes, kernel);
-    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "restoring the capture mode");
-    check_cuda(loaded, "loading of a kernel");
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "loading of a kernel");
+}
+
+void allow_shared_memory(const char* name, const void* kernel, std::int64_t bytes) {
+    static std::mutex guard;
+    static std::map<std::pair<int, const void*>, std::int64_t> allowed;  // by device
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "asking for the current device");
+    const std::lock_guard<std::mutex> alone(guard);
+    std::int64_t& limit = allowed[{device, kernel}];
+    if (bytes <= limit) return;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+               std::string("asking for ") + std::to_string(bytes) + " bytes of shared memory for " + name);
+    limit = bytes;
 }
 
 int cuda_driver_version() {

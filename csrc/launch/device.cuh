@@ -18,6 +18,19 @@ namespace signmaml {
 // Throws std::runtime_error saying what was being done, unless the status is success.
 void check_cuda(cudaError_t status, const std::string& what);
 
+// Relaxes this thread's capture mode for a scope, which must begin before any other call of the CUDA runtime: its first
+// calls initialise it and load code, and while torch captures a graph its usual mode forbids that in every thread.
+class RelaxedCapture {
+  public:
+    RelaxedCapture();
+    ~RelaxedCapture();
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  private:
+    cudaStreamCaptureMode other_ = cudaStreamCaptureModeRelaxed;  // the thread's own, while this lives
+};
+
 // Makes a device current for a scope. Torch's guard is not enough because our CUDA runtime is not torch's.
 class DeviceScope {
   public:
@@ -27,6 +40,7 @@ class DeviceScope {
     DeviceScope& operator=(const DeviceScope&) = delete;
 
   private:
+    RelaxedCapture relaxed_;
     int previous_ = 0;
     int device_;
 };
@@ -38,14 +52,16 @@ inline constexpr std::int64_t kPlainSharedBytes = 48 * 1024;
 // capture forbids.
 void load_if_capturing(const void* kernel, cudaStream_t stream);
 
+// Lets a kernel's blocks have this much dynamic shared memory on the current device. The limit never falls: another
+// thread, or a graph that was captured, may be about to launch with more.
+void allow_shared_memory(const char* name, const void* kernel, std::int64_t bytes);
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int block, std::int64_t shared_bytes,
             cudaStream_t stream, const Arguments&... arguments) {
     load_if_capturing(reinterpret_cast<const void*>(kernel), stream);
     if (shared_bytes > kPlainSharedBytes) {
-        check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                   std::string("asking for ") + std::to_string(shared_bytes) + " bytes of shared memory for " + name);
+        allow_shared_memory(name, reinterpret_cast<const void*>(kernel), shared_bytes);
     }
     kernel<<<grid, block, static_cast<std::size_t>(shared_bytes), stream>>>(arguments...);
     const cudaError_t status = cudaGetLastError();
