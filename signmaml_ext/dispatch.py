@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _loader, chain, conv, flat, mlp, reference
+from . import _loader, chain, conv, flat, gpus, mlp, reference
 from .plan import table
 from .problem import Problem
 from .results import Adaptation, MetaGradients
@@ -42,6 +42,7 @@ class Backend:
         name: The value of `backend=`.
         device_type: Where it runs; None: anywhere.
         why_not_here: None if this installation and machine can run it at all, else the reason.
+        why_not_on: None if it can run on this device, which is of its kind, else the reason.
         families: In order of preference.
     """
 
@@ -49,13 +50,14 @@ class Backend:
     device_type: str | None
     why_not_here: Callable[[], str | None]
     families: tuple[Family, ...]
+    why_not_on: Callable[[torch.device], str | None] = lambda device: None
 
     def why_not_there(self, problem: Problem) -> str | None:
         """Why no family of this backend can serve the problem; None if one may."""
         reason = self.why_not_here()
         if reason is None and self.device_type not in (None, problem.device.type):
             return f"the model is on {problem.device}"
-        return reason
+        return self.why_not_on(problem.device) if reason is None else reason
 
     def family_for(self, problem: Problem) -> tuple[Family | None, dict[str, str]]:
         """The first family that serves a problem, each asked once, and why those before it do not."""
@@ -107,7 +109,12 @@ def _no_cuda_here() -> str | None:
         return "this torch is a CPU build"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return None
+    reasons = [gpus.why_not_served(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+def _not_on_this_gpu(device: torch.device) -> str | None:
+    return gpus.why_not_served(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _flat(device_type: str) -> Family:
@@ -134,7 +141,7 @@ TORCH = Family(
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "cuda", _no_cuda_here, (CONV, MLP, _flat("cuda"))),
+        Backend("cuda", "cuda", _no_cuda_here, (CONV, MLP, _flat("cuda")), _not_on_this_gpu),
         Backend("cpu", "cpu", lambda: None, (CONV, MLP, _flat("cpu"))),
         Backend("torch", None, lambda: None, (TORCH,)),
     )

@@ -18,6 +18,7 @@ import torch
 
 from . import dispatch
 from ._loader import VERSION, C
+from .gpus import coverage, version_text, why_not_served
 
 
 def info() -> dict[str, Any]:
@@ -73,7 +74,7 @@ def driver_version() -> str | None:
 def driver_cuda_version() -> str | None:
     """The newest CUDA version that the driver serves; None without a driver, or where the build cannot ask."""
     number = C.cuda_driver_version() if C.built_with_cuda else 0
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+    return version_text(number) if number else None
 
 
 def gpu(index: int) -> dict[str, Any]:
@@ -85,33 +86,8 @@ def gpu(index: int) -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "covered_by": coverage((properties.major, properties.minor), C.cuda_architectures),
+        "why_not": why_not_served(index) if C.built_with_cuda else None,
     }
-
-
-def coverage(capability: tuple[int, int], architectures: tuple[str, ...]) -> str | None:
-    """Which entry of an architecture list a GPU of this compute capability runs, None if it can run none.
-
-    Machine code (SASS) runs on GPUs of the same generation that are not older; that of an `a` variant only on its own
-    capability, that of an `f` variant like plain code. PTX is compiled at the first launch, for any GPU not older.
-
-    Example:
-        >>> coverage((8, 6), ("8.0", "9.0+PTX")), coverage((12, 0), ("8.0", "9.0+PTX")), coverage((7, 5), ("8.0",))
-        ('SASS 8.0', 'PTX 9.0', None)
-    """
-    sass, ptx = [], []
-    for entry in architectures:
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
-        if match is None:
-            continue
-        built = (int(match[1]), int(match[2]))
-        exact_only = match[3] == "a"
-        name = f"{built[0]}.{built[1]}{match[3]}"
-        if built == capability or (built[0] == capability[0] and built <= capability and not exact_only):
-            sass.append((built, f"SASS {name}"))
-        if match[4] and built <= capability and not match[3]:
-            ptx.append((built, f"PTX {name}"))
-    best = max(sass, default=None) or max(ptx, default=None)
-    return best[1] if best else None
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -144,7 +120,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def gpu_line(found: dict[str, Any], built_with_cuda: bool) -> str:
-    covered = found["covered_by"] or ("not covered: reinstall with TORCH_CUDA_ARCH_LIST=" + found["compute_capability"])
+    covered = f"not used: {found['why_not']}" if found["why_not"] else found["covered_by"]
     if not built_with_cuda:
         covered = "not used: built without CUDA"
     return (

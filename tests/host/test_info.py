@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import signmaml_ext
-from signmaml_ext import info
+from signmaml_ext import dispatch, gpus, info
 
 
 def test_report_for_machines_is_complete(capsys):
@@ -58,19 +61,53 @@ def test_report_for_people_runs_as_a_module():
     ],
 )
 def test_coverage_of_a_gpu(capability, architectures, expected):
-    assert info.coverage(capability, architectures) == expected
+    assert gpus.coverage(capability, architectures) == expected
+
+
+@pytest.mark.parametrize(
+    "capability, driver, architectures, release, expected",
+    [
+        ((9, 0), 13000, ("8.0", "9.0+PTX"), "13.0.88", None),
+        ((9, 0), 13020, ("8.0", "9.0+PTX"), "13.0.88", None),
+        ((9, 0), 14000, ("8.0", "9.0+PTX"), "13.0.88", None),
+        ((9, 0), 0, ("8.0", "9.0+PTX"), "13.0.88", None),
+        ((9, 0), 13000, ("8.0", "9.0+PTX"), "13.1.10", None),
+        ((10, 0), 13010, ("8.0", "9.0+PTX"), "13.1.10", None),
+        ((10, 0), 13000, ("8.0", "9.0+PTX"), "13.1.10", "the driver serves CUDA 13.0, and .* by CUDA 13.1: install"),
+        ((9, 0), 12080, ("8.0", "9.0+PTX"), "13.0.88", "the driver serves CUDA 12.8, and .* by CUDA 13.0: install"),
+        ((7, 5), 13000, ("8.0", "9.0+PTX"), "13.0.88", "kernels for 8.0, 9.0.PTX, .* capability 7.5: .*LIST=7.5"),
+    ],
+)
+def test_why_a_gpu_is_not_served(capability, driver, architectures, release, expected):
+    reason = gpus.why_not(capability, driver, architectures, release)
+    assert reason is None if expected is None else re.search(expected, reason), reason
+
+
+def test_a_gpu_that_the_kernels_do_not_run_on_is_left_to_torch(monkeypatch):
+    """ "auto" says why and goes on; asked for by name, the backend refuses with the reason. Another GPU is served."""
+    monkeypatch.setattr(gpus, "why_not_served", lambda index: "it is too old" if index == 1 else None)
+    cuda = dataclasses.replace(dispatch.BACKENDS["cuda"], why_not_here=lambda: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", cuda)
+    old, new = (SimpleNamespace(device=torch.device("cuda", index), backend="auto", compile=False) for index in (1, 0))
+    assert cuda.why_not_there(old) == "it is too old" and cuda.why_not_there(new) is None
+    backend, family = dispatch.choose(old)
+    assert (backend.name, family.name) == ("torch", "reference")
+    old.backend = "cuda"
+    with pytest.raises(ValueError, match="backend: expected one that serves this call, found 'cuda': it is too old"):
+        dispatch.choose(old)
 
 
 def test_gpu_lines():
     gpu = {"index": 0, "name": "Some GPU", "compute_capability": "7.0", "memory_gib": 16.0, "covered_by": None}
-    assert "not covered: reinstall with TORCH_CUDA_ARCH_LIST=7.0" in info.gpu_line(gpu, built_with_cuda=True)
-    assert "SASS 7.0" in info.gpu_line(gpu | {"covered_by": "SASS 7.0"}, built_with_cuda=True)
-    assert "built without CUDA" in info.gpu_line(gpu, built_with_cuda=False)
+    refused = gpu | {"why_not": "reinstall with TORCH_CUDA_ARCH_LIST=7.0"}
+    assert "not used: reinstall with TORCH_CUDA_ARCH_LIST=7.0" in info.gpu_line(refused, built_with_cuda=True)
+    assert "SASS 7.0" in info.gpu_line(gpu | {"covered_by": "SASS 7.0", "why_not": None}, built_with_cuda=True)
+    assert "built without CUDA" in info.gpu_line(refused, built_with_cuda=False)
 
 
-@pytest.mark.parametrize("function", [info.info, info.coverage])
+@pytest.mark.parametrize("function", [info.info, gpus.coverage, gpus.why_not])
 def test_docstring_examples(function):
-    (example,) = doctest.DocTestFinder(recurse=False).find(function, globs=vars(info))
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, globs=vars(sys.modules[function.__module__]))
     result = doctest.DocTestRunner().run(example)
     assert result.attempted > 0
     assert result.failed == 0
