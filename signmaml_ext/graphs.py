@@ -14,7 +14,8 @@ Hence these rules. **Not rebuilt:** for other data, for weights or buffers chang
 `load_state_dict`), for another value in a rate tensor, for another `seed`, on another stream. **Built again:** when
 anything in the key is new: another shape, another float rate (a rate that changes often belongs in a tensor), a
 parameter that was replaced, moved or frozen, `train()` against `eval()`, another function object as `loss`. The last
-`LIMIT` graphs are kept, so models and shapes alternate without rebuilding; graphs of a deleted model are dropped.
+`LIMIT` graphs are kept as long as they take no more than a `SHARE`-th of their device's memory, so models and shapes
+alternate without rebuilding; graphs of a deleted model are dropped.
 **Not detected:** changes to anything else that a loss reads, or that a forward reads through more than a few levels of
 objects. After such a change call `clear()`. **Refused,** with a ValueError: a model that draws random numbers, a model
 or loss that makes the host wait, ``nonfinite="raise"`` (which makes it wait in every call), an `inner_lr` that requires
@@ -23,7 +24,8 @@ grad, a loss that cannot be hashed, and devices other than CUDA.
 A graph serves a call with ``graph=True`` and, unless it says ``graph=False``, a call that the Conv-N kernels serve on
 a CUDA device. Inside a capture of the caller's own, `meta_step` launches plainly and becomes part of that graph.
 
-Memory: a graph keeps its inputs, its results and everything in between in a pool of its own, as long as it is kept.
+Memory: a graph keeps its inputs, its results and everything in between in a pool of its own, as long as it is kept. If
+there is no room to record another one, all others of the device are dropped first.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from .problem import Problem
 from .results import MetaGradients
 
 LIMIT = 8  # graphs kept: a few models or shapes in turn, each with the memory of a whole meta-step
+SHARE = 4  # all of them together keep at most this part of their device's memory
 
 Function = Callable[[], tuple[Tensor, ...]]
 
@@ -62,9 +65,11 @@ class Recording(Protocol):
 
     Attributes:
         outputs: What the function returned; rewritten by every replay.
+        bytes: Memory that it keeps.
     """
 
     outputs: tuple[Tensor, ...]
+    bytes: int
 
     def in_turn(self) -> AbstractContextManager[object]:
         """A context for writing inputs, launching the replay and reading outputs; such contexts never overlap."""
@@ -74,7 +79,13 @@ class Recording(Protocol):
 
 
 class Recorder(Protocol):
-    """Records functions without arguments on one device; its `why_not` is None where that is possible."""
+    """Records functions without arguments on one device; its `why_not` is None where that is possible.
+
+    Attributes:
+        most_bytes: Memory that all recordings of the device together should keep at most.
+    """
+
+    most_bytes: int
 
     def warm_up(self, function: Function) -> None:
         """Runs the function more than once: one-time work of the first call must not be recorded."""
@@ -96,6 +107,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.most_bytes = torch.cuda.get_device_properties(device).total_memory // SHARE
         # Warm-up and recording share it: libraries keep a workspace for each stream that they have seen.
         self._stream = torch.cuda.Stream(device)
 
@@ -132,6 +144,9 @@ class CudaRecorder:
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 outputs = function()
+        except torch.OutOfMemoryError:
+            _failed.append(graph)
+            raise
         except RuntimeError as error:
             _failed.append(graph)
             raise GraphRefused(f"graph: expected a call that can be recorded, found: {error}") from error
@@ -141,6 +156,7 @@ class CudaRecorder:
 class _CudaRecording:
     def __init__(self, graph: torch.cuda.CUDAGraph, outputs: tuple[Tensor, ...], device: torch.device) -> None:
         self.outputs = outputs
+        self.bytes = _bytes_of_pool(graph.pool())
         self._graph, self._device = graph, device
         self._finished = torch.cuda.Event()
 
@@ -157,6 +173,12 @@ class _CudaRecording:
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def _bytes_of_pool(pool: object) -> int:
+    """Device memory that torch's allocator holds for a pool of graphs."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == pool)
 
 
 @contextmanager
@@ -386,6 +408,8 @@ class _Recorded:
         with _refusing_random_draws(problem.device):
             recorder.warm_up(call)
         self.recording = recorder.record(call)
+        self.device, self.most_bytes = problem.device, recorder.most_bytes
+        self.bytes = self.recording.bytes + sum(value.nbytes for value in call.inputs)
         self.backend = call.backend
         self._names = tuple(problem.params)
         self._gradients, self._numbers = call.gradients, call.numbers
@@ -423,16 +447,18 @@ class GraphInfo(NamedTuple):
         limit: The most that are kept.
         builds: Graphs recorded so far.
         replays: Calls that a graph served.
+        bytes: Memory that the graphs keep.
     """
 
     graphs: int
     limit: int
     builds: int
     replays: int
+    bytes: int
 
 
 class GraphCache:
-    """The last `limit` recorded meta-steps, by key; any thread may call.
+    """The last `limit` recorded meta-steps, by key, or fewer if they are large; any thread may call.
 
     Args:
         limit: How many are kept.
@@ -473,7 +499,7 @@ class GraphCache:
         recorded = None
         if problem.graph or dispatch.choose(problem)[1] in BY_DEFAULT:
             try:
-                recorded = _Recorded(problem)
+                recorded = self._recorded(problem)
                 self._builds += 1
             except GraphRefused as error:
                 if problem.graph:
@@ -483,7 +509,34 @@ class GraphCache:
         if number not in self._models:
             self._models[number] = weakref.ref(problem.model, lambda _: self._gone.append(number))
         self._graphs[key] = recorded
+        if recorded is not None:
+            self._drop_oldest(recorded)
         return recorded
+
+    def _recorded(self, problem: Problem) -> _Recorded:
+        try:
+            return _Recorded(problem)
+        except torch.OutOfMemoryError:
+            keys = [key for key, kept in self._graphs.items() if kept is not None and kept.device == problem.device]
+            if not keys:
+                raise
+            for key in keys:
+                del self._graphs[key]
+            if problem.device.type == "cuda":
+                torch.cuda.empty_cache()  # while recording, the allocator cannot give back what those graphs held
+        return _Recorded(problem)
+
+    def _drop_oldest(self, newest: _Recorded) -> None:
+        """Drops the oldest graphs of a device until the rest may stay; the newest one always does."""
+        of_device = [
+            (key, kept) for key, kept in self._graphs.items() if kept is not None and kept.device == newest.device
+        ]
+        total = sum(kept.bytes for _, kept in of_device)
+        for key, kept in of_device[:-1]:
+            if total <= newest.most_bytes:
+                return
+            del self._graphs[key]
+            total -= kept.bytes
 
     def _drop_gone(self) -> None:
         while self._gone:
@@ -505,8 +558,9 @@ class GraphCache:
         """How many graphs are kept, were built, and were replayed."""
         with self._lock:
             self._drop_gone()
-            kept = sum(recorded is not None for recorded in self._graphs.values())
-            return GraphInfo(kept, self._limit, self._builds, self._replays)
+            kept = [recorded for recorded in self._graphs.values() if recorded is not None]
+            memory = sum(recorded.bytes for recorded in kept)
+            return GraphInfo(len(kept), self._limit, self._builds, self._replays, memory)
 
 
 CACHE = GraphCache()

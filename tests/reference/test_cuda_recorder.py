@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,9 @@ class WrittenDown:
             def replay(self) -> None:
                 cuda.log.append(f"replay on {cuda.current}")
 
+            def pool(self) -> tuple[int, int]:
+                return (0, 7)
+
         self.Stream, self.Event, self.CUDAGraph = Stream, Event, Graph
 
     @contextmanager
@@ -66,6 +70,15 @@ class WrittenDown:
         yield
         self.log.append("recorded")
 
+    def get_device_properties(self, device: torch.device) -> Any:
+        assert device == DEVICE
+        return SimpleNamespace(total_memory=4000)
+
+    def memory_snapshot(self) -> list[dict[str, Any]]:
+        """As torch's allocator reports segments, of which two are the graph's."""
+        pools = ((0, 0), (0, 7), (0, 7), (0, 8))
+        return [{"segment_pool_id": pool, "total_size": 10**i} for i, pool in enumerate(pools)]
+
     def current_stream(self) -> Any:
         return self.Stream(self.current)
 
@@ -80,7 +93,7 @@ class WrittenDown:
 GRAPH = torch.cuda.graph
 NAMES = (
     *("Stream", "Event", "CUDAGraph", "stream", "device", "graph"),
-    *("current_stream", "get_sync_debug_mode", "set_sync_debug_mode"),
+    *("current_stream", "get_sync_debug_mode", "set_sync_debug_mode", "get_device_properties", "memory_snapshot"),
 )
 
 
@@ -120,6 +133,8 @@ def test_warm_up_recording_and_replay_in_their_order(cuda: WrittenDown) -> None:
         "recorded",
     ]
     assert torch.equal(recording.outputs[0], torch.ones(2))
+    assert recording.bytes == 10 + 100, "the segments of its own pool"
+    assert recorder.most_bytes == 4000 // graphs.SHARE
     cuda.log.clear()
     with cuda.stream(cuda.Stream("other")), recording.in_turn():
         cuda.log.append("inputs")

@@ -20,6 +20,7 @@ class ReplayingRecorder:
     """Records by remembering the function."""
 
     made: list[ReplayingRecorder] = []  # noqa: RUF012 (shared by all instances; `stand_in` empties it)
+    most_bytes = 2**40
 
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cpu"
@@ -46,6 +47,7 @@ class ReplayingRecording:
 
     def __init__(self, function: graphs.Function, outputs: tuple[Tensor, ...]) -> None:
         self.outputs, self._function = outputs, function
+        self.bytes = sum(output.nbytes for output in outputs)
         self._busy = False
         self.replays = 0
 
