@@ -56,7 +56,7 @@ def bench_operators(device: torch.device, seconds: float, sizes: tuple[tuple[int
     for tasks, parameters in sizes:
         candidates = operators(tasks, parameters, device)
         runs = {name: run for name, (run, _) in candidates.items()}
-        comparison = harness.compare(runs, seconds=seconds, device=device, least=10, flush=flush)
+        comparison = harness.compare(runs, seconds=seconds, device=device, least=10, flush=flush, queued=True)
         rows = {}
         copied = candidates["copy"][1]
         for name, (_, moved) in candidates.items():
@@ -184,7 +184,7 @@ def matrix_rates(device: torch.device, seconds: float) -> Mapping[str, Summary]:
             continue
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         product, n = harness.matrix_product(device, dtype=dtype)
-        comparison = harness.compare({name: product}, seconds=seconds, device=device, least=5)
+        comparison = harness.compare({name: product}, seconds=seconds, device=device, least=5, queued=True)
         rates[name] = comparison.rate(name, counts.matrix_flops(n))
         print(f"matrix product, {name}: {rates[name].median:.0f} GFLOP/s", flush=True)
     torch.backends.cuda.matmul.allow_tf32 = before

@@ -87,6 +87,7 @@ def compare(
     most: int = 1000,
     sample_ms: float = 20,
     flush: Callable[[], object] | None = None,
+    queued: bool = False,
 ) -> Comparison:
     """Times candidates, interleaved.
 
@@ -98,13 +99,16 @@ def compare(
         most: Maximum number of rounds.
         sample_ms: A sample repeats a call for about this long, to reduce the clock's noise.
         flush: Called before each sample, outside the clock; a sample is then a single call.
+        queued: On a CUDA device, time the device alone: a short kernel would otherwise wait for the host's next launch.
     """
+    sample = _queued_sample if queued and device.type == "cuda" else _sample
+    most_calls = MOST_QUEUED if sample is _queued_sample else 1000
     calls = {}
     for name, run in candidates.items():
-        once = _sample(run, 1, device)
+        once = sample(run, 1, device)
         if once < 10 * sample_ms:  # a first call includes cache and page misses, which matter only if it is short
-            once = min(once, _sample(run, 1, device))
-        calls[name] = 1 if flush else max(1, min(1000, round(sample_ms / max(once, 1e-4))))
+            once = min(once, sample(run, 1, device))
+        calls[name] = 1 if flush else max(1, min(most_calls, round(sample_ms / max(once, 1e-4))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     end = time.perf_counter() + seconds
     order = list(candidates)
@@ -113,7 +117,7 @@ def compare(
         for name in order:
             if flush:
                 flush()
-            samples[name].append(_sample(candidates[name], calls[name], device))
+            samples[name].append(sample(candidates[name], calls[name], device))
         order.reverse()
         rounds += 1
     return Comparison(samples)
@@ -134,6 +138,32 @@ def _sample(run: Callable[[], object], calls: int, device: torch.device) -> floa
     for _ in range(calls):
         run()
     return (time.perf_counter_ns() - begin) / 1e6 / calls
+
+
+MOST_QUEUED = 200  # calls; a device queues about a thousand launches
+FIRST_SLEEP, LONGEST_SLEEP = 200_000, 2**30  # clock cycles: about 0.1 ms and 0.5 s
+
+
+def _queued_sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Milliseconds per call on the device, which sleeps until the host has queued all of them.
+
+    The sleep was long enough if the device has not reached the first call when the last one is queued. If it was not,
+    or if a call makes the host wait, the sample is repeated with a longer one, up to LONGEST_SLEEP.
+    """
+    cycles = FIRST_SLEEP
+    while True:
+        torch.cuda.synchronize(device)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        in_time = not start.query()
+        stop.synchronize()
+        if in_time or cycles >= LONGEST_SLEEP:
+            return float(start.elapsed_time(stop)) / calls
+        cycles *= 4
 
 
 def matrix_product(

@@ -81,3 +81,65 @@ def test_peers_give_the_meta_gradient_of_the_definition():
     wrong = bench_meta_step.Implementation("wrong", lambda problem: None, one_step_less)
     with pytest.raises(bench_meta_step.WrongGradient, match="float64"):
         checker.check(wrong)
+
+
+class SimulatedDevice:
+    """torch.cuda as far as the clock uses it, with a host that is slower than the device. Times are in clock cycles."""
+
+    HOST, DEVICE = 500_000, 1_000  # to queue a call, and to run it
+
+    def __init__(self) -> None:
+        self.now, self.free_at, self.sleeps = 0, 0, []
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+                self.at = 0
+
+            def record(self) -> None:
+                self.at = device.free_at = max(device.free_at, device.now)
+
+            def query(self) -> bool:
+                return self.at <= device.now
+
+            def synchronize(self) -> None:
+                device.now = max(device.now, self.at)
+
+            def elapsed_time(self, end: Event) -> float:
+                return float(end.at - self.at)
+
+        self.Event = Event
+
+    def synchronize(self, _: object) -> None:
+        self.now = max(self.now, self.free_at)
+
+    def _sleep(self, cycles: int) -> None:
+        self.sleeps.append(cycles)
+        self.free_at = max(self.free_at, self.now) + cycles
+
+    def launch(self) -> None:
+        self.now += self.HOST
+        self.free_at = max(self.free_at, self.now) + self.DEVICE
+
+
+def test_short_kernels_are_timed_without_the_host(monkeypatch):
+    import harness
+
+    simulated = SimulatedDevice()
+    for name in ("Event", "synchronize", "_sleep"):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, getattr(simulated, name))
+    device = torch.device("cuda")
+    found = harness.compare({"a": simulated.launch}, seconds=0, device=device, sample_ms=20_000, queued=True)
+    assert found.samples["a"] == [SimulatedDevice.DEVICE] * 3
+    assert simulated.sleeps[0] < simulated.sleeps[1] <= harness.LONGEST_SLEEP, "the first sleep was too short"
+    found = harness.compare({"a": simulated.launch}, seconds=0, device=device, sample_ms=20_000)
+    assert min(found.samples["a"]) > SimulatedDevice.HOST / 2, "without the sleep, the host's time is seen"
+
+    def waiting() -> None:
+        simulated.launch()
+        simulated.synchronize(device)
+
+    harness.compare({"a": waiting}, seconds=0, device=device, queued=True)  # ends although the host always waits
+    assert max(simulated.sleeps) <= 4 * harness.LONGEST_SLEEP
