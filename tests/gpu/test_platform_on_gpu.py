@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.cases.emulated_cases import TENSOR_CORE_SUMS
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 PROGRAM = """
@@ -55,7 +57,49 @@ void check(const char* name, const float* device, const std::vector<float>& expe
     std::printf("%s ok\\n", name);
 }
 
-int main() {
+// Reads sums, one a line: precision, start, number of factors, the factors. Prints what one mma makes of each, after
+// one that makes the start.
+int print_sums() {
+    char precision[8];
+    double start = 0.0;
+    int count = 0;
+    while (std::scanf("%7s %lf %d", precision, &start, &count) == 3) {
+        const bool tf32 = precision[0] == 't';
+        const int depth = tf32 ? 8 : 16, k = 2 * depth;
+        std::vector<float> a(16 * k, 0.0f), b(k * 16, 0.0f), found(16 * 16, -12345.0f);
+        a[0] = static_cast<float>(start);
+        b[0] = 1.0f;
+        for (int i = 0; i < count; ++i) {
+            double x = 0.0, y = 0.0;
+            if (std::scanf("%lf %lf", &x, &y) != 2) return 3;
+            a[depth + i] = static_cast<float>(x);
+            b[(depth + i) * 16] = static_cast<float>(y);
+        }
+        float* c = on_device(found);
+        if (tf32) {
+            matmul_tf32_kernel<<<dim3(16 / kTf32Columns, 16 / kTf32Rows), 64, kTf32SharedBytes>>>(
+                MatmulTf32Params{on_device(a), on_device(b), c, 16, k});
+        } else {
+            std::vector<std::uint16_t> rows(16 * k), columns(16 * k);
+            for (int i = 0; i < 16 * k; ++i) rows[i] = bf16(a[i]);
+            for (int j = 0; j < 16; ++j)
+                for (int l = 0; l < k; ++l) columns[j * k + l] = bf16(b[l * 16 + j]);
+            matmul_bf16_kernel<<<dim3(16 / 8, 16 / 16), 32, kBf16SharedBytes>>>(
+                MatmulBf16Params{on_device(rows), on_device(columns), c, 16, k});
+        }
+        const cudaError_t status = cudaDeviceSynchronize();
+        if (status != cudaSuccess) {
+            std::printf("%s\\n", cudaGetErrorString(status));
+            return 1;
+        }
+        cudaMemcpy(found.data(), c, found.size() * sizeof(float), cudaMemcpyDeviceToHost);
+        std::printf("%.17g\\n", found[0]);
+    }
+    return 0;
+}
+
+int main(int argc, char**) {
+    if (argc > 1) return print_sums();
     const int m = 48, n = 32, k = 64;
     const std::vector<float> a = integers(m * k, 1), b = integers(k * n, 2);
     std::vector<float> product(m * n, 0.0f), sums(3, 0.0f), nan(m * n, -12345.0f);
@@ -117,3 +161,23 @@ def test_device_agrees_with_the_emulator(tmp_path):
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines() == ["matmul_tf32 ok", "matmul_bf16 ok", "block_sum ok"]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_tensor_cores_sum_as_the_published_models_say(tmp_path):
+    """The emulated GPU follows these models (csrc/emulation/tensor_cores.h), and float32 accuracy depends on them."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    program = compile_program(tmp_path, f"-arch=sm_{major}{minor}")
+    lines = [
+        " ".join(map(str, (precision, start, len(factors), *(number for pair in factors for number in pair))))
+        for precision, start, factors, *_ in TENSOR_CORE_SUMS.values()
+    ]
+    command = [str(program), "sums"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    found = dict(zip(TENSOR_CORE_SUMS, map(float, done.stdout.split()), strict=True))
+    expected = {name: row[3 + (major >= 9)] for name, row in TENSOR_CORE_SUMS.items()}
+    assert found == expected
