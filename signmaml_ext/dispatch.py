@@ -41,7 +41,8 @@ class Backend:
     Attributes:
         name: The value of `backend=`.
         device_type: Where it runs; None: anywhere.
-        why_not_here: None if this installation and machine can run it at all, else the reason.
+        why_not_here: None if this installation and machine can run it at all, else the reason. It must not initialise
+            CUDA: calls on the CPU ask it too, perhaps in a forked process.
         why_not_on: None if it can run on this device, which is of its kind, else the reason.
         families: In order of preference.
     """
@@ -109,6 +110,10 @@ def _no_cuda_here() -> str | None:
         return "this torch is a CPU build"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    return None
+
+
+def _not_on_any_gpu() -> str | None:
     reasons = [gpus.why_not_served(index) for index in range(torch.cuda.device_count())]
     return None if None in reasons else reasons[0]
 
@@ -150,7 +155,8 @@ BACKENDS: dict[str, Backend] = {
 
 def backend_status() -> dict[str, str | None]:
     """By backend: None if it is usable on this machine, else the reason."""
-    return {name: backend.why_not_here() for name, backend in BACKENDS.items()}
+    status = {name: backend.why_not_here() for name, backend in BACKENDS.items()}
+    return status if status["cuda"] else status | {"cuda": _not_on_any_gpu()}
 
 
 def _joined(reasons: dict[str, str]) -> str:

@@ -97,6 +97,22 @@ def test_a_gpu_that_the_kernels_do_not_run_on_is_left_to_torch(monkeypatch):
         dispatch.choose(old)
 
 
+def test_a_call_on_the_cpu_asks_nothing_of_a_gpu(monkeypatch):
+    """That would initialise CUDA, which fails in a process forked from one that has used it."""
+
+    def asked(index: int) -> None:
+        raise AssertionError("CUDA was initialised")
+
+    monkeypatch.setattr(gpus, "why_not_served", asked)
+    cuda = dataclasses.replace(dispatch.BACKENDS["cuda"], why_not_here=lambda: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", cuda)
+    problem = SimpleNamespace(device=torch.device("cpu"), backend="auto", compile=False)
+    assert cuda.why_not_there(problem) == "the model is on cpu"
+    with pytest.raises(AssertionError, match="initialised"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        dispatch.backend_status()
+
+
 def test_gpu_lines():
     gpu = {"index": 0, "name": "Some GPU", "compute_capability": "7.0", "memory_gib": 16.0, "covered_by": None}
     refused = gpu | {"why_not": "reinstall with TORCH_CUDA_ARCH_LIST=7.0"}
