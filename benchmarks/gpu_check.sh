@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gpu_check.sh OUT [--call 1|2|3] [--part PART]... [--dry-run]: builds, tests and measures this tree on a machine with
 # a GPU, without network or git, using the installed interpreter (PYTHON, default python3). There are three calls,
-# because a machine may be lent for minutes at a time. Each ends within 9 minutes (GPU_CHECK_SECONDS, default 530).
+# because a machine may be rented for minutes at a time. Each ends within 9 minutes (GPU_CHECK_SECONDS, default 530).
 #
 #   --call 1   build platform conv meta_step graphs ops sanitizer: is it right, and how fast is a meta-step (default)
 #   --call 2   kernels meta_step_others sanitizer_rest training: the other figures, initcheck and synccheck
