@@ -55,12 +55,11 @@ CASES = {
 @contextmanager
 def elsewhere() -> Iterator[None]:
     """The default device holds no data, so that whatever is made there fails."""
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         yield
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)  # as it was; any other value stays active as a mode
 
 
 def results_of(model: nn.Module, data: tuple[torch.Tensor, ...], options: dict[str, object]) -> list[torch.Tensor]:
