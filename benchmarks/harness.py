@@ -126,18 +126,27 @@ def compare(
 def _sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
     """Milliseconds per call."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            run()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / calls
+        return _on_device(run, calls, device)[0]
     begin = time.perf_counter_ns()
     for _ in range(calls):
         run()
     return (time.perf_counter_ns() - begin) / 1e6 / calls
+
+
+def _on_device(run: Callable[[], object], calls: int, device: torch.device, sleep: int = 0) -> tuple[float, bool]:
+    """Milliseconds per call by the device's clock, after a sleep of so many of its clock cycles, and whether it had not
+    reached the first call when the host had queued the last one."""
+    torch.cuda.synchronize(device)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if sleep:
+        torch.cuda._sleep(sleep)
+    start.record()
+    for _ in range(calls):
+        run()
+    stop.record()
+    behind = not start.query()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / calls, behind
 
 
 MOST_QUEUED = 200  # calls; a device queues about a thousand launches
@@ -147,23 +156,15 @@ FIRST_SLEEP, LONGEST_SLEEP = 200_000, 2**30  # clock cycles: about 0.1 ms and 0.
 def _queued_sample(run: Callable[[], object], calls: int, device: torch.device) -> float:
     """Milliseconds per call on the device, which sleeps until the host has queued all of them.
 
-    The sleep was long enough if the device has not reached the first call when the last one is queued. If it was not,
-    or if a call makes the host wait, the sample is repeated with a longer one, up to LONGEST_SLEEP.
+    If a sleep was too short, or if a call makes the host wait, the sample is repeated with a longer one, up to
+    LONGEST_SLEEP.
     """
-    cycles = FIRST_SLEEP
+    sleep = FIRST_SLEEP
     while True:
-        torch.cuda.synchronize(device)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(cycles)
-        start.record()
-        for _ in range(calls):
-            run()
-        stop.record()
-        in_time = not start.query()
-        stop.synchronize()
-        if in_time or cycles >= LONGEST_SLEEP:
-            return float(start.elapsed_time(stop)) / calls
-        cycles *= 4
+        found, behind = _on_device(run, calls, device, sleep)
+        if behind or sleep >= LONGEST_SLEEP:
+            return found
+        sleep *= 4
 
 
 def matrix_product(

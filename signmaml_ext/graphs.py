@@ -517,10 +517,10 @@ class GraphCache:
         try:
             return _Recorded(problem)
         except torch.OutOfMemoryError:
-            keys = [key for key, kept in self._graphs.items() if kept is not None and kept.device == problem.device]
-            if not keys:
+            others = list(self._kept_on(problem.device))
+            if not others:
                 raise
-            for key in keys:
+            for key in others:
                 del self._graphs[key]
             if problem.device.type == "cuda":
                 torch.cuda.empty_cache()  # while recording, the allocator cannot give back what those graphs held
@@ -528,15 +528,17 @@ class GraphCache:
 
     def _drop_oldest(self, newest: _Recorded) -> None:
         """Drops the oldest graphs of a device until the rest may stay; the newest one always does."""
-        of_device = [
-            (key, kept) for key, kept in self._graphs.items() if kept is not None and kept.device == newest.device
-        ]
-        total = sum(kept.bytes for _, kept in of_device)
-        for key, kept in of_device[:-1]:
-            if total <= newest.most_bytes:
+        of_device = self._kept_on(newest.device)
+        total = sum(kept.bytes for kept in of_device.values())
+        for key, kept in of_device.items():
+            if total <= newest.most_bytes or kept is newest:
                 return
             del self._graphs[key]
             total -= kept.bytes
+
+    def _kept_on(self, device: torch.device) -> dict[tuple[object, ...], _Recorded]:
+        """The recorded graphs of a device, oldest first."""
+        return {key: kept for key, kept in self._graphs.items() if kept is not None and kept.device == device}
 
     def _drop_gone(self) -> None:
         while self._gone:

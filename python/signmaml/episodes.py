@@ -570,11 +570,7 @@ def _shift_and_scale(
     """
 
     def per_channel(values: Sequence[float]) -> torch.Tensor:
-        return (
-            torch.tensor([255.0 * value for value in values], dtype=torch.float32, device="cpu")
-            .view(-1, 1, 1)
-            .to(device)
-        )
+        return torch.tensor([255.0 * value for value in values], dtype=torch.float32, device=device).view(-1, 1, 1)
 
     if normalize == "raw":
         return None, None

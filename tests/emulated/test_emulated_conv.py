@@ -52,15 +52,16 @@ FORMS = [True, pytest.param(False, marks=pytest.mark.slow)]
 def test_gradients_before_the_sign(native, name, by_covariance):
     net = NETS[name]
     by_seed(native, list(NETS).index(name))
-    draws = conv_cases.draw_tasks(net, seed=3)
-    apart = conv_cases.errors_of_tasks(native, net, draws, by_covariance=by_covariance)
-    conv_cases.assert_within_twice_torch(net, apart)
-    found = conv_cases.run(native, net, draws[0], steps=0, by_covariance=by_covariance)
-    exact = conv_cases.definition(net, draws[0], steps=0)
-    torch.testing.assert_close(found.query_loss.double(), exact.query_loss, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(found.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found.query_accuracy, exact.query_accuracy)
-    assert not found.nonfinite.any()
+    apart = []
+    for data in conv_cases.draw_tasks(net, seed=3):
+        found = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
+        exact, peer = conv_cases.peers(net, data)
+        apart.append(conv_cases.task_errors(net, found, exact, peer))
+        torch.testing.assert_close(found.query_loss.double(), exact.query_loss, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(found.logits.double(), exact.logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.query_accuracy, exact.query_accuracy)
+        assert not found.nonfinite.any()
+    conv_cases.assert_within_twice_torch(net, torch.cat(apart))
 
 
 @pytest.mark.slow
@@ -149,14 +150,7 @@ def test_plain_gradient_steps_and_options(native, case):
 
 def test_forward_only_and_without_a_query_set(native):
     by_seed(native, 7)
-    net = Net()
-    data = conv_cases.draw(net)
-    whole = conv_cases.run(native, net, data, steps=2)
-    evaluated = conv_cases.run(native, net, data, steps=2, wants_grads=False)
-    for name in ("logits", "query_loss", "query_accuracy", "support_loss", "adapted"):
-        assert torch.equal(getattr(whole, name), getattr(evaluated, name)), name
-    adapted = conv_cases.run(native, net, data, steps=2, with_query=False)
-    assert torch.equal(adapted.adapted, whole.adapted) and torch.equal(adapted.support_loss, whole.support_loss)
+    emulated_cases.conv_branches(native, Net())
 
 
 @pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])

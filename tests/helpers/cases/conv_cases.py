@@ -331,25 +331,38 @@ def errors(net: Net, found: Tensor, exact: Tensor) -> list[float]:
     return [float((f - e).norm() / e.norm().clamp(min=1e-30)) for f, e in pairs]
 
 
-def errors_of_tasks(
-    native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", device: str = "cpu", **options: Any
-) -> Tensor:
-    """Relative distances of each tensor's gradient (before the sign) from float64: `[tasks, 2, tensors]`, of all draws.
+def peers(net: Net, data: Data, precision: str = "fp32") -> tuple[Result, Result]:
+    """PyTorch's results without a step: in float64, and in this precision.
 
-    Index 0 is the kernels, index 1 PyTorch in the same precision: TF32 operands are rounded by hand, because a CPU has
-    no such products, and summed in float32; bf16 uses autocast. Zeros become 1e-12. A single task depends on luck: a
-    classifier's few scores can be right to the last bit, and if ReLU or pooling decides differently from float64, one
-    value changes a whole gradient, for the kernels and for PyTorch alike.
+    TF32 operands are rounded by hand, because a CPU has no such products, and summed in float32; bf16 uses autocast.
+    """
+    exact = definition(net, data, steps=0)
+    return exact, definition(net, data, steps=0, dtype=torch.float32, precision=precision)
+
+
+def task_errors(net: Net, found: Result, exact: Result, peer: Result) -> Tensor:
+    """Relative distances of each tensor's gradient from the exact one: `[tasks, 2, tensors]`.
+
+    Index 0 is what was found, index 1 the peer. Zeros become 1e-12. A single task depends on luck: a classifier's few
+    scores can be right to the last bit, and if ReLU or pooling decides differently from float64, one value changes a
+    whole gradient, for the kernels and for PyTorch alike.
     """
     of_tasks = []
-    for data in draws:
-        exact = definition(net, data, steps=0)
-        peer = definition(net, data, steps=0, dtype=torch.float32, precision=precision)
-        found = run(native, net, data.to(device), steps=0, precision=precision, **options)
-        for t in range(data.query_x.shape[0]):
-            rows = slice(t, t + 1)
-            of_tasks.append([errors(net, each.grads[rows], exact.grads[rows]) for each in (found, peer)])
+    for t in range(len(exact.nonfinite)):
+        rows = slice(t, t + 1)
+        of_tasks.append([errors(net, each.grads[rows], exact.grads[rows]) for each in (found, peer)])
     return torch.tensor(of_tasks).clamp(min=1e-12)
+
+
+def errors_of_tasks(
+    native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", **options: Any
+) -> Tensor:
+    """`task_errors` of the kernels before the sign, of the tasks of all draws, beside PyTorch in the same precision."""
+    of_draws = []
+    for data in draws:
+        found = run(native, net, data, steps=0, precision=precision, **options)
+        of_draws.append(task_errors(net, found, *peers(net, data, precision)))
+    return torch.cat(of_draws)
 
 
 # Two float32 epsilons: smaller errors are negligible, and PyTorch's own may be this small by luck.
@@ -364,7 +377,7 @@ def draw_tasks(net: Net, least: int = 3, seed: int = 0) -> list[Data]:
 def assert_within_twice_torch(net: Net, apart: Tensor) -> None:
     """Every tensor's gradient is at most twice as far from float64's as PyTorch's own in the same precision.
 
-    `apart` is that of `errors_of_tasks`, of at least 3 tasks. Their median counts: it leaves out the tasks in which
+    `apart` is that of `task_errors`, of at least 3 tasks. Their median counts: it leaves out the tasks in which
     ReLU or pooling decides differently.
     """
     assert apart.shape[0] >= 3, apart.shape
