@@ -1,11 +1,20 @@
 #include "bindings/emulation.h"
 
+#include <dlfcn.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <set>
+#include <string>
+#include <vector>
 
 #include "emulation/machine.h"
 #include "emulation/selftest.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace signmaml::bindings {
 namespace {
@@ -49,6 +58,53 @@ void matmul_bf16(Address a, Address b, Address c, int m, int n, int k) {
                                 m);
 }
 
+#ifndef SIGNMAML_ON_PTX
+py::list take_counts() {
+    py::list launches;
+    for (const emulation::LaunchCounts& counts : emulation::settings().counts) {
+        py::list places;
+        for (const auto& [key, of_place] : counts.places) {
+            const auto& [code, place, bytes] = key;
+            Dl_info module{};
+            dladdr(reinterpret_cast<void*>(code), &module);
+            places.append(py::dict("code"_a = code - reinterpret_cast<std::uintptr_t>(module.dli_fbase),
+                                   "kind"_a = name_of(place), "bytes"_a = bytes, "executions"_a = of_place.executions,
+                                   "lanes"_a = of_place.lanes, "sectors"_a = of_place.sectors,
+                                   "least_sectors"_a = of_place.least_sectors, "wavefronts"_a = of_place.wavefronts,
+                                   "least_wavefronts"_a = of_place.least_wavefronts));
+        }
+        py::list arrays;
+        for (const auto& [address, of_array] : counts.arrays) {
+            arrays.append(py::dict("name"_a = of_array.name, "address"_a = address, "loaded"_a = of_array.loaded,
+                                   "copied"_a = of_array.copied, "stored"_a = of_array.stored,
+                                   "read_by_blocks"_a = of_array.read_by_blocks,
+                                   "written_by_blocks"_a = of_array.written_by_blocks,
+                                   "read_once"_a = of_array.read_once, "written_once"_a = of_array.written_once));
+        }
+        launches.append(py::dict("kernel"_a = counts.kernel, "grid"_a = counts.grid, "threads"_a = counts.threads,
+                                 "shared_bytes"_a = counts.shared_bytes, "blocks"_a = counts.blocks,
+                                 "counted_blocks"_a = counts.counted_blocks, "load_rounds"_a = counts.load_rounds,
+                                 "places"_a = places, "arrays"_a = arrays));
+    }
+    emulation::settings().counts.clear();
+    emulation::settings().counted_blocks = 0;
+    return launches;
+}
+
+py::tuple wavefronts(const std::vector<std::int64_t>& addresses, int bytes, bool loads) {
+    std::array<std::int64_t, emulation::kLanes> of_lanes;
+    of_lanes.fill(-1);
+    std::copy_n(addresses.begin(), std::min(addresses.size(), of_lanes.size()), of_lanes.begin());
+    const emulation::Wavefronts found = emulation::wavefronts_of(of_lanes, bytes, loads);
+    return py::make_tuple(found.taken, found.least);
+}
+
+void counted(Address in, Address out, int blocks) {
+    const Arguments of_launch({{"in", in, 129 * 4, 4, false}, {"out", out, 64 * 4, 4, true}});
+    launch_selftest_counted({reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out)}, blocks);
+}
+#endif  // SIGNMAML_ON_PTX
+
 }  // namespace
 
 void define_emulation(py::module_& m) {
@@ -64,6 +120,24 @@ void define_emulation(py::module_& m) {
         py::arg("seed") = 0, py::arg("blocks_alive") = 1, py::arg("multiprocessors") = 2, py::arg("architecture") = 80,
         "Order of threads, blocks that run at the same time, the size that plans are told, and whose tensor cores sum "
         "(80: those whose sums lose most).");
+#ifndef SIGNMAML_ON_PTX
+    m.def(
+        "count",
+        [](int blocks, const std::set<std::string>& in_full) {
+            emulation::settings().counts.clear();
+            emulation::settings().counted_blocks = blocks;
+            emulation::settings().counted_in_full = in_full;
+        },
+        py::arg("blocks"), py::arg("in_full") = std::set<std::string>(),
+        "From now on launches are counted instead of checked, and only this many blocks of each run (all of the "
+        "kernels named), until the counts are taken.");
+    m.def("take_counts", &take_counts,
+          "The counts of every launch since `count`; `code` is an address in this module.");
+    m.def("wavefronts", &wavefronts, py::arg("addresses"), py::arg("bytes"), py::arg("loads"),
+          "Cycles of shared memory for one request of a warp, and the least for as many bytes; addresses by lane, "
+          "negative where a lane takes no part.");
+    m.def("selftest_counted", &counted);
+#endif  // SIGNMAML_ON_PTX
     m.def("selftest_fault", &fault);
     m.def("selftest_block_sum", &block_sum);
     m.def("selftest_matmul_tf32", &matmul_tf32);

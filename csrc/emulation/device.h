@@ -9,7 +9,8 @@
 #include "emulation/machine.h"
 #include "emulation/tensor_cores.h"
 
-#define __global__
+// Counting needs all of a kernel in one function of its own (counting.h).
+#define __global__ __attribute__((flatten, noinline, noclone))
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
@@ -69,10 +70,7 @@ class Shared {
     Scalar get(std::int64_t i) const { return load<Scalar>(address(i)); }
     void set(std::int64_t i, Scalar value) const { store<Scalar>(address(i), value); }
     Scalar* address(std::int64_t i) const {
-        if (i < 0 || i >= count_) {
-            emulation::fault("out of bounds: element " + std::to_string(i) + " of a shared array of " +
-                             std::to_string(count_) + ", touched");
-        }
+        if (i < 0 || i >= count_) emulation::out_of_shared_array(i, count_);
         return reinterpret_cast<Scalar*>(emulation::shared_memory() + offset_) + i;
     }
 
@@ -84,7 +82,10 @@ class Shared {
 // ---- barriers, lanes
 
 inline void block_barrier() { emulation::block_barrier(); }
-inline void warp_barrier() { emulation::warp_barrier(kAllLanes); }
+inline void warp_barrier() {
+    unsigned lanes = kAllLanes;
+    emulation::warp_operation("warp_barrier", lanes, &lanes, [](void* const*) {});
+}
 inline int lane() { return emulation::lane(); }
 
 namespace emulation {

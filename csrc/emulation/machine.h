@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "emulation/counting.h"
 #include "emulation/memory.h"
 #include "emulation/tensor_cores.h"
 
@@ -38,12 +40,17 @@ struct Settings {
     int multiprocessors = 2;                         // the number that plans are given
     TensorCores tensor_cores = tensor_cores_of(80);  // those whose sums lose most
     std::vector<Buffer> buffers;
+    // If positive, launches are counted instead of checked, and only this many of their blocks run: all of the kernels
+    // that are named.
+    int counted_blocks = 0;
+    std::set<std::string> counted_in_full;
+    std::vector<LaunchCounts> counts;
 };
 
 // The settings of the calling host thread.
 Settings& settings();
 
-inline constexpr int kWarpThreads = 32;
+inline constexpr int kWarpThreads = kLanes;
 
 // Runs `kernel` once for each thread. Throws std::runtime_error naming the kernel, block and thread for an access out
 // of bounds, a read of unwritten memory, a race, a barrier that not all threads reach, or threads of a warp that wait
@@ -61,11 +68,10 @@ Extent3 grid_extent();
 // The block's dynamic shared memory, filled with a pattern that is NaN in every floating-point type.
 char* shared_memory();
 
-// Checks an access to global or shared memory.
+// Checks an access to global or shared memory, or counts it.
 void visit(const void* address, std::int64_t bytes, Access access);
 
 void block_barrier();
-void warp_barrier(unsigned lanes);
 
 // An operation of several lanes of a warp. `combine` is called once all of them have arrived, with the operands in lane
 // order; lanes that do not take part have a null operand.
@@ -80,5 +86,6 @@ void commit_copies();
 void wait_for_copies(int pending_groups);
 
 [[noreturn]] void fault(const std::string& what);
+[[noreturn]] void out_of_shared_array(std::int64_t element, std::int64_t count);
 
 }  // namespace signmaml::emulation

@@ -24,4 +24,9 @@ void launch_selftest_matmul_bf16(const MatmulBf16Params& params, int m) {
     emulation::launch("matmul_bf16_kernel", grid, 32, kBf16SharedBytes, [&] { matmul_bf16_kernel(params); });
 }
 
+void launch_selftest_counted(const CountedParams& params, int blocks) {
+    emulation::launch("counted_kernel", static_cast<unsigned>(blocks), 64, kCountedFloats * 4,
+                      [&] { counted_kernel(params); });
+}
+
 }  // namespace signmaml

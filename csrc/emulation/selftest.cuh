@@ -1,6 +1,7 @@
 // Small kernels that use what the flat-buffer kernels do not: shared memory, barriers, shuffles, tensor cores,
 // asynchronous copies. They test the emulator (and, on a GPU, that platform.cuh and its twin agree).
 //   faulty_kernel        a copy with one of the faults that the emulator reports
+//   counted_kernel       requests of known cost, for tests of counting.h
 //   block_sum_kernel     out[b] = sum of row b; a block owns a row, a thread every blockDim-th element
 //   matmul_tf32_kernel   c = a b, TF32; a block of two warps owns 16 x 16 of c, a warp 16 x 8; two stages of cp.async
 //   matmul_bf16_kernel   c = a b^T, bf16; a warp owns 16 x 8 of c; ldmatrix
@@ -47,6 +48,35 @@ __global__ void faulty_kernel(const FaultParams p) {
     } else {
         store(p.out + (p.fault == Fault::kWriteRaceOfBlocks ? t : at), value);
     }
+}
+
+inline constexpr int kCountedFloats = 64 * 36;
+
+// One request of each kind, whose sectors and wavefronts are known. Two warps; a line is one place in the code.
+__global__ void counted_kernel(const CountedParams p) {
+    const Shared<float> shared(0, kCountedFloats);
+    const int t = static_cast<int>(threadIdx.x);
+    float sum = load(p.in + t);                                       // 128 bytes in a row
+    sum += load(p.in + 2 * t);                                        // every other float
+    sum += load(p.in + t + 1);                                        // in a row, across a boundary
+    sum += load(p.in);                                                // the same for all
+    shared.set(t * 36, sum);                                          // every fourth bank
+    shared.set(t * 32, sum);                                          // one bank
+    store<float, 4>(shared.address(t * 36), {{sum, sum, sum, sum}});  // a row of 36 floats each
+    block_barrier();
+    const auto quad = load<float, 4>(shared.address(t / 2 * 36));  // by pairs of lanes
+    sum += quad.at[0] + load<float, 4>(shared.address(0)).at[0];   // the same for all
+    for (int i = 0; i < 4; ++i) {
+        if ((t + i) % 2 == 0) continue;
+        sum += load(p.in + t);  // half of the lanes at a time
+        if (i == 3) sum += shared.get(t * 36);
+    }
+    cp_async_16(shared.address(t * 4), p.in + t / 2 * 4);  // 256 bytes for a warp
+    cp_async_commit();
+    cp_async_wait<0>();
+    block_barrier();
+    sum += warp_sum(shared.get(t));  // all lanes together again
+    store(p.out + t, sum);
 }
 
 inline constexpr int kTf32Rows = 16, kTf32Columns = 16, kTf32Depth = 8;

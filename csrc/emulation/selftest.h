@@ -47,11 +47,18 @@ struct FaultParams {
     float* out;       // [2 * 64] float
 };
 
+struct CountedParams {
+    const float* in;  // [2 * 64 + 1] float, at a multiple of 128 bytes
+    float* out;       // [64] float
+};
+
 // Two blocks of 64 threads.
 void launch_selftest_fault(const FaultParams& params);
 
 void launch_selftest_block_sum(const BlockSumParams& params, int rows, int block);
 void launch_selftest_matmul_tf32(const MatmulTf32Params& params, int m);
 void launch_selftest_matmul_bf16(const MatmulBf16Params& params, int m);
+// `blocks` blocks of 64 threads, which all do the same.
+void launch_selftest_counted(const CountedParams& params, int blocks);
 
 }  // namespace signmaml
