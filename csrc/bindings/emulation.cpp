@@ -1,6 +1,5 @@
 #include "bindings/emulation.h"
 
-#include <dlfcn.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -59,15 +58,16 @@ void matmul_bf16(Address a, Address b, Address c, int m, int n, int k) {
 }
 
 #ifndef SIGNMAML_ON_PTX
+// The linker puts this where the module's file begins in memory.
+extern "C" const char __ehdr_start __attribute__((visibility("hidden")));
+
 py::list take_counts() {
     py::list launches;
     for (const emulation::LaunchCounts& counts : emulation::settings().counts) {
         py::list places;
         for (const auto& [key, of_place] : counts.places) {
             const auto& [code, place, bytes] = key;
-            Dl_info module{};
-            dladdr(reinterpret_cast<void*>(code), &module);
-            places.append(py::dict("code"_a = code - reinterpret_cast<std::uintptr_t>(module.dli_fbase),
+            places.append(py::dict("code"_a = code - reinterpret_cast<std::uintptr_t>(&__ehdr_start),
                                    "kind"_a = name_of(place), "bytes"_a = bytes, "executions"_a = of_place.executions,
                                    "lanes"_a = of_place.lanes, "sectors"_a = of_place.sectors,
                                    "least_sectors"_a = of_place.least_sectors, "wavefronts"_a = of_place.wavefronts,

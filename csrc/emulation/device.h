@@ -113,7 +113,11 @@ inline Scalar shuffle_xor(Scalar value, int distance) {
     return operand.result;
 }
 
-// ---- rounding; C++ is compiled without fused multiply-adds
+// ---- arithmetic; C++ is compiled without fused multiply-adds
+
+inline std::uint32_t multiply_high(std::uint32_t a, std::uint32_t b) {
+    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(a) * b >> 32);
+}
 
 inline float rounded_product(float a, float b) { return a * b; }
 inline double rounded_product(double a, double b) { return a * b; }

@@ -63,8 +63,7 @@ __device__ inline void copy_or_clear(float* target, const float* source, bool ha
     if (has_source) {
         cp_async_16(target, source);
     } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) store(target + i, 0.0f);
+        store<float, 4>(target, {});
     }
 }
 
@@ -93,6 +92,11 @@ __device__ inline TilePlace place_of(const ConvTiles& tiles, int tile) {
             smaller_of(tiles.tile_width, tiles.width - x)};
 }
 
+// n / divisor.value without a division, which would take some twenty instructions.
+__device__ inline int quotient(int n, const Divisor& divisor) {
+    return static_cast<int>(multiply_high(2 * static_cast<std::uint32_t>(n), divisor.magic));
+}
+
 // One position of a tile. Positions are numbered row by row, image by image.
 struct TilePosition {
     int image, y, x;  // within the tile
@@ -100,9 +104,29 @@ struct TilePosition {
 };
 
 __device__ inline TilePosition position_of(const ConvTiles& tiles, const TilePlace& place, int number) {
-    const int area = tiles.tile_height * tiles.tile_width;
-    const int image = number / area, y = number % area / tiles.tile_width, x = number % tiles.tile_width;
+    const int image = quotient(number, tiles.by_area), in_image = number - image * tiles.by_area.value;
+    const int y = quotient(in_image, tiles.by_width), x = in_image - y * tiles.tile_width;
     return {image, y, x, image < place.images && y < place.height && x < place.width};
+}
+
+// One input that a tile reads, with its halo; numbered likewise.
+struct TileInput {
+    int image, row, column;  // within the tile
+};
+
+__device__ inline TileInput input_of(const ConvTiles& tiles, int number) {
+    const int image = quotient(number, tiles.by_halo), in_image = number - image * tiles.by_halo.value;
+    const int row = quotient(in_image, tiles.by_halo_width);
+    return {image, row, in_image - row * tiles.halo_width};
+}
+
+// By how many bits to shift a number of four channels to get its position, where `padded` channels are staged: by that
+// of the next power of two. Those beyond `padded` are left out.
+__device__ inline int quads_shift(int padded) { return padded <= 4 ? 0 : padded <= 8 ? 1 : padded <= 16 ? 2 : 3; }
+
+// Where an input of the tile, with its halo, is in shared memory.
+__device__ inline int offset_in_tile(const ConvMemory& memory, const ConvTiles& tiles, int image, int y, int x) {
+    return (image * tiles.halo_height + y) * memory.pitch + x * memory.row;
 }
 
 __device__ inline int first_tile(const ConvTiles& tiles, int slice) { return slice * tiles.tiles_per_slice; }
@@ -219,13 +243,13 @@ __device__ inline Vector<float, kCount> raw_grad(const ConvLayer<Stored>& layer,
     const std::int64_t at = ((std::int64_t{image} * block.height + y) * block.width + x) * filters + channel;
     const auto z = load_floats<kCount>(row_of(layer.raw, task) + at);
     Vector<float, kCount> dy{};
-    const int window_y = y / block.window, window_x = x / block.window;
+    const int window_y = y >> (block.window - 1), window_x = x >> (block.window - 1);
     if (window_y < block.act_height && window_x < block.act_width) {  // else pooling drops this position
         const std::int64_t window =
             ((std::int64_t{image} * block.act_height + window_y) * block.act_width + window_x) * filters + channel;
         const auto choices = load<std::uint8_t, kCount>(row_of(layer.choices, task) + window);
         const auto gradient = load_floats<kCount>(row_of(layer.activation_grad, task) + window);
-        const int place = y % block.window * 2 + x % block.window;
+        const int place = (y - window_y * block.window) * 2 + x - window_x * block.window;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             dy.at[i] = choices.at[i] == place + kConvActive ? gradient.at[i] : 0.0f;
@@ -280,14 +304,27 @@ struct ConvStored<ConvPrecision::kBf16> {
     using Type = std::uint16_t;
 };
 
-// A float as two TF32 numbers whose sum keeps 21 of its bits.
+// A float as two TF32 numbers whose sum keeps 21 of its bits: one rounded, and the rest, which is exact until mma cuts
+// it off. Three instructions instead of the seven that two conversions take, because they do not ask for NaN. A NaN
+// that the first number loses to the carry is in the second.
 struct Halves {
     std::uint32_t high, low;
 };
 
 __device__ inline Halves halves_of(float value) {
-    const float high = to_tf32(value);
-    return {bits_of(high), tf32_operand(value - high)};
+    constexpr std::uint32_t kKept = 0xffffe000u, kHalf = 0x1000u;  // the bits of a TF32 number; half of its last one
+    const std::uint32_t high = (bits_of(value) + kHalf) & kKept;
+    return {high, bits_of(value - float_of(high))};
+}
+
+// The same, or for kTf32 the number rounded, alone.
+template <ConvPrecision kPrecision>
+__device__ inline Halves operands_of(float value) {
+    if constexpr (kPrecision == ConvPrecision::kFp32) {
+        return halves_of(value);
+    } else {
+        return {tf32_operand(value), 0};
+    }
 }
 
 // sums[i][j] += a_i b_j over kConvDepth of depth, for kM fragments of 16 rows and kN of 8 columns.
@@ -317,14 +354,15 @@ __device__ inline void multiply(float (&sums)[kM][kN][4], const A& a, const B& b
         for (int i = 0; i < kM; ++i) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const Halves halves = halves_of(a(i, e % 2, member + e / 2 * 4));
+                const Halves halves = operands_of<kPrecision>(a(i, e % 2, member + e / 2 * 4));
                 high[i][e] = halves.high;
                 low[i][e] = halves.low;
             }
         }
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
-            const Halves first = halves_of(b(j, member)), second = halves_of(b(j, member + 4));
+            const Halves first = operands_of<kPrecision>(b(j, member)),
+                         second = operands_of<kPrecision>(b(j, member + 4));
             const std::uint32_t columns[2] = {first.high, second.high}, rest[2] = {first.low, second.low};
 #pragma unroll
             for (int i = 0; i < kM; ++i) {

@@ -19,18 +19,19 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
                                       int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
-    const int quads = padded / 4;
-    const int positions = tiles.tile_images * tiles.halo_height * tiles.halo_width;
+    const int shift = quads_shift(padded);
+    const int inputs = tiles.tile_images * tiles.by_halo.value;
     // With stride 2 the tile starts at an even row and column, and its dz at half those indices.
     const int border = block.stride == 1 ? 1 : 0;
-    const int own_height = (tiles.tile_height + block.stride - 1) / block.stride;
-    const int own_width = (tiles.tile_width + block.stride - 1) / block.stride;
-    for (int item = threadIdx.x; item < positions * quads; item += kConvThreads) {
-        const int position = item / quads, filter = item % quads * 4;
-        const int image = position / (tiles.halo_height * tiles.halo_width);
-        const int row = position / tiles.halo_width % tiles.halo_height - border;
-        const int column = position % tiles.halo_width - border;
-        const int y = place.y / block.stride + row, x = place.x / block.stride + column;
+    const int halving = block.stride - 1;  // the shift that divides by the stride
+    const int own_height = (tiles.tile_height + halving) >> halving;
+    const int own_width = (tiles.tile_width + halving) >> halving;
+    for (int item = threadIdx.x; item < inputs << shift; item += kConvThreads) {
+        const TileInput input = input_of(tiles, item >> shift);
+        const int filter = (item & ((1 << shift) - 1)) * 4;
+        if (filter >= padded) continue;
+        const int image = input.image, row = input.row - border, column = input.column - border;
+        const int y = (place.y >> halving) + row, x = (place.x >> halving) + column;
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.height && x >= 0 && x < block.width && filter < depth) {
             values = raw_grad<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
@@ -42,8 +43,7 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
                 store_floats<4>(row_of(p.layer.raw_grad, task) + at + first + filter, values);
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) tile.set(position * kConvRow + filter + i, values.at[i]);
+        store<float, 4>(tile.address(offset_in_tile(p.memory, tiles, image, input.row, input.column) + filter), values);
     }
 }
 
@@ -53,9 +53,10 @@ __device__ inline void stage_transposed_slab(const float* weights, int tap, int 
                                              int depth, int padded, const Shared<float>& slabs) {
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int slab = tap % 2 * kColumns * kConvRow;
-    const int quads = padded / 4;
-    for (int item = threadIdx.x; item < kColumns * quads; item += kConvThreads) {
-        const int column = item / quads, filter = item % quads * 4;
+    const int shift = quads_shift(padded);
+    for (int item = threadIdx.x; item < kColumns << shift; item += kConvThreads) {
+        const int column = item >> shift, filter = (item & ((1 << shift) - 1)) * 4;
+        if (filter >= padded) continue;
         const std::int64_t from = (std::int64_t{tap} * channels + first_column + column) * filters + first + filter;
         copy_or_clear(slabs.address(slab + column * kConvRow + filter), weights + from,
                       filter < depth && first_column + column < channels);
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const ConvBlock& below = p.below.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
-    const int halo = tiles.halo_height * tiles.halo_width, channels = block.in_channels;
+    const int channels = block.in_channels;
     const Shared<float> tile(0, p.memory.slabs);
     const Shared<float> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
     const Shared<float> norm(p.memory.norm * 4, 5 * block.filters);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     // One position of zeros after the tile: a tap reads it where there is no output.
-    const int zeros = tiles.tile_images * halo * kConvRow;
+    const int zeros = offset_in_tile(p.memory, tiles, tiles.tile_images, 0, 0);
 
     prepare_raw_grad(p.layer, task, weights, norm);
     if (p.below_is_raw) {
@@ -119,10 +120,11 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
 #pragma unroll
                 for (int h = 0; h < 4; ++h) {
                     const int y = positions[h].y + 1 - tap / 3, x = positions[h].x + 1 - tap % 3;
-                    const bool whole = block.stride == 1 || (y % 2 == 0 && x % 2 == 0);
-                    const int row = block.stride == 1 ? y + 1 : y / 2, column = block.stride == 1 ? x + 1 : x / 2;
-                    rows[h] = positions[h].inside && whole
-                                  ? (positions[h].image * halo + row * tiles.halo_width + column) * kConvRow
+                    const bool whole = block.stride == 1 || (((y | x) & 1) == 0);
+                    const int row = block.stride == 1 ? y + 1 : y >> 1, column = block.stride == 1 ? x + 1 : x >> 1;
+                    // A position outside the grid reads any value: its results are not used.
+                    rows[h] = positions[h].image < tiles.tile_images && whole
+                                  ? offset_in_tile(p.memory, tiles, positions[h].image, row, column)
                                   : zeros;
                 }
                 const int slab = tap % 2 * kColumns * kConvRow;

@@ -1,7 +1,6 @@
 // Block 1 of the network without its raw output: its input is the same in all inner steps and a patch has only
 // 9 * channels values, so mean(z) = W m and var(z) = W G W^T follow from the patches' mean m and covariance G.
-//   patch_moments     sums for m and G, once per meta-step and set; a block owns a slice of tiles, a thread pairs of
-//                     values
+//   patch_moments     sums for m and G, once per meta-step and set; a block owns a slice of tiles, a thread two taps
 //   conv_first        a = halve(relu(bn(conv(x, W)))); a thread owns one position of a and 8 filters
 //   conv_first_grad   sum dy and sum dy * patch at the winners of the halving; a lane owns one filter
 //   conv_raw_grad     dz of the direct form, which stores z; only for tests of the covariance form
@@ -22,10 +21,10 @@ __device__ inline void stage_pixels(const float* images, const ConvBlock& block,
                                     const TilePlace& place, int spacing, const Shift& shift,
                                     const Shared<float>& tile) {
     const int channels = block.in_channels;
-    const int halo = tiles.halo_height * tiles.halo_width;
+    const int halo = tiles.by_halo.value;
     for (int item = threadIdx.x; item < tiles.tile_images * halo * channels; item += blockDim.x) {
-        const int column = item % tiles.halo_width, row = item / tiles.halo_width % tiles.halo_height;
-        const int channel = item / halo % channels, image = item / halo / channels;
+        const auto [plane_of_tile, row, column] = input_of(tiles, item);
+        const int image = quotient(plane_of_tile, block.by_channels), channel = plane_of_tile - image * channels;
         const int y = place.y * spacing - 1 + row, x = place.x * spacing - 1 + column;
         float value = 0.0f;
         if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width) {
@@ -38,17 +37,23 @@ __device__ inline void stage_pixels(const float* images, const ConvBlock& block,
 
 // Products of this many neighbouring positions are added in float32 before they are added to a sum in double.
 inline constexpr int kMomentRun = 8;
-// Pairs of patch values that one thread sums: 27 * 28 / 2 pairs and 27 plain sums, divided among the block's threads.
-inline constexpr int kMomentPairs = (kConvPatch * (kConvPatch + 1) / 2 + kConvPatch + kConvThreads - 1) / kConvThreads;
+// What a thread sums: products of the values of two taps, or the values of one tap. The threads of a pair of warps do
+// all of it for every kMomentSplits-th row of positions.
+inline constexpr int kTapPairs = kConvTaps * (kConvTaps + 1) / 2;
+inline constexpr int kMomentSplits = kMomentThreads / 64;
 
-__global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvPatchMomentsParams p) {
+// Shared memory: the sums of all splits but the first in double, [splits - 1, channels^2, 64]; the shift; the tile.
+template <int kChannels>
+__global__ void __launch_bounds__(kMomentThreads) patch_moments_kernel(const ConvPatchMomentsParams p) {
+    constexpr int kProducts = kChannels * kChannels;
     const ConvBlock& block = p.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
-    const int channels = block.in_channels, values = kConvTaps * channels;
-    const Shared<float> shift(0, kConvChannels + 1);
-    const Shared<float> tile((kConvChannels + 1) * 4,
-                             tiles.tile_images * tiles.halo_height * tiles.halo_width * channels);
+    constexpr int kDoubles = (kMomentSplits - 1) * kProducts * 64;
+    const Shared<double> of_splits(0, kDoubles);
+    const Shared<float> shift(kDoubles * 8, kConvChannels + 1);
+    const Shared<float> tile(kDoubles * 8 + (kConvChannels + 1) * 4,
+                             tiles.tile_images * tiles.halo_height * tiles.halo_width * kChannels);
     const float* images = row_of(p.images, task);
 
     // The slice is centred on the mean of its first tile, including the halo. Any value near the images' mean would do.
@@ -57,30 +62,27 @@ __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvP
     stage_pixels(images, block, tiles, first, block.stride, nothing, tile);
     block_barrier();  // the tile is there
     const int warp = static_cast<int>(threadIdx.x / 32);
-    if (warp < channels) {
+    if (warp < kChannels) {
         const int pixels = tiles.tile_images * tiles.halo_height * tiles.halo_width;
         float sum = 0.0f;
-        for (int pixel = lane(); pixel < pixels; pixel += 32) sum += tile.get(pixel * channels + warp);
+        for (int pixel = lane(); pixel < pixels; pixel += 32) sum += tile.get(pixel * kChannels + warp);
         sum = warp_sum(sum);
         if (lane() == 0) shift.set(warp, sum / static_cast<float>(pixels));
     }
 
-    // Pair n is (i, j) with i <= j, row by row. The numbers after the pairs are single values, summed as they are.
-    const int pairs = values * (values + 1) / 2;
-    int left[kMomentPairs], right[kMomentPairs];
-    double sums[kMomentPairs] = {};
-#pragma unroll
-    for (int u = 0; u < kMomentPairs; ++u) {
-        int number = static_cast<int>(threadIdx.x) + u * kConvThreads, i = 0;
-        left[u] = right[u] = -1;
-        if (number < pairs) {
-            while (number >= values - i) number -= values - i++;
-            left[u] = i;
-            right[u] = i + number;
-        } else if (number < pairs + values) {
-            left[u] = number - pairs;
-        }
+    // Work n is the taps (left, right) with left <= right, row by row; the numbers after the pairs are single taps.
+    const int split = static_cast<int>(threadIdx.x) / 64, work = static_cast<int>(threadIdx.x) % 64;
+    const bool single = work >= kTapPairs, idle = work >= kTapPairs + kConvTaps;
+    int left = 0, right = single ? 0 : work;
+    if (single) {
+        left = work - kTapPairs;
+    } else {
+        while (right >= kConvTaps - left) right -= kConvTaps - left++;
+        right += left;
     }
+    const auto offset_of = [&](int tap) { return (tap / 3 * tiles.halo_width + tap % 3) * kChannels; };
+    const int of_left = offset_of(idle ? 0 : left), of_right = offset_of(right);
+    double sums[kChannels][kChannels] = {};
     double count = 0.0;
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
@@ -88,40 +90,57 @@ __global__ void __launch_bounds__(kConvThreads) patch_moments_kernel(const ConvP
         stage_pixels(images, block, tiles, place, block.stride, [&](int channel) { return shift.get(channel); }, tile);
         block_barrier();  // the tile is there
         count += static_cast<double>(place.positions());
+        if (idle) continue;
+        int image = 0, y = split;
+        for (; y >= place.height && image < place.images; ++image) y -= place.height;
+        while (image < place.images) {
+            const int row = (image * tiles.halo_height + y * block.stride) * tiles.halo_width * kChannels;
+            for (int x0 = 0; x0 < place.width; x0 += kMomentRun) {
+                float run[kChannels][kChannels] = {};
+                const int end = smaller_of(place.width, x0 + kMomentRun);
+                for (int x = x0; x < end; ++x) {
+                    const int at = row + x * block.stride * kChannels;
 #pragma unroll
-        for (int u = 0; u < kMomentPairs; ++u) {
-            if (left[u] < 0) continue;
-            const auto offset_of = [&](int value) {
-                const int tap = value / channels;
-                return (tap / 3 * tiles.halo_width + tap % 3) * channels + value % channels;
-            };
-            const int of_left = offset_of(left[u]), of_right = right[u] < 0 ? -1 : offset_of(right[u]);
-            for (int image = 0; image < place.images; ++image) {
-                for (int y = 0; y < place.height; ++y) {
-                    const int row = ((image * tiles.halo_height + y * block.stride) * tiles.halo_width) * channels;
-                    for (int x0 = 0; x0 < place.width; x0 += kMomentRun) {
-                        float run = 0.0f;
-                        const int end = smaller_of(place.width, x0 + kMomentRun);
-                        for (int x = x0; x < end; ++x) {
-                            const int at = row + x * block.stride * channels;
-                            const float value = tile.get(at + of_left);
-                            run += of_right < 0 ? value : value * tile.get(at + of_right);
-                        }
-                        sums[u] += static_cast<double>(run);
+                    for (int b = 0; b < kChannels; ++b) {
+                        const float other = single ? (b == 0 ? 1.0f : 0.0f) : tile.get(at + of_right + b);
+#pragma unroll
+                        for (int a = 0; a < kChannels; ++a) run[a][b] += tile.get(at + of_left + a) * other;
                     }
                 }
+#pragma unroll
+                for (int a = 0; a < kChannels; ++a) {
+#pragma unroll
+                    for (int b = 0; b < kChannels; ++b) sums[a][b] += static_cast<double>(run[a][b]);
+                }
             }
+            for (y += kMomentSplits; y >= place.height && image < place.images; ++image) y -= place.height;
         }
     }
+    if (split > 0) {
+#pragma unroll
+        for (int i = 0; i < kProducts; ++i) {
+            of_splits.set(((split - 1) * kProducts + i) * 64 + work, sums[i / kChannels][i % kChannels]);
+        }
+    }
+    block_barrier();  // the sums of all splits are there
     ConvMomentSums* out = row_of(p.sums, task) + blockIdx.x;
     if (threadIdx.x == 0) store(&out->count, count);
-    if (static_cast<int>(threadIdx.x) < channels) {
+    if (static_cast<int>(threadIdx.x) < kChannels) {
         store(&out->shift[threadIdx.x], static_cast<double>(shift.get(threadIdx.x)));
     }
+    if (split > 0 || idle) return;
 #pragma unroll
-    for (int u = 0; u < kMomentPairs; ++u) {
-        if (left[u] < 0) continue;
-        store(right[u] < 0 ? &out->sum[left[u]] : &out->product[left[u]][right[u]], sums[u]);
+    for (int a = 0; a < kChannels; ++a) {
+#pragma unroll
+        for (int b = 0; b < kChannels; ++b) {
+            double sum = sums[a][b];
+            for (int other = 0; other + 1 < kMomentSplits; ++other) {
+                sum += of_splits.get((other * kProducts + a * kChannels + b) * 64 + work);
+            }
+            const int i = left * kChannels + a, j = right * kChannels + b;
+            if (single && b == 0) store(&out->sum[i], sum);
+            if (!single && i <= j) store(&out->product[i][j], sum);
+        }
     }
 }
 
@@ -134,7 +153,7 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
-    const int channels = block.in_channels, filters = block.filters;
+    const int channels = block.in_channels, filters = block.filters, groups = p.by_groups.value;
     const int positions = tiles.tile_height * tiles.tile_width;  // of one image
     const int halo = tiles.halo_height * tiles.halo_width;
     const Shared<float> kernel(0, kConvTaps * channels * filters);
@@ -159,10 +178,13 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
             row_of(p.images, task), block, tiles, place, 2, [&](int channel) { return load(&moments->shift[channel]); },
             tile);
         block_barrier();  // the tile is there
-        const int all = tiles.tile_images * positions;
-        for (int item = threadIdx.x; item < all * (filters / kFirstFilters); item += kConvThreads) {
-            const TilePosition at = position_of(tiles, place, item % all);
-            const int filter = item / all * kFirstFilters;
+        // Neighbouring threads: two positions, then the groups of filters, then the other positions. So pairs of lanes
+        // read the same weights, and a warp writes whole rows of filters.
+        const int pairs = (tiles.tile_images * positions + 1) / 2;
+        for (int item = threadIdx.x; item < 2 * pairs * groups; item += kConvThreads) {
+            const int pair = quotient(item / 2, p.by_groups), group = item / 2 - pair * groups;
+            const TilePosition at = position_of(tiles, place, pair * 2 + item % 2);
+            const int first = group * 4, second = (groups + group) * 4;
             if (!at.inside) continue;
             const int origin = (at.image * halo + at.y * 2 * tiles.halo_width + at.x * 2) * channels;
             float z[kSide * kSide][kFirstFilters] = {};
@@ -177,8 +199,8 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
                 }
 #pragma unroll
                 for (int tap = 0; tap < kConvTaps; ++tap) {
-                    const auto w = load<float, 4>(kernel.address((tap * channels + channel) * filters + filter));
-                    const auto v = load<float, 4>(kernel.address((tap * channels + channel) * filters + filter + 4));
+                    const auto w = load<float, 4>(kernel.address((tap * channels + channel) * filters + first));
+                    const auto v = load<float, 4>(kernel.address((tap * channels + channel) * filters + second));
 #pragma unroll
                     for (int place_in_window = 0; place_in_window < kSide * kSide; ++place_in_window) {
                         const float pixel =
@@ -191,38 +213,35 @@ __global__ void __launch_bounds__(kConvThreads) conv_first_kernel(const ConvFirs
                     }
                 }
             }
-            Vector<float, kFirstFilters> values;
-            Vector<std::uint8_t, kFirstFilters> choices;
-#pragma unroll
-            for (int f = 0; f < kFirstFilters; ++f) {
-                float best = 0.0f;
-                int winner = 0;
-#pragma unroll
-                for (int place_in_window = 0; place_in_window < kSide * kSide; ++place_in_window) {
-                    const float scaled =
-                        (z[place_in_window][f] - norm.get(filter + f)) * norm.get(filters + filter + f);
-                    const float y = scaled + norm.get(2 * filters + filter + f);
-                    if (place_in_window == 0 || beats(y, best)) {
-                        best = y;
-                        winner = place_in_window;
-                    }
-                }
-                const bool active = is_active(best);
-                values.at[f] = active ? best : 0.0f;
-                choices.at[f] = static_cast<std::uint8_t>(winner + (active ? kConvActive : 0));
-            }
             const std::int64_t image = place.image + at.image;
             const std::int64_t to =
-                ((image * block.act_height + place.y + at.y) * block.act_width + place.x + at.x) * filters + filter;
-            // Two stores of four: one access cannot move eight floats.
+                ((image * block.act_height + place.y + at.y) * block.act_width + place.x + at.x) * filters;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                Vector<float, 4> part;
+                const int filter = half == 0 ? first : second;
+                Vector<float, 4> values;
+                Vector<std::uint8_t, 4> choices;
 #pragma unroll
-                for (int f = 0; f < 4; ++f) part.at[f] = values.at[half * 4 + f];
-                store_floats<4>(row_of(p.layer.activation, task) + to + half * 4, part);
+                for (int f = 0; f < 4; ++f) {
+                    float best = 0.0f;
+                    int winner = 0;
+#pragma unroll
+                    for (int place_in_window = 0; place_in_window < kSide * kSide; ++place_in_window) {
+                        const float scaled =
+                            (z[place_in_window][half * 4 + f] - norm.get(filter + f)) * norm.get(filters + filter + f);
+                        const float y = scaled + norm.get(2 * filters + filter + f);
+                        if (place_in_window == 0 || beats(y, best)) {
+                            best = y;
+                            winner = place_in_window;
+                        }
+                    }
+                    const bool active = is_active(best);
+                    values.at[f] = active ? best : 0.0f;
+                    choices.at[f] = static_cast<std::uint8_t>(winner + (active ? kConvActive : 0));
+                }
+                store_floats<4>(row_of(p.layer.activation, task) + to + filter, values);
+                store<std::uint8_t, 4>(row_of(p.layer.choices, task) + to + filter, choices);
             }
-            store<std::uint8_t, kFirstFilters>(row_of(p.layer.choices, task) + to, choices);
         }
     }
 }

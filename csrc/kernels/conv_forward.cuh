@@ -17,20 +17,19 @@ __device__ inline void stage_image(const ConvForwardParams<Stored>& p, std::int6
                                    const Shared<float>& tile, int padded) {
     const ConvBlock& block = p.layer.block;
     const float* images = row_of(p.images, task);
-    const int positions = p.tiles.tile_images * p.tiles.halo_height * p.tiles.halo_width;
-    for (int item = threadIdx.x; item < positions * padded; item += kConvThreads) {
-        const int position = item / padded, channel = item % padded;
-        const int image = position / (p.tiles.halo_height * p.tiles.halo_width);
-        const int y = place.y * block.stride - 1 + position / p.tiles.halo_width % p.tiles.halo_height;
-        const int x = place.x * block.stride - 1 + position % p.tiles.halo_width;
-        const bool inside = image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width &&
-                            channel < block.in_channels;
-        float value = 0.0f;
-        if (inside) {
-            const std::int64_t plane = std::int64_t{place.image + image} * block.in_channels + channel;
-            value = load(images + (plane * block.in_height + y) * block.in_width + x);
+    const int inputs = p.tiles.tile_images * p.tiles.by_halo.value;
+    for (int number = threadIdx.x; number < inputs; number += kConvThreads) {
+        const TileInput at = input_of(p.tiles, number);
+        const int y = place.y * block.stride - 1 + at.row, x = place.x * block.stride - 1 + at.column;
+        const bool in_image = at.image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width;
+        for (int channel = 0; channel < padded; ++channel) {
+            float value = 0.0f;
+            if (in_image && channel < block.in_channels) {
+                const std::int64_t plane = std::int64_t{place.image + at.image} * block.in_channels + channel;
+                value = load(images + (plane * block.in_height + y) * block.in_width + x);
+            }
+            tile.set(offset_in_tile(p.memory, p.tiles, at.image, at.row, at.column) + channel, value);
         }
-        tile.set(position * kConvRow + channel, value);
     }
 }
 
@@ -41,12 +40,12 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
                                         int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
-    const int quads = padded / 4;
-    const int positions = tiles.tile_images * tiles.halo_height * tiles.halo_width;
-    for (int item = threadIdx.x; item < positions * quads; item += kConvThreads) {
-        const int position = item / quads, channel = item % quads * 4;
-        const int image = position / (tiles.halo_height * tiles.halo_width);
-        const int row = position / tiles.halo_width % tiles.halo_height, column = position % tiles.halo_width;
+    const int shift = quads_shift(padded);
+    const int inputs = tiles.tile_images * tiles.by_halo.value;
+    for (int item = threadIdx.x; item < inputs << shift; item += kConvThreads) {
+        const auto [image, row, column] = input_of(tiles, item >> shift);
+        const int channel = (item & ((1 << shift) - 1)) * 4;
+        if (channel >= padded) continue;
         const int y = place.y * block.stride - 1 + row, x = place.x * block.stride - 1 + column;
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width && channel < depth) {
@@ -68,8 +67,7 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
                 }
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) tile.set(position * kConvRow + channel + i, values.at[i]);
+        store<float, 4>(tile.address(offset_in_tile(p.memory, tiles, image, row, column) + channel), values);
     }
 }
 
@@ -79,7 +77,7 @@ template <int kColumns>
 __device__ inline void stage_forward_slab(const float* weights, int tap, int channels, int filters, int first,
                                           int depth, int padded, const Shared<float>& slabs) {
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
-    const int slab = tap % 2 * kConvChunk * (kColumns + 8);
+    const int slab = (tap & 1) * kConvChunk * (kColumns + 8);
     for (int item = threadIdx.x; item < padded * (kColumns / 4); item += kConvThreads) {
         const int row = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
         const std::int64_t from = (std::int64_t{tap} * channels + first + row) * filters + first_column + column;
@@ -97,7 +95,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
-    const int halo = tiles.halo_height * tiles.halo_width, channels = block.in_channels;
+    const int channels = block.in_channels;
     const Shared<float> tile(0, p.memory.slabs);
     const Shared<float> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
     const Shared<float> norm(p.memory.norm * 4, p.memory.scratch - p.memory.norm);
@@ -118,7 +116,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
             positions[h] = position_of(tiles, place, warp * 32 + h * 8 + group);
             const int y = positions[h].y * block.stride, x = positions[h].x * block.stride;
             // A position outside the grid reads any value: its results are not used.
-            rows[h] = positions[h].inside ? (positions[h].image * halo + y * tiles.halo_width + x) * kConvRow : 0;
+            const bool in_tile = positions[h].image < tiles.tile_images;
+            rows[h] = in_tile ? offset_in_tile(p.memory, tiles, positions[h].image, y, x) : 0;
         }
         float sums[2][kTilesN][4] = {};
         for (int first = 0; first < channels; first += kConvChunk) {
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                     stage_forward_slab<kColumns>(weights + p.layer.weight, tap + 1, channels, block.filters, first,
                                                  depth, padded, slabs);
                 }
-                const int shift = (tap / 3 * tiles.halo_width + tap % 3) * kConvRow;
+                const int shift = offset_in_tile(p.memory, tiles, 0, tap / 3, tap % 3);
                 const int slab = tap % 2 * kConvChunk * (kColumns + 8);
                 for (int k0 = 0; k0 < padded; k0 += kDepth) {
                     multiply<kPrecision>(

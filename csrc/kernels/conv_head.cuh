@@ -13,7 +13,7 @@
 
 namespace signmaml {
 
-inline constexpr int kConvHeadThreads = 256;
+inline constexpr int kHeadRun = 8;  // of sums that are added to each other before they are added to the total
 
 // Shared memory, in floats: BatchNorm's constants for `activate` [3, filters] and its r [filters], with room for
 // [5, filters]; one float per warp for sums over the block; two floats per thread.
@@ -31,33 +31,51 @@ struct ConvHead {
     __device__ float* features() const { return row_of(p.features, task); }
     __device__ float* scores() const { return row_of(p.scores, task); }
 
+    // Calls `visit(image, pixel, filter)` for everything that the block of the network below has: a thread has one
+    // filter, and every so many pixels of all images.
+    template <typename Visit>
+    __device__ void for_each(int images, int pixels_of_image, const Visit& visit) const {
+        const int filters = p.layer.block.filters, groups = kConvHeadThreads / filters;
+        const int group = static_cast<int>(threadIdx.x) / filters;
+        if (group >= groups) return;
+        const int more_images = groups / pixels_of_image, more_pixels = groups - more_images * pixels_of_image;
+        int image = group / pixels_of_image, pixel = group - image * pixels_of_image;
+        while (image < images) {
+            visit(image, pixel, static_cast<int>(threadIdx.x) - group * filters);
+            image += more_images;
+            pixel += more_pixels;
+            if (pixel >= pixels_of_image) {
+                pixel -= pixels_of_image;
+                ++image;
+            }
+        }
+    }
+
     // The activation of one image, pixel and filter; stores the halving's choice if a backward pass follows.
     __device__ float activation(int image, int pixel, int filter) const {
         const ConvBlock& block = p.layer.block;
         const std::int64_t at = (std::int64_t{image} * pixels() + pixel) * block.filters + filter;
         if (!p.source_is_raw) return as_float(load(row_of(p.layer.activation, task) + at));
-        const auto result = activate<1>(p.layer, row_of(p.layer.raw, task), image, pixel / block.act_width,
-                                        pixel % block.act_width, filter, norm);
+        const int y = quotient(pixel, p.by_width), x = pixel - y * block.act_width;
+        const auto result = activate<1>(p.layer, row_of(p.layer.raw, task), image, y, x, filter, norm);
         if (p.pass != ConvPass::kForward) store(row_of(p.layer.choices, task) + at, result.choices.at[0]);
         return result.values.at[0];
     }
 
     __device__ void make_features() const {
         const int filters = p.layer.block.filters;
-        const bool flat = p.readout == Readout::kFlatten;
-        const std::int64_t items = std::int64_t{p.layer.count} * width();
-        for (std::int64_t item = threadIdx.x; item < items; item += kConvHeadThreads) {
-            const int filter = static_cast<int>(item % filters);
-            const int row = static_cast<int>(item / filters);  // counts the pixels of all images, or the images
-            float value = 0.0f;
-            if (flat) {
-                value = activation(row / pixels(), row % pixels(), filter);
-            } else {
-                for (int pixel = 0; pixel < pixels(); ++pixel) value += activation(row, pixel, filter);
-                value /= static_cast<float>(pixels());
-            }
-            store(features() + item, value);
+        if (p.readout == Readout::kFlatten) {
+            for_each(p.layer.count, pixels(), [&](int image, int pixel, int filter) {
+                const std::int64_t item = (std::int64_t{image} * pixels() + pixel) * filters + filter;
+                store(features() + item, activation(image, pixel, filter));
+            });
+            return;
         }
+        for_each(p.layer.count, 1, [&](int image, int, int filter) {
+            float value = 0.0f;
+            for (int pixel = 0; pixel < pixels(); ++pixel) value += activation(image, pixel, filter);
+            store(features() + std::int64_t{image} * filters + filter, value / static_cast<float>(pixels()));
+        });
     }
 
     // One warp per image and way.
@@ -120,47 +138,47 @@ struct ConvHead {
         return block_sum(loss, scratch) / count + invalid;
     }
 
-    // The gradient of the last block's activation, and its sums for BatchNorm. A thread owns a filter and every
-    // groups-th pixel of all images.
+    // The gradient of the last block's activation, and its sums for BatchNorm.
     __device__ void send_back() const {
         const ConvBlock& block = p.layer.block;
         const int filters = block.filters, groups = kConvHeadThreads / filters;
-        const int filter = static_cast<int>(threadIdx.x) % filters, group = static_cast<int>(threadIdx.x) / filters;
         const bool flat = p.readout == Readout::kFlatten;
         float sum_dy = 0.0f, sum_dy_xhat = 0.0f;
-        if (group < groups) {
-            for (int row = group; row < p.layer.count * pixels(); row += groups) {
-                const int image = row / pixels(), pixel = row % pixels();
-                const float* scores_of_image = scores() + static_cast<std::int64_t>(image) * p.ways;
-                const float* column = weights() + p.weight + (flat ? pixel * filters : 0) + filter;
-                float gradient = 0.0f;
-                for (int way = 0; way < p.ways; ++way) {
-                    gradient += load(scores_of_image + way) * load(column + static_cast<std::int64_t>(way) * width());
-                }
-                if (!flat) gradient /= static_cast<float>(pixels());
-                gradient = rounded_to<Stored>(gradient);
-                const std::int64_t at = std::int64_t{row} * filters + filter;
-                store(row_of(p.layer.activation_grad, task) + at, Storing<Stored>::of(gradient));
-                if (!p.source_is_raw) continue;
-                const int choice = load(row_of(p.layer.choices, task) + at);
-                if (choice < kConvActive) continue;
-                const int y = pixel / block.act_width * block.window + (choice - kConvActive) / 2;
-                const int x = pixel % block.act_width * block.window + choice % 2;
-                const std::int64_t from =
-                    ((std::int64_t{image} * block.height + y) * block.width + x) * filters + filter;
-                const float z = as_float(load(row_of(p.layer.raw, task) + from));
-                sum_dy += gradient;
-                sum_dy_xhat += gradient * (z - norm.get(filter)) * norm.get(3 * filters + filter);
+        for_each(p.layer.count, pixels(), [&](int image, int pixel, int filter) {
+            const float* scores_of_image = scores() + static_cast<std::int64_t>(image) * p.ways;
+            const float* column = weights() + p.weight + (flat ? pixel * filters : 0) + filter;
+            float gradient = 0.0f;
+            for (int way = 0; way < p.ways; ++way) {
+                gradient += load(scores_of_image + way) * load(column + static_cast<std::int64_t>(way) * width());
             }
-        }
+            if (!flat) gradient /= static_cast<float>(pixels());
+            gradient = rounded_to<Stored>(gradient);
+            const std::int64_t at = (std::int64_t{image} * pixels() + pixel) * filters + filter;
+            store(row_of(p.layer.activation_grad, task) + at, Storing<Stored>::of(gradient));
+            if (!p.source_is_raw) return;
+            const int choice = load(row_of(p.layer.choices, task) + at);
+            if (choice < kConvActive) return;
+            const int row = quotient(pixel, p.by_width), column_of_pixel = pixel - row * block.act_width;
+            const int y = row * block.window + (choice - kConvActive) / 2;
+            const int x = column_of_pixel * block.window + choice % 2;
+            const std::int64_t from = ((std::int64_t{image} * block.height + y) * block.width + x) * filters + filter;
+            const float z = as_float(load(row_of(p.layer.raw, task) + from));
+            sum_dy += gradient;
+            sum_dy_xhat += gradient * (z - norm.get(filter)) * norm.get(3 * filters + filter);
+        });
         sums.set(threadIdx.x, sum_dy);
         sums.set(kConvHeadThreads + threadIdx.x, sum_dy_xhat);
         block_barrier();  // all groups' sums are there; all have read the weights that now move
         if (p.source_is_raw && static_cast<int>(threadIdx.x) < filters) {
             float totals[2] = {};
             for (int which = 0; which < 2; ++which) {
-                for (int g = 0; g < groups; ++g) {
-                    totals[which] += sums.get(which * kConvHeadThreads + g * filters + threadIdx.x);
+                // By runs: one long sum would lose more to rounding.
+                for (int first = 0; first < groups; first += kHeadRun) {
+                    float run = 0.0f;
+                    for (int g = first; g < smaller_of(groups, first + kHeadRun); ++g) {
+                        run += sums.get(which * kConvHeadThreads + g * filters + threadIdx.x);
+                    }
+                    totals[which] += run;
                 }
                 store(row_of(p.layer.grad_sums, task) + which * filters + threadIdx.x, totals[which]);
             }
@@ -182,16 +200,25 @@ struct ConvHead {
         const int filters = p.layer.block.filters;
         bool nonfinite = false;
         if (p.pass == ConvPass::kGradient || load(p.adapt) != 0) {
-            for (int item = threadIdx.x; item < p.ways * width(); item += kConvHeadThreads) {
-                const int way = item / width(), i = item % width();
+            const int more_ways = kConvHeadThreads / width(), more = kConvHeadThreads - more_ways * width();
+            int way = static_cast<int>(threadIdx.x) / width(), i = static_cast<int>(threadIdx.x) - way * width();
+            while (way < p.ways) {
                 float gradient = 0.0f;
                 for (int image = 0; image < p.layer.count; ++image) {
                     gradient += load(scores() + static_cast<std::int64_t>(image) * p.ways + way) *
                                 load(features() + static_cast<std::int64_t>(image) * width() + i);
                 }
                 // torch flattens filter by filter; features are stored pixel by pixel here.
-                const int flattened = p.readout == Readout::kFlatten ? i % filters * pixels() + i / filters : i;
-                nonfinite |= take(p.weight + item, p.theta_weight + way * width() + flattened, gradient, 0);
+                const bool permuted = p.pass == ConvPass::kGradient && p.readout == Readout::kFlatten;
+                const int flattened = permuted ? i % filters * pixels() + i / filters : i;
+                nonfinite |=
+                    take(p.weight + way * width() + i, p.theta_weight + way * width() + flattened, gradient, 0);
+                way += more_ways;
+                i += more;
+                if (i >= width()) {
+                    i -= width();
+                    ++way;
+                }
             }
         }
         if (p.pass == ConvPass::kGradient || load(p.adapt + 1) != 0) {

@@ -18,13 +18,13 @@ __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, s
                                         int depth) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
-    const int positions = tiles.tile_images * tiles.tile_height * tiles.halo_width;
-    for (int item = threadIdx.x; item < positions * (kConvChunk / 4); item += kConvThreads) {
-        const int position = item / (kConvChunk / 4), channel = item % (kConvChunk / 4) * 4;
-        const int image = position / (tiles.tile_height * tiles.halo_width);
-        const int row = position / tiles.halo_width % tiles.tile_height;
-        const int y = (place.y + row) * block.stride + tap_row - 1;
-        const int x = place.x * block.stride + position % tiles.halo_width - 1;
+    const int inputs = tiles.tile_images * tiles.tile_height * tiles.halo_width;
+    for (int item = threadIdx.x; item < inputs * (kConvChunk / 4); item += kConvThreads) {
+        const int number = item / (kConvChunk / 4), channel = item % (kConvChunk / 4) * 4;
+        const int row = quotient(number, tiles.by_halo_width), column = number - row * tiles.halo_width;
+        const int image = quotient(row, tiles.by_height);  // rows are counted over all images
+        const int y = (place.y + row - image * tiles.tile_height) * block.stride + tap_row - 1;
+        const int x = place.x * block.stride + column - 1;
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width) {
             const std::int64_t of_image = place.image + image;
@@ -42,8 +42,7 @@ __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, s
                 values = load_floats<4>(row_of(p.input, task) + at);
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) tile.set(position * kConvDeepRow + channel + i, values.at[i]);
+        store<float, 4>(tile.address(row * p.memory.pitch + column * p.memory.row + channel), values);
     }
 }
 
@@ -63,8 +62,7 @@ __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>&
                 load_floats<4>(row_of(p.layer.raw_grad, task) +
                                ((image * block.height + y) * block.width + x) * block.filters + first_column + column);
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) target.set(number * (kColumns + 8) + column + i, values.at[i]);
+        store<float, 4>(target.address(number * (kColumns + 8) + column), values);
     }
 }
 
@@ -89,10 +87,9 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
 
     // Offset of each position's input within a tile; the same for all tiles.
     for (int number = threadIdx.x; number < kConvTile; number += kConvThreads) {
-        const int area = tiles.tile_height * tiles.tile_width;
-        const int row = number / tiles.tile_width;  // counted over all images
-        const int at = row * tiles.halo_width + number % tiles.tile_width * block.stride;
-        places.set(number, number < tiles.tile_images * area ? at * kConvDeepRow : 0);
+        const int row = quotient(number, tiles.by_width), column = number - row * tiles.tile_width;
+        const int at = row * p.memory.pitch + column * block.stride * p.memory.row;
+        places.set(number, number < tiles.tile_images * tiles.by_area.value ? at : 0);
     }
     float sums[3][kTilesN][4] = {};
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
@@ -107,21 +104,22 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
             multiply<kPrecision>(
                 sums,
                 [&](int tap, int half, int k) {
-                    return tile.get(places.get(k0 + k) + tap * kConvDeepRow + row0 + half * 8 + group);
+                    return tile.get(places.get(k0 + k) + tap * p.memory.row + row0 + half * 8 + group);
                 },
                 [&](int j, int k) { return outputs.get((k0 + k) * (kColumns + 8) + j * 8 + group); });
         }
     }
     block_barrier();  // all have read the last tile: its memory now carries the sums of warps 2 and 3
     const Shared<float> halves(0, p.memory.scratch);
-    const int mine = (warp % 2 * 32 + lane()) * 3 * kTilesN * 4;
+    constexpr int kPairs = kConvThreads / 2;  // of threads that share a sum, one in each half of the depth
+    const int mine = warp % 2 * 32 + lane();
     if (warp >= 2) {
 #pragma unroll
         for (int tap = 0; tap < 3; ++tap) {
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) halves.set(mine + (tap * kTilesN + j) * 4 + e, sums[tap][j][e]);
+                for (int e = 0; e < 4; ++e) halves.set(((tap * kTilesN + j) * 4 + e) * kPairs + mine, sums[tap][j][e]);
             }
         }
     }
@@ -140,8 +138,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                 Vector<float, 2> values;
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    values.at[e] =
-                        sums[tap][j][half * 2 + e] + halves.get(mine + (tap * kTilesN + j) * 4 + half * 2 + e);
+                    values.at[e] = sums[tap][j][half * 2 + e] +
+                                   halves.get(((tap * kTilesN + j) * 4 + half * 2 + e) * kPairs + mine);
                 }
                 const std::int64_t row = std::int64_t{tap_row * 3 + tap} * channels + first + channel;
                 store<float, 2>(partials + row * block.filters + column, values);

@@ -74,7 +74,10 @@ __device__ inline Scalar shuffle_xor(Scalar value, int distance) {
     return __shfl_xor_sync(kAllLanes, value, distance);
 }
 
-// ---- rounding
+// ---- arithmetic
+
+// The high half of a product.
+__device__ inline std::uint32_t multiply_high(std::uint32_t a, std::uint32_t b) { return __umulhi(a, b); }
 
 // a * b, rounded: never part of a fused multiply-add, into which nvcc turns a product and a sum.
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }

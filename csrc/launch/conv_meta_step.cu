@@ -106,7 +106,10 @@ class ConvRun {
         const ConvPatchMomentsParams params{images(one),
                                             array<ConvMomentSums>(one.query ? space.query_sums : space.support_sums),
                                             block, moment_tiles(block, set_of(one).count)};
-        go("patch_moments_kernel", patch_moments_kernel, one, params);
+        const auto kernel = p_.shape.channels == 1   ? patch_moments_kernel<1>
+                            : p_.shape.channels == 2 ? patch_moments_kernel<2>
+                                                     : patch_moments_kernel<3>;
+        go("patch_moments_kernel", kernel, one, params);
     }
 
     void pack(const ConvLaunch& one) const {
@@ -147,6 +150,7 @@ class ConvRun {
         params.norm = array<const ConvFirstNorm>(plan_.workspace.norm);
         params.layer = layer(one, 0);
         params.tiles = first_tiles(params.layer.block, params.layer.count);
+        params.by_groups = divisor_of(params.layer.block.filters / kFirstFilters);
         const bool pools = p_.shape.halving == Halving::kMaxPool;
         go("conv_first_kernel", pools ? conv_first_kernel<true, Stored> : conv_first_kernel<false, Stored>, one,
            params);
@@ -187,7 +191,8 @@ class ConvRun {
         }
         params.tiles = forward_tiles(params.layer.block, params.layer.count);
         params.keep = goes_back(one);
-        params.memory = forward_memory(params.tiles, params.layer.block.in_channels, conv_columns(p_.shape.filters));
+        params.memory = forward_memory(params.tiles, params.layer.block.stride, params.layer.block.in_channels,
+                                       conv_columns(p_.shape.filters));
         launch_conv_forward<kPrecision>(params, one, tasks_, stream_);
     }
 
@@ -199,8 +204,8 @@ class ConvRun {
         params.below_is_raw = has_raw(one.block - 1);
         const ConvBlock& block = params.layer.block;
         params.tiles = data_grad_tiles(block, params.layer.count);
-        params.memory =
-            data_grad_memory(params.tiles, block.in_channels, block.filters, conv_columns(block.in_channels));
+        params.memory = data_grad_memory(params.tiles, block.stride, block.in_channels, block.filters,
+                                         conv_columns(block.in_channels));
         launch_conv_data_grad<kPrecision>(params, one, tasks_, stream_);
     }
 
@@ -216,7 +221,8 @@ class ConvRun {
         }
         params.partials = array<float>(plan_.workspace.weight_partials[one.block]);
         params.tiles = weight_grad_tiles(params.layer.block, params.layer.count);
-        params.memory = weight_grad_memory(params.tiles, conv_weight_columns(p_.shape.filters));
+        params.memory =
+            weight_grad_memory(params.tiles, params.layer.block.stride, conv_weight_columns(p_.shape.filters));
         launch_conv_weight_grad<kPrecision>(params, one, tasks_, stream_);
     }
 
@@ -246,6 +252,7 @@ class ConvRun {
         params.theta_weight = net.theta_head_weight;
         params.parameters = p_.parameters;
         params.ways = net.ways;
+        params.by_width = divisor_of(params.layer.block.act_width);
         params.readout = p_.shape.readout;
         params.source_is_raw = has_raw(net.count - 1);
         params.by_sign = p_.by_sign;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "params/conv_meta_step.h"
+#include "params/divisor.h"
 
 namespace signmaml {
 
@@ -44,6 +45,9 @@ struct ConvTiles {
     std::int32_t tiles_y, tiles_x, tiles;               // of an image, and in all
     std::int32_t tiles_per_slice, slices;
     std::int32_t halo_height, halo_width;  // of the input that a tile reads from one image
+    // Of positions into images, rows and columns: by those of a tile in an image, by its width and height, and by the
+    // positions and the width of what it reads.
+    Divisor by_area, by_width, by_height, by_halo, by_halo_width;
 };
 
 // Sizes of one block of the network.
@@ -55,6 +59,7 @@ struct ConvBlock {
     std::int32_t stride;  // of the convolution
     std::int32_t window;  // 2: 2x2 max-pooling; 1: no pooling
     float eps;
+    Divisor by_channels;  // in_channels
 };
 
 // One block of the network in one pass. `choices` holds what the backward pass must know about the halving: the
@@ -79,14 +84,20 @@ inline constexpr std::uint8_t kConvActive = 4;
 
 // Threads of a block of the convolution kernels: four warps, two rows of fragments each.
 inline constexpr int kConvThreads = 128;
-inline constexpr int kConvTile = 128;    // positions
-inline constexpr int kConvChunk = 32;    // channels in shared memory at once
-inline constexpr int kConvRow = 36;      // floats from one position to the next: fragment reads hit 32 banks
-inline constexpr int kConvDeepRow = 40;  // the same where positions are the depth of the product
+inline constexpr int kMomentThreads = 256;     // of a block of patch_moments
+inline constexpr int kConvHeadThreads = 1024;  // of a block of the head
+inline constexpr int kConvTile = 128;          // positions
+inline constexpr int kConvChunk = 32;          // channels in shared memory at once
+inline constexpr int kConvRow = 36;            // floats from one position to the next: fragment reads hit 32 banks
+// The same where positions are the depth of the product: of neighbouring inputs, and of every other one (stride 2).
+inline constexpr int kConvDeepRow = 40;
+inline constexpr int kConvDeepRowStrided = 36;
 inline constexpr int kConvTaps = 9;
 
 // Offsets of the parts of a block's shared memory, in floats. The tile of positions is at 0.
 struct ConvMemory {
+    std::int32_t row;      // from one position to the next
+    std::int32_t pitch;    // from one row of positions to the next
     std::int32_t slabs;    // two slabs of weights, or the other operand
     std::int32_t norm;     // constants of BatchNorm
     std::int32_t scratch;  // sums of warps
@@ -165,7 +176,8 @@ struct ConvFirstParams {
     PerTask<const ConvMoments> moments;
     PerTask<const ConvFirstNorm> norm;
     ConvLayer<Stored> layer;
-    ConvTiles tiles;  // of the activation
+    ConvTiles tiles;    // of the activation
+    Divisor by_groups;  // of eight filters, which a thread owns
 };
 
 template <typename Stored>
@@ -204,6 +216,7 @@ struct ConvHeadParams {
     std::int64_t theta_weight;  // place in a row of grads; the bias follows
     std::int64_t parameters;    // P
     std::int32_t ways;
+    Divisor by_width;  // of a pixel's number by the width of the activation
     Readout readout;
     bool source_is_raw;  // else the last block is block 1, and its activation is stored
     bool by_sign;

@@ -41,6 +41,7 @@ inline ConvBlock conv_block(const ConvShape& shape, int number) {
         block.act_width = block.width / block.window;
         block.filters = shape.filters;
         block.eps = static_cast<float>(shape.eps[i]);
+        block.by_channels = divisor_of(block.in_channels);
         height = block.act_height;
         width = block.act_width;
     }
@@ -142,23 +143,26 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
             tiles * (limits.positions + std::int64_t{images} * halo_height(tile_height) * halo_width);
         if (least >= 0 && cost >= least) continue;
         least = cost;
-        best = {count,
-                height,
-                width,
-                images,
-                tile_height,
-                tile_width,
-                rows,
-                static_cast<int>(ceil_div(width, tile_width)),
-                static_cast<int>(tiles),
-                0,
-                0,
-                halo_of(halo, tile_height),
-                halo_width};
+        best.count = count;
+        best.height = height;
+        best.width = width;
+        best.tile_images = images;
+        best.tile_height = tile_height;
+        best.tile_width = tile_width;
+        best.tiles_y = rows;
+        best.tiles_x = static_cast<int>(ceil_div(width, tile_width));
+        best.tiles = static_cast<int>(tiles);
+        best.halo_height = halo_of(halo, tile_height);
+        best.halo_width = halo_width;
     }
     const std::int64_t per_slice = larger(limits.tiles, ceil_div(best.tiles, limits.slices));
     best.tiles_per_slice = static_cast<int>(per_slice);
     best.slices = static_cast<int>(ceil_div(best.tiles, per_slice));
+    best.by_area = divisor_of(best.tile_height * best.tile_width);
+    best.by_width = divisor_of(best.tile_width);
+    best.by_height = divisor_of(best.tile_height);
+    best.by_halo = divisor_of(best.halo_height * best.halo_width);
+    best.by_halo_width = divisor_of(best.halo_width);
     return best;
 }
 
@@ -211,27 +215,47 @@ inline ConvTiles first_tiles(const ConvBlock& block, int count) {
 constexpr int conv_columns(int filters) { return filters <= 8 ? 8 : filters <= 32 ? 32 : 64; }
 constexpr int conv_weight_columns(int filters) { return filters <= 8 ? 8 : 32; }
 
-inline ConvMemory forward_memory(const ConvTiles& tiles, int channels, int columns) {
+// Floats from one row of a tile to the next: at least `width`, and such that in banks of shared memory the last
+// position of a row is as far from the first of the next as positions are from their neighbours, which is `step`.
+// `last` is how far the last is from the start of its row, and the next row is `rows` rows of the tile on.
+inline int conv_pitch(int width, int rows, int last, int step) {
+    for (int pitch = width; pitch < width + 32; pitch += 4) {
+        if ((rows * pitch - last - step) % 32 == 0) return pitch;
+    }
+    return width;
+}
+
+inline ConvMemory forward_memory(const ConvTiles& tiles, int stride, int channels, int columns) {
     ConvMemory memory{};
-    memory.slabs = tiles.tile_images * tiles.halo_height * tiles.halo_width * kConvRow;
+    const int step = stride * kConvRow;
+    memory.row = kConvRow;
+    memory.pitch = conv_pitch(tiles.halo_width * kConvRow, stride, (tiles.tile_width - 1) * step, step);
+    memory.slabs = tiles.tile_images * tiles.halo_height * memory.pitch;
     memory.norm = memory.slabs + 2 * kConvChunk * (columns + 8);
     memory.scratch = memory.norm + 3 * channels;
     memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
     return memory;
 }
 
-inline ConvMemory data_grad_memory(const ConvTiles& tiles, int channels, int filters, int columns) {
+inline ConvMemory data_grad_memory(const ConvTiles& tiles, int stride, int channels, int filters, int columns) {
     ConvMemory memory{};
-    memory.slabs = (tiles.tile_images * tiles.halo_height * tiles.halo_width + 1) * kConvRow;  // + 1: zeros
+    const int width = tiles.halo_width * kConvRow;
+    memory.row = kConvRow;
+    // With stride 2, half of a row's positions read the zeros.
+    memory.pitch = stride == 1 ? conv_pitch(width, 1, (tiles.tile_width - 1) * kConvRow, kConvRow) : width;
+    memory.slabs = tiles.tile_images * tiles.halo_height * memory.pitch + kConvRow;  // a row of zeros
     memory.norm = memory.slabs + 2 * columns * kConvRow;
     memory.scratch = memory.norm + 5 * filters + 2 * channels;
     memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
     return memory;
 }
 
-inline ConvMemory weight_grad_memory(const ConvTiles& tiles, int columns) {
+inline ConvMemory weight_grad_memory(const ConvTiles& tiles, int stride, int columns) {
     ConvMemory memory{};
-    memory.slabs = tiles.tile_images * tiles.tile_height * tiles.halo_width * kConvDeepRow;
+    memory.row = stride == 1 ? kConvDeepRow : kConvDeepRowStrided;
+    const int step = stride * memory.row;
+    memory.pitch = conv_pitch(tiles.halo_width * memory.row, 1, (tiles.tile_width - 1) * step, step);
+    memory.slabs = tiles.tile_images * tiles.tile_height * memory.pitch;
     memory.norm = memory.scratch = memory.slabs + kConvTile * (columns + 8);
     memory.end = memory.scratch + kConvTile;
     return memory;
@@ -451,7 +475,8 @@ class ConvPlanner {
         const double values = kConvTaps * block.in_channels;
         const std::int64_t floats =
             kConvChannels + 1 + tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
-        add(ConvKernel::kPatchMoments, 0, -1, query, tiles.slices, 1, kConvThreads, floats * 4,
+        const std::int64_t doubles = (kMomentThreads / 64 - 1) * 64 * block.in_channels * block.in_channels;
+        add(ConvKernel::kPatchMoments, 0, -1, query, tiles.slices, 1, kMomentThreads, doubles * 8 + floats * 4,
             all(area(count, block.height, block.width, 1) * values * (values + 3.0)),
             all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0));
     }
@@ -470,7 +495,8 @@ class ConvPlanner {
         const double features = static_cast<double>(count) * net.pixels * filters;
         const ConvBlock& last = plan_.blocks[net.count - 1];
         const bool raw = net.count > 1 || !net.by_covariance;
-        add(ConvKernel::kHead, net.count - 1, step, query, tasks_, 1, 256, (5 * net.filters + 8 + 512) * 4,
+        add(ConvKernel::kHead, net.count - 1, step, query, tasks_, 1, kConvHeadThreads,
+            (5 * net.filters + kConvHeadThreads / 32 + 2 * kConvHeadThreads) * 4,
             all(features * net.ways * (backward ? 6.0 : 2.0)),
             all((raw ? area(count, last.height, last.width, last.filters) : features) * stored() + features * 4.0 +
                 (backward ? 2.0 : 1.0) * net.ways * net.pixels * filters * 4.0));
@@ -533,8 +559,8 @@ class ConvPlanner {
             bytes += activation_values(i - 1, count) * stored();
         }
         add(ConvKernel::kForward, i, step, query, tiles.slices, ceil_div(block.filters, columns), kConvThreads,
-            std::int64_t{forward_memory(tiles, block.in_channels, columns).end} * 4, all(products(i, count)),
-            all(bytes));
+            std::int64_t{forward_memory(tiles, block.stride, block.in_channels, columns).end} * 4,
+            all(products(i, count)), all(bytes));
     }
 
     void add_data_grad(int i, int step, bool query, int count) {
@@ -545,7 +571,7 @@ class ConvPlanner {
         bytes += activation_values(i, count) * (stored() + 1.0) + activation_values(i - 1, count) * stored();
         if (has_raw(i - 1)) bytes += raw_bytes(i - 1, count) + activation_values(i - 1, count);
         add(ConvKernel::kDataGrad, i, step, query, tiles.slices, ceil_div(block.in_channels, columns), kConvThreads,
-            std::int64_t{data_grad_memory(tiles, block.in_channels, block.filters, columns).end} * 4,
+            std::int64_t{data_grad_memory(tiles, block.stride, block.in_channels, block.filters, columns).end} * 4,
             all(products(i, count)), all(bytes));
     }
 
@@ -557,7 +583,7 @@ class ConvPlanner {
             area(count, block.in_height, block.in_width, block.in_channels) * (i == 0 ? 4.0 : stored());
         add(ConvKernel::kWeightGrad, i, step, query, tiles.slices,
             3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvThreads,
-            std::int64_t{weight_grad_memory(tiles, columns).end} * 4, all(products(i, count)),
+            std::int64_t{weight_grad_memory(tiles, block.stride, columns).end} * 4, all(products(i, count)),
             all(input + raw_bytes(i, count) + tiles.slices * weight_bytes(i)));
     }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "params/divisor.h"
+
 namespace signmaml {
 
 // For any numerator >= 0: cannot overflow.
@@ -17,6 +19,11 @@ constexpr std::int64_t larger(std::int64_t a, std::int64_t b) { return a < b ? b
 // that a thread can start the next group before the oldest has been added.
 constexpr std::int64_t mean_slots(std::int64_t groups, int threads) {
     return larger(1, smaller(groups, std::int64_t{threads} + 1));
+}
+
+constexpr Divisor divisor_of(std::int64_t value) {
+    return {static_cast<std::int32_t>(value),
+            static_cast<std::uint32_t>(((std::int64_t{1} << 31) + value - 1) / value)};
 }
 
 }  // namespace signmaml

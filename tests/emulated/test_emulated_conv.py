@@ -95,7 +95,7 @@ def test_images_far_from_zero(native, offset):
     """Pixel values as in files with 0..255: the covariance must not suffer from cancellation."""
     by_seed(native, 2)
     net = Net(channels=3, height=10, width=9)
-    draws = [conv_cases.draw(net, seed, offset) for seed in range(2)]
+    draws = [conv_cases.draw(net, seed, offset) for seed in range(6)]
     for by_covariance in (True, False):
         apart = conv_cases.errors_of_tasks(native, net, draws, by_covariance=by_covariance)
         conv_cases.assert_within_twice_torch(net, apart)
@@ -106,6 +106,12 @@ def test_the_step_is_exact_given_the_gradient(native, by_sign):
     """With the same data as query set of no step and as support set of one, the step uses exactly that gradient."""
     by_seed(native, 4)
     emulated_cases.conv_step_is_exact(native, by_sign)
+
+
+def test_a_nan_of_any_bits_stays_one(native):
+    """Splitting a float in two halves for the tensor cores must not turn a NaN into a number."""
+    by_seed(native, 6)
+    emulated_cases.conv_nan_of_any_bits(native)
 
 
 @pytest.mark.parametrize("halving", ["max", "stride"])

@@ -314,6 +314,23 @@ def conv_step_is_exact(native: ModuleType, by_sign: bool) -> None:
         assert not dead or torch.equal(tensor, before.expand_as(tensor)), "a convolution's bias never moves"
 
 
+# A quiet NaN as most operations give it, the one with all bits set that NVIDIA's give, and both with a sign.
+NAN_BITS = (0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF)
+
+
+def conv_nan_of_any_bits(native: ModuleType) -> None:
+    """A weight of the second block that is NaN, whatever its bits, makes the loss and the gradient NaN."""
+    net = conv_cases.Net(tasks=1, support=2, query=2)
+    second = 4 if net.conv_bias else 3  # its weight, after the first block's tensors
+    for bits in NAN_BITS:
+        data = conv_cases.draw(net)
+        data.params[second].view(-1)[5:6].view(torch.int32).fill_(bits - (bits >> 31 << 32))
+        found = conv_cases.run(native, net, data, steps=0)
+        assert found.nonfinite.all() and found.query_loss.isnan().all(), hex(bits)
+        gradients = conv_cases.split(net, found.grads)
+        assert gradients[second].isnan().any() and gradients[-1].isnan().all(), hex(bits)
+
+
 def conv_branches(native: ModuleType, net: conv_cases.Net, *, by_covariance: bool = True) -> None:
     """Without gradients, without a query set and in chunks of tasks, the results that remain have the same bits."""
     data = conv_cases.draw(net)
@@ -356,6 +373,7 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
         adapt = [i % 4 != 2 for i in range(10)]
         conv_meta_step(native, Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt)
         conv_faults(native)
+        conv_nan_of_any_bits(native)
         conv_meta_step(native, Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False)
         # Several chunks of channels, and of columns of the weight gradient.
         conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
