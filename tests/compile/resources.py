@@ -37,21 +37,21 @@ LAUNCHES = (
 )
 
 # Threads per block, as the plans choose them (kSignStepBlock, kMetaAccumulateBlock; kMlpBlock or one warp;
-# kConvThreads, kConvHeadThreads, kConvUpdateThreads).
+# kConvThreads, kConvHeadThreads, kConvUpdateThreads, kMomentThreads).
 BLOCKS = {
     "compact_sign_step_kernel": 256,
     "conv_data_grad_kernel": 128,
     "conv_first_grad_kernel": 128,
     "conv_first_kernel": 128,
     "conv_forward_kernel": 128,
-    "conv_head_kernel": 256,
+    "conv_head_kernel": 1024,
     "conv_meta_accumulate_kernel": 256,
     "conv_pack_kernel": 256,
     "conv_raw_grad_kernel": 128,
     "conv_sign_update_kernel": 256,
     "conv_unpack_kernel": 256,
     "conv_weight_grad_kernel": 128,
-    "patch_moments_kernel": 128,
+    "patch_moments_kernel": 256,
     "sign_step_kernel": 256,
     "flag_nonfinite_kernel": 256,
     "meta_accumulate_kernel": 128,
