@@ -11,7 +11,8 @@ import itertools
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -144,6 +145,17 @@ def native() -> ModuleType:
     return emulated.load(emulated_module())
 
 
+@contextmanager
+def counting(blocks: int) -> Iterator[list[dict[str, Any]]]:
+    """Launches within are counted instead of checked; the list holds their counts afterwards."""
+    found: list[dict[str, Any]] = []
+    native().count(blocks, COUNTED_IN_FULL)
+    try:
+        yield found
+    finally:
+        found += native().take_counts()
+
+
 def of_workload(letter: str, precision: str = "fp32", *, blocks: int = 8, steps: int = 5) -> list[Launch]:
     """The launches of one meta-step, in order.
 
@@ -180,11 +192,11 @@ def _convolutional(work: Workload, precision: str, blocks: int, steps: int) -> l
         "support_loss": torch.empty(1, 1), "query_loss": torch.empty(1), "query_accuracy": torch.empty(1),
         "grads": torch.empty(1, plan["parameters"]), "nonfinite": torch.zeros(1, dtype=torch.bool),
     }  # fmt: skip
-    native().count(blocks, COUNTED_IN_FULL)
-    native().conv_meta_step_cuda(
-        {name: tensor.data_ptr() for name, tensor in arguments.items()}, shape, tasks=1, **sizes, steps=1, by_sign=True,
-        precision=precision, by_covariance=True, workspace_limit=0, device=0, stream=0,
-    )  # fmt: skip
+    with counting(blocks) as launched:
+        native().conv_meta_step_cuda(
+            {name: tensor.data_ptr() for name, tensor in arguments.items()}, shape, tasks=1, **sizes, steps=1,
+            by_sign=True, precision=precision, by_covariance=True, workspace_limit=0, device=0, stream=0,
+        )  # fmt: skip
     bytes_of = _sizes(arguments)
     for array in plan["workspace"]:
         bytes_of[arguments["workspace"].data_ptr() + array["offset"]] = array["stride"]
@@ -193,7 +205,7 @@ def _convolutional(work: Workload, precision: str, blocks: int, steps: int) -> l
             counted, bytes_of, work.tasks, block=planned["block_of_network"] + 1, step=planned["step"],
             query=planned["set"] == "query",
         )
-        for counted, planned in zip(native().take_counts(), plan["launches"], strict=True)
+        for counted, planned in zip(launched, plan["launches"], strict=True)
     ]  # fmt: skip
     before = [one for one in found if one.step < 0]
     step = [one for one in found if one.step == 0]
@@ -217,13 +229,13 @@ def _perceptron(work: Workload, blocks: int, steps: int) -> list[Launch]:
         "query_loss": torch.empty(tasks), "grads": torch.empty(tasks, parameters),
         "nonfinite": torch.zeros(tasks, dtype=torch.bool), "workspace": torch.empty(max(1, plan["workspace_scalars"])),
     }  # fmt: skip
-    native().count(blocks, COUNTED_IN_FULL)
-    native().mlp_meta_step_cuda(
-        {name: tensor.data_ptr() for name, tensor in arguments.items()}, widths, "relu", "mse", **sizes, steps=steps,
-        by_sign=True, is_double=False, device=0, stream=0,
-    )  # fmt: skip
+    with counting(blocks) as launched:
+        native().mlp_meta_step_cuda(
+            {name: tensor.data_ptr() for name, tensor in arguments.items()}, widths, "relu", "mse", **sizes,
+            steps=steps, by_sign=True, is_double=False, device=0, stream=0,
+        )  # fmt: skip
     native().configure()
-    (counted,) = native().take_counts()
+    (counted,) = launched
     return [_launch(counted, _sizes(arguments), 1, block=0, step=-1, query=False)]
 
 

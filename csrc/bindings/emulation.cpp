@@ -6,11 +6,13 @@
 #include <array>
 #include <cstdint>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "emulation/machine.h"
 #include "emulation/selftest.h"
+#include "plan/math.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -124,6 +126,9 @@ void define_emulation(py::module_& m) {
     m.def(
         "count",
         [](int blocks, const std::set<std::string>& in_full) {
+#if !defined(__GNUC__) || defined(__clang__)
+            throw std::runtime_error("counting needs a module built by GCC, which tells of every basic block");
+#endif
             emulation::settings().counts.clear();
             emulation::settings().counted_blocks = blocks;
             emulation::settings().counted_in_full = in_full;
@@ -137,6 +142,10 @@ void define_emulation(py::module_& m) {
           "Cycles of shared memory for one request of a warp, and the least for as many bytes; addresses by lane, "
           "negative where a lane takes no part.");
     m.def("selftest_counted", &counted);
+    m.def(
+        "selftest_quotient",
+        [](int n, int value, std::int64_t most) { return selftest_quotient(n, divisor_of(value, most)); }, py::arg("n"),
+        py::arg("value"), py::arg("most"), "n / value, as kernels compute it, where n is at most `most`.");
 #endif  // SIGNMAML_ON_PTX
     m.def("selftest_fault", &fault);
     m.def("selftest_block_sum", &block_sum);

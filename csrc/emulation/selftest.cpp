@@ -1,6 +1,7 @@
 #include "emulation/selftest.h"
 
 #include "emulation/selftest.cuh"
+#include "kernels/conv_common.cuh"
 
 namespace signmaml {
 
@@ -28,5 +29,7 @@ void launch_selftest_counted(const CountedParams& params, int blocks) {
     emulation::launch("counted_kernel", static_cast<unsigned>(blocks), 64, kCountedFloats * 4,
                       [&] { counted_kernel(params); });
 }
+
+int selftest_quotient(int n, const Divisor& divisor) { return quotient_of_any(n, divisor); }
 
 }  // namespace signmaml

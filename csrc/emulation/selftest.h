@@ -5,6 +5,8 @@
 
 namespace signmaml {
 
+struct Divisor;
+
 struct BlockSumParams {
     const float* in;  // [rows, columns] float
     float* out;       // [rows] float
@@ -58,6 +60,8 @@ void launch_selftest_fault(const FaultParams& params);
 void launch_selftest_block_sum(const BlockSumParams& params, int rows, int block);
 void launch_selftest_matmul_tf32(const MatmulTf32Params& params, int m);
 void launch_selftest_matmul_bf16(const MatmulBf16Params& params, int m);
+// n / divisor.value, as kernels compute it.
+int selftest_quotient(int n, const Divisor& divisor);
 // `blocks` blocks of 64 threads, which all do the same.
 void launch_selftest_counted(const CountedParams& params, int blocks);
 

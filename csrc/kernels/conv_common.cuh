@@ -97,6 +97,11 @@ __device__ inline int quotient(int n, const Divisor& divisor) {
     return static_cast<int>(multiply_high(2 * static_cast<std::uint32_t>(n), divisor.magic));
 }
 
+// The same where n may be too large for that.
+__device__ inline int quotient_of_any(int n, const Divisor& divisor) {
+    return divisor.magic != 0 ? quotient(n, divisor) : n / divisor.value;
+}
+
 // One position of a tile. Positions are numbered row by row, image by image.
 struct TilePosition {
     int image, y, x;  // within the tile

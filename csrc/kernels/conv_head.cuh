@@ -56,7 +56,7 @@ struct ConvHead {
         const ConvBlock& block = p.layer.block;
         const std::int64_t at = (std::int64_t{image} * pixels() + pixel) * block.filters + filter;
         if (!p.source_is_raw) return as_float(load(row_of(p.layer.activation, task) + at));
-        const int y = quotient(pixel, p.by_width), x = pixel - y * block.act_width;
+        const int y = quotient_of_any(pixel, p.by_width), x = pixel - y * block.act_width;
         const auto result = activate<1>(p.layer, row_of(p.layer.raw, task), image, y, x, filter, norm);
         if (p.pass != ConvPass::kForward) store(row_of(p.layer.choices, task) + at, result.choices.at[0]);
         return result.values.at[0];
@@ -158,7 +158,7 @@ struct ConvHead {
             if (!p.source_is_raw) return;
             const int choice = load(row_of(p.layer.choices, task) + at);
             if (choice < kConvActive) return;
-            const int row = quotient(pixel, p.by_width), column_of_pixel = pixel - row * block.act_width;
+            const int row = quotient_of_any(pixel, p.by_width), column_of_pixel = pixel - row * block.act_width;
             const int y = row * block.window + (choice - kConvActive) / 2;
             const int x = column_of_pixel * block.window + choice % 2;
             const std::int64_t from = ((std::int64_t{image} * block.height + y) * block.width + x) * filters + filter;

@@ -150,7 +150,7 @@ class ConvRun {
         params.norm = array<const ConvFirstNorm>(plan_.workspace.norm);
         params.layer = layer(one, 0);
         params.tiles = first_tiles(params.layer.block, params.layer.count);
-        params.by_groups = divisor_of(params.layer.block.filters / kFirstFilters);
+        params.by_groups = divisor_of(params.layer.block.filters / kFirstFilters, kConvTile * kConvFilters);
         const bool pools = p_.shape.halving == Halving::kMaxPool;
         go("conv_first_kernel", pools ? conv_first_kernel<true, Stored> : conv_first_kernel<false, Stored>, one,
            params);
@@ -252,7 +252,8 @@ class ConvRun {
         params.theta_weight = net.theta_head_weight;
         params.parameters = p_.parameters;
         params.ways = net.ways;
-        params.by_width = divisor_of(params.layer.block.act_width);
+        const ConvBlock& last = params.layer.block;
+        params.by_width = divisor_of(last.act_width, std::int64_t{last.act_height} * last.act_width);
         params.readout = p_.shape.readout;
         params.source_is_raw = has_raw(net.count - 1);
         params.by_sign = p_.by_sign;

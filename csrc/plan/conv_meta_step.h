@@ -41,7 +41,7 @@ inline ConvBlock conv_block(const ConvShape& shape, int number) {
         block.act_width = block.width / block.window;
         block.filters = shape.filters;
         block.eps = static_cast<float>(shape.eps[i]);
-        block.by_channels = divisor_of(block.in_channels);
+        block.by_channels = divisor_of(block.in_channels, kConvTile * kConvChannels);
         height = block.act_height;
         width = block.act_width;
     }
@@ -158,11 +158,13 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
     const std::int64_t per_slice = larger(limits.tiles, ceil_div(best.tiles, limits.slices));
     best.tiles_per_slice = static_cast<int>(per_slice);
     best.slices = static_cast<int>(ceil_div(best.tiles, per_slice));
-    best.by_area = divisor_of(best.tile_height * best.tile_width);
-    best.by_width = divisor_of(best.tile_width);
-    best.by_height = divisor_of(best.tile_height);
-    best.by_halo = divisor_of(best.halo_height * best.halo_width);
-    best.by_halo_width = divisor_of(best.halo_width);
+    // Tiles are small: these are never too large. Pixels of a tile are counted once a channel.
+    constexpr std::int64_t kMost = 1 << 14;
+    best.by_area = divisor_of(best.tile_height * best.tile_width, kMost);
+    best.by_width = divisor_of(best.tile_width, kMost);
+    best.by_height = divisor_of(best.tile_height, kMost);
+    best.by_halo = divisor_of(best.halo_height * best.halo_width, kMost);
+    best.by_halo_width = divisor_of(best.halo_width, kMost);
     return best;
 }
 

@@ -21,7 +21,9 @@ constexpr std::int64_t mean_slots(std::int64_t groups, int threads) {
     return larger(1, smaller(groups, std::int64_t{threads} + 1));
 }
 
-constexpr Divisor divisor_of(std::int64_t value) {
+// For numbers up to `most`.
+constexpr Divisor divisor_of(std::int64_t value, std::int64_t most) {
+    if (most * value >= std::int64_t{1} << 31) return {static_cast<std::int32_t>(value), 0};
     return {static_cast<std::int32_t>(value),
             static_cast<std::uint32_t>(((std::int64_t{1} << 31) + value - 1) / value)};
 }

@@ -99,7 +99,9 @@ FAULTS = [
 def test_every_fault_is_reported_with_block_and_thread(native, kind, blocks_alive, seed):
     """The only fault of an otherwise correct kernel is found in every order of its threads."""
     native.configure(seed=seed, blocks_alive=blocks_alive)
-    values, out = torch.randn(128), torch.zeros(128)
+    # Apart, because what lies beyond the end of one must not be the other.
+    memory = torch.zeros(1024)
+    values, out = memory[:128].normal_(), memory[512:640]
     if FAULTS[kind] is None:
         native.selftest_fault(kind, values.data_ptr(), out.data_ptr())
         assert torch.equal(out, values)
@@ -195,3 +197,17 @@ def test_memory_outside_the_arguments_is_refused(native):
         emulated.meta_accumulate_(native, values[0], values, nonfinite=torch.zeros(2, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="launch of block_sum_kernel: a grid of 2 blocks of 2048 threads"):
         native.selftest_block_sum(values.data_ptr(), out.data_ptr(), 2, 8, 2048)
+
+
+def test_quotients_are_exact(native):
+    """By multiplication up to where it is exact, by division beyond."""
+    numbers = random.Random(0)
+    for value in (1, 2, 3, 7, 42, 64, 127, 441, 1024, 8191, 8192, 65535):
+        exact = (2**31 - 1) // value  # the largest n whose product with value is below 2^31
+        for n in {0, 1, value - 1, value, exact, exact - 1, exact // value * value - 1} | {
+            numbers.randrange(exact + 1) for _ in range(50)
+        }:
+            if 0 <= n <= exact:
+                assert native.selftest_quotient(n, value, exact) == n // value, (n, value)
+        for n in (exact, 2**31 - 1, 2**31 - 2):
+            assert native.selftest_quotient(n, value, 2**31 - 1) == n // value, (n, value)
