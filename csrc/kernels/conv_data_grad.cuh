@@ -49,10 +49,10 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
 
 // Starts to copy one tap's weights: one row per channel of the block's columns, with filters [first, first + depth).
 template <int kColumns>
-__device__ inline void stage_transposed_slab(const float* weights, int tap, int channels, int filters, int first,
-                                             int depth, int padded, const Shared<float>& slabs) {
+__device__ inline void stage_transposed_slab(const float* weights, int tap, int number, int channels, int filters,
+                                             int first, int depth, int padded, const Shared<float>& slabs) {
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
-    const int slab = tap % 2 * kColumns * kConvRow;
+    const int slab = number % 2 * kColumns * kConvRow;
     const int shift = quads_shift(padded);
     for (int item = threadIdx.x; item < kColumns << shift; item += kConvThreads) {
         const int column = item >> shift, filter = (item & ((1 << shift) - 1)) * 4;
@@ -64,11 +64,36 @@ __device__ inline void stage_transposed_slab(const float* weights, int tap, int 
     cp_async_commit();
 }
 
-template <ConvPrecision kPrecision, int kTilesN>
+// With stride 2 an input contributes to outputs by the taps of its parity alone: by the middle one where its row and
+// column are even, by two where one is odd, by four where both are. So inputs are taken by their parities, and taps in
+// the order of those.
+template <int kStride>
+struct GradTaps;
+template <>
+struct GradTaps<1> {
+    static __device__ int tap(int number) { return number; }
+    static __device__ constexpr int end(int) { return kConvTaps; }
+};
+template <>
+struct GradTaps<2> {
+    // 4; 3, 5; 1, 7; 0, 2, 6, 8.
+    static __device__ int tap(int number) { return static_cast<int>(0x862071534ll >> (4 * number) & 15); }
+    static __device__ constexpr int end(int parity) { return parity == 0 ? 1 : parity == 1 ? 3 : parity == 2 ? 5 : 9; }
+};
+
+// With stride 1 a warp owns 32 positions of a tile and all columns. With stride 2 it owns 16 positions of each parity,
+// and half of the columns: so all warps have work at every tap.
+template <ConvPrecision kPrecision, int kTilesN, int kStride>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
     conv_data_grad_kernel(const ConvDataGradParams<typename ConvStored<kPrecision>::Type> p) {
     using Stored = typename ConvStored<kPrecision>::Type;
+    using Taps = GradTaps<kStride>;
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;
+    constexpr int kParities = kStride * kStride;
+    constexpr int kM = kStride == 1 ? 2 : 1;                       // fragments of 16 positions of a parity
+    constexpr int kShares = kStride == 1 || kTilesN == 1 ? 1 : 2;  // of the columns
+    constexpr int kN = kTilesN / kShares;
+    constexpr int kTeam = kStride == 1 ? kWarps : 2;  // warps with the same columns
     const ConvBlock& block = p.layer.block;
     const ConvBlock& below = p.below.block;
     const ConvTiles& tiles = p.tiles;
@@ -82,8 +107,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const float* weights = row_of(p.weights, task);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
-    // One position of zeros after the tile: a tap reads it where there is no output.
-    const int zeros = offset_in_tile(p.memory, tiles, tiles.tile_images, 0, 0);
+    const int share = warp / kTeam;
+    const bool works = share < kShares;  // too few columns to divide leave two warps idle
 
     prepare_raw_grad(p.layer, task, weights, norm);
     if (p.below_is_raw) {
@@ -93,61 +118,82 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
             norm_below.set(channels + channel, constants.inverse);
         }
     }
-    if (threadIdx.x < kConvRow) tile.set(zeros + threadIdx.x, 0.0f);
     float sum_dy = 0.0f, sum_dy_xhat = 0.0f;  // of column threadIdx.x, over the slice's tiles so far
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
-        TilePosition positions[4];
+        TilePosition positions[kParities][2 * kM];
+        int rows[2 * kM];  // offsets of the first output that the positions read, in the tile
 #pragma unroll
-        for (int h = 0; h < 4; ++h) positions[h] = position_of(tiles, place, warp * 32 + h * 8 + group);
-        float sums[2][kTilesN][4] = {};
+        for (int h = 0; h < 2 * kM; ++h) {
+            if constexpr (kStride == 1) {
+                positions[0][h] = position_of(tiles, place, warp * 32 + h * 8 + group);
+                const TilePosition& at = positions[0][h];
+                // A position outside the grid reads any value: its results are not used.
+                rows[h] = at.image < tiles.tile_images ? offset_in_tile(p.memory, tiles, at.image, at.y, at.x) : 0;
+            } else {
+                const int in_parity = warp % kTeam * 16 + h * 8 + group;
+                const int image = quotient(in_parity, tiles.by_parity_area);
+                const int in_image = in_parity - image * tiles.by_parity_area.value;
+                const int y = quotient(in_image, tiles.by_parity_width), x = in_image - y * tiles.by_parity_width.value;
+                rows[h] = image < tiles.tile_images ? offset_in_tile(p.memory, tiles, image, y, x) : 0;
+#pragma unroll
+                for (int parity = 0; parity < kParities; ++parity) {
+                    const int own_y = 2 * y + parity / 2, own_x = 2 * x + parity % 2;
+                    positions[parity][h] = {image, own_y, own_x,
+                                            image < place.images && own_y < place.height && own_x < place.width};
+                }
+            }
+        }
+        float sums[kParities][kM][kN][4] = {};
         for (int first = 0; first < block.filters; first += kConvChunk) {
             const int depth = smaller_of(kConvChunk, block.filters - first);
             const int padded = (depth + kDepth - 1) / kDepth * kDepth;
             block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
             stage_raw_grad(p, task, place, tile, norm, first, depth, padded);
-            stage_transposed_slab<kColumns>(weights + p.layer.weight, 0, channels, block.filters, first, depth, padded,
-                                            slabs);
-            for (int tap = 0; tap < kConvTaps; ++tap) {
-                cp_async_wait<0>();
-                block_barrier();  // the tile and this tap's slab are there; all have read the other slab
-                if (tap + 1 < kConvTaps) {
-                    stage_transposed_slab<kColumns>(weights + p.layer.weight, tap + 1, channels, block.filters, first,
-                                                    depth, padded, slabs);
-                }
-                // Output (y + 1 - ky) / stride used input y with this tap, if the quotient is an integer.
-                int rows[4];
+            stage_transposed_slab<kColumns>(weights + p.layer.weight, Taps::tap(0), 0, channels, block.filters, first,
+                                            depth, padded, slabs);
 #pragma unroll
-                for (int h = 0; h < 4; ++h) {
-                    const int y = positions[h].y + 1 - tap / 3, x = positions[h].x + 1 - tap % 3;
-                    const bool whole = block.stride == 1 || (((y | x) & 1) == 0);
-                    const int row = block.stride == 1 ? y + 1 : y >> 1, column = block.stride == 1 ? x + 1 : x >> 1;
-                    // A position outside the grid reads any value: its results are not used.
-                    rows[h] = positions[h].image < tiles.tile_images && whole
-                                  ? offset_in_tile(p.memory, tiles, positions[h].image, row, column)
-                                  : zeros;
-                }
-                const int slab = tap % 2 * kColumns * kConvRow;
-                for (int k0 = 0; k0 < padded; k0 += kDepth) {
-                    multiply<kPrecision>(
-                        sums, [&](int i, int half, int k) { return tile.get(rows[2 * i + half] + k0 + k); },
-                        [&](int j, int k) { return slabs.get(slab + (j * 8 + group) * kConvRow + k0 + k); });
+            for (int parity = 0; parity < kParities; ++parity) {
+                for (int at = parity == 0 ? 0 : Taps::end(parity - 1); at < Taps::end(parity); ++at) {
+                    const int tap = Taps::tap(at);
+                    cp_async_wait<0>();
+                    block_barrier();  // the tile and this tap's slab are there; all have read the other slab
+                    if (at + 1 < kConvTaps) {
+                        stage_transposed_slab<kColumns>(weights + p.layer.weight, Taps::tap(at + 1), at + 1, channels,
+                                                        block.filters, first, depth, padded, slabs);
+                    }
+                    if (!works) continue;
+                    // Output (y + 1 - ky) / stride used input y with this tap. With stride 1 the tile begins one row
+                    // and one column before its first position.
+                    const int shift =
+                        kStride == 1 ? offset_in_tile(p.memory, tiles, 0, 2 - tap / 3, 2 - tap % 3)
+                                     : offset_in_tile(p.memory, tiles, 0, tap / 3 == 0 ? 1 : 0, tap % 3 == 0 ? 1 : 0);
+                    const int slab = at % 2 * kColumns * kConvRow + share * kN * 8 * kConvRow;
+                    for (int k0 = 0; k0 < padded; k0 += kDepth) {
+                        multiply<kPrecision>(
+                            sums[parity],
+                            [&](int i, int half, int k) { return tile.get(rows[2 * i + half] + shift + k0 + k); },
+                            [&](int j, int k) { return slabs.get(slab + (j * 8 + group) * kConvRow + k0 + k); });
+                    }
                 }
             }
         }
 
         Stored* gradient = row_of(p.below.activation_grad, task);
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-            const int column = first_column + j * 8 + member * 2;
+        for (int j = 0; j < kN; ++j) {
+            const int of_block = (share * kN + j) * 8 + member * 2, column = first_column + of_block;
             float totals[2][2] = {};  // of dy and of dy * xhat
 #pragma unroll
-            for (int h = 0; h < 4; ++h) {
-                if (!positions[h].inside || column >= channels) continue;
+            for (int h = 0; h < kParities * 2 * kM; ++h) {
+                const int parity = h / (2 * kM), half = h % (2 * kM);
+                const TilePosition& position = positions[parity][half];
+                if (!works || !position.inside || column >= channels) continue;
+                const float (&of_fragment)[4] = sums[parity][half / 2][j];
                 const Vector<float, 2> da{
-                    {rounded_to<Stored>(sums[h / 2][j][h % 2 * 2]), rounded_to<Stored>(sums[h / 2][j][h % 2 * 2 + 1])}};
-                const int y = place.y + positions[h].y, x = place.x + positions[h].x;
-                const std::int64_t image = place.image + positions[h].image;
+                    {rounded_to<Stored>(of_fragment[half % 2 * 2]), rounded_to<Stored>(of_fragment[half % 2 * 2 + 1])}};
+                const int y = place.y + position.y, x = place.x + position.x;
+                const std::int64_t image = place.image + position.image;
                 const std::int64_t at = ((image * block.in_height + y) * block.in_width + x) * channels + column;
                 store_floats<2>(gradient + at, da);
                 if (!p.below_is_raw) continue;
@@ -165,22 +211,21 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                     totals[1][e] += da.at[e] * xhat;
                 }
             }
-            if (!p.below_is_raw) continue;
+            if (!p.below_is_raw || !works) continue;
 #pragma unroll
             for (int which = 0; which < 2; ++which) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const float of_warp = sum_over_rows(totals[which][e]);
-                    if (group == 0) {
-                        scratch.set((which * kWarps + warp) * kColumns + j * 8 + member * 2 + e, of_warp);
-                    }
+                    if (group == 0) scratch.set((which * kWarps + warp) * kColumns + of_block + e, of_warp);
                 }
             }
         }
         if (p.below_is_raw) {
             block_barrier();  // all warps' sums are there
             if (threadIdx.x < kColumns) {
-                for (int w = 0; w < kWarps; ++w) {
+                const int first = static_cast<int>(threadIdx.x) / (kN * 8) * kTeam;  // of the warps with this column
+                for (int w = first; w < first + kTeam; ++w) {
                     sum_dy += scratch.get(w * kColumns + threadIdx.x);
                     sum_dy_xhat += scratch.get((kWarps + w) * kColumns + threadIdx.x);
                 }

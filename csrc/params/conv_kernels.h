@@ -48,6 +48,9 @@ struct ConvTiles {
     // Of positions into images, rows and columns: by those of a tile in an image, by its width and height, and by the
     // positions and the width of what it reads.
     Divisor by_area, by_width, by_height, by_halo, by_halo_width;
+    // Where a tile's positions are taken by the parities of their rows and columns: by those of one parity in an image,
+    // and by its width.
+    Divisor by_parity_area, by_parity_width;
 };
 
 // Sizes of one block of the network.

@@ -100,7 +100,7 @@ enum class ConvHalo : std::int32_t {
 constexpr int halo_of(ConvHalo halo, int extent) {
     if (halo == ConvHalo::kForward1) return extent + 2;
     if (halo == ConvHalo::kForward2) return 2 * extent + 1;
-    return halo == ConvHalo::kTransposed2 ? extent / 2 + 1 : 2 * extent + 2;
+    return halo == ConvHalo::kTransposed2 ? (extent + 1) / 2 + 1 : 2 * extent + 2;
 }
 
 struct ConvTileLimits {
@@ -124,7 +124,12 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
         if (tile_width == previous) continue;
         previous = tile_width;
         const int halo_width = halo_of(halo, tile_width);
+        // Where positions are taken by parity, every parity has as many places as the first.
+        const auto places = [&](int rows_of_tile) {
+            return even ? (rows_of_tile + rows_of_tile % 2) * (tile_width + tile_width % 2) : rows_of_tile * tile_width;
+        };
         int tile_height = static_cast<int>(smaller(height, limits.positions / tile_width));
+        while (tile_height > 0 && places(tile_height) > limits.positions) --tile_height;
         while (tile_height > 0 && halo_height(tile_height) * halo_width > limits.halo) --tile_height;
         if (even && tile_height < height) tile_height -= tile_height % 2;
         if (tile_height <= 0) continue;
@@ -135,7 +140,7 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
         if (rows == 1 && tile_width >= width) {
             const int of_image = halo_height(tile_height) * halo_width;
             images = static_cast<int>(
-                smaller(count, smaller(limits.positions / (tile_height * tile_width), limits.halo / of_image)));
+                smaller(count, smaller(limits.positions / places(tile_height), limits.halo / of_image)));
         }
         const std::int64_t groups = ceil_div(count, images);
         const std::int64_t tiles = groups * rows * ceil_div(width, tile_width);
@@ -165,6 +170,8 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
     best.by_height = divisor_of(best.tile_height, kMost);
     best.by_halo = divisor_of(best.halo_height * best.halo_width, kMost);
     best.by_halo_width = divisor_of(best.halo_width, kMost);
+    best.by_parity_width = divisor_of((best.tile_width + 1) / 2, kMost);
+    best.by_parity_area = divisor_of((best.tile_height + 1) / 2 * std::int64_t{best.by_parity_width.value}, kMost);
     return best;
 }
 
@@ -241,11 +248,11 @@ inline ConvMemory forward_memory(const ConvTiles& tiles, int stride, int channel
 
 inline ConvMemory data_grad_memory(const ConvTiles& tiles, int stride, int channels, int filters, int columns) {
     ConvMemory memory{};
-    const int width = tiles.halo_width * kConvRow;
+    // Neighbours of one parity read neighbouring outputs.
+    const int neighbours = stride == 1 ? tiles.tile_width : tiles.by_parity_width.value;
     memory.row = kConvRow;
-    // With stride 2, half of a row's positions read the zeros.
-    memory.pitch = stride == 1 ? conv_pitch(width, 1, (tiles.tile_width - 1) * kConvRow, kConvRow) : width;
-    memory.slabs = tiles.tile_images * tiles.halo_height * memory.pitch + kConvRow;  // a row of zeros
+    memory.pitch = conv_pitch(tiles.halo_width * kConvRow, 1, (neighbours - 1) * kConvRow, kConvRow);
+    memory.slabs = tiles.tile_images * tiles.halo_height * memory.pitch;
     memory.norm = memory.slabs + 2 * columns * kConvRow;
     memory.scratch = memory.norm + 5 * filters + 2 * channels;
     memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;

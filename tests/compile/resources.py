@@ -142,8 +142,9 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
     """The most that a Conv4 of the budgets requests: 64 filters at 28 x 28, else 32 (or 8) at 84 x 84."""
     filters = {"1": 8, "8": 64}.get(arguments[1], 32) if name in ON_TENSOR_CORES else 32
     side = 28 if filters == 64 else 84
+    halving = "stride" if name == "conv_data_grad_kernel" and arguments[2] == "2" else "max"
     shape = {
-        "blocks": 4, "channels": 3, "filters": filters, "height": side, "width": side, "ways": 5, "halving": "max",
+        "blocks": 4, "channels": 3, "filters": filters, "height": side, "width": side, "ways": 5, "halving": halving,
         "readout": "flatten", "conv_bias": True, "eps": [1e-5] * 4,
     }  # fmt: skip
     precision = arguments[0] if name in ON_TENSOR_CORES else "fp32"

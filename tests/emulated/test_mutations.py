@@ -177,7 +177,7 @@ MUTATIONS = [
         )
     ),
     Mutation("conv: no wait for the weights", FORWARD, "cp_async_wait<0>();\n", "\n"),
-    Mutation("conv: slab of the tap before", BACK, "const int slab = tap % 2 * kColumns * kConvRow;\n                for", "const int slab = (tap + 1) % 2 * kColumns * kConvRow;\n                for"),
+    Mutation("conv: slab of the tap before", BACK, "const int slab = at % 2 * kColumns", "const int slab = (at + 1) % 2 * kColumns"),
     # Fragments.
     Mutation("conv: a1 and a2 swapped", COMMON, "(a(i, e % 2, member + e / 2 * 4))", "(a(i, e / 2, member + e % 2 * 4))"),
     Mutation("conv: b0 and b1 swapped", COMMON, "operands_of<kPrecision>(b(j, member)),", "operands_of<kPrecision>(b(j, member + 4)),"),
@@ -199,8 +199,11 @@ MUTATIONS = [
     Mutation("conv: tail of channels", FORWARD, "first += kConvChunk", "first += channels"),
     Mutation("conv: activation not kept", FORWARD, "row <= tiles.tile_height * block.stride", "row < tiles.tile_height * block.stride"),
     Mutation("conv: tiles joined without weights", FORWARD, "mean += distance * of_tile / both;", "mean += distance / 2;"),
-    Mutation("conv: tap flipped", BACK, "positions[h].y + 1 - tap / 3", "positions[h].y - 1 + tap / 3"),
-    Mutation("conv: odd outputs of a stride", BACK, "((y | x) & 1) == 0", "(y & 1) == 0"),
+    Mutation("conv: tap flipped", BACK, "2 - tap / 3, 2 - tap % 3", "tap / 3, 2 - tap % 3"),
+    Mutation("conv: a tap of the other parity", BACK, "0x862071534ll", "0x862701534ll"),
+    Mutation("conv: outputs of a stride", BACK, "tap / 3 == 0 ? 1 : 0", "tap / 3 == 2 ? 1 : 0"),
+    Mutation("conv: columns of the other warps", BACK, "share * kN * 8 * kConvRow", "(1 - share) * kN * 8 * kConvRow"),
+    Mutation("conv: sums of half the warps", BACK, "w < first + kTeam;", "w < first + kTeam / 2;"),
     Mutation("conv: part of dz not stored", BACK, "row < own_height", "row < own_height - 1"),
     Mutation("conv: half of the depth", WEIGHT, "int k0 = warp / 2 * kDepth", "int k0 = kDepth"),
     Mutation("conv: last positions dropped", WEIGHT, "k0 < used;", "k0 + kDepth <= used;"),

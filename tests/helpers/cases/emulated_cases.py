@@ -428,6 +428,9 @@ OF_EVERY_KIND = (
     conv_cases.Net(blocks=3, height=11, width=13),
     conv_cases.Net(filters=32, channels=2, halving="stride", height=9, width=8, tasks=1, query=9),
     conv_cases.Net(filters=64, channels=3, height=6, width=7, tasks=1, query=6, readout="mean", conv_bias=False),
+    conv_cases.Net(halving="stride", height=7, width=9),
+    conv_cases.Net(filters=32, height=6, width=5, tasks=1, query=9),
+    conv_cases.Net(filters=64, halving="stride", height=7, width=6, tasks=1, query=6),
 )
 
 
