@@ -168,12 +168,12 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                     const int shift =
                         kStride == 1 ? offset_in_tile(p.memory, tiles, 0, 2 - tap / 3, 2 - tap % 3)
                                      : offset_in_tile(p.memory, tiles, 0, tap / 3 == 0 ? 1 : 0, tap % 3 == 0 ? 1 : 0);
-                    const int slab = at % 2 * kColumns * kConvRow + share * kN * 8 * kConvRow;
+                    const int slab = at % 2 * kColumns * kConvRow, first_row = share * kN * 8 + group;
                     for (int k0 = 0; k0 < padded; k0 += kDepth) {
                         multiply<kPrecision>(
                             sums[parity],
                             [&](int i, int half, int k) { return tile.get(rows[2 * i + half] + shift + k0 + k); },
-                            [&](int j, int k) { return slabs.get(slab + (j * 8 + group) * kConvRow + k0 + k); });
+                            [&](int j, int k) { return slabs.get(slab + (j * 8 + first_row) * kConvRow + k0 + k); });
                     }
                 }
             }

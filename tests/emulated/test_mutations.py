@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation("conv: tap flipped", BACK, "2 - tap / 3, 2 - tap % 3", "tap / 3, 2 - tap % 3"),
     Mutation("conv: a tap of the other parity", BACK, "0x862071534ll", "0x862701534ll"),
     Mutation("conv: outputs of a stride", BACK, "tap / 3 == 0 ? 1 : 0", "tap / 3 == 2 ? 1 : 0"),
-    Mutation("conv: columns of the other warps", BACK, "share * kN * 8 * kConvRow", "(1 - share) * kN * 8 * kConvRow"),
+    Mutation("conv: columns of the other warps", BACK, "first_row = share * kN * 8", "first_row = (1 - share) * kN * 8"),
     Mutation("conv: sums of half the warps", BACK, "w < first + kTeam;", "w < first + kTeam / 2;"),
     Mutation("conv: part of dz not stored", BACK, "row < own_height", "row < own_height - 1"),
     Mutation("conv: half of the depth", WEIGHT, "int k0 = warp / 2 * kDepth", "int k0 = kDepth"),
