@@ -30,10 +30,8 @@ IN_BF16 = "in bf16 a fragment's pairs of floats are read one by one from a tile 
 REASONS: dict[tuple[str, str], str] = {
     ("patch_moments_kernel", "sectors"): "a tile's rows of pixels begin and end anywhere in a sector; once a meta-step",
     ("conv_pack_kernel", "sectors"): "reads theta in torch's order and writes it by filters; once a meta-step",
-    (
-        "conv_first_kernel",
-        "sectors",
-    ): "a tile's rows of pixels begin anywhere, and the winners are single bytes, of which a store has 16 in a row",
+    ("conv_first_kernel", "sectors"): "a tile's rows of pixels begin anywhere, and the winners are single bytes, of "
+    "which a store has 16 in a row",
     ("conv_first_kernel", "wavefronts"): "windows are two pixels apart, so those of two rows may share a bank",
     ("conv_first_grad_kernel", "sectors"): "a tile's rows of pixels begin and end anywhere in a sector",
     ("conv_forward_kernel", "sectors"): "in bf16 a lane's two neighbouring filters are 4 bytes, half of what fills a "
@@ -61,11 +59,12 @@ def excesses(found: Iterable[Launch]) -> dict[tuple[str, str], float]:
     return {key: total / least for key, (total, least) in taken.items() if least and total / least > MOST}
 
 
-def grouped(found: Sequence[Launch]) -> dict[tuple[str, int], list[int]]:
-    """Indices of the launches of every kernel and block of the network, in the order of the first."""
-    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+def grouped(found: Sequence[Launch]) -> dict[str, list[int]]:
+    """Indices of the launches of every kernel and block of the network, by its label, in the order of the first."""
+    groups: dict[str, list[int]] = defaultdict(list)
     for index, launch in enumerate(found):
-        groups[launch.kernel, launch.block].append(index)
+        label = launch.kernel.removesuffix("_kernel") + (f", block {launch.block}" if launch.block else "")
+        groups[label].append(index)
     return groups
 
 
@@ -77,15 +76,13 @@ def ratio(pair: tuple[float, float]) -> str:
 def traffic(found: Sequence[Launch]) -> str:
     """One row for each kernel and block of the network, over all its launches."""
     rows = []
-    for (kernel, block), indices in grouped(found).items():
+    for label, indices in grouped(found).items():
         ours = [found[index] for index in indices]
-        sectors, wavefronts = (
-            (sum(taken for taken, _ in pairs), sum(least for _, least in pairs))
-            for pairs in ([one.sectors for one in ours], [one.wavefronts for one in ours])
-        )
+        sectors = launches.sum_of_pairs(one.sectors for one in ours)
+        wavefronts = launches.sum_of_pairs(one.wavefronts for one in ours)
         rows.append(
             (
-                kernel.removesuffix("_kernel") + (f", block {block}" if block else ""),
+                label,
                 str(len(ours)),
                 f"{ours[0].blocks:.0f}",
                 f"{sum(one.passed_bytes for one in ours) / 1e6:.1f}",
@@ -104,12 +101,12 @@ def traffic(found: Sequence[Launch]) -> str:
 def times(modelled: Sequence[time_model.Modelled]) -> str:
     """Modelled microseconds of every kernel and block of the network, and what they are spent on."""
     rows = []
-    for (kernel, block), indices in grouped([one.launch for one in modelled]).items():
+    for label, indices in grouped([one.launch for one in modelled]).items():
         ours = [modelled[index] for index in indices]
         parts = {name: sum(one.times[name] for one in ours) for name in ours[0].times if name != "gap"}
         rows.append(
             (
-                kernel.removesuffix("_kernel") + (f", block {block}" if block else ""),
+                label,
                 str(len(ours)),
                 f"{ours[0].resident}",
                 f"{sum(one.instructions for one in ours) / 1e6:.2f}",
@@ -121,16 +118,8 @@ def times(modelled: Sequence[time_model.Modelled]) -> str:
                 ),
             )
         )
-    header = (
-        "kernel",
-        "launches",
-        "blocks resident",
-        "10^6 instructions",
-        "MB of memory",
-        "us, with gaps",
-        "bound by",
-        "next, us",
-    )
+    header = ("kernel", "launches", "blocks resident", "10^6 instructions", "MB of memory", "us, with gaps", "bound by",
+              "next, us")  # fmt: skip
     return report.table(header, rows)
 
 

@@ -11,7 +11,7 @@ import itertools
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -55,7 +55,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Place:
-    """One place in a kernel's source, and what the warps of one task's launch do there.
+    """One place in a kernel's source, and what the warps of a launch do there.
 
     Attributes:
         site: Where and how often.
@@ -84,7 +84,6 @@ class Launch:
         places: Of the source.
         arrays: By their address.
         load_rounds: Loads from global memory that a block makes one after the other, four at a time.
-        tasks: T, by which places are multiplied in the totals below.
     """
 
     kernel: str
@@ -98,7 +97,6 @@ class Launch:
     places: tuple[Place, ...]
     arrays: Mapping[int, Array]
     load_rounds: float
-    tasks: int
 
     @property
     def warps(self) -> float:
@@ -107,30 +105,33 @@ class Launch:
 
     def executions(self, kind: str) -> float:
         """How often a warp executes places of a kind."""
-        return self.tasks * sum(place.site.executions for place in self.places if place.site.kind == kind)
-
-    def _total(self, what: str, which: int) -> float:
-        return float(self.tasks * sum(getattr(place, what)[which] for place in self.places))
+        return sum(place.site.executions for place in self.places if place.site.kind == kind)
 
     @cached_property
     def sectors(self) -> tuple[float, float]:
         """Sectors of global memory, and the least."""
-        return self._total("sectors", 0), self._total("sectors", 1)
+        return sum_of_pairs(place.sectors for place in self.places)
 
     @cached_property
     def wavefronts(self) -> tuple[float, float]:
         """Cycles of shared memory, and the least."""
-        return self._total("wavefronts", 0), self._total("wavefronts", 1)
+        return sum_of_pairs(place.wavefronts for place in self.places)
 
     @property
     def sites(self) -> list[Site]:
-        """Of one task, for `machine_code.issued`."""
+        """For `machine_code.issued`."""
         return [place.site for place in self.places]
 
     @property
     def passed_bytes(self) -> float:
         """Between the multiprocessors and the second-level cache."""
         return sum(array.passed for array in self.arrays.values())
+
+
+def sum_of_pairs(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """What is taken and the least, of several."""
+    first, second = zip((0.0, 0.0), *pairs, strict=True)
+    return sum(first), sum(second)
 
 
 @cache
@@ -259,7 +260,7 @@ def _launch(
     counted: Mapping[str, Any], bytes_of: Mapping[int, int], tasks: int, *, block: int, step: int, query: bool
 ) -> Launch:
     """A launch scaled from the blocks that were counted to all, and from one task to all."""
-    scale = counted["blocks"] / counted["counted_blocks"]
+    scale = tasks * counted["blocks"] / counted["counted_blocks"]
     chains = frames(place["code"] for place in counted["places"])
     # The caller of the kernel is in the same file, and its basic blocks are counted too.
     symbol = Counter(chains[place["code"]][-1][0] for place in counted["places"]).most_common(1)[0][0]
@@ -284,11 +285,11 @@ def _launch(
             of_tasks * min(most, _of_all(array[f"{what}_once"], array[f"{what}_by_blocks"], counted))
             for what in ("read", "written")
         )
-        passed = tasks * scale * (array["loaded"] + array["copied"] + array["stored"])
+        passed = scale * (array["loaded"] + array["copied"] + array["stored"])
         arrays[array["address"]] = Array(array["name"], read, written, passed)
     return Launch(
         counted["kernel"], block, step, query, symbol, counted["blocks"] * tasks, counted["threads"],
-        counted["shared_bytes"], tuple(places), arrays, counted["load_rounds"] / counted["counted_blocks"], tasks,
+        counted["shared_bytes"], tuple(places), arrays, counted["load_rounds"] / counted["counted_blocks"],
     )  # fmt: skip
 
 

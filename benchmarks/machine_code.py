@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -29,7 +28,7 @@ from scipy.sparse import coo_matrix
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # helpers that find CUDA's programs and kernels
 
-from compile.resources import LAUNCHES
+from compile.resources import LAUNCHES, cubin, output
 from helpers.programs.tools import tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -650,16 +649,6 @@ def _settled(kernel: Kernel, sites: Sequence[Site]) -> set[int]:
 # ---- compiling
 
 
-def _output(name: str, *arguments: str) -> str:
-    program = tool(name)
-    if program is None:
-        raise FileNotFoundError(f"{name} is needed to look at machine code")
-    done = subprocess.run([program, *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{name} failed:\n{done.stderr}")
-    return done.stdout
-
-
 def kernels(architecture: int, launches: Sequence[str] = LAUNCHES) -> dict[str, Kernel]:
     """The kernels as nvcc compiles them for a wheel, by symbol.
 
@@ -669,12 +658,8 @@ def kernels(architecture: int, launches: Sequence[str] = LAUNCHES) -> dict[str, 
     """
 
     def listing(folder: str, launch: str) -> str:
-        target = Path(folder) / f"{launch}.cubin"
-        source = ROOT / "csrc" / "launch" / f"{launch}.cu"
-        # As in CMakeLists.txt; -lineinfo changes no instruction.
-        options = ["-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}"]
-        _output("nvcc", *options, "-cubin", str(source), "-o", str(target))
-        return _output("nvdisasm", "-gi", "-c", str(target))
+        file = cubin(Path(folder), launch, architecture, "-lineinfo")  # which changes no instruction
+        return output("nvdisasm", "-gi", "-c", str(file))
 
     found: dict[str, Kernel] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from functools import cache
 import machine_code
 from launches import Launch
 
-from compile.resources import TABLE, plain
+from compile.resources import TABLE, output, plain, warps_resident
 
-REGISTERS, SCHEDULERS = 65536, 4  # of a multiprocessor
-RESERVED_SHARED = 1024  # bytes that every block takes beside its own
+SCHEDULERS = 4  # of a multiprocessor
 BARRIER_CYCLES = 30
 # Cycles from one instruction of a warp to its next, where nothing else hides the latency: of the usual 4 to 6 of
 # arithmetic and 20 to 35 of shared memory and tensor cores, about two thirds overlap within a warp.
@@ -45,11 +43,10 @@ class Card:
 
     Attributes:
         name: Of the card.
-        architecture: Whose machine code it runs, of those that `tests/compile` knows.
+        architecture: Its own, whose limits it has.
+        code: Of the machine code that it runs, of those in a wheel.
         multiprocessors: Number of them.
         ghz: Clock under load (datasheet: boost).
-        shared_kib: Of a multiprocessor.
-        warps: That a multiprocessor holds.
         cache_mb: Of the second level.
         cache_gb_s: From the second level to all multiprocessors.
         memory_gb_s: Of memory (datasheet), of which a copy reaches about nine tenths.
@@ -62,10 +59,9 @@ class Card:
 
     name: str
     architecture: int
+    code: int
     multiprocessors: int
     ghz: float
-    shared_kib: int
-    warps: int
     cache_mb: float
     cache_gb_s: float
     memory_gb_s: float
@@ -81,10 +77,10 @@ class Card:
 # to 6 TB/s are what published microbenchmarks of the second level found; gaps of 1 to 1.5 us those of graphs.
 _HOPPER = {"fp32": 4 / 0.63, "tf32": 4 / 0.63, "bf16": 4 / 0.63}
 CARDS = {
-    "H200": Card("H200", 90, 132, 1.83, 228, 64, 50, 5500, 4800, _HOPPER, 1, 2, 270, 1.3),
-    "H100": Card("H100", 90, 132, 1.83, 228, 64, 50, 5500, 3350, _HOPPER, 1, 2, 270, 1.3),
-    "A100": Card("A100", 80, 108, 1.41, 164, 64, 40, 4500, 2040, dict.fromkeys(_HOPPER, 8.0), 2, 2, 220, 1.5),
-    "RTX 4090": Card("RTX 4090", 80, 128, 2.52, 100, 48, 72, 5000, 1008, dict.fromkeys(_HOPPER, 32.0), 1, 64, 280, 1.3),
+    "H200": Card("H200", 90, 90, 132, 1.83, 50, 5500, 4800, _HOPPER, 1, 2, 270, 1.3),
+    "H100": Card("H100", 90, 90, 132, 1.83, 50, 5500, 3350, _HOPPER, 1, 2, 270, 1.3),
+    "A100": Card("A100", 80, 80, 108, 1.41, 40, 4500, 2040, dict.fromkeys(_HOPPER, 8.0), 2, 2, 220, 1.5),
+    "RTX 4090": Card("RTX 4090", 89, 80, 128, 2.52, 72, 5000, 1008, dict.fromkeys(_HOPPER, 32.0), 1, 64, 280, 1.3),
 }
 MEMORY_REACHED = 0.9  # of the datasheet's rate
 
@@ -143,14 +139,13 @@ class Cache:
 
 def of_launches(launches: Sequence[Launch], card: Card, precision: str = "fp32") -> list[Modelled]:
     """Every launch of a meta-step, in order."""
-    code = kernels(card.architecture)
+    code = kernels(card.code)
     cache = Cache(card.cache_mb * 1e6)
     issued: dict[int, machine_code.Issued] = {}  # of launches that are the same object, as those of all steps are
     found = []
     for launch in launches:
         if id(launch) not in issued:
-            warps = launch.warps / launch.tasks
-            issued[id(launch)] = machine_code.issued(code[launch.symbol], launch.sites, warps)
+            issued[id(launch)] = machine_code.issued(code[launch.symbol], launch.sites, launch.warps)
         found.append(_modelled(launch, issued[id(launch)], cache.touch(launch), card, precision))
     return found
 
@@ -162,19 +157,19 @@ def kernels(architecture: int) -> Mapping[str, machine_code.Kernel]:
 
 
 def _modelled(launch: Launch, issued: machine_code.Issued, memory_bytes: float, card: Card, precision: str) -> Modelled:
-    instructions = issued.total * launch.tasks
+    instructions = issued.total
     resident = blocks_resident(launch, card)
     # Of the multiprocessor with the most blocks: whole blocks, unless there are so many that the last ones even out.
     share = math.ceil(launch.blocks / card.multiprocessors) / launch.blocks
     rounds = math.ceil(launch.blocks / card.multiprocessors / resident)
     products = launch.executions("mma")
-    alu = launch.tasks * sum(number for name, number in issued.by_opcode.items() if name in OF_ALU)
-    fma = launch.tasks * sum(
+    alu = sum(number for name, number in issued.by_opcode.items() if name in OF_ALU)
+    fma = sum(
         number * (2 if name == "IMAD" else card.float_cycles)
         for name, number in issued.by_opcode.items()
         if name in OF_FMA
     )
-    doubles = launch.tasks * issued.by_class.get("double", 0.0)
+    doubles = issued.by_class.get("double", 0.0)
 
     def of_pipe(cycles: float) -> float:
         """Microseconds for cycles of a pipe that every scheduler has."""
@@ -205,15 +200,9 @@ def _modelled(launch: Launch, issued: machine_code.Issued, memory_bytes: float, 
 
 def blocks_resident(launch: Launch, card: Card) -> int:
     """Blocks of a launch that a multiprocessor holds at once."""
-    registers = -(-resources()[kernel_names()[launch.symbol]][f"sm_{card.architecture}"]["registers"] // 8) * 8
+    registers = resources()[kernel_name(launch.symbol)][f"sm_{card.code}"]["registers"]
     return max(
-        1,
-        min(
-            REGISTERS // (registers * launch.threads),
-            card.warps * 32 // launch.threads,
-            card.shared_kib * 1024 // (launch.shared_bytes + RESERVED_SHARED),
-            32,
-        ),
+        1, warps_resident(registers, launch.threads, launch.shared_bytes, card.architecture) * 32 // launch.threads
     )
 
 
@@ -225,8 +214,6 @@ def resources() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
 
 
 @cache
-def kernel_names() -> Mapping[str, str]:
-    """The kernels' names in the source, by their mangled ones."""
-    symbols = sorted({symbol for architecture in (80, 90) for symbol in kernels(architecture)})
-    done = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    return dict(zip(symbols, map(plain, done.stdout.splitlines()), strict=True))
+def kernel_name(symbol: str) -> str:
+    """A kernel's name in the source, by its mangled one."""
+    return plain(output("c++filt", text=symbol).strip())

@@ -62,6 +62,34 @@ Wavefronts wavefronts_of(const std::array<std::int64_t, kLanes>& addresses, int 
     return found;
 }
 
+void Counter::join(int warp, const std::array<std::vector<Event>*, kLanes>& traces, Array (*array_of)(std::uintptr_t)) {
+    std::array<std::size_t, kLanes> next{};
+    for (;;) {
+        const Event* first = nullptr;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (traces[lane] == nullptr || next[lane] == traces[lane]->size()) continue;
+            const Event& event = (*traces[lane])[next[lane]];
+            if (first == nullptr || event.code < first->code) first = &event;
+        }
+        if (first == nullptr) break;
+        std::array<const Event*, kLanes> together{};
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (traces[lane] == nullptr || next[lane] == traces[lane]->size()) continue;
+            const Event& event = (*traces[lane])[next[lane]];
+            if (event.code != first->code || event.place != first->place) continue;
+            together[lane] = &event;
+            ++next[lane];
+        }
+        const bool global =
+            first->place == Place::kGlobalLoad || first->place == Place::kGlobalStore || first->place == Place::kCopy;
+        take(*first, together);
+        if (global) take_global(warp, *first, together, array_of(first->address));
+    }
+    for (std::vector<Event>* trace : traces) {
+        if (trace != nullptr) trace->clear();
+    }
+}
+
 void Counter::take(const Event& first, const std::array<const Event*, kLanes>& lanes) {
     PlaceCounts& counts = counts_.places[{first.code, first.place, first.bytes}];
     ++counts.executions;

@@ -110,8 +110,7 @@ class Counter {
     explicit Counter(LaunchCounts& counts) : counts_(counts) {}
 
     // A warp's lanes meet: joins what they did since they last met. `array_of` finds the array of an address.
-    template <typename ArrayOf>
-    void join(int warp, const std::array<std::vector<Event>*, kLanes>& traces, const ArrayOf& array_of);
+    void join(int warp, const std::array<std::vector<Event>*, kLanes>& traces, Array (*array_of)(std::uintptr_t));
     // All warps of the block meet, or the block ends.
     void end_interval();
     void end_block();
@@ -129,34 +128,5 @@ class Counter {
     std::map<std::uintptr_t, OfArray> arrays_;
     std::vector<std::int64_t> loads_of_warp_;  // since the last barrier
 };
-
-template <typename ArrayOf>
-void Counter::join(int warp, const std::array<std::vector<Event>*, kLanes>& traces, const ArrayOf& array_of) {
-    std::array<std::size_t, kLanes> next{};
-    for (;;) {
-        const Event* first = nullptr;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            if (traces[lane] == nullptr || next[lane] == traces[lane]->size()) continue;
-            const Event& event = (*traces[lane])[next[lane]];
-            if (first == nullptr || event.code < first->code) first = &event;
-        }
-        if (first == nullptr) break;
-        std::array<const Event*, kLanes> together{};
-        for (int lane = 0; lane < kLanes; ++lane) {
-            if (traces[lane] == nullptr || next[lane] == traces[lane]->size()) continue;
-            const Event& event = (*traces[lane])[next[lane]];
-            if (event.code != first->code || event.place != first->place) continue;
-            together[lane] = &event;
-            ++next[lane];
-        }
-        const bool global =
-            first->place == Place::kGlobalLoad || first->place == Place::kGlobalStore || first->place == Place::kCopy;
-        take(*first, together);
-        if (global) take_global(warp, *first, together, array_of(first->address));
-    }
-    for (std::vector<Event>* trace : traces) {
-        if (trace != nullptr) trace->clear();
-    }
-}
 
 }  // namespace signmaml::emulation

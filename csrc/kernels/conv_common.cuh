@@ -125,9 +125,16 @@ __device__ inline TileInput input_of(const ConvTiles& tiles, int number) {
     return {image, row, in_image - row * tiles.halo_width};
 }
 
-// By how many bits to shift a number of four channels to get its position, where `padded` channels are staged: by that
-// of the next power of two. Those beyond `padded` are left out.
-__device__ inline int quads_shift(int padded) { return padded <= 4 ? 0 : padded <= 8 ? 1 : padded <= 16 ? 2 : 3; }
+// Calls `visit(row, channel)` for every row and every fourth channel below `padded`, at most kConvChunk: once a block.
+// A row has as many items as the next power of two, so that a shift divides by them.
+template <typename Visit>
+__device__ inline void for_each_quad(int rows, int padded, const Visit& visit) {
+    const int shift = padded <= 4 ? 0 : padded <= 8 ? 1 : padded <= 16 ? 2 : 3;
+    for (int item = threadIdx.x; item < rows << shift; item += kConvThreads) {
+        const int channel = (item & ((1 << shift) - 1)) * 4;
+        if (channel < padded) visit(item >> shift, channel);
+    }
+}
 
 // Where an input of the tile, with its halo, is in shared memory.
 __device__ inline int offset_in_tile(const ConvMemory& memory, const ConvTiles& tiles, int image, int y, int x) {

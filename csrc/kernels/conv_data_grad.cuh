@@ -19,17 +19,13 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
                                       int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
-    const int shift = quads_shift(padded);
-    const int inputs = tiles.tile_images * tiles.by_halo.value;
     // With stride 2 the tile starts at an even row and column, and its dz at half those indices.
     const int border = block.stride == 1 ? 1 : 0;
     const int halving = block.stride - 1;  // the shift that divides by the stride
     const int own_height = (tiles.tile_height + halving) >> halving;
     const int own_width = (tiles.tile_width + halving) >> halving;
-    for (int item = threadIdx.x; item < inputs << shift; item += kConvThreads) {
-        const TileInput input = input_of(tiles, item >> shift);
-        const int filter = (item & ((1 << shift) - 1)) * 4;
-        if (filter >= padded) continue;
+    for_each_quad(tiles.tile_images * tiles.by_halo.value, padded, [&](int number, int filter) {
+        const TileInput input = input_of(tiles, number);
         const int image = input.image, row = input.row - border, column = input.column - border;
         const int y = (place.y >> halving) + row, x = (place.x >> halving) + column;
         Vector<float, 4> values{};
@@ -44,7 +40,7 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
             }
         }
         store<float, 4>(tile.address(offset_in_tile(p.memory, tiles, image, input.row, input.column) + filter), values);
-    }
+    });
 }
 
 // Starts to copy one tap's weights: one row per channel of the block's columns, with filters [first, first + depth).
@@ -53,14 +49,11 @@ __device__ inline void stage_transposed_slab(const float* weights, int tap, int 
                                              int first, int depth, int padded, const Shared<float>& slabs) {
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int slab = number % 2 * kColumns * kConvRow;
-    const int shift = quads_shift(padded);
-    for (int item = threadIdx.x; item < kColumns << shift; item += kConvThreads) {
-        const int column = item >> shift, filter = (item & ((1 << shift) - 1)) * 4;
-        if (filter >= padded) continue;
+    for_each_quad(kColumns, padded, [&](int column, int filter) {
         const std::int64_t from = (std::int64_t{tap} * channels + first_column + column) * filters + first + filter;
         copy_or_clear(slabs.address(slab + column * kConvRow + filter), weights + from,
                       filter < depth && first_column + column < channels);
-    }
+    });
     cp_async_commit();
 }
 

@@ -40,16 +40,16 @@ inline constexpr int kMomentRun = 8;
 // What a thread sums: products of the values of two taps, or the values of one tap. The threads of a pair of warps do
 // all of it for every kMomentSplits-th row of positions.
 inline constexpr int kTapPairs = kConvTaps * (kConvTaps + 1) / 2;
-inline constexpr int kMomentSplits = kMomentThreads / 64;
 
-// Shared memory: the sums of all splits but the first in double, [splits - 1, channels^2, 64]; the shift; the tile.
+// Shared memory: the sums of all splits but the first in double, [splits - 1, channels^2, kMomentWork]; the shift; the
+// tile.
 template <int kChannels>
 __global__ void __launch_bounds__(kMomentThreads) patch_moments_kernel(const ConvPatchMomentsParams p) {
     constexpr int kProducts = kChannels * kChannels;
     const ConvBlock& block = p.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
-    constexpr int kDoubles = (kMomentSplits - 1) * kProducts * 64;
+    constexpr int kDoubles = kProducts * kMomentDoubles;
     const Shared<double> of_splits(0, kDoubles);
     const Shared<float> shift(kDoubles * 8, kConvChannels + 1);
     const Shared<float> tile(kDoubles * 8 + (kConvChannels + 1) * 4,
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kMomentThreads) patch_moments_kernel(const Con
     }
 
     // Work n is the taps (left, right) with left <= right, row by row; the numbers after the pairs are single taps.
-    const int split = static_cast<int>(threadIdx.x) / 64, work = static_cast<int>(threadIdx.x) % 64;
+    const int split = static_cast<int>(threadIdx.x) / kMomentWork, work = static_cast<int>(threadIdx.x) % kMomentWork;
     const bool single = work >= kTapPairs, idle = work >= kTapPairs + kConvTaps;
     int left = 0, right = single ? 0 : work;
     if (single) {
@@ -92,8 +92,10 @@ __global__ void __launch_bounds__(kMomentThreads) patch_moments_kernel(const Con
         count += static_cast<double>(place.positions());
         if (idle) continue;
         int image = 0, y = split;
-        for (; y >= place.height && image < place.images; ++image) y -= place.height;
-        while (image < place.images) {
+        const auto carry = [&] {  // rows beyond an image's last one are of the next
+            for (; y >= place.height && image < place.images; ++image) y -= place.height;
+        };
+        for (carry(); image < place.images; y += kMomentSplits, carry()) {
             const int row = (image * tiles.halo_height + y * block.stride) * tiles.halo_width * kChannels;
             for (int x0 = 0; x0 < place.width; x0 += kMomentRun) {
                 float run[kChannels][kChannels] = {};
@@ -113,13 +115,12 @@ __global__ void __launch_bounds__(kMomentThreads) patch_moments_kernel(const Con
                     for (int b = 0; b < kChannels; ++b) sums[a][b] += static_cast<double>(run[a][b]);
                 }
             }
-            for (y += kMomentSplits; y >= place.height && image < place.images; ++image) y -= place.height;
         }
     }
     if (split > 0) {
 #pragma unroll
         for (int i = 0; i < kProducts; ++i) {
-            of_splits.set(((split - 1) * kProducts + i) * 64 + work, sums[i / kChannels][i % kChannels]);
+            of_splits.set(((split - 1) * kProducts + i) * kMomentWork + work, sums[i / kChannels][i % kChannels]);
         }
     }
     block_barrier();  // the sums of all splits are there
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kMomentThreads) patch_moments_kernel(const Con
         for (int b = 0; b < kChannels; ++b) {
             double sum = sums[a][b];
             for (int other = 0; other + 1 < kMomentSplits; ++other) {
-                sum += of_splits.get((other * kProducts + a * kChannels + b) * 64 + work);
+                sum += of_splits.get((other * kProducts + a * kChannels + b) * kMomentWork + work);
             }
             const int i = left * kChannels + a, j = right * kChannels + b;
             if (single && b == 0) store(&out->sum[i], sum);

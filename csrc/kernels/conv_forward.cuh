@@ -40,12 +40,8 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
                                         int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
-    const int shift = quads_shift(padded);
-    const int inputs = tiles.tile_images * tiles.by_halo.value;
-    for (int item = threadIdx.x; item < inputs << shift; item += kConvThreads) {
-        const auto [image, row, column] = input_of(tiles, item >> shift);
-        const int channel = (item & ((1 << shift) - 1)) * 4;
-        if (channel >= padded) continue;
+    for_each_quad(tiles.tile_images * tiles.by_halo.value, padded, [&](int number, int channel) {
+        const auto [image, row, column] = input_of(tiles, number);
         const int y = place.y * block.stride - 1 + row, x = place.x * block.stride - 1 + column;
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.in_height && x >= 0 && x < block.in_width && channel < depth) {
@@ -68,7 +64,7 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
             }
         }
         store<float, 4>(tile.address(offset_in_tile(p.memory, tiles, image, row, column) + channel), values);
-    }
+    });
 }
 
 // Starts to copy one tap's weights for channels [first, first + depth) and this thread block's filters, with zeros up
@@ -77,7 +73,7 @@ template <int kColumns>
 __device__ inline void stage_forward_slab(const float* weights, int tap, int channels, int filters, int first,
                                           int depth, int padded, const Shared<float>& slabs) {
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
-    const int slab = (tap & 1) * kConvChunk * (kColumns + 8);
+    const int slab = tap % 2 * kConvChunk * (kColumns + 8);
     for (int item = threadIdx.x; item < padded * (kColumns / 4); item += kConvThreads) {
         const int row = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
         const std::int64_t from = (std::int64_t{tap} * channels + first + row) * filters + first_column + column;

@@ -31,24 +31,31 @@ struct ConvHead {
     __device__ float* features() const { return row_of(p.features, task); }
     __device__ float* scores() const { return row_of(p.scores, task); }
 
+    // Calls `visit(row, column)` for every `stride`-th element, row by row, of a table with rows of this many columns,
+    // from element `first`; without a division for each.
+    template <typename Visit>
+    static __device__ void walk(int first, int stride, int rows, int columns, const Visit& visit) {
+        const int more_rows = stride / columns, more_columns = stride - more_rows * columns;
+        int row = first / columns, column = first - row * columns;
+        while (row < rows) {
+            visit(row, column);
+            row += more_rows;
+            column += more_columns;
+            if (column >= columns) {
+                column -= columns;
+                ++row;
+            }
+        }
+    }
+
     // Calls `visit(image, pixel, filter)` for everything that the block of the network below has: a thread has one
     // filter, and every so many pixels of all images.
     template <typename Visit>
     __device__ void for_each(int images, int pixels_of_image, const Visit& visit) const {
         const int filters = p.layer.block.filters, groups = kConvHeadThreads / filters;
-        const int group = static_cast<int>(threadIdx.x) / filters;
+        const int group = static_cast<int>(threadIdx.x) / filters, filter = static_cast<int>(threadIdx.x) % filters;
         if (group >= groups) return;
-        const int more_images = groups / pixels_of_image, more_pixels = groups - more_images * pixels_of_image;
-        int image = group / pixels_of_image, pixel = group - image * pixels_of_image;
-        while (image < images) {
-            visit(image, pixel, static_cast<int>(threadIdx.x) - group * filters);
-            image += more_images;
-            pixel += more_pixels;
-            if (pixel >= pixels_of_image) {
-                pixel -= pixels_of_image;
-                ++image;
-            }
-        }
+        walk(group, groups, images, pixels_of_image, [&](int image, int pixel) { visit(image, pixel, filter); });
     }
 
     // The activation of one image, pixel and filter; stores the halving's choice if a backward pass follows.
@@ -200,9 +207,7 @@ struct ConvHead {
         const int filters = p.layer.block.filters;
         bool nonfinite = false;
         if (p.pass == ConvPass::kGradient || load(p.adapt) != 0) {
-            const int more_ways = kConvHeadThreads / width(), more = kConvHeadThreads - more_ways * width();
-            int way = static_cast<int>(threadIdx.x) / width(), i = static_cast<int>(threadIdx.x) - way * width();
-            while (way < p.ways) {
+            walk(static_cast<int>(threadIdx.x), kConvHeadThreads, p.ways, width(), [&](int way, int i) {
                 float gradient = 0.0f;
                 for (int image = 0; image < p.layer.count; ++image) {
                     gradient += load(scores() + static_cast<std::int64_t>(image) * p.ways + way) *
@@ -213,13 +218,7 @@ struct ConvHead {
                 const int flattened = permuted ? i % filters * pixels() + i / filters : i;
                 nonfinite |=
                     take(p.weight + way * width() + i, p.theta_weight + way * width() + flattened, gradient, 0);
-                way += more_ways;
-                i += more;
-                if (i >= width()) {
-                    i -= width();
-                    ++way;
-                }
-            }
+            });
         }
         if (p.pass == ConvPass::kGradient || load(p.adapt + 1) != 0) {
             for (int way = threadIdx.x; way < p.ways; way += kConvHeadThreads) {

@@ -149,9 +149,6 @@ namespace signmaml {
 
 // ---- built from the above, the same on both machines
 
-// A value rounded to TF32, as a float.
-__device__ inline float to_tf32(float value) { return float_of(tf32_operand(value) & 0xffffe000u); }
-
 // x - x is NaN for NaN and infinities, and 0 for every other number.
 template <typename Scalar>
 __device__ inline bool is_nonfinite(Scalar x) {

@@ -87,7 +87,11 @@ inline constexpr std::uint8_t kConvActive = 4;
 
 // Threads of a block of the convolution kernels: four warps, two rows of fragments each.
 inline constexpr int kConvThreads = 128;
-inline constexpr int kMomentThreads = 256;     // of a block of patch_moments
+inline constexpr int kMomentThreads = 256;  // of a block of patch_moments
+inline constexpr int kMomentWork = 64;      // threads, two warps, for all pairs of taps of a row of positions
+inline constexpr int kMomentSplits = kMomentThreads / kMomentWork;
+// Doubles in shared memory for each product of two channels: the sums of all splits but the first, which adds them up.
+inline constexpr int kMomentDoubles = (kMomentSplits - 1) * kMomentWork;
 inline constexpr int kConvHeadThreads = 1024;  // of a block of the head
 inline constexpr int kConvTile = 128;          // positions
 inline constexpr int kConvChunk = 32;          // channels in shared memory at once

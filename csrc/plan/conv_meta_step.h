@@ -484,8 +484,8 @@ class ConvPlanner {
         const double values = kConvTaps * block.in_channels;
         const std::int64_t floats =
             kConvChannels + 1 + tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
-        const std::int64_t doubles = (kMomentThreads / 64 - 1) * 64 * block.in_channels * block.in_channels;
-        add(ConvKernel::kPatchMoments, 0, -1, query, tiles.slices, 1, kMomentThreads, doubles * 8 + floats * 4,
+        add(ConvKernel::kPatchMoments, 0, -1, query, tiles.slices, 1, kMomentThreads,
+            std::int64_t{kMomentDoubles} * block.in_channels * block.in_channels * 8 + floats * 4,
             all(area(count, block.height, block.width, 1) * values * (values + 3.0)),
             all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0));
     }

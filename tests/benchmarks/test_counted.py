@@ -59,7 +59,7 @@ def launch(**changes: Any) -> Any:
 
     values = {
         "kernel": "k", "block": 0, "step": 0, "query": False, "symbol": "k", "blocks": 100.0, "threads": 128,
-        "shared_bytes": 0, "places": (), "arrays": {}, "load_rounds": 0.0, "tasks": 1,
+        "shared_bytes": 0, "places": (), "arrays": {}, "load_rounds": 0.0,
     }  # fmt: skip
     return launches.Launch(**values | changes)
 
@@ -137,13 +137,12 @@ def test_resident_blocks_are_those_of_the_compilers_report():
         pytest.skip(machine_code.missing() or "")
     from compile import resources
 
-    time_model.kernel_names.cache_clear()
     table = time_model.resources()
     for name in ("conv_forward_kernel<fp32, 4>", "conv_head_kernel<float>", "mlp_meta_step_kernel<float, true, true>"):
         values, threads = table[name]["sm_90"], resources.block_of(name)
         one = launch(symbol="it", threads=threads, shared_bytes=values["dynamic_shared_bytes"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(time_model, "kernel_names", lambda name=name: {"it": name})
+            patch.setattr(time_model, "kernel_name", lambda symbol, name=name: name)
             resident = time_model.blocks_resident(one, time_model.CARDS["H200"])
         assert resident * threads // 32 == values["warps_resident"], name
 

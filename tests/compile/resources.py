@@ -64,9 +64,9 @@ ON_TENSOR_CORES = {"conv_data_grad_kernel", "conv_forward_kernel", "conv_weight_
 # Limits of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB. Each block takes
 # 1 KiB of shared memory more than it requests.
 REGISTERS = 65536
-WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
-MOST_BLOCKS = {80: 32, 90: 32, 100: 32, 120: 24}
-SHARED_KIB = {80: 164, 90: 228, 100: 228, 120: 100}
+WARPS = {80: 64, 89: 48, 90: 64, 100: 64, 120: 48}
+MOST_BLOCKS = {80: 32, 89: 24, 90: 32, 100: 32, 120: 24}
+SHARED_KIB = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
 # The launch used for kernels with one warp per task: the budgets' sinusoid workload (widths, tasks, support, query).
 SINUSOID = ((1, 40, 40, 1), 1000, 10, 10)
 
@@ -163,16 +163,18 @@ def block_of(kernel: str) -> int:
 def compiled(folder: Path) -> list[Path]:
     """Compiles every file of launch/ for every architecture, with the options of CMakeLists.txt."""
 
-    def cubin(launch: str, architecture: int) -> Path:
-        target = folder / f"{launch}.{architecture}.cubin"
-        source = ROOT / "csrc" / "launch" / f"{launch}.cu"
-        options = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}"]
-        output("nvcc", *options, "-cubin", str(source), "-o", str(target))
-        return target
-
-    jobs = [(launch, architecture) for launch in LAUNCHES for architecture in ARCHITECTURES]
+    jobs = [(folder, launch, architecture) for launch in LAUNCHES for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: cubin(*job), jobs))
+
+
+def cubin(folder: Path, launch: str, architecture: int, *options: str) -> Path:
+    """Compiles a file of launch/ for an architecture, with the options of CMakeLists.txt and these."""
+    target = folder / f"{launch}.{architecture}.cubin"
+    source = ROOT / "csrc" / "launch" / f"{launch}.cu"
+    usual = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}"]
+    output("nvcc", *usual, *options, "-cubin", str(source), "-o", str(target))
+    return target
 
 
 def by_function(file: Path, option: str, mark: str) -> dict[tuple[str, str], str]:

@@ -11,7 +11,7 @@ import torch
 from helpers.cases import emulated_cases
 from helpers.devices import emulated
 
-WARPS, LANES = 2, 64  # of a block of counted_kernel
+WARPS = 2  # of a block of counted_kernel
 
 # kind, bytes a lane, executions by a warp, lanes, sectors and the least, wavefronts and the least: of one block of
 # counted_kernel, worked out by hand.
