@@ -233,7 +233,16 @@ def table() -> dict[str, Any]:
         return {"nvcc": release(), "kernels": measure(files)}
 
 
+def stale() -> str | None:
+    """A source newer than the installed module, or None: the plans of such a module are not those of the sources."""
+    built = Path(C.__file__).stat().st_mtime
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".cu", ".cuh", ".h"}]
+    return next((str(path.relative_to(ROOT)) for path in sources if path.stat().st_mtime > built), None)
+
+
 if __name__ == "__main__":
+    if newer := stale():
+        sys.exit(f"{newer} is newer than the installed module, whose plans the table takes: install it again")
     lines = json.dumps(table(), indent=1)
     # One line per kernel and architecture keeps diffs short.
     lines = re.sub(r'("sm_\d+": )\{([^}]*)\}', lambda m: m[1] + "{" + " ".join(m[2].split()) + "}", lines)
