@@ -15,10 +15,10 @@ import itertools
 import re
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -259,7 +259,22 @@ def _kernel(symbol: str, lines: Sequence[str], platform_lines: int) -> Kernel:
             complete = True
             kept = tuple(frame for frame in frames if _kept(frame, platform_lines))
             instructions.append(Instruction(int(match[1], 16), match[3], match[4], match[2] or "", kept))
+    instructions = _with_outermost(instructions)
     return Kernel(symbol, instructions, _blocks(instructions, labels))
+
+
+def _with_outermost(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """Completes lists of frames that nvcc ends early: before the kernel's own line, where a call was inlined late. Most
+    other lists say who calls the last frame that is there."""
+    callers: dict[tuple[str, int], Counter[Frames]] = defaultdict(Counter)
+    for one in instructions:
+        for n, frame in enumerate(one.frames[:-1]):
+            callers[frame][one.frames[n + 1 :]] += 1
+    found = []
+    for one in instructions:
+        outer = callers.get(one.frames[-1]) if one.frames else None
+        found.append(replace(one, frames=one.frames + outer.most_common(1)[0][0]) if outer else one)
+    return found
 
 
 def _kept(frame: tuple[str, int], platform_lines: int) -> bool:

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels/platform.cuh"
+#include "kernels/tables.cuh"
 #include "params/conv_kernels.h"
 
 namespace signmaml {
@@ -76,8 +77,6 @@ struct TilePlace {
 
     __device__ int positions() const { return images * height * width; }
 };
-
-__device__ inline int smaller_of(int a, int b) { return a < b ? a : b; }
 
 __device__ inline TilePlace place_of(const ConvTiles& tiles, int tile) {
     const int of_image = tiles.tiles_y * tiles.tiles_x;

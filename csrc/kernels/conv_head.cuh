@@ -31,23 +31,6 @@ struct ConvHead {
     __device__ float* features() const { return row_of(p.features, task); }
     __device__ float* scores() const { return row_of(p.scores, task); }
 
-    // Calls `visit(row, column)` for every `stride`-th element, row by row, of a table with rows of this many columns,
-    // from element `first`; without a division for each.
-    template <typename Visit>
-    static __device__ void walk(int first, int stride, int rows, int columns, const Visit& visit) {
-        const int more_rows = stride / columns, more_columns = stride - more_rows * columns;
-        int row = first / columns, column = first - row * columns;
-        while (row < rows) {
-            visit(row, column);
-            row += more_rows;
-            column += more_columns;
-            if (column >= columns) {
-                column -= columns;
-                ++row;
-            }
-        }
-    }
-
     // Calls `visit(image, pixel, filter)` for everything that the block of the network below has: a thread has one
     // filter, and every so many pixels of all images.
     template <typename Visit>

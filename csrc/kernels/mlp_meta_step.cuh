@@ -2,14 +2,15 @@
 // loss and its gradient.
 //   forward a[l+1] = act(a[l] W[l]^T + b[l]);  backward dW = d^T a, db = sum d, d' = d W * act'(a);  W -= lr * sign(dW)
 // A team (a warp, or a block of kMlpBlock threads) owns every teams-th task; its weights and activations are in shared
-// memory or, if too large, in its part of the workspace. A thread owns whole elements, so the order of every sum is
-// fixed. Launched by launch_mlp_meta_step. Readable twin: meta_gradients in signmaml_ext/reference.py.
+// memory or, if too large, in its part of the workspace. A thread owns whole sums, so the order of every sum is fixed.
+// Launched by launch_mlp_meta_step. Readable twin: meta_gradients in signmaml_ext/reference.py.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "kernels/platform.cuh"
+#include "kernels/tables.cuh"
 #include "params/mlp_meta_step.h"
 
 namespace signmaml {
@@ -21,11 +22,9 @@ __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float log_of(float x) { return logf(x); }
 __device__ inline double log_of(double x) { return log(x); }
 
-// The threads that work on one task.
-template <typename Scalar, bool kWarp>
+// The threads that work on one task: a block, whose barrier is cheap if it is one warp.
+template <bool kWarp>
 struct Team {
-    Shared<Scalar> scratch;
-
     __device__ int rank() const { return static_cast<int>(threadIdx.x); }
     __device__ int size() const { return static_cast<int>(blockDim.x); }
 
@@ -36,40 +35,76 @@ struct Team {
             block_barrier();
         }
     }
-
-    // The same bits in every thread.
-    __device__ Scalar sum(Scalar value) const { return kWarp ? warp_sum(value) : block_sum(value, scratch); }
 };
 
-// One task's memory and its layout.
-template <typename Scalar, bool kWarp>
+// Scalars that a single access moves: 16 bytes.
+template <typename Scalar>
+inline constexpr int kMlpVector = 16 / static_cast<int>(sizeof(Scalar));
+
+// Sums that a thread makes at once: it loads a vector of each factor for several products. A product of two matrices
+// is cut into the tiles that take the team the fewest instructions; how it is cut changes no sum's order.
+template <int kRows, int kColumns>
+struct MlpTile {
+    // Instructions of the busiest thread for each vector of the depth, about: products, loads, and what a tile takes
+    // beside its loop.
+    static __device__ int path(int rows, int columns, int vector, int warps_log2) {
+        const int tiles = ((rows + kRows - 1) / kRows) * ((columns + kColumns - 1) / kColumns);
+        return (((tiles - 1) >> (5 + warps_log2)) + 1) * (kRows * kColumns * vector + kRows + kColumns + 6);
+    }
+};
+
+// One task's memory and its layout. Rows are padded to whole vectors; the padding of weights and activations is zero.
+template <typename Scalar, bool kWarp, bool kInShared>
 struct MlpTask {
+    static constexpr int kVector = kMlpVector<Scalar>;
+    using Values = Vector<Scalar, kVector>;
+    // Vectors of the depth that are loaded at once. Doubles, and addresses beyond shared memory, take two registers
+    // each: more of them, or the largest tile, would spill.
+    static constexpr int kUnrolled = kInShared && sizeof(Scalar) == 4 ? 2 : 1;
+
     const MlpMetaStepParams<Scalar>& p;
     const MlpLayout& layout;
-    Team<Scalar, kWarp> team;
+    Team<kWarp> team;
     Scalar* memory;
     std::int64_t task;
-    bool nonfinite;  // whether this thread has seen NaN or infinity
+    Scalar poison;  // 0, or NaN once this thread has seen NaN or infinity
 
     __device__ Scalar* weight(int layer) const { return memory + layout.weight[layer]; }
     __device__ Scalar* bias(int layer) const { return memory + layout.bias[layer]; }
+    __device__ Scalar* activation(int layer) const { return memory + layout.activation[layer]; }
     __device__ Scalar* delta(int layer) const { return memory + layout.delta[layer % 2]; }
     __device__ int width(int layer) const { return p.shape.widths[layer]; }
+    // Scalars from one row to the next of the weights that read this layer, and of its activations and deltas.
+    __device__ int row(int layer) const { return static_cast<int>(layout.row[layer]); }
 
-    // The input of a layer: the examples, or the activations of the layer before.
-    __device__ const Scalar* input(int layer, const MlpSet<Scalar>& set) const {
-        return layer == 0 ? set.x + task * set.count * width(0) : memory + layout.activation[layer];
+    // Calls `visit(row, column)` for this thread's share of a table.
+    template <typename Visit>
+    __device__ void share(int rows, int columns, const Visit& visit) const {
+        walk(team.rank(), team.size(), rows, columns, visit);
     }
+
+    // x - x is NaN for NaN and infinities, and 0 for every other number.
+    __device__ void notice(Scalar x) { poison += x - x; }
+
+    // The path of tiles that cover so many sums.
+    template <int kRows, int kColumns>
+    __device__ int path(int rows, int columns) const {
+        return MlpTile<kRows, kColumns>::path(rows, columns, kVector, layout.warps_log2);
+    }
+
+    __device__ static constexpr int parts(int length, int part) { return (length + part - 1) / part; }
 
     // Copies theta into padded rows.
     __device__ void take_parameters() {
         const Scalar* from = p.theta;
         for (int layer = 0; layer < p.shape.layers; ++layer) {
             const int inputs = width(layer), outputs = width(layer + 1);
-            for (int i = team.rank(); i < inputs * outputs; i += team.size()) {
-                store(weight(layer) + i / inputs * layout.row[layer] + i % inputs, load(from + i));
-            }
-            from += inputs * outputs;
+            const Scalar* mine = from + team.rank();
+            share(outputs, inputs, [&](int o, int i) {
+                store(weight(layer) + std::int64_t{o} * row(layer) + i, load(mine));
+                mine += team.size();
+            });
+            from += std::int64_t{outputs} * inputs;
             for (int o = team.rank(); o < outputs; o += team.size()) store(bias(layer) + o, load(from + o));
             from += outputs;
         }
@@ -80,19 +115,42 @@ struct MlpTask {
         Scalar* to = rows + task * p.parameters;
         for (int layer = 0; layer < p.shape.layers; ++layer) {
             const int inputs = width(layer), outputs = width(layer + 1);
-            for (int i = team.rank(); i < inputs * outputs; i += team.size()) {
-                store(to + i, load(weight(layer) + i / inputs * layout.row[layer] + i % inputs));
-            }
-            to += inputs * outputs;
+            Scalar* mine = to + team.rank();
+            share(outputs, inputs, [&](int o, int i) {
+                store(mine, load(weight(layer) + std::int64_t{o} * row(layer) + i));
+                mine += team.size();
+            });
+            to += std::int64_t{outputs} * inputs;
             for (int o = team.rank(); o < outputs; o += team.size()) store(to + o, load(bias(layer) + o));
             to += outputs;
         }
     }
 
-    // NaN stays NaN, as in torch.
-    __device__ Scalar activated(Scalar z) const {
-        if (p.shape.activation == Activation::kTanh) return tanh_of(z);
-        return z < Scalar(0) ? Scalar(0) : z;
+    // Copies the examples of a set into padded rows.
+    __device__ void take_examples(const MlpSet<Scalar>& set) const {
+        const int inputs = width(0);
+        const Scalar* from = set.x + task * set.count * inputs;
+        share(set.count, inputs, [&](int example, int i) {
+            store(activation(0) + example * row(0) + i, load(from + std::int64_t{example} * inputs + i));
+        });
+    }
+
+    // ReLU or tanh of all sums; NaN stays NaN, as in torch. One branch for all of them.
+    template <int kRows, int kColumns>
+    __device__ void activate(Scalar (&sums)[kRows][kColumns]) const {
+        if (p.shape.activation == Activation::kTanh) {
+#pragma unroll
+            for (int i = 0; i < kRows * kColumns; ++i) {
+                Scalar& z = sums[i / kColumns][i % kColumns];
+                z = tanh_of(z);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kRows * kColumns; ++i) {
+                Scalar& z = sums[i / kColumns][i % kColumns];
+                z = z < Scalar(0) ? Scalar(0) : z;
+            }
+        }
     }
 
     // The gradient with respect to the activation's input, from the gradient of its output and the output's value.
@@ -101,54 +159,116 @@ struct MlpTask {
         return value <= Scalar(0) ? Scalar(0) : gradient;
     }
 
-    __device__ void forward(const MlpSet<Scalar>& set) {
+    // All activations, from those of layer 0, the examples.
+    __device__ void forward(int count) {
         for (int layer = 0; layer < p.shape.layers; ++layer) {
-            const int inputs = width(layer), outputs = width(layer + 1);
-            const Scalar* in = input(layer, set);
-            Scalar* out = memory + layout.activation[layer + 1];
-            const bool last = layer + 1 == p.shape.layers;
-            for (int i = team.rank(); i < set.count * outputs; i += team.size()) {
-                const Scalar* row = in + static_cast<std::int64_t>(i / outputs) * inputs;
-                const Scalar* weights = weight(layer) + i % outputs * layout.row[layer];
-                Scalar z = load(bias(layer) + i % outputs);
-                for (int k = 0; k < inputs; ++k) z += load(row + k) * load(weights + k);
-                store(out + i, last ? z : activated(z));
+            const int large = path<3, 5>(count, width(layer + 1)), medium = path<3, 3>(count, width(layer + 1)),
+                      small = path<1, 1>(count, width(layer + 1));
+            if (kInShared && large <= smaller_of(medium, small)) {
+                forward_layer<3, 5>(layer, count);
+            } else if (medium <= small) {
+                forward_layer<3, 3>(layer, count);
+            } else {
+                forward_layer<1, 1>(layer, count);
             }
             team.barrier();  // the layer is complete before the next reads it
         }
     }
 
-    // Fills the delta of the output layer; returns the mean loss, the same bits in every thread.
-    __device__ Scalar loss_and_delta(const MlpSet<Scalar>& set, Scalar* accuracy) {
-        const Scalar* out = memory + layout.activation[p.shape.layers];
-        const int outputs = width(p.shape.layers);
-        Scalar loss = Scalar(0), correct = Scalar(0);
-        for (int example = team.rank(); example < set.count; example += team.size()) {
-            const Scalar* row = out + static_cast<std::int64_t>(example) * outputs;
-            Scalar* delta_row = delta(p.shape.layers) + static_cast<std::int64_t>(example) * outputs;
-            const std::int64_t index = task * set.count + example;
-            if (p.shape.loss == MlpLoss::kMse) {
-                loss += squared_error(row, set.target + index * outputs, delta_row, outputs, set.count);
-            } else {
-                loss += cross_entropy(row, load(set.labels + index), delta_row, outputs, set.count, correct);
+    // Neighbouring threads take neighbouring outputs. Tiles beyond the end repeat the last row and store nothing.
+    template <int kRows, int kColumns>
+    __device__ void forward_layer(int layer, int count) {
+        const int inputs = width(layer), outputs = width(layer + 1);
+        const bool last = layer + 1 == p.shape.layers;
+        const int down = parts(count, kRows), across = parts(outputs, kColumns);
+        share(down, across, [&](int first_example, int first_output) {
+            const Scalar* in[kRows];
+            const Scalar* weights[kColumns];
+            Scalar sums[kRows][kColumns];
+#pragma unroll
+            for (int e = 0; e < kRows; ++e) {
+                in[e] = activation(layer) + smaller_of(first_example + e * down, count - 1) * row(layer);
             }
+#pragma unroll
+            for (int o = 0; o < kColumns; ++o) {
+                const int output = smaller_of(first_output + o * across, outputs - 1);
+                weights[o] = weight(layer) + std::int64_t{output} * row(layer);
+                const Scalar start = load(bias(layer) + output);
+#pragma unroll
+                for (int e = 0; e < kRows; ++e) sums[e][o] = start;
+            }
+#pragma unroll kUnrolled
+            for (int k = 0; k < inputs; k += kVector) {
+                Values left[kRows], right[kColumns];
+#pragma unroll
+                for (int e = 0; e < kRows; ++e) left[e] = load<Scalar, kVector>(in[e] + k);
+#pragma unroll
+                for (int o = 0; o < kColumns; ++o) right[o] = load<Scalar, kVector>(weights[o] + k);
+#pragma unroll
+                for (int v = 0; v < kVector; ++v) {
+#pragma unroll
+                    for (int e = 0; e < kRows; ++e) {
+#pragma unroll
+                        for (int o = 0; o < kColumns; ++o) sums[e][o] += left[e].at[v] * right[o].at[v];
+                    }
+                }
+            }
+            if (!last) activate(sums);
+#pragma unroll
+            for (int e = 0; e < kRows; ++e) {
+                const int example = first_example + e * down;
+                if (example >= count) break;
+                Scalar* out = activation(layer + 1) + example * row(layer + 1) + first_output;
+#pragma unroll
+                for (int o = 0; o < kColumns; ++o) {
+                    if (first_output + o * across < outputs) store(out + o * across, sums[e][o]);
+                }
+            }
+        });
+    }
+
+    // Fills the delta of the output layer; returns the mean loss, the same bits in every thread and for every team.
+    __device__ Scalar loss_and_delta(const MlpSet<Scalar>& set, Scalar* accuracy) {
+        const int outputs = width(p.shape.layers);
+        Scalar* losses = memory + layout.losses;
+        Scalar* correct = losses + set.count;
+        for (int example = team.rank(); example < set.count; example += team.size()) {
+            const std::int64_t begin = example * row(p.shape.layers);
+            const Scalar* scores = activation(p.shape.layers) + begin;
+            Scalar* delta_row = delta(p.shape.layers) + begin;
+            const std::int64_t index = task * set.count + example;
+            Scalar loss = Scalar(0), is_correct = Scalar(0);
+            if (p.shape.loss == MlpLoss::kMse) {
+                loss = squared_error(scores, set.target + index * outputs, delta_row, outputs, set.count);
+            } else {
+                loss = cross_entropy(scores, load(set.labels + index), delta_row, outputs, set.count, is_correct);
+            }
+            store(losses + example, loss);
+            store(correct + example, is_correct);
         }
-        team.barrier();  // all deltas are there before the backward pass reads them
+        team.barrier();  // all deltas and losses are there before anyone reads them
         const Scalar count = static_cast<Scalar>(set.count);
         if (accuracy != nullptr) {
-            correct = team.sum(correct);
-            if (team.rank() == 0) store(accuracy + task, correct / count);
+            const Scalar share = sum(correct, set.count) / count;
+            if (team.rank() == 0) store(accuracy + task, share);
         }
-        const Scalar mean = team.sum(loss) / count;
-        nonfinite |= is_nonfinite(mean);
+        const Scalar mean = sum(losses, set.count) / count;
+        notice(mean);
         return mean;
     }
 
-    __device__ Scalar squared_error(const Scalar* row, const Scalar* target, Scalar* delta_row, int outputs,
+    // Every warp makes the whole sum.
+    __device__ Scalar sum(const Scalar* values, int count) const {
+        Scalar of_lane = Scalar(0);
+        for (int i = lane(); i < count; i += 32) of_lane += load(values + i);
+        return warp_sum(of_lane);
+    }
+
+    __device__ Scalar squared_error(const Scalar* scores, const Scalar* target, Scalar* delta_row, int outputs,
                                     int count) {
         Scalar loss = Scalar(0);
         for (int o = 0; o < outputs; ++o) {
-            const Scalar difference = load(row + o) - load(target + o);
+            const Scalar difference = load(scores + o) - load(target + o);
             loss += difference * difference;
             store(delta_row + o, Scalar(2) * difference / static_cast<Scalar>(std::int64_t{count} * outputs));
         }
@@ -156,12 +276,12 @@ struct MlpTask {
     }
 
     // A label out of range makes loss and gradient NaN, as in reference.cross_entropy.
-    __device__ Scalar cross_entropy(const Scalar* row, std::int64_t label, Scalar* delta_row, int outputs, int count,
-                                    Scalar& correct) {
-        Scalar largest = load(row);
+    __device__ Scalar cross_entropy(const Scalar* scores, std::int64_t label, Scalar* delta_row, int outputs, int count,
+                                    Scalar& is_correct) {
+        Scalar largest = load(scores);
         int best = 0;
         for (int o = 1; o < outputs; ++o) {
-            const Scalar score = load(row + o);
+            const Scalar score = load(scores + o);
             // A NaN is the largest, as in torch's argmax.
             if (score > largest || (score != score && largest == largest)) {
                 largest = score;
@@ -169,97 +289,178 @@ struct MlpTask {
             }
         }
         Scalar sum = Scalar(0);
-        for (int o = 0; o < outputs; ++o) sum += exp_of(load(row + o) - largest);
+        for (int o = 0; o < outputs; ++o) sum += exp_of(load(scores + o) - largest);
         const bool in_range = label >= 0 && label < outputs;
         const Scalar invalid = in_range ? Scalar(0) : static_cast<Scalar>(NAN);
         for (int o = 0; o < outputs; ++o) {
-            const Scalar share = exp_of(load(row + o) - largest) / sum;
+            const Scalar share = exp_of(load(scores + o) - largest) / sum;
             const Scalar gradient = (o == label ? share - Scalar(1) : share) / static_cast<Scalar>(count);
             store(delta_row + o, gradient + invalid);
         }
-        if (best == label) correct += Scalar(1);
-        return in_range ? log_of(sum) + largest - load(row + label) : invalid;
+        is_correct = best == label ? Scalar(1) : Scalar(0);
+        return in_range ? log_of(sum) + largest - load(scores + label) : invalid;
     }
 
     // Starts from the output's delta. kStep: updates the weights; else each weight is replaced by its gradient, which
     // is safe because the layer's weights are not read again.
     template <bool kStep>
-    __device__ void backward(const MlpSet<Scalar>& set, const Scalar* lr) {
+    __device__ void backward(int count, const Scalar* lr) {
         for (int layer = p.shape.layers - 1; layer >= 0; --layer) {
-            const int inputs = width(layer), outputs = width(layer + 1);
-            const Scalar* in = input(layer, set);
-            const Scalar* above = delta(layer + 1);
+            const int outputs = width(layer + 1);
             if (layer > 0) {
-                Scalar* below = delta(layer);
-                for (int i = team.rank(); i < set.count * inputs; i += team.size()) {
-                    const Scalar* row = above + static_cast<std::int64_t>(i / inputs) * outputs;
-                    Scalar sum = Scalar(0);
-                    for (int o = 0; o < outputs; ++o) {
-                        sum += load(row + o) * load(weight(layer) + o * layout.row[layer] + i % inputs);
-                    }
-                    store(below + i, through_activation(sum, load(in + i)));
+                if (path<4, kVector>(count, width(layer)) <= path<1, kVector>(count, width(layer))) {
+                    delta_below<4>(layer, count);
+                } else {
+                    delta_below<1>(layer, count);
                 }
                 team.barrier();  // all have read the weights before they change; the delta below is complete
             }
             if (!kStep || load(p.adapt + 2 * layer) != 0) {
-                for (int i = team.rank(); i < inputs * outputs; i += team.size()) {
-                    Scalar gradient = Scalar(0);
-                    for (int example = 0; example < set.count; ++example) {
-                        gradient += load(above + static_cast<std::int64_t>(example) * outputs + i / inputs) *
-                                    load(in + static_cast<std::int64_t>(example) * inputs + i % inputs);
-                    }
-                    take<kStep>(weight(layer) + i / inputs * layout.row[layer] + i % inputs, gradient, lr + 2 * layer);
+                if (path<4, kVector>(outputs, width(layer)) <= path<1, kVector>(outputs, width(layer))) {
+                    weight_gradient<kStep, 4>(layer, count, lr + 2 * layer);
+                } else {
+                    weight_gradient<kStep, 1>(layer, count, lr + 2 * layer);
                 }
             }
             if (!kStep || load(p.adapt + 2 * layer + 1) != 0) {
                 for (int o = team.rank(); o < outputs; o += team.size()) {
                     Scalar gradient = Scalar(0);
-                    for (int example = 0; example < set.count; ++example) {
-                        gradient += load(above + static_cast<std::int64_t>(example) * outputs + o);
+                    for (int example = 0; example < count; ++example) {
+                        gradient += load(delta(layer + 1) + example * row(layer + 1) + o);
                     }
-                    take<kStep>(bias(layer) + o, gradient, lr + 2 * layer + 1);
+                    const Scalar rate = kStep ? load(lr + 2 * layer + 1) : Scalar(0);
+                    notice(gradient);
+                    store(bias(layer) + o, taken<kStep>(load(bias(layer) + o), gradient, rate));
                 }
             }
             team.barrier();  // the delta above is free for the next layer but one; the weights have moved
         }
     }
 
+    // The delta of a layer's inputs. What it writes into padding is never read.
+    template <int kExamples>
+    __device__ void delta_below(int layer, int count) {
+        const int outputs = width(layer + 1);
+        const int down = parts(count, kExamples), across = parts(width(layer), kVector);
+        share(down, across, [&](int first_example, int vector) {
+            const Scalar* above[kExamples];
+            Values sums[kExamples] = {};
+#pragma unroll
+            for (int e = 0; e < kExamples; ++e) {
+                above[e] = delta(layer + 1) + smaller_of(first_example + e * down, count - 1) * row(layer + 1);
+            }
+            const Scalar* weights = weight(layer) + vector * kVector;
+            int o = 0;
+            for (; o + kVector <= outputs; o += kVector) {
+                Values left[kExamples];
+#pragma unroll
+                for (int e = 0; e < kExamples; ++e) left[e] = load<Scalar, kVector>(above[e] + o);
+#pragma unroll
+                for (int v = 0; v < kVector; ++v) {
+                    const Values right = load<Scalar, kVector>(weights + (o + v) * row(layer));
+#pragma unroll
+                    for (int e = 0; e < kExamples; ++e) add_product(sums[e], left[e].at[v], right);
+                }
+            }
+            for (; o < outputs; ++o) {
+                const Values right = load<Scalar, kVector>(weights + o * row(layer));
+#pragma unroll
+                for (int e = 0; e < kExamples; ++e) add_product(sums[e], load(above[e] + o), right);
+            }
+#pragma unroll
+            for (int e = 0; e < kExamples; ++e) {
+                const int example = first_example + e * down;
+                if (example >= count) continue;
+                const std::int64_t at = example * row(layer) + vector * kVector;
+                const Values values = load<Scalar, kVector>(activation(layer) + at);
+#pragma unroll
+                for (int v = 0; v < kVector; ++v) sums[e].at[v] = through_activation(sums[e].at[v], values.at[v]);
+                store<Scalar, kVector>(delta(layer) + at, sums[e]);
+            }
+        });
+    }
+
+    // The gradient of a layer's weights, and their step.
+    template <bool kStep, int kOutputs>
+    __device__ void weight_gradient(int layer, int count, const Scalar* lr) {
+        constexpr int kTogether = kOutputs < kVector ? kOutputs : kVector;
+        const Scalar rate = kStep ? load(lr) : Scalar(0);
+        const int inputs = width(layer), outputs = width(layer + 1);
+        share(parts(outputs, kOutputs), parts(inputs, kVector), [&](int tile, int vector) {
+            const int first = tile * kOutputs;
+            const Scalar* in = activation(layer) + vector * kVector;
+            const Scalar* above = delta(layer + 1) + first;
+            Scalar* weights = weight(layer) + std::int64_t{first} * row(layer) + vector * kVector;
+            Values sums[kOutputs] = {};
+            for (int example = 0; example < count; ++example) {
+                const Values right = load<Scalar, kVector>(in + example * row(layer));
+#pragma unroll
+                for (int o = 0; o < kOutputs; o += kTogether) {
+                    const auto left = load<Scalar, kTogether>(above + example * row(layer + 1) + o);
+#pragma unroll
+                    for (int v = 0; v < kTogether; ++v) add_product(sums[o + v], left.at[v], right);
+                }
+            }
+#pragma unroll
+            for (int o = 0; o < kOutputs; ++o) {
+                if (first + o >= outputs) break;
+                Values values = load<Scalar, kVector>(weights);
+#pragma unroll
+                for (int v = 0; v < kVector; ++v) {
+                    // The gradient of padding is zero but where a delta is not finite; padding stays zero.
+                    const Scalar gradient = vector * kVector + v < inputs ? sums[o].at[v] : Scalar(0);
+                    notice(gradient);
+                    values.at[v] = taken<kStep>(values.at[v], gradient, rate);
+                }
+                store<Scalar, kVector>(weights, values);
+                weights += row(layer);
+            }
+        });
+    }
+
+    __device__ static void add_product(Values& sums, Scalar factor, const Values& values) {
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) sums.at[v] += factor * values.at[v];
+    }
+
+    // What replaces a parameter.
     template <bool kStep>
-    __device__ void take(Scalar* place, Scalar gradient, const Scalar* lr) {
-        nonfinite |= is_nonfinite(gradient);
-        if (kStep) {
-            store(place, stepped(load(place), load(lr), p.by_sign ? sign(gradient) : gradient));
-        } else {
-            store(place, gradient);
-        }
+    __device__ Scalar taken(Scalar value, Scalar gradient, Scalar rate) const {
+        if (!kStep) return gradient;
+        return stepped(value, rate, p.by_sign ? sign(gradient) : gradient);
     }
 
     __device__ void run() {
         take_parameters();
-        team.barrier();  // the weights are there before the first layer reads them
+        take_examples(p.support);
+        team.barrier();  // weights and examples are there before the first layer reads them
         for (int step = 0; step < p.steps; ++step) {
-            forward(p.support);
+            forward(p.support.count);
             const Scalar loss = loss_and_delta(p.support, nullptr);
             if (team.rank() == 0) store(p.support_loss + step * p.tasks + task, loss);
-            backward<true>(p.support, p.lr + step * 2 * p.shape.layers);
+            backward<true>(p.support.count, p.lr + step * 2 * p.shape.layers);
         }
         if (p.adapted != nullptr) give_parameters(p.adapted);
         if (p.query.count > 0) query();
-        if (nonfinite) raise_flag(p.nonfinite + task);
+        if (is_nonfinite(poison)) raise_flag(p.nonfinite + task);
     }
 
     __device__ void query() {
-        forward(p.query);
+        take_examples(p.query);
+        team.barrier();  // the examples are there before the first layer reads them
+        forward(p.query.count);
         const Scalar loss = loss_and_delta(p.query, p.query_accuracy);
         if (team.rank() == 0) store(p.query_loss + task, loss);
-        const int outputs = p.query.count * width(p.shape.layers);
+        const int outputs = width(p.shape.layers);
         if (p.predictions != nullptr) {
-            for (int i = team.rank(); i < outputs; i += team.size()) {
-                store(p.predictions + task * outputs + i, load(memory + layout.activation[p.shape.layers] + i));
-            }
+            Scalar* to = p.predictions + task * p.query.count * outputs;
+            share(p.query.count, outputs, [&](int example, int o) {
+                store(to + std::int64_t{example} * outputs + o,
+                      load(activation(p.shape.layers) + example * row(p.shape.layers) + o));
+            });
         }
         if (p.grads == nullptr) return;
-        backward<false>(p.query, nullptr);
+        backward<false>(p.query.count, nullptr);
         give_parameters(p.grads);
     }
 };
@@ -267,11 +468,15 @@ struct MlpTask {
 template <typename Scalar, bool kWarp, bool kInShared>
 __global__ void __launch_bounds__(kWarp ? 32 : kMlpBlock, kWarp ? 16 : 2)
     mlp_meta_step_kernel(const MlpMetaStepParams<Scalar> p, const MlpLayout layout) {
-    const Shared<Scalar> scratch(0, kMlpScratch);
-    const Shared<Scalar> own(kMlpScratch * static_cast<std::int64_t>(sizeof(Scalar)), kInShared ? layout.size : 1);
+    const Shared<Scalar> own(0, kInShared ? layout.size : 1);
+    Scalar* memory = kInShared ? own.address(0) : p.workspace + std::int64_t{blockIdx.x} * layout.size;
+    const Team<kWarp> team{};
+    for (std::int64_t i = team.rank() * kMlpVector<Scalar>; i < layout.size; i += team.size() * kMlpVector<Scalar>) {
+        store<Scalar, kMlpVector<Scalar>>(memory + i, {});
+    }
+    team.barrier();  // the padding is zero before anyone writes beside it
     for (std::int64_t task = blockIdx.x; task < p.tasks; task += gridDim.x) {
-        Scalar* memory = kInShared ? own.address(0) : p.workspace + std::int64_t{blockIdx.x} * layout.size;
-        MlpTask<Scalar, kWarp> work{p, layout, {scratch}, memory, task, false};
+        MlpTask<Scalar, kWarp, kInShared> work{p, layout, team, memory, task, Scalar(0)};
         work.run();
     }
 }

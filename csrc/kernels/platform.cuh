@@ -7,6 +7,7 @@
 #include "emulation/device.h"
 #else
 
+#include <cmath>
 #include <cstdint>
 
 namespace signmaml {
@@ -158,9 +159,8 @@ __device__ inline bool is_nonfinite(Scalar x) {
 // Three-valued; sign(+-0) is +0 and sign(nan) is nan.
 template <typename Scalar>
 __device__ inline Scalar sign(Scalar x) {
-    if (x > Scalar(0)) return Scalar(1);
-    if (x < Scalar(0)) return Scalar(-1);
-    return x == Scalar(0) ? Scalar(0) : x;
+    // -0 + 0 is +0, and nan + 0 is nan. No branch: kernels take signs of many numbers at once.
+    return std::abs(x) > Scalar(0) ? std::copysign(Scalar(1), x) : x + Scalar(0);
 }
 
 // One step of a weight, with the bits of the CPU's: the product is rounded before it is taken off.

@@ -8,14 +8,9 @@
 
 namespace signmaml {
 
-// The kernel of a team. One that no plan chooses is not compiled.
 template <typename Scalar, bool kWarp>
 auto mlp_kernel_for(bool in_shared) {
-    if constexpr (kWarp || mlp_block_fits_shared(sizeof(Scalar))) {
-        return in_shared ? mlp_meta_step_kernel<Scalar, kWarp, true> : mlp_meta_step_kernel<Scalar, kWarp, false>;
-    } else {
-        return mlp_meta_step_kernel<Scalar, kWarp, false>;
-    }
+    return in_shared ? mlp_meta_step_kernel<Scalar, kWarp, true> : mlp_meta_step_kernel<Scalar, kWarp, false>;
 }
 
 template <typename Scalar>
@@ -24,7 +19,7 @@ void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, v
     const DeviceScope scope(device);
     const MlpPlan plan = plan_mlp_meta_step(params.shape, params.tasks, params.support.count, params.query.count,
                                             sizeof(Scalar), multiprocessors(device));
-    const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count));
+    const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count), plan.threads);
     const auto kernel = plan.threads == 32 ? mlp_kernel_for<Scalar, true>(plan.in_shared)
                                            : mlp_kernel_for<Scalar, false>(plan.in_shared);
     launch("mlp_meta_step_kernel", kernel, dim3(static_cast<unsigned>(plan.teams)), plan.threads, plan.shared_bytes,

@@ -51,17 +51,17 @@ struct MlpMetaStepParams {
 
 // Places in a task's own memory, in scalars.
 struct MlpLayout {
-    std::int64_t weight[kMlpLayers];          // [out, row] of each layer
-    std::int64_t row[kMlpLayers];             // scalars from one output's weights to the next
+    std::int64_t row[kMlpLayers + 1];         // a row as wide as each layer, the examples first, with its padding
+    std::int64_t weight[kMlpLayers];          // [out, row of the layer below]
     std::int64_t bias[kMlpLayers];            // [out]
-    std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] is unused: the input stays where it is
-    std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
+    std::int64_t activation[kMlpLayers + 1];  // [count, row]; [0]: the examples
+    std::int64_t delta[2];                    // [count, row], gradients of two neighbouring layers
+    std::int64_t losses;                      // [count] of the examples, then [count] 1 where the answer is right
     std::int64_t size;
+    std::int32_t warps_log2;  // of a team
 };
 
-// Threads of a team that is a whole thread block.
+// Threads of the largest team.
 inline constexpr int kMlpBlock = 256;
-// Sums over a team use one element of scratch per warp.
-inline constexpr std::int64_t kMlpScratch = kMlpBlock / 32;
 
 }  // namespace signmaml

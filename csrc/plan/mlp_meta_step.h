@@ -9,30 +9,32 @@
 
 namespace signmaml {
 
-// Rows of weights have an odd stride, so that threads reading down a column hit different banks.
-constexpr std::int64_t mlp_row(std::int64_t inputs) { return inputs | 1; }
+// Rows are an odd number of vectors of 16 bytes (of floats), so that threads that read one vector each of neighbouring
+// rows hit different banks.
+inline constexpr std::int64_t kMlpRowUnit = 4;
+constexpr std::int64_t mlp_row(std::int64_t width) { return (ceil_div(width, kMlpRowUnit) | 1) * kMlpRowUnit; }
 
-constexpr MlpLayout mlp_layout(const MlpShape& shape, std::int64_t count) {
+constexpr MlpLayout mlp_layout(const MlpShape& shape, std::int64_t count, int threads) {
     MlpLayout layout{};
+    while ((32 << layout.warps_log2) < threads) ++layout.warps_log2;
     std::int64_t at = 0;
+    const auto next = [&at](std::int64_t scalars) {
+        const std::int64_t here = at;
+        at += ceil_div(scalars, kMlpRowUnit) * kMlpRowUnit;
+        return here;
+    };
     std::int64_t widest = 0;
-    for (int layer = 0; layer < shape.layers; ++layer) {
-        const std::int64_t outputs = shape.widths[layer + 1];
-        layout.weight[layer] = at;
+    for (int layer = 0; layer <= shape.layers; ++layer) {
         layout.row[layer] = mlp_row(shape.widths[layer]);
-        at += outputs * layout.row[layer];
-        layout.bias[layer] = at;
-        at += outputs;
-        widest = larger(widest, outputs);
+        layout.activation[layer] = next(count * layout.row[layer]);
+        if (layer > 0) widest = larger(widest, layout.row[layer]);
     }
-    for (int layer = 1; layer <= shape.layers; ++layer) {
-        layout.activation[layer] = at;
-        at += count * shape.widths[layer];
+    for (int layer = 0; layer < shape.layers; ++layer) {
+        layout.weight[layer] = next(shape.widths[layer + 1] * layout.row[layer]);
+        layout.bias[layer] = next(shape.widths[layer + 1]);
     }
-    for (std::int64_t& delta : layout.delta) {
-        delta = at;
-        at += count * widest;
-    }
+    for (std::int64_t& delta : layout.delta) delta = next(count * widest);
+    layout.losses = next(2 * count);
     layout.size = at;
     return layout;
 }
@@ -48,19 +50,16 @@ constexpr std::int64_t mlp_parameters(const MlpShape& shape) {
 // Every GPU gives a block this much without opt-in. More would reduce the number of resident blocks, which hide
 // latency.
 inline constexpr std::int64_t kMlpSharedBytes = 48 * 1024;
-// One warp works on a task if no activation has more than 64 elements per thread of the warp; else a block does.
+// A block works on a task with an activation of more than 64 elements for each thread of a warp.
 inline constexpr std::int64_t kMlpWarpWork = 32 * 64;
+// Warps that keep a multiprocessor busy: three for each of its four schedulers, as a warp issues an instruction every
+// third cycle or so. Smaller tasks get more warps while there are fewer than that.
+inline constexpr std::int64_t kMlpBusyWarps = 12;
 // Warps of all teams on one multiprocessor: as many as can be resident. More would only enlarge the workspace.
 inline constexpr std::int64_t kMlpWarpsPerMultiprocessor = 32;
 
-// Whether a block's task can be in shared memory at all: it has an activation beyond kMlpWarpWork and two deltas at
-// least as large.
-constexpr bool mlp_block_fits_shared(int scalar_bytes) {
-    return (3 * (kMlpWarpWork + 1) + kMlpScratch) * scalar_bytes <= kMlpSharedBytes;
-}
-
 struct MlpPlan {
-    int threads;                     // of a team: one warp, or a block
+    int threads;                     // of a team: a block of 1, 2, 4 or 8 warps
     bool in_shared;                  // the task's memory is shared memory, else workspace
     std::int64_t teams;              // blocks; a team takes every teams-th task
     std::int64_t shared_bytes;       // of a block
@@ -69,18 +68,18 @@ struct MlpPlan {
 
 constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
                                      std::int64_t query, int scalar_bytes, int multiprocessors) {
-    const MlpLayout layout = mlp_layout(shape, larger(support, query));
     std::int64_t work = 0;  // elements of the largest activation
     for (int layer = 0; layer < shape.layers; ++layer) {
         work = larger(work, larger(support, query) * shape.widths[layer + 1]);
     }
-    const int threads = work <= kMlpWarpWork ? 32 : kMlpBlock;
-    const std::int64_t scratch_bytes = kMlpScratch * scalar_bytes;
-    const bool in_shared = layout.size * scalar_bytes + scratch_bytes <= kMlpSharedBytes;
+    int threads = work <= kMlpWarpWork ? 32 : kMlpBlock;
+    while (threads < kMlpBlock && tasks * (threads / 32) < multiprocessors * kMlpBusyWarps && work > threads)
+        threads *= 2;
+    const MlpLayout layout = mlp_layout(shape, larger(support, query), threads);
+    const bool in_shared = layout.size * scalar_bytes <= kMlpSharedBytes;
     const std::int64_t resident = multiprocessors * kMlpWarpsPerMultiprocessor / (threads / 32);
     const std::int64_t teams = larger(1, smaller(tasks, resident));
-    return {threads, in_shared, teams, scratch_bytes + (in_shared ? layout.size * scalar_bytes : 0),
-            in_shared ? 0 : teams * layout.size};
+    return {threads, in_shared, teams, in_shared ? layout.size * scalar_bytes : 0, in_shared ? 0 : teams * layout.size};
 }
 
 }  // namespace signmaml

@@ -88,6 +88,16 @@ def test_listing_is_read_with_frames_blocks_and_loops(machine_code):
     assert [(loop.header, sorted(loop.blocks)) for loop in kernel.loops] == [(1, [1])]
 
 
+def test_frames_that_end_early_are_completed(machine_code):
+    """nvcc leaves the kernel's own line out of some lists. The others say where the last frame was called."""
+    listing = LISTING.replace(
+        '\t//## File "/where/csrc/kernels/sum.cuh", line 15\n',
+        '\t//## File "/where/csrc/kernels/platform.cuh", line 170\n',
+    )
+    (kernel,) = machine_code.parse(listing, platform_lines=100).values()
+    assert kernel.instructions[6].frames == (("platform.cuh", 170), ("sum.cuh", 12))
+
+
 def test_loop_runs_as_often_as_its_shuffle(machine_code):
     (kernel,) = machine_code.parse(LISTING, platform_lines=100).values()
     sites = [

@@ -132,7 +132,7 @@ def dynamic_shared_bytes(kernel: str) -> int:
     scalar, warp, in_shared = arguments.rstrip(">").split(", ")
     scalar_bytes = 4 if scalar == "float" else 8
     if in_shared == "false":
-        return 8 * scalar_bytes  # kMlpScratch
+        return 0
     if warp == "false":
         return 48 * 1024  # kMlpSharedBytes, the most that a launch takes
     return int(C.plan_mlp_meta_step(*SINUSOID, scalar_bytes, 132)["shared_bytes"])

@@ -27,7 +27,7 @@ SHAPES = [
     ((3, 7, 5, 2, 4), 5, 3, 9),
     ((2, 3, 3, 3, 3, 2), 2, 4, 1),
     ((5, 256, 3), 2, 3, 11),
-    ((64, 96, 96, 5), 2, 2, 3),
+    ((64, 96, 96, 5), 12, 2, 3),
 ]
 
 
@@ -45,10 +45,35 @@ def test_meta_step_equals_the_reference(native, widths, tasks, support, query, a
 
 
 def test_plans_of_the_cases_differ(native):
-    """The shapes above, and the two cases below, reach all four kinds of kernel."""
+    """The shapes above reach all four kinds of kernel, and teams of every size."""
     plans = [native.plan_mlp_meta_step(*shape, 8, 1) for shape in SHAPES]
-    kinds = {(plan["threads"], plan["in_shared"]) for plan in plans}
-    assert kinds == {(32, True), (32, False), (256, False)}
+    assert {(plan["threads"] > 32, plan["in_shared"]) for plan in plans} == set(
+        itertools.product([False, True], repeat=2)
+    )
+    assert {plan["threads"] for plan in plans} == {32, 64, 128, 256}
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_bits_do_not_depend_on_the_team(native, loss):
+    """The same tasks with so few and so many others that a task gets 8, 4, 2 and 1 warps."""
+    widths = (3, 20, 30, 4)
+    model, data = network(widths, nn.Tanh), tasks_for(widths, loss, 12, 40, 35, torch.float32)
+    found = {}
+    for tasks in (1, 4, 6, 12):
+        native.configure(seed=tasks, multiprocessors=1)
+        problem = problem_of(model, tuple(tensor[:tasks] for tensor in data), loss=loss)
+        step, adapted = mlp.meta_gradients(problem, native), mlp.adapt(problem, native)
+        threads = native.plan_mlp_meta_step(widths, tasks, 40, 35, 4, 1)["threads"]
+        found[threads] = {
+            "query_loss": step.query_loss, "query_accuracy": step.query_accuracy, "support_loss": step.support_loss.T,
+            **adapted.params,
+        }  # fmt: skip
+    assert found.keys() == {32, 64, 128, 256}
+    for result in found.values():
+        for name, expected in found[256].items():
+            assert (result[name] is None) == (expected is None)
+            if expected is not None:
+                assert result[name][:1].equal(expected[:1]), name
 
 
 def test_block_in_shared_memory(native):

@@ -29,7 +29,7 @@ SIGN, META, PLATFORM, SELF = (
 )
 CORES = "emulation/tensor_cores.cpp"
 COMPACT = "kernels/compact_sign_step.cuh"
-VECTORS, MLP = "kernels/vectors.cuh", "kernels/mlp_meta_step.cuh"
+VECTORS, TABLES, MLP = "kernels/vectors.cuh", "kernels/tables.cuh", "kernels/mlp_meta_step.cuh"
 COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
     f"kernels/conv_{name}.cuh" for name in ("common", "forward", "data_grad", "weight_grad", "first", "head", "update")
 )
@@ -87,9 +87,9 @@ MUTATIONS = [
     Mutation("row of another task", SIGN, "const std::int64_t row = task * p.parameters;", "const std::int64_t row = task * (p.parameters - 1);"),
     Mutation("alignment ignored", VECTORS, "const std::int64_t to_boundary = (kVector - past) % kVector;", "const std::int64_t to_boundary = past * 0;", "misaligned"),
     Mutation("one body too many", VECTORS, "(length - head) / kVector", "(length - head + kVector - 1) / kVector"),
-    Mutation("sign of zero", PLATFORM, "return x == Scalar(0) ? Scalar(0) : x;", "return Scalar(1);"),
-    Mutation("sign of nan", PLATFORM, "return x == Scalar(0) ? Scalar(0) : x;", "return Scalar(0);"),
-    Mutation("sign bit", PLATFORM, "if (x < Scalar(0)) return", "if (x < Scalar(0) || 1 / x < 0) return"),
+    Mutation("sign of zero", PLATFORM, "x + Scalar(0);", "Scalar(1);"),
+    Mutation("sign of nan", PLATFORM, "std::abs(x) > Scalar(0) ?", "!(std::abs(x) <= Scalar(0)) ?"),
+    Mutation("sign bit", PLATFORM, "x + Scalar(0);", "std::copysign(Scalar(1), x);"),
     Mutation("Inf not flagged", PLATFORM, "return !(x - x == Scalar(0));", "return x != x;"),
     Mutation("flag of another task", SIGN, "raise_flag(p.nonfinite + task)", "raise_flag(p.nonfinite + task / 2)"),
     Mutation("mask not looked at", SIGN, "if (!tables.looks_at(column + i)) continue;", ""),
@@ -122,23 +122,33 @@ MUTATIONS = [
     Mutation("infinite gradient of a count not flagged", COMPACT, "is_nonfinite(grads.at[i]) || counts.at[i] == kNanCount", "counts.at[i] == kNanCount"),
     Mutation("counts not kept", COMPACT, "    store<std::int8_t, kVector>(p.counts + row + column, counts);\n", ""),
     # The multilayer perceptron.
-    Mutation("barrier after the weights", MLP, "team.barrier();  // the weights are there", "// the weights are there", "race: |uninitialised: "),
+    Mutation("barrier after the weights", MLP, "team.barrier();  // weights and", "// weights and", "race: |uninitialised: "),
     Mutation("barrier after a layer", MLP, "team.barrier();  // the layer is complete", "// the layer is complete", "race: |uninitialised: "),
     Mutation("barrier after the deltas", MLP, "team.barrier();  // all deltas", "// all deltas", "race: |uninitialised: "),
     Mutation("barrier before the weights move", MLP, "team.barrier();  // all have read", "// all have read", "race: |uninitialised: "),
     Mutation("barrier after the weights moved", MLP, "team.barrier();  // the delta above", "// the delta above", "race: |uninitialised: "),
-    Mutation("last input dropped", MLP, "for (int k = 0; k < inputs; ++k) z +=", "for (int k = 0; k + 1 < inputs; ++k) z +="),
-    Mutation("one input too many", MLP, "for (int k = 0; k < inputs; ++k) z +=", "for (int k = 0; k <= inputs; ++k) z +="),
-    Mutation("last output dropped", MLP, "for (int i = team.rank(); i < set.count * outputs; i += team.size()) {\n                const Scalar* row = in", "for (int i = team.rank(); i + 1 < set.count * outputs; i += team.size()) {\n                const Scalar* row = in"),
+    Mutation("barrier after the zeros", MLP, "team.barrier();  // the padding", "// the padding", "race: |uninitialised: "),
+    Mutation("barrier after the examples", MLP, "team.barrier();  // the examples", "// the examples", "race: |uninitialised: "),
+    Mutation("last inputs dropped", MLP, "for (int k = 0; k < inputs; k += kVector)", "for (int k = 0; k + kVector < inputs; k += kVector)"),
+    Mutation("one vector too many", MLP, "for (int k = 0; k < inputs; k += kVector)", "for (int k = 0; k <= inputs + kVector; k += kVector)"),
+    Mutation("last output dropped", MLP, "if (first_output + o * across < outputs)", "if (first_output + o * across + 1 < outputs)"),
+    Mutation("rows beyond the last example", MLP, "                if (example >= count) break;\n", ""),
+    Mutation("odd outputs left out of the delta", MLP, "for (; o < outputs; ++o) {", "for (; o + 1 < outputs; ++o) {"),
+    Mutation("delta of the same example", MLP, "delta(layer + 1) + smaller_of(first_example + e * down, count - 1)", "delta(layer + 1) + smaller_of(first_example, count - 1)"),
+    Mutation("last example left out of the gradient", MLP, "for (int example = 0; example < count; ++example) {\n                const Values right", "for (int example = 0; example + 1 < count; ++example) {\n                const Values right"),
+    Mutation("rows of weights beyond the last output", MLP, "if (first + o >= outputs) break;", ""),
+    Mutation("padding is not zero", MLP, "i < layout.size;", "i < layout.size / 2;"),
+    Mutation("a lane's losses left out", MLP, "for (int i = lane(); i < count; i += 32)", "for (int i = lane(); i < smaller_of(count, 31); i += 32)"),
+    Mutation("columns of the next row", TABLES, "column -= columns;", "column = 0;"),
     Mutation("ReLU at zero", MLP, "return value <= Scalar(0) ? Scalar(0) : gradient;", "return gradient;"),
-    Mutation("activation after the last layer", MLP, "last ? z : activated(z)", "activated(z)"),
-    Mutation("rate of the bias", MLP, "lr + 2 * layer + 1);", "lr + 2 * layer);\n                    nonfinite |= lr == nullptr && kStep;\n                    if (kStep) store(bias(layer) + o, load(bias(layer) + o) * Scalar(1.001));"),
-    Mutation("loss not averaged", MLP, "team.sum(loss) / count;", "team.sum(loss);"),
+    Mutation("activation after the last layer", MLP, "if (!last) activate(sums);", "activate(sums);"),
+    Mutation("rate of the bias", MLP, "store(bias(layer) + o, taken<kStep>(load(bias(layer) + o), gradient, rate));", "store(bias(layer) + o, taken<kStep>(load(bias(layer) + o), gradient, rate * Scalar(1.001)));"),
+    Mutation("loss not averaged", MLP, "sum(losses, set.count) / count;", "sum(losses, set.count);"),
     Mutation("task of another team", MLP, "task += gridDim.x", "task += 1"),
-    Mutation("bias forgotten", MLP, "Scalar z = load(bias(layer) + i % outputs);", "Scalar z = Scalar(0);"),
+    Mutation("bias forgotten", MLP, "sums[e][o] = start;", "sums[e][o] = Scalar(0);"),
     Mutation("deltas swapped", MLP, "layout.delta[layer % 2]", "layout.delta[0]"),
     Mutation("share of the label", MLP, "o == label ? share - Scalar(1) : share", "share"),
-    Mutation("padding of rows ignored", MLP, "store(weight(layer) + i / inputs * layout.row[layer] + i % inputs, load(from + i));", "store(weight(layer) + i, load(from + i));"),
+    Mutation("padding of rows ignored", MLP, "store(weight(layer) + std::int64_t{o} * row(layer) + i, load(mine));", "store(weight(layer) + std::int64_t{o} * inputs + i, load(mine));"),
     # The convolutional networks: every barrier.
     *(
         Mutation(f"{Path(file).stem}: barrier where {comment[:40].strip()}", file, f"{BARRIER}  // {comment}", f"// {comment}", "race: |uninitialised: ")
@@ -216,7 +226,6 @@ MUTATIONS = [
     Mutation("conv: quotient too small", COMMON, "static_cast<std::uint32_t>(n), divisor.magic)", "static_cast<std::uint32_t>(n), divisor.magic - 1)"),
     Mutation("conv: NaN lost in the split", COMMON, "return {high, bits_of(value - float_of(high))};", "return {high, value == value ? bits_of(value - float_of(high)) : 0u};"),
     Mutation("conv: neighbours of a stride", WEIGHT, "column * block.stride * p.memory.row", "column * p.memory.row"),
-    Mutation("conv: pixels of the next image", HEAD, "column -= columns;\n                ++row;", "column = 0;\n                ++row;"),
     Mutation("conv: loser's patch", FIRST, "y = at.y * 2 + choice / 2 % 2", "y = at.y * 2"),
     Mutation("conv: sums of a warp lost", FIRST, "for (int w = 0; w + 1 < kWarps; ++w)", "for (int w = 1; w + 1 < kWarps; ++w)"),
     Mutation("conv: features in torch's order", HEAD, "i % filters * pixels() + i / filters : i", "i : i"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from signmaml_ext._loader import C
@@ -167,12 +167,27 @@ def test_plan_conv_meta_step_cpu_counts_beyond_32_bits_and_refuses_what_it_canno
 
 
 @given(st.lists(st.integers(1, 400), min_size=3, max_size=6), tasks, st.integers(0, 400), st.integers(0, 400))
-def test_a_block_of_an_mlp_is_never_in_shared_memory_in_double(widths, tasks, support, query):
-    """That kernel is not compiled. In float it is chosen, for some."""
-    plan = C.plan_mlp_meta_step(widths, tasks, support, query, 8, 100)
-    assert plan["threads"] == 32 or not plan["in_shared"]
+@example([1, 40, 40, 1], 1000, 10, 10).via("the benchmark's workload D")
+def test_teams_of_an_mlp(widths, tasks, support, query):
+    """A task gets more warps only while too few are at work, and only if each of their threads has something to do."""
+    plan = C.plan_mlp_meta_step(widths, tasks, support, query, 4, 100)
+    warps, work = plan["threads"] // 32, max(support, query) * max(widths[1:])
+    assert warps in (1, 2, 4, 8)
+    assert 1 <= plan["teams"] <= min(max(tasks, 1), 100 * 32 // warps)
+    if warps > 1 and work <= 64 * 32:
+        assert tasks * warps // 2 < 100 * 12, "half as many would have been enough"
+        assert work > plan["threads"] // 2
+    if warps < 8:
+        assert work <= 64 * 32
+        assert tasks * warps >= 100 * 12 or work <= plan["threads"]
 
 
-def test_a_block_of_an_mlp_can_be_in_shared_memory_in_float():
-    plan = C.plan_mlp_meta_step([1, 100, 1], 4, 25, 1, 4, 100)
-    assert plan["threads"] > 32 and plan["in_shared"]
+@pytest.mark.parametrize("scalar_bytes", [4, 8])
+def test_teams_of_an_mlp_in_shared_memory(scalar_bytes):
+    """The same for both types: results do not depend on how many tasks share a launch, nor do the kinds of kernel."""
+    kinds = {
+        (plan["threads"], plan["in_shared"])
+        for widths, tasks in [([1, 40, 40, 1], 10_000), ([1, 40, 40, 1], 4), ([1, 250, 250, 1], 10_000)]
+        for plan in [C.plan_mlp_meta_step(widths, tasks, 10, 10, scalar_bytes, 100)]
+    }
+    assert kinds == {(32, True), (256, True), (256, False)}

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -217,6 +217,7 @@ def mlp_meta_step(
     query: int,
     loss: str,
     dtype: torch.dtype = torch.float64,
+    activation: type[nn.Module] = nn.ReLU,
 ) -> None:
     """Against the definition in plain PyTorch in float64: plain steps and, in float64, sign steps.
 
@@ -226,10 +227,10 @@ def mlp_meta_step(
     from signmaml_ext import mlp
     from signmaml_ext.checks import check_problem
 
-    layers: list[torch.nn.Module] = []
+    layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(widths):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1]).double()
+        layers += [nn.Linear(inputs, outputs), activation()]
+    model = nn.Sequential(*layers[:-1]).double()
     data = []
     for count in (support, query):
         data.append(torch.randn(tasks, count, widths[0], dtype=torch.float64))
@@ -416,6 +417,7 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
         for loss in ("mse", "cross_entropy"):
             mlp_meta_step(native, (3, 6, 5, 2), 3, 4, 3, loss)  # a warp in shared memory
         mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks per team
+        mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse")  # large tiles, some of them cut at the edge
         for loss in ("mse", "cross_entropy"):
             mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
     native.configure(multiprocessors=1)
@@ -447,11 +449,16 @@ def run_kernels(native: ModuleType) -> None:
         for skip in (False, True):
             for tasks, shift in ((17, 0), (9, 1)):
                 meta_accumulate(native, tasks, 1029, dtype, skip, shift)
-        for loss in ("mse", "cross_entropy"):
-            mlp_meta_step(native, (3, 40, 40, 5), 3, 5, 9, loss, dtype)  # a warp in shared memory
-            mlp_meta_step(native, (90, 120, 120, 3), 2, 2, 3, loss, dtype)  # a warp in the workspace
-            mlp_meta_step(native, (3, 33, 5), 2, 70, 66, loss, dtype)  # a block, in float in shared memory
-            mlp_meta_step(native, (9, 120, 120, 3), 2, 60, 65, loss, dtype)  # a block in the workspace
+        for loss, activation in (("mse", nn.Tanh), ("cross_entropy", nn.ReLU)):
+            for sizes in (
+                ((3, 6, 5, 2), 3, 4, 3),  # a warp in shared memory
+                ((800, 16, 2), 1, 2, 2),  # a warp in the workspace
+                ((3, 33, 5), 2, 70, 66),  # a block, in float in shared memory
+                ((3, 40, 40, 5), 3, 5, 9),  # a block in shared memory
+                ((9, 120, 120, 3), 2, 60, 65),  # a block in the workspace
+            ):
+                mlp_meta_step(native, *sizes, loss, dtype, activation)
+        mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
     for by_sign in (True, False):
         conv_step_is_exact(native, by_sign)
     for by_covariance in (True, False):
