@@ -44,11 +44,8 @@ REASONS: dict[tuple[str, str], str] = {
     ("conv_weight_grad_kernel", "wavefronts"): IN_BF16,
     ("conv_meta_accumulate_kernel", "sectors"): "writes the gradient in torch's order; once a meta-step",
     ("mlp_meta_step_kernel", "sectors"): "a task's examples and parameters begin anywhere in a sector",
-    (
-        "mlp_meta_step_kernel",
-        "wavefronts",
-    ): "a row of 40 weights is ten vectors of four, and the lanes beyond the tenth "
-    "begin again with the first, in the banks of others",
+    ("mlp_meta_step_kernel", "wavefronts"): "a row of 40 weights is ten vectors: lanes beyond the tenth begin it "
+    "again, in the banks of others",
 }
 
 

@@ -41,18 +41,6 @@ struct Team {
 template <typename Scalar>
 inline constexpr int kMlpVector = 16 / static_cast<int>(sizeof(Scalar));
 
-// Sums that a thread makes at once: it loads a vector of each factor for several products. A product of two matrices
-// is cut into the tiles that take the team the fewest instructions; how it is cut changes no sum's order.
-template <int kRows, int kColumns>
-struct MlpTile {
-    // Instructions of the busiest thread for each vector of the depth, about: products, loads, and what a tile takes
-    // beside its loop.
-    static __device__ int path(int rows, int columns, int vector, int warps_log2) {
-        const int tiles = ((rows + kRows - 1) / kRows) * ((columns + kColumns - 1) / kColumns);
-        return (((tiles - 1) >> (5 + warps_log2)) + 1) * (kRows * kColumns * vector + kRows + kColumns + 6);
-    }
-};
-
 // One task's memory and its layout. Rows are padded to whole vectors; the padding of weights and activations is zero.
 template <typename Scalar, bool kWarp, bool kInShared>
 struct MlpTask {
@@ -86,13 +74,17 @@ struct MlpTask {
     // x - x is NaN for NaN and infinities, and 0 for every other number.
     __device__ void notice(Scalar x) { poison += x - x; }
 
-    // The path of tiles that cover so many sums.
+    __device__ static constexpr int parts(int length, int part) { return (length + part - 1) / part; }
+
+    // A thread makes a tile of sums at once: it loads a vector of each factor for several products. How a product of
+    // two matrices is cut into tiles changes no sum's order. This is about how many instructions the busiest thread
+    // takes for each vector of the depth: its products and loads, and what a tile takes beside its loop.
     template <int kRows, int kColumns>
     __device__ int path(int rows, int columns) const {
-        return MlpTile<kRows, kColumns>::path(rows, columns, kVector, layout.warps_log2);
+        const int tiles = parts(rows, kRows) * parts(columns, kColumns);
+        const int rounds = ((tiles - 1) >> (5 + layout.warps_log2)) + 1;  // a division would take some twenty
+        return rounds * (kRows * kColumns * kVector + kRows + kColumns + 6);
     }
-
-    __device__ static constexpr int parts(int length, int part) { return (length + part - 1) / part; }
 
     // Copies theta into padded rows.
     __device__ void take_parameters() {

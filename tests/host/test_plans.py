@@ -184,7 +184,7 @@ def test_teams_of_an_mlp(widths, tasks, support, query):
 
 @pytest.mark.parametrize("scalar_bytes", [4, 8])
 def test_teams_of_an_mlp_in_shared_memory(scalar_bytes):
-    """The same for both types: results do not depend on how many tasks share a launch, nor do the kinds of kernel."""
+    """One warp and many, in both types: many in double are in shared memory only while tasks are few."""
     kinds = {
         (plan["threads"], plan["in_shared"])
         for widths, tasks in [([1, 40, 40, 1], 10_000), ([1, 40, 40, 1], 4), ([1, 250, 250, 1], 10_000)]

@@ -7,7 +7,6 @@ it.
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -223,14 +222,10 @@ def mlp_meta_step(
 
     In float32 a sign can differ where a gradient is near 0.
     """
-    from helpers.cases import definition
+    from helpers.cases import definition, perceptrons
     from signmaml_ext import mlp
-    from signmaml_ext.checks import check_problem
 
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), activation()]
-    model = nn.Sequential(*layers[:-1]).double()
+    model = perceptrons.network(widths, activation).double()
     data = []
     for count in (support, query):
         data.append(torch.randn(tasks, count, widths[0], dtype=torch.float64))
@@ -241,10 +236,7 @@ def mlp_meta_step(
     near = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     for method in ("sign-maml", "fo-maml") if dtype == torch.float64 else ("fo-maml",):
         options = {"inner_lr": 0.05, "inner_steps": 2, "method": method, "loss": loss}
-        problem = check_problem(
-            tested, *inputs, **options, adapt=None, backend="torch", precision="fp32", nonfinite="skip",
-            batch_norm="batch", seed=0, zero_dead_bias=True,
-        )  # fmt: skip
+        problem = perceptrons.problem_of(tested, inputs, **options, nonfinite="skip")
         found = mlp.meta_gradients(problem, native)
         expected, query_loss, support_loss = definition.meta_gradient(model, data, **options)
         for name, gradient in expected.items():
