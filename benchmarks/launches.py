@@ -196,7 +196,7 @@ def _convolutional(work: Workload, precision: str, blocks: int, steps: int) -> l
     with counting(blocks) as launched:
         native().conv_meta_step_cuda(
             {name: tensor.data_ptr() for name, tensor in arguments.items()}, shape, tasks=1, **sizes, steps=1,
-            by_sign=True, precision=precision, by_covariance=True, workspace_limit=0, device=0, stream=0,
+            method="sign-maml", precision=precision, by_covariance=True, workspace_limit=0, device=0, stream=0,
         )  # fmt: skip
     bytes_of = _sizes(arguments)
     for array in plan["workspace"]:
@@ -233,7 +233,7 @@ def _perceptron(work: Workload, blocks: int, steps: int) -> list[Launch]:
     with counting(blocks) as launched:
         native().mlp_meta_step_cuda(
             {name: tensor.data_ptr() for name, tensor in arguments.items()}, widths, "relu", "mse", **sizes,
-            steps=steps, by_sign=True, is_double=False, device=0, stream=0,
+            steps=steps, method="sign-maml", is_double=False, device=0, stream=0,
         )  # fmt: skip
     native().configure()
     (counted,) = launched

@@ -11,6 +11,7 @@
 #include "bindings/addresses.h"
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
+#include "bindings/method.h"
 #include "cpu/conv_table.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
@@ -97,7 +98,7 @@ namespace {
 struct ConvSizes {
     std::int64_t tasks;
     int support, query, steps;
-    bool by_sign;
+    Method method;
 
     void check() const {
         constexpr int kMost = std::numeric_limits<int>::max();
@@ -142,7 +143,7 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     p.tasks = sizes.tasks;
     p.parameters = conv_parameters(shape);
     p.steps = sizes.steps;
-    p.by_sign = sizes.by_sign;
+    p.method = sizes.method;
     p.shape = shape;
     return p;
 }
@@ -177,7 +178,7 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
                   bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, 0, true}.check();
+    ConvSizes{tasks, support, query, 0, Method::kFoMaml}.check();
     check_memory(shape, larger(support, query), tasks);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     const ConvUnit unit = conv_unit(scalar_bytes);
@@ -210,9 +211,9 @@ void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes
 }
 
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
-                        int steps, bool by_sign, bool is_double, int threads, bool skip_nonfinite) {
+                        int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, by_sign};
+    const ConvSizes sizes{tasks, support, query, steps, first_order(method)};
     sizes.check();
     check_memory(shape, larger(support, query), tasks);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
@@ -238,7 +239,7 @@ py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int
                    bool by_covariance, std::int64_t workspace_limit) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, steps, true}.check();
+    ConvSizes{tasks, support, query, steps, Method::kFoMaml}.check();
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
     const ConvPlan plan = plan_conv_meta_step(shape, {tasks, support, query, steps, wants_grads, wants_adapted},
                                               conv_precision_of(precision), by_covariance, workspace_limit);
@@ -297,10 +298,10 @@ void declare(const ConvMetaStepParams<float>& p, const ConvPlan& plan) {
 #endif
 
 void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support,
-                         int query, int steps, bool by_sign, const std::string& precision, int device,
+                         int query, int steps, const std::string& method, const std::string& precision, int device,
                          std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, by_sign};
+    const ConvSizes sizes{tasks, support, query, steps, first_order(method)};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
@@ -321,13 +322,13 @@ void define_conv(py::module_& m) {
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a, "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
-          "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
+          "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
           "workspace_limit"_a = 0);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("conv_meta_step_cuda", &conv_meta_step_cuda, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
-          "query"_a, "steps"_a, "by_sign"_a, "precision"_a, "device"_a, "stream"_a, "by_covariance"_a = true,
+          "query"_a, "steps"_a, "method"_a, "precision"_a, "device"_a, "stream"_a, "by_covariance"_a = true,
           "workspace_limit"_a = 0);
 #endif
 }

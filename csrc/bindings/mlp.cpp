@@ -10,6 +10,7 @@
 #include "bindings/addresses.h"
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
+#include "bindings/method.h"
 #include "cpu/dispatch.h"
 #include "cpu/mlp_table.h"
 #include "cpu/ops.h"
@@ -76,7 +77,7 @@ py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t s
 struct MlpSizes {
     std::int64_t tasks;
     int support, query, steps;
-    bool by_sign;
+    Method method;
 };
 
 template <typename Scalar>
@@ -100,7 +101,7 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
     p.tasks = sizes.tasks;
     p.parameters = mlp_parameters(shape);
     p.steps = sizes.steps;
-    p.by_sign = sizes.by_sign;
+    p.method = sizes.method;
     p.shape = shape;
     return p;
 }
@@ -137,10 +138,10 @@ void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& 
 }
 
 void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
-                       const std::string& loss, std::int64_t tasks, int support, int query, int steps, bool by_sign,
-                       bool is_double, int threads, bool skip_nonfinite) {
+                       const std::string& loss, std::int64_t tasks, int support, int query, int steps,
+                       const std::string& method, bool is_double, int threads, bool skip_nonfinite) {
     const MlpShape shape = shape_of(widths, activation, loss);
-    const MlpSizes sizes{tasks, support, query, steps, by_sign};
+    const MlpSizes sizes{tasks, support, query, steps, first_order(method)};
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
     if (is_double) {
         run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
@@ -199,10 +200,10 @@ void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& s
 }
 
 void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
-                        const std::string& loss, std::int64_t tasks, int support, int query, int steps, bool by_sign,
-                        bool is_double, int device, std::uintptr_t stream) {
+                        const std::string& loss, std::int64_t tasks, int support, int query, int steps,
+                        const std::string& method, bool is_double, int device, std::uintptr_t stream) {
     const MlpShape shape = shape_of(widths, activation, loss);
-    const MlpSizes sizes{tasks, support, query, steps, by_sign};
+    const MlpSizes sizes{tasks, support, query, steps, first_order(method)};
     if (is_double) {
         launch<double>(addresses, shape, sizes, device, stream);
     } else {
@@ -220,11 +221,11 @@ void define_mlp(py::module_& m) {
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a);
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
-          "support"_a, "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
+          "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
-          "support"_a, "query"_a, "steps"_a, "by_sign"_a, "is_double"_a, "device"_a, "stream"_a);
+          "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "device"_a, "stream"_a);
 #endif
 }
 

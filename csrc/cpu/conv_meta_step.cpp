@@ -456,8 +456,9 @@ class ConvTeam {
     }
 
     void step(Scalar* params, const Scalar* grads, Scalar lr, std::int64_t n) {
-        nonfinite_ |= p_.by_sign ? span_kernels<Scalar>(kernels()).sign_step(params, grads, &lr, false, nullptr, n)
-                                 : stages_.gradient_step(params, grads, lr, n);
+        nonfinite_ |= p_.method == Method::kSignMaml
+                          ? span_kernels<Scalar>(kernels()).sign_step(params, grads, &lr, false, nullptr, n)
+                          : stages_.gradient_step(params, grads, lr, n);
     }
 
     const ConvMetaStepParams<Scalar>& p_;

@@ -419,7 +419,7 @@ struct MlpTask {
     template <bool kStep>
     __device__ Scalar taken(Scalar value, Scalar gradient, Scalar rate) const {
         if (!kStep) return gradient;
-        return stepped(value, rate, p.by_sign ? sign(gradient) : gradient);
+        return stepped(value, rate, p.method == Method::kSignMaml ? sign(gradient) : gradient);
     }
 
     __device__ void run() {

@@ -256,7 +256,7 @@ class ConvRun {
         params.by_width = divisor_of(last.act_width, std::int64_t{last.act_height} * last.act_width);
         params.readout = p_.shape.readout;
         params.source_is_raw = has_raw(net.count - 1);
-        params.by_sign = p_.by_sign;
+        params.by_sign = p_.method == Method::kSignMaml;
         launch("conv_head_kernel", conv_head_kernel<Stored>, dim3(static_cast<unsigned>(tasks_)), one.threads,
                one.shared_bytes, stream_, params);
     }
@@ -292,7 +292,7 @@ class ConvRun {
         }
         params.grads = p_.grads == nullptr ? nullptr : p_.grads + first_ * p_.parameters;
         params.nonfinite = p_.nonfinite + first_;
-        params.by_sign = p_.by_sign;
+        params.by_sign = p_.method == Method::kSignMaml;
         go(name, kernel, one, params);
     }
 };

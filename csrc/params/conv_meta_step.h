@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "params/method.h"
+
 namespace signmaml {
 
 inline constexpr int kConvBlocks = 6;     // blocks at most
@@ -67,7 +69,7 @@ struct ConvMetaStepParams {
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
-    bool by_sign;               // sign steps, else plain gradient steps
+    Method method;
     ConvShape shape;
 };
 

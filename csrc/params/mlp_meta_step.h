@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "params/method.h"
+
 namespace signmaml {
 
 inline constexpr int kMlpLayers = 5;   // linear layers at most: 1 to 4 hidden ones and the output
@@ -45,7 +47,7 @@ struct MlpMetaStepParams {
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
-    bool by_sign;               // sign steps, else plain gradient steps
+    Method method;
     MlpShape shape;
 };
 

@@ -101,7 +101,7 @@ def shape_of(problem: Problem, found: ConvSpec) -> dict[str, Any]:
 
 def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, native: ModuleType) -> None:
     shape, sizes = shape_of(problem, found), fused.sizes_of(problem)
-    steps, by_sign = problem.steps, problem.method == "sign-maml"
+    steps, method = problem.steps, problem.method
 
     if fused.on_cuda(problem, native):
         index = problem.device.index or 0
@@ -113,7 +113,7 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
         tensors["workspace"] = torch.empty(plan["workspace_bytes"], dtype=torch.uint8, device=problem.device)
         with Range("conv_meta_step", problem.device):
             native.conv_meta_step_cuda(
-                fused.addresses(tensors), shape, **sizes, steps=steps, by_sign=by_sign,
+                fused.addresses(tensors), shape, **sizes, steps=steps, method=method,
                 precision=problem.precision, device=index, stream=fused.stream_of(problem.device),
             )  # fmt: skip
     else:
@@ -121,6 +121,6 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
         plan = native.plan_conv_meta_step_cpu(shape, *sizes.values(), problem.dtype.itemsize, threads)
         with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"]) as addresses:
             native.conv_meta_step_cpu(
-                addresses, shape, **sizes, steps=steps, by_sign=by_sign, is_double=problem.dtype == torch.float64,
+                addresses, shape, **sizes, steps=steps, method=method, is_double=problem.dtype == torch.float64,
                 skip_nonfinite=problem.nonfinite == "skip", threads=threads,
             )  # fmt: skip

@@ -63,7 +63,7 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, na
     options = {
         **sizes,
         "steps": problem.steps,
-        "by_sign": problem.method == "sign-maml",
+        "method": problem.method,
         "is_double": problem.dtype == torch.float64,
     }
     if "logits" in tensors:

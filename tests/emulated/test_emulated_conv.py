@@ -101,11 +101,11 @@ def test_images_far_from_zero(native, offset):
         conv_cases.assert_within_twice_torch(net, apart)
 
 
-@pytest.mark.parametrize("by_sign", [True, False])
-def test_the_step_is_exact_given_the_gradient(native, by_sign):
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+def test_the_step_is_exact_given_the_gradient(native, method):
     """With the same data as query set of no step and as support set of one, the step uses exactly that gradient."""
     by_seed(native, 4)
-    emulated_cases.conv_step_is_exact(native, by_sign)
+    emulated_cases.conv_step_is_exact(native, method)
 
 
 def test_a_nan_of_any_bits_stays_one(native):
@@ -143,7 +143,7 @@ def test_plain_gradient_steps_and_options(native, case):
         "body only": {"adapt": [True] * (count - 2) + [False] * 2},
         "some": {"adapt": [i % 3 != 1 for i in range(count)]},
     }[case]
-    options = {"lr": 0.05, "steps": 3, "by_sign": False, **options}
+    options = {"lr": 0.05, "steps": 3, "method": "fo-maml", **options}
     found, exact = conv_cases.run(native, net, data, **options), conv_cases.definition(net, data, **options)
     assert max(conv_cases.errors(net, found.grads, exact.grads)) < 5e-6
     assert max(conv_cases.errors(net, found.adapted, exact.adapted)) < 1e-6

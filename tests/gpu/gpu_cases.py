@@ -69,7 +69,7 @@ def networks(native: ModuleType, device: str, chosen: Sequence[conv_cases.Net] =
         data = conv_cases.draw(net)
         there = data.to(device)
         theta = torch.cat([p.reshape(-1) for p in data.params])
-        exact = conv_cases.definition(net, data, steps=1, by_sign=False)
+        exact = conv_cases.definition(net, data, steps=1, method="fo-maml")
         assert exact.grads is not None
         alive = torch.cat([
             torch.full((torch.Size(shape).numel(),), not dead)
@@ -79,7 +79,7 @@ def networks(native: ModuleType, device: str, chosen: Sequence[conv_cases.Net] =
             for by_covariance in (True, False):
                 kind = (net.filters, precision, by_covariance)
                 options = {"precision": precision, "by_covariance": by_covariance}
-                found = conv_cases.run(native, net, there, by_sign=False, **options)
+                found = conv_cases.run(native, net, there, method="fo-maml", **options)
                 assert found.grads is not None and not found.nonfinite.any(), kind
                 for own, other in (
                     (found.grads, exact.grads),

@@ -72,7 +72,7 @@ def test_small_cases_of_the_emulator(by_covariance):
         count = len(net.tensors)
         options = {
             "steps": 2,
-            "by_sign": False,
+            "method": "fo-maml",
             "lr": torch.rand(2, count, generator=torch.Generator().manual_seed(1)) * 0.1,
             "adapt": [i % 4 != 2 for i in range(count)],
         }

@@ -436,4 +436,4 @@ def test_the_native_call_refuses_what_it_does_not_serve(changes: dict[str, Any],
         C.plan_conv_meta_step_cpu(OFFICIAL | changes, 1, 5, 5, 4, 1)
     with pytest.raises(ValueError, match="addresses: expected one for 'theta', found none"):
         sizes = {"tasks": 1, "support": 1, "query": 1, "steps": 1}
-        C.conv_meta_step_cpu({}, OFFICIAL, **sizes, by_sign=True, is_double=False, threads=1)
+        C.conv_meta_step_cpu({}, OFFICIAL, **sizes, method="sign-maml", is_double=False, threads=1)

@@ -25,6 +25,7 @@ LIBC.malloc.argtypes = (ctypes.c_size_t,)
 LIBC.free.argtypes = (ctypes.c_void_p,)
 
 REAL, WHOLE, BYTE = ("f", "d"), "q", "B"
+METHODS = ("sign-maml", "sign-maml", "fo-maml")
 
 
 class Buffer:
@@ -170,7 +171,7 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
         "lr": Buffer(kind, [0.01] * (steps * tensors)),
         "adapt": Buffer(BYTE, [generator.randint(0, 1) for _ in range(tensors)]),
     }
-    by_sign, bits = generator.random() < 0.7, []
+    method, bits = generator.choice(METHODS), []
     for threads in (1, 3):
         wanted = {
             "support_loss": steps * tasks,
@@ -192,7 +193,7 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
             if buffer.count
         }
         native.conv_meta_step_cpu(
-            used, shape, **whole, steps=steps, by_sign=by_sign, is_double=kind == "d", threads=threads
+            used, shape, **whole, steps=steps, method=method, is_double=kind == "d", threads=threads
         )
         if "adapted" in results and not any(results["nonfinite"].values()):
             for name, buffer in results.items():
@@ -224,7 +225,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
             given[f"{name}_target"] = reals(tasks * count * out)
         else:
             given[f"{name}_labels"] = Buffer(WHOLE, [generator.randrange(out) for _ in range(tasks * count)])
-    bits, by_sign, activation = [], generator.random() < 0.7, generator.choice(("relu", "tanh"))
+    bits, method, activation = [], generator.choice(METHODS), generator.choice(("relu", "tanh"))
     for threads in (1, 3):
         results = {
             name: poisoned(kind, count)
@@ -249,7 +250,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
             support=support,
             query=query,
             steps=steps,
-            by_sign=by_sign,
+            method=method,
             is_double=kind == "d",
             threads=threads,
         )
@@ -288,7 +289,9 @@ INTEGERS = (
     2**62,
     2**63 - 1,
 )
-WORDS = ("max", "stride", "flatten", "mean", "", "relu", "tanh", "mse", "cross_entropy", "fp32", "tf32", "bf16", "\0")
+WORDS = (
+    "max", "stride", "flatten", "mean", "", "relu", "tanh", "mse", "cross_entropy", "fp32", "tf32", "bf16", "maml", "\0"
+)  # fmt: skip
 
 
 def any_entry(choose: Callable[[Sequence[Any]], Any]) -> Any:
@@ -343,7 +346,7 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
             support=size(),
             query=size(),
             steps=size(),
-            by_sign=True,
+            method="sign-maml",
             is_double=False,
             threads=size(),
         ),

@@ -188,7 +188,7 @@ def definition(
     *,
     steps: int = 1,
     lr: Tensor | float = 0.01,
-    by_sign: bool = True,
+    method: str = "sign-maml",
     adapt: list[bool] | None = None,
     dtype: torch.dtype = torch.float64,
     precision: str = "fp32",
@@ -206,7 +206,7 @@ def definition(
             for i, (p, each) in enumerate(zip(phi, g, strict=True)):
                 if adapt[i] and not net.dead[i]:
                     flag |= not bool(each.isfinite().all())
-                    phi[i] = p - rates[step, i] * (reference.sign(each) if by_sign else each)
+                    phi[i] = p - rates[step, i] * (reference.sign(each) if method == "sign-maml" else each)
         loss, g, logits = gradient(net, phi, data.query_x[t].to(dtype), data.query_y[t], precision)
         flag |= not bool(loss.isfinite()) or not all(bool(each.isfinite().all()) for each in g)
         losses.append(torch.stack(of_task) if of_task else loss.new_empty(0))
@@ -260,7 +260,7 @@ def prepare(
     *,
     steps: int = 1,
     lr: Tensor | float = 0.01,
-    by_sign: bool = True,
+    method: str = "sign-maml",
     adapt: list[bool] | None = None,
     precision: str = "fp32",
     wants_grads: bool = True,
@@ -311,7 +311,7 @@ def prepare(
         "support": net.support,
         "query": query,
         "steps": steps,
-        "by_sign": by_sign,
+        "method": method,
         "precision": precision,
         "by_covariance": by_covariance,
         "workspace_limit": workspace_limit,

@@ -253,8 +253,8 @@ def mlp_meta_step(
 def conv_meta_step(native: ModuleType, net: conv_cases.Net, *, by_covariance: bool = True, **options: Any) -> None:
     """A meta-step with plain gradient steps, which hide no error, against float64."""
     data = conv_cases.draw(net)
-    found = conv_cases.run(native, net, data, by_sign=False, by_covariance=by_covariance, **options)
-    exact = conv_cases.definition(net, data, by_sign=False, **options)
+    found = conv_cases.run(native, net, data, method="fo-maml", by_covariance=by_covariance, **options)
+    exact = conv_cases.definition(net, data, method="fo-maml", **options)
     for name in ("grads", "adapted"):
         errors = conv_cases.errors(net, getattr(found, name), getattr(exact, name))
         assert max(errors) < 5e-6, (name, errors)
@@ -290,18 +290,18 @@ def conv_precision(native: ModuleType, net: conv_cases.Net, precision: str, by_c
     assert ratio < 2, (precision, by_covariance, ratio)
 
 
-def conv_step_is_exact(native: ModuleType, by_sign: bool) -> None:
+def conv_step_is_exact(native: ModuleType, method: str) -> None:
     """With the same data as query set of no step and as support set of one, the step uses exactly that gradient."""
     net = conv_cases.Net(channels=2, support=3, query=3)
     data = conv_cases.draw(net)
     lr = torch.rand(1, len(net.tensors)) * 0.1
     data.query_x, data.query_y = data.support_x, data.support_y
     gradient = conv_cases.run(native, net, data, steps=0).grads
-    stepped = conv_cases.run(native, net, data, steps=1, lr=lr, by_sign=by_sign)
+    stepped = conv_cases.run(native, net, data, steps=1, lr=lr, method=method)
     rates = torch.cat([rate.expand(torch.Size(shape).numel()) for rate, shape in zip(lr[0], net.tensors, strict=True)])
     theta = torch.cat([p.reshape(-1) for p in data.params])
     assert gradient is not None
-    direction = gradient.sign() if by_sign else gradient
+    direction = gradient.sign() if method == "sign-maml" else gradient
     assert torch.equal(stepped.adapted, theta - rates * direction)
     for tensor, before, dead in zip(conv_cases.split(net, stepped.adapted), data.params, net.dead, strict=True):
         assert not dead or torch.equal(tensor, before.expand_as(tensor)), "a convolution's bias never moves"
@@ -451,8 +451,8 @@ def run_kernels(native: ModuleType) -> None:
             ):
                 mlp_meta_step(native, *sizes, loss, dtype, activation)
         mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
-    for by_sign in (True, False):
-        conv_step_is_exact(native, by_sign)
+    for method in ("sign-maml", "fo-maml"):
+        conv_step_is_exact(native, method)
     for by_covariance in (True, False):
         conv_branches(native, conv_cases.Net(height=6, width=7, support=2, query=2), by_covariance=by_covariance)
     for precision in ("fp32", "tf32", "bf16"):

@@ -37,7 +37,7 @@ class Group {
             const V loss = pass(p_.support, nullptr);
             give(p_.support_loss + step * p_.tasks + first_, loss);
             const Scalar* lr = p_.lr + std::int64_t{step} * 2 * p_.shape.layers;
-            if (p_.by_sign) {
+            if (p_.method == Method::kSignMaml) {
                 backward<Purpose::kSignStep>(p_.support.count, lr);
             } else {
                 backward<Purpose::kPlainStep>(p_.support.count, lr);

@@ -1,0 +1,27 @@
+// The method by its name in Python.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "params/method.h"
+
+namespace signmaml::bindings {
+
+inline Method method_of(const std::string& name) {
+    if (name == "sign-maml") return Method::kSignMaml;
+    if (name == "fo-maml") return Method::kFoMaml;
+    if (name == "maml") return Method::kMaml;
+    throw std::invalid_argument("method: expected 'sign-maml', 'fo-maml' or 'maml', found '" + name + "'");
+}
+
+// For kernels that do not differentiate through the steps.
+inline Method first_order(const std::string& name) {
+    const Method method = method_of(name);
+    if (method == Method::kMaml) {
+        throw std::invalid_argument("method: expected 'sign-maml' or 'fo-maml' here, found 'maml'");
+    }
+    return method;
+}
+
+}  // namespace signmaml::bindings
