@@ -75,8 +75,6 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
         names: Parameters that the family's layers use.
         precisions: The precisions that it computes in.
     """
-    if problem.method == "maml":
-        return "maml is second order"
     if not isinstance(problem.support_x, Tensor):
         return "the model has several inputs"
     if problem.output is not None:
@@ -173,6 +171,8 @@ def _live(problem: Problem, flags: Tensor) -> Tensor:
 
 def adapt(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spec]) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
+    if problem.method == "maml":
+        problem = problem.replace(method="fo-maml")  # they differ only in the meta-gradient
     assert not isinstance(spec, str), "why_not has a reason for this problem"
     _check(problem, spec, native)
     part = _run(problem, spec, native, call, None)

@@ -26,6 +26,8 @@ def why_not(problem: Problem) -> str | None:
     found = read(problem.model)
     if isinstance(found, str):
         return found
+    if problem.method == "maml":
+        return "maml is second order"
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
         return (
             f"it serves up to {MOST_BLOCKS} blocks with a multiple of {FILTER_UNIT} up to {MOST_FILTERS} filters, "

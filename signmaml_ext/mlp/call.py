@@ -23,6 +23,8 @@ def why_not(problem: Problem) -> str | None:
     found = read(problem.model)
     if isinstance(found, str):
         return found
+    if problem.method == "maml":
+        return "maml is second order"
     if problem.loss not in ("mse", "cross_entropy"):
         return "the loss is a callable"
     if max(found.widths[1:-1]) > WIDEST or len(found.layers) - 1 > MOST_HIDDEN_LAYERS:
