@@ -123,6 +123,8 @@ def plan_conv_meta_step_cpu(
     query: int,
     scalar_bytes: int,
     threads: int,
+    steps: int = 0,
+    method: str = "sign-maml",
     with_blocks: bool = False,
 ) -> dict[str, Any]: ...
 def plan_conv_meta_step(

@@ -108,15 +108,19 @@ struct ConvSizes {
         check_range("steps", steps, 0, kMost);
         if (steps > 0) check_range("support", support, 1, kMost);
     }
+
+    std::int64_t history() const { return conv_history(method, steps, query); }
 };
 
 // Throws for sizes so large that a plan's int64 byte counts could overflow. No machine has that much memory.
-void check_memory(const ConvShape& shape, std::int64_t examples, std::int64_t tasks) {
+void check_memory(const ConvShape& shape, const ConvSizes& sizes) {
+    const std::int64_t examples = larger(sizes.support, sizes.query), tasks = sizes.tasks;
     const double pixels = static_cast<double>(shape.height + 2) * static_cast<double>(shape.width + 2);
     const double activations = static_cast<double>(examples) * (pixels * kConvFilters * 16 + shape.ways) * 64;
     const double results = static_cast<double>(tasks) * static_cast<double>(conv_parameters(shape) + examples) * 64;
-    if (activations > 1e18 || results > 1e18) {
-        refuse("shape, tasks, support, query", "sizes whose memory can be counted",
+    const double kept = static_cast<double>(sizes.history()) * static_cast<double>(conv_parameters(shape)) * 256;
+    if (activations > 1e18 || results > 1e18 || kept > 1e18) {
+        refuse("shape, tasks, support, query, steps", "sizes whose memory can be counted",
                std::to_string(examples) + " images of " + std::to_string(shape.height) + " x " +
                    std::to_string(shape.width) + " in " + std::to_string(tasks) + " tasks");
     }
@@ -175,16 +179,18 @@ ConvUnit conv_unit(int scalar_bytes) {
 }
 
 py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads,
-                  bool with_blocks) {
+                  int steps, const std::string& method, bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, 0, Method::kFoMaml}.check();
-    check_memory(shape, larger(support, query), tasks);
+    const ConvSizes sizes{tasks, support, query, steps, method_of(method)};
+    sizes.check();
+    check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     const ConvUnit unit = conv_unit(scalar_bytes);
-    const ConvCpuPlan plan = plan_conv_meta_step_cpu(shape, tasks, support, query, scalar_bytes, unit, threads);
-    const ConvCpuLayout layout =
-        conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit, /*alone=*/plan.side_by_side > 0);
+    const ConvCpuPlan plan =
+        plan_conv_meta_step_cpu(shape, tasks, support, query, sizes.history(), scalar_bytes, unit, threads);
+    const ConvCpuLayout layout = conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit,
+                                                 /*alone=*/plan.side_by_side > 0 && sizes.history() == 0);
     py::dict found("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
                    "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes);
@@ -213,9 +219,9 @@ void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
                         int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, first_order(method)};
+    const ConvSizes sizes{tasks, support, query, steps, method_of(method)};
     sizes.check();
-    check_memory(shape, larger(support, query), tasks);
+    check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     if (is_double) {
         run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
@@ -320,7 +326,7 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
 void define_conv(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a, "with_blocks"_a = false);
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,

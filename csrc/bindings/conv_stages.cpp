@@ -217,7 +217,7 @@ class RunnerOf final : public ConvStageRunner {
         }
         if (stage == "weight_products" && !first) {
             return [this, block, scratch] {
-                stages_.weight_products(task_, block, 0, task_.examples, 0, kConvProducts, scratch);
+                stages_.weight_products(task_, block, 0, task_.examples, 0, kConvProducts, false, scratch);
             };
         }
         // The same in parts, as it is divided among threads and ranges of examples.
@@ -226,7 +226,7 @@ class RunnerOf final : public ConvStageRunner {
                 const std::int64_t n = task_.examples, at_once = b.weight_images;
                 for (std::int64_t i = (n - 1) / at_once * at_once; i >= 0; i -= at_once) {
                     for (const auto& [from, to] : {std::pair{0, 5}, std::pair{5, 11}, std::pair{11, 16}}) {
-                        stages_.weight_products(task_, block, i, std::min(i + at_once, n), from, to, scratch);
+                        stages_.weight_products(task_, block, i, std::min(i + at_once, n), from, to, false, scratch);
                     }
                 }
             };

@@ -25,14 +25,24 @@ struct ConvHead {
 
     // grads <- the gradient of the mean loss, from the softmax
     void to_gradient() const {
-        bool in_range = true;
-        for (std::int64_t i = 0; i < count; ++i) in_range &= has_label(i);
-        const Scalar share =
-            in_range ? Scalar(1) / static_cast<Scalar>(count) : std::numeric_limits<Scalar>::quiet_NaN();
+        const Scalar each = share();
         for (std::int64_t i = 0; i < count; ++i) {
             Scalar* grad = grads + i * ways;
-            if (in_range) grad[labels[i]] -= Scalar(1);
-            for (std::int64_t way = 0; way < ways; ++way) grad[way] *= share;
+            if (has_label(i)) grad[labels[i]] -= Scalar(1);
+            for (std::int64_t way = 0; way < ways; ++way) grad[way] *= each;
+        }
+    }
+
+    // `to` [count, ways] <- the derivative of the mean loss's gradient, from the softmax and the derivative of the
+    // logits
+    void gradient_tangent(const Scalar* logits_tangent, Scalar* to) const {
+        const Scalar each = share();
+        for (std::int64_t i = 0; i < count * ways; i += ways) {
+            Scalar mean = 0;
+            for (std::int64_t way = 0; way < ways; ++way) mean += grads[i + way] * logits_tangent[i + way];
+            for (std::int64_t way = 0; way < ways; ++way) {
+                to[i + way] = each * grads[i + way] * (logits_tangent[i + way] - mean);
+            }
         }
     }
 
@@ -43,6 +53,13 @@ struct ConvHead {
     }
 
   private:
+    // Of an example in the mean; NaN if a label is out of range.
+    Scalar share() const {
+        bool in_range = true;
+        for (std::int64_t i = 0; i < count; ++i) in_range &= has_label(i);
+        return in_range ? Scalar(1) / static_cast<Scalar>(count) : std::numeric_limits<Scalar>::quiet_NaN();
+    }
+
     bool has_label(std::int64_t i) const { return labels[i] >= 0 && labels[i] < ways; }
 
     Scalar loss_of(std::int64_t i) const {

@@ -30,6 +30,9 @@ struct ConvPartial {
     // grad_sums: of the gradient that ReLU passes, [channels], and after block 0 of it times the normalised value
     [[gnu::always_inline]] Scalar* grad_sums() const { return begin; }
     [[gnu::always_inline]] Scalar* grad_products() const { return begin + channels; }
+    // tangent_sums: of the raw tangents, and of them times the centred raw values, [channels] each
+    [[gnu::always_inline]] Scalar* tangent_sums() const { return begin; }
+    [[gnu::always_inline]] Scalar* tangent_products() const { return begin + channels; }
     // first_weight_grad: [groups, 9 inputs, group]; grad_sums stay
     [[gnu::always_inline]] Scalar* patch_grads() const { return begin + 2 * channels; }
 };
@@ -102,9 +105,10 @@ struct ConvStages {
     void (*raw_grad)(const ConvTask<Scalar>&, int block, std::int64_t item);
     // The weight gradient of a block after the first consists of kConvProducts matrices of products: these are the ones
     // from first_product on. Examples [first, last) go from the last to the first. Those up to the set's end start the
-    // sums, and the others add to them. `first` is a multiple of weight_images, and `last` too unless it is the end.
+    // sums, unless they are to be added too, and the others add to them. `first` is a multiple of weight_images, and
+    // `last` too unless it is the end.
     void (*weight_products)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last,
-                            std::int64_t first_product, std::int64_t last_product, Scalar* scratch);
+                            std::int64_t first_product, std::int64_t last_product, bool add, Scalar* scratch);
     // weight_grad <- the sums of those matrices
     void (*weight_grad)(const ConvTask<Scalar>&, int block);
     // activation_grad of the block before `block` <- data gradient of `block`; then grad_sums. The items [first, last)
@@ -114,6 +118,31 @@ struct ConvStages {
     void (*first_weight_grad)(const ConvTask<Scalar>&, std::int64_t item, Scalar* scratch);
     // weight_grad, kBetaGrad and kGammaGrad of block 0
     void (*finish_first)(const ConvTask<Scalar>&);
+
+    // ---- the derivative of the passes in one direction of the parameters (cpu/conv_second_order.h)
+    // `t` is the task and `d` has the derivatives of what t has; mixtures of the two are layouts too. All of t's
+    // activations are kept.
+    // raw (+)= convolution of the items [first, last), of a block after the first
+    void (*convolve)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last, bool add,
+                     Scalar* scratch);
+    // activation_grad of the block before `block` (+)= data gradient of `block`; the items are those of data_grad
+    void (*convolve_back)(const ConvTask<Scalar>&, int block, std::int64_t first, std::int64_t last, bool add,
+                          Scalar* scratch);
+    // d's first_weight and, from it, activation of block 0
+    void (*tangent_transform_first)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d);
+    void (*tangent_first)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, std::int64_t item, Scalar* scratch);
+    // tangent_sums and tangent_products from both raw values, and d's winner; of a block after the first
+    void (*tangent_sums)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, int block, std::int64_t item);
+    // d's vectors from kMean to kShift; then its activation, of a block after the first
+    void (*tangent_statistics)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, int block);
+    void (*tangent_normalise)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, int block, std::int64_t example);
+    // Of a block after the first: d's activation_grad <- 0 where ReLU was; grad_sums and grad_products. Then d's
+    // vectors from kGammaGrad to kOffset. Then both raw values <- their own gradients.
+    void (*tangent_grad_sums)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, int block, std::int64_t item);
+    void (*tangent_norm_grads)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, int block);
+    void (*tangent_raw_grad)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d, int block, std::int64_t item);
+    // d's weight_grad, kBetaGrad and kGammaGrad of block 0
+    void (*tangent_finish_first)(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d);
 
     // ---- the classifier and the step
     Scalar (*dot)(const Scalar* a, const Scalar* b, std::int64_t n);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "params/conv_meta_step.h"
 #include "plan/math.h"
@@ -344,6 +345,93 @@ constexpr ConvCpuLayout conv_cpu_layout(const ConvShape& shape, std::int64_t exa
     return layout;
 }
 
+// What exact MAML needs of a task beside its own memory, which keeps all activations.
+struct ConvSecondOrderLayout {
+    // The derivatives, in one direction, of all that the passes compute: laid out like the task, after it. Images, what
+    // is known of their patches, and pooling's choices are the task's own.
+    ConvCpuLayout tangents;
+    // The same, but these arrays are the task's own: weights; activations; raw values.
+    ConvCpuLayout with_weights, with_activations, with_raw;
+    std::int64_t packed;   // scalars of all parameters in the order of conv_spans
+    std::int64_t adjoint;  // [packed], the derivative of the query loss in the parameters of a step
+    std::int64_t history;  // [steps kept, packed], the parameters before each step
+    std::int64_t end;
+};
+
+// Where a parameter tensor that has a gradient lies in a task's memory, and in a packed row.
+struct ConvSpan {
+    int tensor;  // its number in theta's order
+    std::int64_t parameter, gradient, row, count;
+};
+
+// All of them: weight, gamma and beta of each block, then the classifier's weight and bias.
+struct ConvSpans {
+    ConvSpan span[3 * kConvBlocks + 2];
+    int count;
+    std::int64_t packed;
+};
+
+constexpr ConvSpans conv_spans(const ConvShape& shape, const ConvCpuLayout& layout) {
+    ConvSpans spans{};
+    const auto add = [&spans](int tensor, std::int64_t parameter, std::int64_t gradient, std::int64_t count) {
+        spans.span[spans.count++] = {tensor, parameter, gradient, spans.packed, count};
+        spans.packed += count;
+    };
+    const int in_block = conv_tensors_of_block(shape), classifier = shape.blocks * in_block;
+    for (int i = 0; i < shape.blocks; ++i) {
+        const ConvBlockPlan& b = layout.blocks[i];
+        const int beta = (i + 1) * in_block - 1;
+        const auto vector = [&b, &layout](ConvVector which) { return b.vector + which * layout.channels; };
+        add(i * in_block, b.weight, b.weight_grad, 9 * std::int64_t{b.inputs} * layout.channels);
+        add(beta - 1, vector(kGamma), vector(kGammaGrad), shape.filters);
+        add(beta, vector(kBeta), vector(kBetaGrad), shape.filters);
+    }
+    add(classifier, layout.classifier, layout.classifier_grad, shape.ways * layout.features);
+    add(classifier + 1, layout.classifier_bias, layout.classifier_bias_grad, shape.ways);
+    return spans;
+}
+
+// How many steps' parameters are kept: those of exact MAML, which goes back through them from the query loss.
+constexpr std::int64_t conv_history(Method method, std::int64_t steps, std::int64_t query) {
+    return method == Method::kMaml && query > 0 ? steps : 0;
+}
+
+constexpr ConvSecondOrderLayout conv_second_order_layout(const ConvShape& shape, const ConvCpuLayout& layout,
+                                                         std::int64_t history, int scalar_bytes) {
+    ConvSecondOrderLayout all{};
+    ConvCpuLayout& moved = all.tangents;
+    moved = layout;
+    const auto move = [&layout](std::int64_t& place) {
+        if (place >= 0) place += layout.size;
+    };
+    for (int i = 0; i < shape.blocks; ++i) {
+        ConvBlockPlan& b = moved.blocks[i];
+        for (std::int64_t* place : {&b.weight, &b.weight_grad, &b.vector, &b.raw, &b.winner, &b.activation}) {
+            move(*place);
+        }
+    }
+    for (std::int64_t* place :
+         {&moved.readout, &moved.activation_grad, &moved.classifier, &moved.classifier_grad, &moved.classifier_bias,
+          &moved.classifier_bias_grad, &moved.first_weight, &moved.weight_back, &moved.transformed, &moved.products,
+          &moved.logits, &moved.logits_grad, &moved.partial}) {
+        move(*place);
+    }
+    all.with_weights = all.with_activations = all.with_raw = moved;
+    for (int i = 0; i < shape.blocks; ++i) {
+        all.with_weights.blocks[i].weight = layout.blocks[i].weight;
+        all.with_activations.blocks[i].activation = layout.blocks[i].activation;
+        all.with_raw.blocks[i].raw = layout.blocks[i].raw;
+    }
+    all.with_weights.weight_back = layout.weight_back;
+    all.with_weights.transformed = layout.transformed;
+    all.packed = conv_spans(shape, layout).packed;
+    ConvPlaces places{64 / scalar_bytes, 2 * layout.size};
+    all.adjoint = places.take(all.packed);
+    all.history = places.take(history * all.packed);
+    all.end = places.at;
+    return all;
+}
+
 // Which tasks run side by side, one thread each. The rest run one after another with all threads on each.
 struct ConvCpuPlan {
     std::int64_t side_by_side;     // how many tasks, counted from the first, run side by side
@@ -354,13 +442,19 @@ struct ConvCpuPlan {
 };
 
 constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64_t tasks, std::int64_t support,
-                                              std::int64_t query, int scalar_bytes, ConvUnit unit, int threads) {
+                                              std::int64_t query, std::int64_t history, int scalar_bytes, ConvUnit unit,
+                                              int threads) {
     const std::int64_t examples = larger(support, query), side_by_side = tasks / threads * threads;
-    const ConvCpuLayout alone = conv_cpu_layout(shape, examples, scalar_bytes, unit, /*alone=*/true);
-    const ConvCpuLayout together = conv_cpu_layout(shape, examples, scalar_bytes, unit, /*alone=*/false);
+    const auto layout_for = [&](bool alone) {
+        return conv_cpu_layout(shape, examples, scalar_bytes, unit, alone && history == 0);
+    };
+    const auto size_of = [&](const ConvCpuLayout& layout) {
+        return history > 0 ? conv_second_order_layout(shape, layout, history, scalar_bytes).end : layout.size;
+    };
+    const ConvCpuLayout alone = layout_for(true), together = layout_for(false);
     const std::int64_t teams = side_by_side > 0 ? threads : 1;
-    const std::int64_t one = side_by_side > 0 ? alone.size + alone.scratch : 0;
-    const std::int64_t large_team = side_by_side < tasks ? together.size + threads * together.scratch : 0;
+    const std::int64_t one = side_by_side > 0 ? size_of(alone) + alone.scratch : 0;
+    const std::int64_t large_team = side_by_side < tasks ? size_of(together) + threads * together.scratch : 0;
     // 64 extra bytes: the start of the workspace is rounded up to a multiple of 64.
     return {side_by_side, teams, one, larger(teams * one, large_team) * scalar_bytes + 64, mean_slots(tasks, threads)};
 }

@@ -26,8 +26,8 @@ def why_not(problem: Problem) -> str | None:
     found = read(problem.model)
     if isinstance(found, str):
         return found
-    if problem.method == "maml":
-        return "maml is second order"
+    if problem.method == "maml" and problem.device.type == "cuda":
+        return "its kernels on CUDA do not differentiate through the steps"
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
         return (
             f"it serves up to {MOST_BLOCKS} blocks with a multiple of {FILTER_UNIT} up to {MOST_FILTERS} filters, "
@@ -120,7 +120,9 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
             )  # fmt: skip
     else:
         threads = torch.get_num_threads()
-        plan = native.plan_conv_meta_step_cpu(shape, *sizes.values(), problem.dtype.itemsize, threads)
+        plan = native.plan_conv_meta_step_cpu(
+            shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method
+        )
         with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"]) as addresses:
             native.conv_meta_step_cpu(
                 addresses, shape, **sizes, steps=steps, method=method, is_double=problem.dtype == torch.float64,

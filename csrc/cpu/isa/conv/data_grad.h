@@ -11,9 +11,9 @@
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
 
-// out <- some rows of the data gradient of one image, by direct convolution
+// out (+)= some rows of the data gradient of one image, by direct convolution
 template <typename Scalar>
-void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, Scalar* out) {
+void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, Scalar* out, bool add) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, filters = t.shape->filters;
     const std::int64_t group = b.vectors_back * kLanes<Scalar>, row = (b.out_w + 2) * channels;
@@ -21,15 +21,15 @@ void data_grad_directly(const ConvTask<Scalar>& t, int block, const Rows& rows, 
     for (std::int64_t first = 0; first < channels; first += group) {
         convolve_grid(out + first, {channels, b.in_w * channels}, grads, {channels, row}, rows.count, b.in_w,
                       window_runs(row, channels, filters, group), t.at(t.layout->weight_back) + first * 9 * filters,
-                      b.vectors_back);
+                      b.vectors_back, add);
     }
 }
 
-// out <- some rows of the data gradient of several images, with shared products. out_image leads from the first row of
-// one image to that of the next.
+// out (+)= some rows of the data gradient of several images, with shared products. out_image leads from the first row
+// of one image to that of the next.
 template <typename Scalar>
 void data_grad_strided(const ConvTask<Scalar>& t, int block, const Rows& rows, std::int64_t images, Scalar* out,
-                       std::int64_t out_image, Scalar* scratch) {
+                       std::int64_t out_image, bool add, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels, out_row = b.in_w * channels;
     const Scalar* grads = t.at(b.raw) + rows.example * (b.out_h + 2) * row;
@@ -45,7 +45,8 @@ void data_grad_strided(const ConvTask<Scalar>& t, int block, const Rows& rows, s
                                      t.shape->filters,
                                      t.at(t.layout->weight_back),
                                      t.at(t.layout->transformed),
-                                     b.vectors_back},
+                                     b.vectors_back,
+                                     add},
                                     gathering_axis(top, bottom, b.out_h), gathering_axis(left, right, b.out_w),
                                     scratch + t.layout->shared_scratch);
         }
@@ -61,28 +62,41 @@ void grad_sums(const ConvTask<Scalar>& t, int block, std::int64_t item, Scalar* 
     }
 }
 
-// activation_grad of block - 1, then grad_sums of it.
+// activation_grad of block - 1 (+)= the data gradient of `item` of [first, last). Where items share products, this does
+// all of them with the first.
 template <typename Scalar>
-void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, Scalar* scratch) {
+void convolve_back_item(const ConvTask<Scalar>& t, int block, std::int64_t item, std::int64_t first, std::int64_t last,
+                        bool add, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const ConvBlockPlan& before = t.block(block - 1);
     const std::int64_t channels = t.layout->channels, row = (b.out_w + 2) * channels;
+    const Rows rows = rows_of(item, before.half_items, before.act_rows, before.act_h);
+    Scalar* out = activation_grad_row(t, block - 1, rows.example, rows.first, grad_in_scratch(t, item, first, scratch));
+    if (b.winograd) {
+        const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
+        winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels, add},
+                         t.at(t.layout->transformed), b.vectors_back, scratch);
+    } else if (!b.shared) {
+        data_grad_directly(t, block, rows, out, add);
+    } else if (item == first) {
+        const std::int64_t image =
+            t.layout->first_grad_in_scratch && block == 1 ? t.layout->first_grad : b.in_h * b.in_w * channels;
+        data_grad_strided(t, block, rows, last - first, out, image, add, scratch);
+    }
+}
+
+template <typename Scalar>
+void convolve_back(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, bool add,
+                   Scalar* scratch) {
+    for (std::int64_t item = first; item < last; ++item) convolve_back_item(t, block, item, first, last, add, scratch);
+}
+
+// activation_grad of block - 1, then grad_sums of it.
+template <typename Scalar>
+void data_grad(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last, Scalar* scratch) {
     for (std::int64_t item = first; item < last; ++item) {
-        const Rows rows = rows_of(item, before.half_items, before.act_rows, before.act_h);
-        Scalar* own = scratch + (item - first) * t.layout->first_grad;
-        Scalar* out = activation_grad_row(t, block - 1, rows.example, rows.first, own);
-        if (b.winograd) {
-            const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
-            winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels},
-                             t.at(t.layout->transformed), b.vectors_back, scratch);
-        } else if (!b.shared) {
-            data_grad_directly(t, block, rows, out);
-        } else if (item == first) {
-            const std::int64_t image =
-                t.layout->first_grad_in_scratch && block == 1 ? t.layout->first_grad : b.in_h * b.in_w * channels;
-            data_grad_strided(t, block, rows, last - first, out, image, scratch);
-        }
-        grad_sums(t, block - 1, item, own);
+        convolve_back_item(t, block, item, first, last, /*add=*/false, scratch);
+        grad_sums(t, block - 1, item, grad_in_scratch(t, item, first, scratch));
     }
 }
 

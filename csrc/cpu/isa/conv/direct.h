@@ -23,7 +23,7 @@ void convolve_positions(Scalar* out, const To& to, const Scalar* x, const typena
 }
 
 constexpr Steps in_threes(std::int64_t step) { return {step, kTileWidth * step}; }
-constexpr ToRows one_row(std::int64_t step) { return {in_threes(step)}; }
+constexpr ToRows one_row(std::int64_t step, bool add = false) { return {in_threes(step), add}; }
 
 template <typename Scalar, typename To>
 void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_step, std::int64_t positions,
@@ -33,11 +33,12 @@ void convolve_row(Scalar* out, const To& to, const Scalar* x, std::int64_t x_ste
 
 // Convolves rows of positions. Rows of two or three go in pairs. Alone they would leave half of the registers idle, and
 // the weights would be read from L2 twice as often.
+// add: to what is in `out`.
 template <typename Scalar>
 void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::int64_t rows, std::int64_t positions,
-                   const Runs& runs, const Scalar* weight, int vectors) {
+                   const Runs& runs, const Scalar* weight, int vectors, bool add) {
     if (positions == 1) {
-        convolve_row(out, one_row(to_out.row), x, to_x.row, rows, runs, weight, vectors);
+        convolve_row(out, one_row(to_out.row, add), x, to_x.row, rows, runs, weight, vectors);
         return;
     }
     const bool pairs = positions <= 3 && 2 * positions <= most_rows(vectors);
@@ -47,9 +48,9 @@ void convolve_grid(Scalar* out, Steps to_out, const Scalar* x, Steps to_x, std::
         if (pairs && y + 1 < rows) {
             const auto tile =
                 positions == 3 ? convolve_tile_of<Scalar, ToRows>(vectors, 6) : pair_tile_of<Scalar>(vectors);
-            tile(to, {to_out}, 0, from, to_x, runs, weight);
+            tile(to, {to_out, add}, 0, from, to_x, runs, weight);
         } else {
-            convolve_row(to, one_row(to_out.step), from, to_x.step, positions, runs, weight, vectors);
+            convolve_row(to, one_row(to_out.step, add), from, to_x.step, positions, runs, weight, vectors);
         }
     }
 }

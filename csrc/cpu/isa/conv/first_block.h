@@ -34,31 +34,37 @@ void moments_of_patches(const ConvTask<Scalar>& t, double* mean, double* varianc
     for (std::int64_t c = 0; c < channels; ++c) variance[c] = variance[c] < 0 ? 0 : variance[c];
 }
 
-// first_weight <- weight times BatchNorm's scale and, where the block pools, transformed for F(2, 3) over pairs of rows
+// to <- a group's weights of block 0, three rows of a window; where the block pools, four rows for F(2, 3) over pairs
+// of rows. of(i): the vector of weights from scalar i on.
+template <typename Scalar, typename Of>
+void transform_first_group(Scalar* to, std::int64_t row, int stride, const Of& of) {
+    const Vector<Scalar> half = all(Scalar(0.5));
+    for (std::int64_t i = 0; i < row; i += kLanes<Scalar>) {
+        const Vector<Scalar> g0 = of(i), g1 = of(row + i), g2 = of(2 * row + i);
+        if (stride == 1) {
+            store(to + i, g0);
+            store(to + row + i, half * (g0 + g2 + g1));
+            store(to + 2 * row + i, half * (g0 + g2 - g1));
+            store(to + 3 * row + i, -g2);
+        } else {
+            store(to + i, g0);
+            store(to + row + i, g1);
+            store(to + 2 * row + i, g2);
+        }
+    }
+}
+
+// first_weight <- weight times BatchNorm's scale, transformed where the block pools
 template <typename Scalar>
 void transform_first(const ConvTask<Scalar>& t) {
     const ConvBlockPlan& b = t.block(0);
     const std::int64_t group = b.vectors * kLanes<Scalar>, row = 3 * std::int64_t{b.inputs} * group;
-    const Vector<Scalar> half = all(Scalar(0.5));
-    Scalar* to = t.at(t.layout->first_weight);
     for (std::int64_t first = 0; first < t.layout->channels; first += group) {
         const Scalar* weight = t.at(b.weight) + first * 9 * b.inputs;
-        for (std::int64_t i = 0; i < row; i += kLanes<Scalar>) {
-            const Vector<Scalar> scale = load(t.vector(0, kScale) + first + i % group);
-            const Vector<Scalar> g0 = scale * load(weight + i), g1 = scale * load(weight + row + i);
-            const Vector<Scalar> g2 = scale * load(weight + 2 * row + i);
-            if (b.stride == 1) {
-                store(to + i, g0);
-                store(to + row + i, half * (g0 + g2 + g1));
-                store(to + 2 * row + i, half * (g0 + g2 - g1));
-                store(to + 3 * row + i, -g2);
-            } else {
-                store(to + i, g0);
-                store(to + row + i, g1);
-                store(to + 2 * row + i, g2);
-            }
-        }
-        to += (b.stride == 1 ? 4 : 3) * row;
+        Scalar* to = t.at(t.layout->first_weight) + first * (b.stride == 1 ? 12 : 9) * b.inputs;
+        transform_first_group(to, row, b.stride, [&](std::int64_t i) {
+            return load(t.vector(0, kScale) + first + i % group) * load(weight + i);
+        });
     }
 }
 
@@ -75,6 +81,39 @@ struct FirstWindows {
     Scalar* activation;
     std::uint8_t* choices;
     std::int64_t channels;  // from one window's output to the next
+    // Of a tangent: the task's own activation. Its windows and its choices say what passes.
+    const Scalar* passes;
+};
+
+// What a window gives, in the forward pass: the first of its four largest, after the shift and ReLU.
+template <typename Scalar>
+struct TakeLargest {
+    static Vector<Scalar> of(const Vector<Scalar> (&window)[4], const FirstWindows<Scalar>& w, std::int64_t to,
+                             Vector<Scalar> shift) {
+        Vector<Scalar> best = window[0];
+        Mask<Scalar> choice = {};
+#pragma GCC unroll 3
+        for (int i = 1; i < 4; ++i) {
+            const Mask<Scalar> better = window[i] > best;
+            best = better ? window[i] : best;
+            choice = better ? Mask<Scalar>{} + i : choice;
+        }
+        store_choice<Scalar>(w.choices + to, choice);
+        return relu<Scalar>(best + shift);
+    }
+};
+
+// What a window of tangents gives: the one at the winner, where ReLU passes it.
+template <typename Scalar>
+struct TakeChosen {
+    static Vector<Scalar> of(const Vector<Scalar> (&window)[4], const FirstWindows<Scalar>& w, std::int64_t to,
+                             Vector<Scalar> shift) {
+        const Mask<Scalar> choice = load_choice<Scalar>(w.choices + to);
+        Vector<Scalar> chosen = window[0];
+#pragma GCC unroll 3
+        for (int i = 1; i < 4; ++i) chosen = choice == i ? window[i] : chosen;
+        return passed_by_relu<Scalar>(load(w.passes + to), chosen + shift);
+    }
 };
 
 // one, other += the products of planes one_plane and other_plane, for every position and kVectors vectors of channels
@@ -94,7 +133,7 @@ template <typename Scalar, int kVectors, int kPositions>
     }
 }
 
-template <typename Scalar, int kVectors, int kWindows>
+template <typename Scalar, typename Take, int kVectors, int kWindows>
 void first_windows(const FirstWindows<Scalar>& w) {
     constexpr int kPositions = 2 * kWindows, kL = kLanes<Scalar>;
     // Two planes give both rows their sum and their difference; the other two are added to one row each.
@@ -106,47 +145,41 @@ void first_windows(const FirstWindows<Scalar>& w) {
     for (int window = 0; window < kWindows; ++window) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
-            const Vector<Scalar> next[] = {upper[2 * window + 1][v], lower[2 * window][v], lower[2 * window + 1][v]};
-            Vector<Scalar> best = upper[2 * window][v];
-            Mask<Scalar> choice = {};
-#pragma GCC unroll 3
-            for (int i = 0; i < 3; ++i) {
-                const Mask<Scalar> better = next[i] > best;
-                best = better ? next[i] : best;
-                choice = better ? Mask<Scalar>{} + (i + 1) : choice;
-            }
+            const Vector<Scalar> values[] = {upper[2 * window][v], upper[2 * window + 1][v], lower[2 * window][v],
+                                             lower[2 * window + 1][v]};
             const std::int64_t to = window * w.channels + v * kL;
-            store_choice<Scalar>(w.choices + to, choice);
-            store(w.activation + to, relu<Scalar>(best + load(w.shift + v * kL)));
+            store(w.activation + to, Take::of(values, w, to, load(w.shift + v * kL)));
         }
     }
 }
 
 // first_windows for a row of windows.
-template <typename Scalar, int kVectors>
+template <typename Scalar, typename Take, int kVectors>
 void first_windows(FirstWindows<Scalar> w, std::int64_t windows) {
     constexpr int kWindows = kRegisters == 32 && kVectors <= 2 ? 2 : 1;
     for (std::int64_t x = 0; x < windows; x += kWindows) {
         const bool whole = windows - x >= kWindows;
-        (whole ? first_windows<Scalar, kVectors, kWindows> : first_windows<Scalar, kVectors, 1>)(w);
+        (whole ? first_windows<Scalar, Take, kVectors, kWindows> : first_windows<Scalar, Take, kVectors, 1>)(w);
         w.inputs += kWindows * 2 * w.channels_in;
         w.activation += kWindows * w.channels;
         w.choices += kWindows * w.channels;
+        w.passes += kWindows * w.channels;
     }
 }
 
-template <typename Scalar>
+template <typename Scalar, typename Take>
 void first_windows(const FirstWindows<Scalar>& w, std::int64_t windows, int vectors) {
     if constexpr (kMostVectors == 4) {
-        if (vectors == 4) return first_windows<Scalar, 4>(w, windows);
-        if (vectors == 3) return first_windows<Scalar, 3>(w, windows);
+        if (vectors == 4) return first_windows<Scalar, Take, 4>(w, windows);
+        if (vectors == 3) return first_windows<Scalar, Take, 3>(w, windows);
     }
-    return vectors == 2 ? first_windows<Scalar, 2>(w, windows) : first_windows<Scalar, 1>(w, windows);
+    return vectors == 2 ? first_windows<Scalar, Take, 2>(w, windows) : first_windows<Scalar, Take, 1>(w, windows);
 }
 
-// Block 0 with max-pooling.
-template <typename Scalar>
-void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
+// Block 0 with max-pooling. `passes`: the task whose activation says what passes, for TakeChosen.
+template <typename Scalar, typename Take>
+void forward_first_pooled(const ConvTask<Scalar>& t, const ConvTask<Scalar>& passes, std::int64_t item,
+                          Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, c = b.inputs;
@@ -162,16 +195,18 @@ void forward_first_pooled(const ConvTask<Scalar>& t, std::int64_t item, Scalar* 
             store(scratch + 3 * plane + i, d1 - d3);
         }
         for (std::int64_t first = 0; first < channels; first += group) {
-            first_windows<Scalar>({scratch, plane, c, t.at(t.layout->first_weight) + first * 12 * c,
-                                   t.vector(0, kShift) + first, activation_row(t, 0, rows.example, y) + first,
-                                   choices_of(t, 0, rows.example) + y * b.act_w * channels + first, channels},
-                                  b.act_w, b.vectors);
+            first_windows<Scalar, Take>({scratch, plane, c, t.at(t.layout->first_weight) + first * 12 * c,
+                                         t.vector(0, kShift) + first, activation_row(t, 0, rows.example, y) + first,
+                                         choices_of(t, 0, rows.example) + y * b.act_w * channels + first, channels,
+                                         activation_row(passes, 0, rows.example, y) + first},
+                                        b.act_w, b.vectors);
         }
     }
 }
 
-template <typename Scalar>
-void forward_first_gray(const ConvTask<Scalar>& t, std::int64_t item) {
+// finish(sum, place): the activation at `place` from the window's sum.
+template <typename Scalar, typename Finish>
+void forward_first_gray(const ConvTask<Scalar>& t, std::int64_t item, const Finish& finish) {
     const ConvBlockPlan& b = t.block(0);
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, row = b.in_w + 2;
@@ -188,7 +223,7 @@ void forward_first_gray(const ConvTask<Scalar>& t, std::int64_t item) {
                 Vector<Scalar> sum = {};
 #pragma GCC unroll 9
                 for (int tap = 0; tap < 9; ++tap) sum += all(x[tap / 3 * row + tap % 3]) * weight[tap];
-                store(to, relu<Scalar>(sum + shift));
+                store(to, finish(sum + shift, to));
             }
         }
     }
@@ -197,8 +232,10 @@ void forward_first_gray(const ConvTask<Scalar>& t, std::int64_t item) {
 template <typename Scalar>
 void forward_first(const ConvTask<Scalar>& t, std::int64_t item, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(0);
-    if (b.stride == 1) return forward_first_pooled(t, item, scratch);
-    if (first_is_gray(t)) return forward_first_gray(t, item);
+    if (b.stride == 1) return forward_first_pooled<Scalar, TakeLargest<Scalar>>(t, t, item, scratch);
+    if (first_is_gray(t)) {
+        return forward_first_gray(t, item, [](Vector<Scalar> sum, const Scalar*) { return relu<Scalar>(sum); });
+    }
     const Rows rows = raw_rows(t, 0, item);
     const std::int64_t group = b.vectors * kLanes<Scalar>;
     const std::int64_t row_in = (b.in_w + 2) * std::int64_t{b.inputs};

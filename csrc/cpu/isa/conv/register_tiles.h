@@ -54,9 +54,9 @@ struct ToRows {
     using From = Steps;
     static constexpr int row_width = kTileWidth;
     Steps steps;
+    bool add = false;  // to what is there
 
     static constexpr int targets = 1;
-    static constexpr bool add = false;
     std::int64_t target(int) const { return 0; }
     static constexpr int sign(int) { return 1; }
     std::int64_t place(std::int64_t first, int i, int width) const {

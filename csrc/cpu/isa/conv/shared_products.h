@@ -100,13 +100,14 @@ struct SharedConvolution {
     const Scalar* weight;  // [groups, 9, inputs, group]
     const Scalar* mixed;   // [groups, 16, inputs, group], in the same memory
     int vectors;
+    bool add;  // to what is in `out`
 };
 
 // The targets of a term's outputs. Their places are set later.
 template <typename Scalar>
 ToTargets targets_of(const SharedConvolution<Scalar>& conv, const AxisTerm& rows, const AxisTerm& columns) {
     ToTargets to;
-    to.add = rows.adds || columns.adds;
+    to.add = conv.add || rows.adds || columns.adds;
     for (int y = 0; y < rows.targets; ++y) {
         for (int x = 0; x < columns.targets; ++x) {
             const AxisTerm::Target row = rows.target[y], column = columns.target[x];

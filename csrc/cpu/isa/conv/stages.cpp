@@ -5,9 +5,11 @@
 
 #include "cpu/conv_table.h"
 #include "cpu/isa/conv/data_grad.h"
+#include "cpu/isa/conv/first_tangents.h"
 #include "cpu/isa/conv/forward.h"
 #include "cpu/isa/conv/packing.h"
 #include "cpu/isa/conv/patches.h"
+#include "cpu/isa/conv/tangents.h"
 #include "cpu/isa/conv/vectors.h"
 #include "cpu/isa/conv/weight_grad.h"
 
@@ -36,6 +38,17 @@ constexpr ConvStages<Scalar> table() {
     stages.data_grad = data_grad<Scalar>;
     stages.first_weight_grad = first_weight_grad<Scalar>;
     stages.finish_first = finish_first<Scalar>;
+    stages.convolve = convolve<Scalar>;
+    stages.convolve_back = convolve_back<Scalar>;
+    stages.tangent_transform_first = tangent_transform_first<Scalar>;
+    stages.tangent_first = tangent_first<Scalar>;
+    stages.tangent_sums = tangent_sums<Scalar>;
+    stages.tangent_statistics = tangent_statistics<Scalar>;
+    stages.tangent_normalise = tangent_normalise<Scalar>;
+    stages.tangent_grad_sums = tangent_grad_sums<Scalar>;
+    stages.tangent_norm_grads = tangent_norm_grads<Scalar>;
+    stages.tangent_raw_grad = tangent_raw_grad<Scalar>;
+    stages.tangent_finish_first = tangent_finish_first<Scalar>;
     stages.dot = dot<Scalar>;
     stages.add_scaled = add_scaled<Scalar>;
     stages.gradient_step = gradient_step<Scalar>;

@@ -62,6 +62,12 @@ Scalar* activation_grad_row(const ConvTask<Scalar>& t, int block, std::int64_t e
     return t.at(t.layout->activation_grad) + (example * b.act_h + y) * row;
 }
 
+// Where block 0's gradient of `item` lies in scratch, if it stays there, while the items from `first` on are at hand.
+template <typename Scalar>
+Scalar* grad_in_scratch(const ConvTask<Scalar>& t, std::int64_t item, std::int64_t first, Scalar* scratch) {
+    return scratch + (item - first) * t.layout->first_grad;
+}
+
 // Of an example, [act_h, act_w, channels]: which of its window's four values each winner is.
 template <typename Scalar>
 std::uint8_t* choices_of(const ConvTask<Scalar>& t, int block, std::int64_t example) {

@@ -219,14 +219,14 @@ void weight_products_at_once(const ConvTask<Scalar>& t, int block, std::int64_t 
 
 template <typename Scalar>
 void weight_products(const ConvTask<Scalar>& t, int block, std::int64_t first, std::int64_t last,
-                     std::int64_t first_product, std::int64_t last_product, Scalar* scratch) {
+                     std::int64_t first_product, std::int64_t last_product, bool add, Scalar* scratch) {
     const ConvBlockPlan& b = t.block(block);
     const std::int64_t height = b.out_h, rows = b.weight_rows, images = b.weight_images;
     for (std::int64_t i = (last - 1) / images * images; i >= first; i -= images) {
         const std::int64_t count = least(images, t.examples - i);
         for (std::int64_t top = 0; top < height; top += rows) {
             weight_products_at_once(t, block, i, count, top, least(top + rows, height),
-                                    i + count == t.examples && top == 0, first_product, last_product, scratch);
+                                    !add && i + count == t.examples && top == 0, first_product, last_product, scratch);
         }
     }
 }

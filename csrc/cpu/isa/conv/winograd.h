@@ -125,6 +125,7 @@ struct Convolution {
     std::int64_t x_row;
     std::int64_t rows, positions;
     std::int64_t inputs, channels;
+    bool add;  // to what is in `out`
 };
 
 // The products of one of four columns, for kTiles tiles, joined into both output rows: the sum and the difference of
@@ -197,6 +198,7 @@ template <typename Scalar, int kVectors>
 void transform_outputs(Scalar* out, const Scalar* m, const Convolution<Scalar>& conv, std::int64_t rows,
                        std::int64_t positions) {
     constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>;
+    const auto put = [&conv](Scalar* to, Vector<Scalar> sum) { store(to, conv.add ? load(to) + sum : sum); };
     for (std::int64_t x = 0; x < positions; x += 2, m += kValues * kGroup, out += 2 * conv.channels) {
 #pragma GCC unroll 4
         for (std::int64_t c = 0; c < kGroup; c += kLanes<Scalar>) {
@@ -212,11 +214,11 @@ void transform_outputs(Scalar* out, const Scalar* m, const Convolution<Scalar>& 
                 }
             }
             Scalar* to = out + c;
-            store(to, top[0] + top[1] + top[2]);
-            if (x + 1 < positions) store(to + conv.channels, top[1] - top[2] - top[3]);
+            put(to, top[0] + top[1] + top[2]);
+            if (x + 1 < positions) put(to + conv.channels, top[1] - top[2] - top[3]);
             if (rows < 2) continue;
-            store(to + conv.out_row, bottom[0] + bottom[1] + bottom[2]);
-            if (x + 1 < positions) store(to + conv.out_row + conv.channels, bottom[1] - bottom[2] - bottom[3]);
+            put(to + conv.out_row, bottom[0] + bottom[1] + bottom[2]);
+            if (x + 1 < positions) put(to + conv.out_row + conv.channels, bottom[1] - bottom[2] - bottom[3]);
         }
     }
 }
