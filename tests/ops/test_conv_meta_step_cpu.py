@@ -213,14 +213,14 @@ def test_rates_by_tensor_and_step() -> None:
         assert distance(own[name], gradient) < 1e-10, name
 
 
-def same_for_any_number_of_threads(model: nn.Module, batch: Data, numbers: Sequence[int]) -> None:
+def same_for_any_number_of_threads(model: nn.Module, batch: Data, numbers: Sequence[int], **arguments: Any) -> None:
     batch = tuple(value.float() if value.is_floating_point() else value for value in batch)
     before, found = torch.get_num_threads(), []
     try:
         for threads in numbers:
             torch.set_num_threads(threads)
             model.zero_grad(set_to_none=True)
-            result = meta_step(model, *batch, inner_lr=0.01, inner_steps=2, backend="cpu")
+            result = meta_step(model, *batch, inner_lr=0.01, inner_steps=2, backend="cpu", **arguments)
             found.append([*grads(model).values(), result.query_loss, result.support_loss])
     finally:
         torch.set_num_threads(before)
@@ -356,17 +356,20 @@ def test_taps_beside_an_edge_that_is_all_there_is_have_no_gradient(isa: str, siz
     assert found[..., 1].any()
 
 
-def float32_errors(model: nn.Module, batch: Data) -> Iterator[tuple[str, float, float]]:
+NO_STEP: dict[str, Any] = {"inner_lr": 0.0, "inner_steps": 0}
+
+
+def float32_errors(model: nn.Module, batch: Data, arguments: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
     """For each tensor, the errors of the native float32 gradient and of torch's against float64."""
-    _, _, _, exact = both(model.double(), batch, inner_lr=0.0, inner_steps=0)
+    _, _, _, exact = both(model.double(), batch, **arguments)
     single = tuple(value.float() if value.is_floating_point() else value for value in batch)
-    _, own, _, theirs = both(model.float(), single, inner_lr=0.0, inner_steps=0)
+    _, own, _, theirs = both(model.float(), single, **arguments)
     for name, gradient in exact.items():
         yield name, distance(own[name].double(), gradient), distance(theirs[name].double(), gradient)
 
 
-def assert_as_exact_as_torchs(model: nn.Module, batches: list[Data]) -> None:
-    errors = [list(float32_errors(model, batch)) for batch in batches]
+def assert_as_exact_as_torchs(model: nn.Module, batches: list[Data], **arguments: Any) -> None:
+    errors = [list(float32_errors(model, batch, NO_STEP | arguments)) for batch in batches]
     for rows in zip(*errors, strict=True):
         # Medians, because in some batches rounding happens to flip a ReLU or a maximum in only one of the two.
         own, theirs = (statistics.median(row[column] for row in rows) for column in (1, 2))
