@@ -24,6 +24,8 @@ def table(problem: Problem) -> str:
     reason = conv.why_not(problem)
     if reason is not None:
         return f"plan: there is one for Conv-N networks only, and {reason}"
+    if problem.method == "maml":
+        return "plan: there is one for steps of first order only, and the method is 'maml'"
     found = conv.read(problem.model)
     assert not isinstance(found, str)
     sizes = fused.sizes_of(problem)

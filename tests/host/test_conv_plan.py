@@ -129,5 +129,7 @@ def test_explain_prints_the_plan_as_a_model():
     kernels = [line.split()[0] for line in text.splitlines() if " x " in line and "threads" not in line]
     # The inner steps have the same launches, so the second one is not printed.
     assert kernels == [one["kernel"] for one in launches if one["step"] != 1]
+    exact = signmaml_ext.explain(model, *data, inner_steps=2, method="maml", plan=True).plan
+    assert exact == "plan: there is one for steps of first order only, and the method is 'maml'"
     other = signmaml_ext.explain(nets.mlp(), plan=True).plan
     assert other == "plan: there is one for Conv-N networks only, and it has no 2d convolution"

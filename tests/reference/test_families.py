@@ -26,7 +26,7 @@ NETS = {
 OPTIONS = {"inner_lr": 0.01, "inner_steps": 3}
 
 
-@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
 @pytest.mark.parametrize("name", NETS)
 def test_other_libraries_networks_as_the_reference(name, method):
     """Values, gradients under the module's own names, and the adapted parameters, in float64."""
@@ -108,7 +108,6 @@ class Extra(nn.Module):
 
 
 CALLS = {
-    "maml": (lambda: Conv4(3, 1, 8, 16), {"method": "maml"}, "maml is second order"),
     "a callable loss": (
         lambda: Conv4(3, 1, 8, 16), {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "this is a callable"
     ),
