@@ -266,7 +266,7 @@ class ConvPasses {
     const ConvBlockPlan& last_block() const { return layout_.blocks[p_.shape.blocks - 1]; }
 
     // What the classifier reads.
-    const Scalar* features(const ConvTask<Scalar>& t) const {
+    Scalar* features(const ConvTask<Scalar>& t) const {
         return t.at(p_.shape.readout == Readout::kMean ? t.layout->readout : t.block(p_.shape.blocks - 1).activation);
     }
 
@@ -304,6 +304,12 @@ class ConvPasses {
             if (wanted(own.weight) || wanted(own.gamma) || wanted(own.beta)) lowest = i;
         }
         classifier_grads(lowest < shape.blocks);
+        blocks_backward(wanted, lowest);
+    }
+
+    // Gradients of the blocks from the last one down to `lowest`, from that of the last one's output.
+    void blocks_backward(Wanted wanted, int lowest) {
+        const ConvShape& shape = p_.shape;
         for (int i = shape.blocks - 1; i >= lowest; --i) {
             const BlockTensors own = tensors_of(shape, i);
             const ConvBlockPlan& b = layout_.blocks[i];

@@ -42,8 +42,11 @@ class ConvSecondOrder {
     // The gradients of all parameters <- those through the steps. They are the query loss's own, at the parameters
     // after the last step.
     void through_the_steps(std::int64_t task) {
-        bool adapts = false;
-        each_adapted([&](const ConvSpan&) { adapts = true; });
+        bool adapts = false, blocks_adapt = false;
+        each_adapted([&](const ConvSpan& span) {
+            adapts = true;
+            blocks_adapt |= is_of_a_block(span);
+        });
         if (!adapts) return;
         each_span(
             [&](const ConvSpan& span) { std::copy_n(own().at(span.gradient), span.count, adjoint() + span.row); });
@@ -52,17 +55,10 @@ class ConvSecondOrder {
         for (ConvTask<Scalar>* view : {&tangents_, &with_weights_, &with_activations_, &with_raw_}) {
             view->examples = examples;
         }
-        for (std::int64_t step = p_.steps - 1; step >= 0; --step) {
-            take_direction(step);
-            passes_.forward(p_.support, task, /*features_stale=*/true);
-            forward();
-            const ConvHead<Scalar> head = passes_.head(p_.support, task);
-            head.gradient_tangent(tangents_.at(layout_.tangents.logits), tangents_.at(layout_.tangents.logits_grad));
-            head.to_gradient();
-            backward();
-            each_span([&](const ConvSpan& span) {
-                stages_.add_scaled(adjoint() + span.row, Scalar(-1), tangents_.at(moved(span.gradient)), span.count);
-            });
+        if (blocks_adapt) {
+            through_all(task);
+        } else {
+            through_the_classifier(task);
         }
         each_span(
             [&](const ConvSpan& span) { std::copy_n(adjoint() + span.row, span.count, own().at(span.gradient)); });
@@ -86,6 +82,57 @@ class ConvSecondOrder {
         each_span([&](const ConvSpan& span) {
             if (p_.adapt[span.tensor] != 0) visit(span);
         });
+    }
+
+    bool is_of_a_block(const ConvSpan& span) const { return span.tensor < passes_.classifier_tensor(); }
+
+    void through_all(std::int64_t task) {
+        for (std::int64_t step = p_.steps - 1; step >= 0; --step) {
+            take_direction(step);
+            passes_.forward(p_.support, task, /*features_stale=*/true);
+            forward();
+            scores_to_gradients(task);
+            backward();
+            each_span([&](const ConvSpan& span) { subtract(span, tangents_.at(moved(span.gradient))); });
+        }
+    }
+
+    // Where nothing but the classifier adapts, its input is the same at all steps. So the blocks' passes run once:
+    // backward with the sum, over the steps, of what each step contributes to the gradient of the features.
+    void through_the_classifier(std::int64_t task) {
+        const std::int64_t width = own().layout->features;
+        std::fill_n(passes_.features(tangents_), own().examples * width, Scalar(0));
+        passes_.clear_feature_grads(own());
+        for (std::int64_t step = p_.steps - 1; step >= 0; --step) {
+            take_direction(step);
+            passes_.forward(p_.support, task, /*features_stale=*/step + 1 == p_.steps);
+            logits();
+            scores_to_gradients(task);
+            passes_.clear_classifier_grads(tangents_);
+            passes_.add_bias_grad(tangents_);
+            passes_.add_classifier_grads(tangents_, tangents_, own());
+            passes_.add_feature_grads(own(), tangents_, own());
+            passes_.add_feature_grads(own(), own(), tangents_);
+            each_span([&](const ConvSpan& span) {
+                if (!is_of_a_block(span)) subtract(span, tangents_.at(moved(span.gradient)));
+            });
+        }
+        passes_.blocks_backward(Wanted{nullptr}, 0);
+        each_span([&](const ConvSpan& span) {
+            if (is_of_a_block(span)) subtract(span, own().at(span.gradient));
+        });
+    }
+
+    // adjoint -= a Hessian's product with the direction, or a part of it
+    void subtract(const ConvSpan& span, const Scalar* product) {
+        stages_.add_scaled(adjoint() + span.row, Scalar(-1), product, span.count);
+    }
+
+    // The gradients of the logits, and the derivative of those.
+    void scores_to_gradients(std::int64_t task) {
+        const ConvHead<Scalar> head = passes_.head(p_.support, task);
+        head.gradient_tangent(tangents_.at(layout_.tangents.logits), tangents_.at(layout_.tangents.logits_grad));
+        head.to_gradient();
     }
 
     // The parameters before the step, and as their tangents the direction: rate times adjoint of what adapts.
