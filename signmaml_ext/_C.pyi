@@ -125,6 +125,8 @@ def plan_conv_meta_step_cpu(
     threads: int,
     steps: int = 0,
     method: str = "sign-maml",
+    rates_by_element: bool = False,
+    learns_rates: bool = False,
     with_blocks: bool = False,
 ) -> dict[str, Any]: ...
 def plan_conv_meta_step(
@@ -167,6 +169,8 @@ def conv_meta_step_cpu(
     is_double: bool,
     threads: int,
     skip_nonfinite: bool = False,
+    rates_by_element: bool = False,
+    learns_rates: bool = False,
 ) -> None: ...
 def plan_mlp_meta_step_cpu(
     widths: Sequence[int], tasks: int, support: int, query: int, scalar_bytes: int, threads: int

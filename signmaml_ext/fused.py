@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import TypeVar
@@ -67,13 +67,16 @@ class Scratch:
 WORKSPACE, MEAN_ROWS = Scratch(), Scratch()
 
 
-def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",)) -> str | None:
+def why_not(
+    problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",), *, any_rates: bool = False
+) -> str | None:
     """Why no fused family serves this problem, whatever its layers; None if one may.
 
     Args:
         problem: The call.
         names: Parameters that the family's layers use.
         precisions: The precisions that it computes in.
+        any_rates: Whether it serves rates that are learnable or vary within a parameter.
     """
     if not isinstance(problem.support_x, Tensor):
         return "the model has several inputs"
@@ -92,15 +95,36 @@ def why_not(problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...
         return "parameters and inputs have several dtypes"
     if not dtypes <= set(ops.SCALARS):
         return f"it computes in float32 or float64, and the model is {dtypes.pop()}"
-    if problem.rates.learnable():
+    if problem.rates.learnable() and not any_rates:
         return "inner_lr requires grad, which the pure PyTorch backend serves"
-    for name in problem.adapted if problem.steps and problem.rates.tensors() else ():
-        rate = problem.rates.at(0, name, problem.params[name][None], {})
-        if isinstance(rate, Tensor) and rate.numel() != 1:
-            return f"inner_lr varies within parameter {name!r}"
+    if not any_rates and (name := _varies_within(problem)) is not None:
+        return f"inner_lr varies within parameter {name!r}"
     if torch.is_autocast_enabled(problem.device.type):
         return "torch.autocast is on around the call"
     return None
+
+
+def _varies_within(problem: Problem) -> str | None:
+    """A parameter whose elements have rates of their own; None if there is none."""
+    for name in problem.adapted if problem.steps and problem.rates.tensors() else ():
+        rate = problem.rates.at(0, name, problem.params[name][None], {})
+        if isinstance(rate, Tensor) and rate.numel() != 1:
+            return name
+    return None
+
+
+def rate_options(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """How a native call on the CPU gets the rates, and whether it gives their gradients.
+
+    Args:
+        problem: The call.
+        tensors: Arguments and results by name.
+    """
+    size = tensors["theta"].numel()
+    return {
+        "rates_by_element": _varies_within(problem) is not None,
+        "learns_rates": "mean" in tensors and tensors["mean"].numel() > size,
+    }
 
 
 def _parameters(problem: Problem, names: tuple[str, ...]) -> list[Tensor]:
@@ -121,16 +145,22 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
     parameters = _parameters(problem, spec.names)
     sizes = [parameter.numel() for parameter in parameters]
     size = sum(sizes)
+    rates: dict[str, Tensor | None] = {}
     if on_cuda(problem, native):
         mean, live_tasks, parts = _mean_of_chunks(problem, spec, native, call, size)
     else:
-        mean = parameters[0].new_empty(size)
-        parts = [_run(problem, spec, native, call, {"mean": mean})]
+        learnable = problem.rates.learnable()
+        leaves = {key: rate.detach().clone().requires_grad_() for key, rate in learnable.items()}
+        table = _rates(problem, spec.names, leaves)
+        mean = parameters[0].new_empty(size + (table.numel() if leaves else 0))
+        parts = [_run(problem, spec, native, call, {"mean": mean}, table.detach())]
         live_tasks = _live(problem, parts[0]["nonfinite"])
-    by_name = dict(zip(spec.names, mean.split(sizes), strict=True))
+        moving = [name for name in problem.adapted if name not in spec.unmoved]
+        rates = _rate_gradients(leaves, table, mean[size:], moving)
+    by_name = dict(zip(spec.names, mean[:size].split(sizes), strict=True))
     return MetaGradients(
         params={name: by_name[name].view(parameter.shape) for name, parameter in problem.params.items()},
-        rates={},
+        rates=rates,
         query_loss=_joined([part["query_loss"] for part in parts]),
         query_accuracy=_accuracy(parts),
         support_loss=_joined([part["support_loss"] for part in parts], dim=1),
@@ -209,12 +239,35 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+def _rate_gradients(
+    leaves: Mapping[str, Tensor], table: Tensor, gradient: Tensor, moving: Sequence[str]
+) -> dict[str, Tensor | None]:
+    """The gradients of learnable rates; None for those that move nothing.
+
+    Args:
+        leaves: The rates by key.
+        table: What `_rates` made of them.
+        gradient: The table's gradient, by the native call.
+        moving: Parameters that the steps move.
+    """
+    if not leaves or not table.requires_grad or not moving:
+        return dict.fromkeys(leaves)
+    found = torch.autograd.grad(table, list(leaves.values()), gradient, allow_unused=True)
+    return {key: value if key in ("", *moving) else None for key, value in zip(leaves, found, strict=True)}
+
+
 def _run(
-    problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], gradients: dict[str, Tensor] | None
+    problem: Problem,
+    spec: Spec,
+    native: ModuleType,
+    call: Call[Spec],
+    gradients: dict[str, Tensor] | None,
+    rates: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Makes one native call for the tasks of the problem; returns the results by name.
 
     Args:
+        rates: What `_rates` gives; None: made here.
         gradients: The buffer that a meta-step fills, `mean` `[P]` or `grads` `[T, P]`; None: returns the adapted
             parameters and the predictions instead.
     """
@@ -240,7 +293,7 @@ def _run(
     arguments = {
         **(gradients or {}),
         "theta": theta,
-        "lr": _rates(problem, spec.names),
+        "lr": _rates(problem, spec.names, {}) if rates is None else rates,
         "adapt": constant(tuple(name in problem.adapted for name in spec.names), torch.bool, device),
         **_set("support", problem.support_x, problem.support_y, classifies),
         **_set("query", problem.query_x, problem.query_y, classifies),
@@ -249,20 +302,34 @@ def _run(
     return results
 
 
-def _rates(problem: Problem, names: tuple[str, ...]) -> Tensor:
-    """`[K * tensors]`: the rate of every tensor of the network at every step; 0 for those that do not adapt."""
+def _rates(problem: Problem, names: tuple[str, ...], leaves: Mapping[str, Tensor]) -> Tensor:
+    """The rates of every tensor of the network at every step; 0 for those that do not adapt.
+
+    Args:
+        problem: The call.
+        names: The tensors, in the order of theta.
+        leaves: Learnable rates by key, to which the result has a graph.
+
+    Returns:
+        `[K * tensors]`, or `[K * P]` where the elements of a parameter have rates of their own.
+    """
     if problem.steps == 0:
         return constant((), problem.dtype, problem.device)
     if not problem.rates.tensors():
         once = tuple(problem.rates.number(name) if name in problem.adapted else 0.0 for name in names)
         return constant(once * problem.steps, problem.dtype, problem.device)
-    values = [
-        problem.rates.at(step, name, problem.params[name][None], {}) if name in problem.adapted else 0.0
-        for step in range(problem.steps)
-        for name in names
-    ]
+    of_task = {key: rate[None] for key, rate in leaves.items()}
+    by_element = _varies_within(problem) is not None
     zero = torch.zeros((), dtype=problem.dtype, device=problem.device)
-    return torch.stack([(zero + value).reshape(()) for value in values])
+    values = []
+    for step in range(problem.steps):
+        for name, parameter in zip(names, _parameters(problem, names), strict=True):
+            rate: Tensor | float = 0.0
+            if name in problem.adapted:
+                rate = problem.rates.at(step, name, parameter[None], of_task)
+            value = zero + rate
+            values.append((value.expand(1, *parameter.shape) if by_element else value).reshape(-1))
+    return torch.cat(values)
 
 
 def _set(which: str, x: Inputs | None, y: Tensor | None, classifies: bool) -> dict[str, Tensor]:
@@ -291,9 +358,9 @@ def memory_on_cpu(tensors: dict[str, Tensor], workspace: int, mean_rows: int) ->
         workspace: Size in bytes.
         mean_rows: Number of gradients `[P]` that it holds at once if it computes their mean.
     """
-    theta = tensors["theta"]
-    rows = (mean_rows, theta.numel()) if "mean" in tensors else (0,)
-    with WORKSPACE.of((workspace,), torch.uint8) as own, MEAN_ROWS.of(rows, theta.dtype) as of_mean:
+    rows = (mean_rows, tensors["mean"].numel()) if "mean" in tensors else (0,)
+    dtype = tensors["theta"].dtype
+    with WORKSPACE.of((workspace,), torch.uint8) as own, MEAN_ROWS.of(rows, dtype) as of_mean:
         yield addresses({**tensors, "workspace": own, "mean_rows": of_mean})
 
 

@@ -22,6 +22,10 @@ class Spec(Hashable, Protocol):
     def outputs(self) -> int:
         """Width of the predictions."""
 
+    @property
+    def unmoved(self) -> tuple[str, ...]:
+        """Parameters whose gradient is exactly 0, so that no step moves them."""
+
     def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The network's definition: predictions `[S, outputs]` of examples `[S, ...]`."""
 

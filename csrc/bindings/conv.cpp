@@ -99,6 +99,7 @@ struct ConvSizes {
     std::int64_t tasks;
     int support, query, steps;
     Method method;
+    RateOptions rates;
 
     void check() const {
         constexpr int kMost = std::numeric_limits<int>::max();
@@ -109,7 +110,7 @@ struct ConvSizes {
         if (steps > 0) check_range("support", support, 1, kMost);
     }
 
-    std::int64_t history() const { return conv_history(method, steps, query); }
+    ConvKept kept() const { return conv_kept(method, rates, steps, query); }
 };
 
 // Throws for sizes so large that a plan's int64 byte counts could overflow. No machine has that much memory.
@@ -118,8 +119,10 @@ void check_memory(const ConvShape& shape, const ConvSizes& sizes) {
     const double pixels = static_cast<double>(shape.height + 2) * static_cast<double>(shape.width + 2);
     const double activations = static_cast<double>(examples) * (pixels * kConvFilters * 16 + shape.ways) * 64;
     const double results = static_cast<double>(tasks) * static_cast<double>(conv_parameters(shape) + examples) * 64;
-    const double kept = static_cast<double>(sizes.history()) * static_cast<double>(conv_parameters(shape)) * 256;
-    if (activations > 1e18 || results > 1e18 || kept > 1e18) {
+    const ConvKept kept = sizes.kept();
+    const double rows = static_cast<double>(kept.parameters) + static_cast<double>(kept.directions);
+    const double of_steps = rows * static_cast<double>(conv_parameters(shape)) * 256;
+    if (activations > 1e18 || results > 1e18 || of_steps > 1e18) {
         refuse("shape, tasks, support, query, steps", "sizes whose memory can be counted",
                std::to_string(examples) + " images of " + std::to_string(shape.height) + " x " +
                    std::to_string(shape.width) + " in " + std::to_string(tasks) + " tasks");
@@ -148,6 +151,7 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     p.parameters = conv_parameters(shape);
     p.steps = sizes.steps;
     p.method = sizes.method;
+    p.rates = sizes.rates;
     p.shape = shape;
     return p;
 }
@@ -179,18 +183,18 @@ ConvUnit conv_unit(int scalar_bytes) {
 }
 
 py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads,
-                  int steps, const std::string& method, bool with_blocks) {
+                  int steps, const std::string& method, bool rates_by_element, bool learns_rates, bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, method_of(method)};
+    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {rates_by_element, learns_rates}};
     sizes.check();
     check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
     const ConvUnit unit = conv_unit(scalar_bytes);
     const ConvCpuPlan plan =
-        plan_conv_meta_step_cpu(shape, tasks, support, query, sizes.history(), scalar_bytes, unit, threads);
+        plan_conv_meta_step_cpu(shape, tasks, support, query, sizes.kept(), scalar_bytes, unit, threads);
     const ConvCpuLayout layout = conv_cpu_layout(shape, larger(support, query), scalar_bytes, unit,
-                                                 /*alone=*/plan.side_by_side > 0 && sizes.history() == 0);
+                                                 /*alone=*/plan.side_by_side > 0 && sizes.kept().parameters == 0);
     py::dict found("side_by_side"_a = plan.side_by_side, "teams"_a = plan.teams, "task_scalars"_a = layout.size,
                    "workspace_bytes"_a = plan.workspace_bytes, "mean_rows"_a = plan.mean_rows,
                    "parameters"_a = conv_parameters(shape), "channels"_a = layout.channels, "lanes"_a = unit.lanes);
@@ -217,9 +221,10 @@ void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes
 }
 
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
-                        int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite) {
+                        int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite,
+                        bool rates_by_element, bool learns_rates) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, method_of(method)};
+    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {rates_by_element, learns_rates}};
     sizes.check();
     check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
@@ -245,7 +250,7 @@ py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int
                    bool by_covariance, std::int64_t workspace_limit) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, steps, Method::kFoMaml}.check();
+    ConvSizes{tasks, support, query, steps, Method::kFoMaml, {}}.check();
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
     const ConvPlan plan = plan_conv_meta_step(shape, {tasks, support, query, steps, wants_grads, wants_adapted},
                                               conv_precision_of(precision), by_covariance, workspace_limit);
@@ -307,7 +312,7 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
                          int query, int steps, const std::string& method, const std::string& precision, int device,
                          std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, first_order(method)};
+    const ConvSizes sizes{tasks, support, query, steps, first_order(method), {}};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
@@ -326,9 +331,11 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
 void define_conv(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "with_blocks"_a = false);
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
+          "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
-          "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
+          "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
+          "rates_by_element"_a = false, "learns_rates"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
           "workspace_limit"_a = 0);

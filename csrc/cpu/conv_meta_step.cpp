@@ -24,21 +24,24 @@ namespace {
 template <typename Scalar>
 class ConvTeam {
   public:
-    // history: how many steps' parameters are kept; 0 unless the steps are differentiated through.
-    ConvTeam(const ConvMetaStepParams<Scalar>& p, const ConvCpuLayout& layout, std::int64_t history,
+    ConvTeam(const ConvMetaStepParams<Scalar>& p, const ConvCpuLayout& layout, const ConvKept& kept,
              const ConvStages<Scalar>& stages, const Tensors& tensors, OrderedMean<Scalar>& mean, Scalar* memory,
              int threads)
         : p_(p),
           mean_(mean),
-          second_layout_(conv_second_order_layout(p.shape, layout, history, sizeof(Scalar))),
-          passes_(p, layout, stages, tensors, memory, history > 0 ? second_layout_.end : layout.size, threads) {
-        if (history > 0 && wants_gradient()) second_order_.emplace(p, second_layout_, stages, passes_);
+          kept_(conv_kept_layout(p.shape, layout, kept, sizeof(Scalar))),
+          passes_(p, layout, stages, tensors, memory, kept_.end, threads) {
+        if (kept.directions > 0) rates_.emplace(p, kept_, stages, tensors, passes_);
+        if (kept.parameters > 0 && wants_gradient()) {
+            second_order_.emplace(p, kept_.second, stages, passes_, rates_ ? &*rates_ : nullptr);
+        }
     }
 
     void run(std::int64_t task) {
         bool nonfinite = false;
         const Wanted wanted{p_.adapt};
         passes_.take_parameters();
+        if (rates_) rates_->start();
         if (p_.steps > 0) passes_.take_images(p_.support, task);
         bool features_stale = true;
         for (std::int64_t step = 0; step < p_.steps; ++step) {
@@ -48,7 +51,8 @@ class ConvTeam {
             passes_.head(p_.support, task).to_gradient();
             passes_.backward(wanted);
             if (second_order_) second_order_->remember(step);
-            nonfinite |= passes_.move(wanted, rates(step));
+            if (rates_) rates_->keep_direction(step);
+            nonfinite |= p_.rates.by_element ? rates_->move(step) : passes_.move(wanted, rates(step));
             features_stale = passes_.moves_a_block(wanted);
         }
         if (p_.adapted != nullptr) passes_.give(p_.adapted + task * p_.parameters, /*grads=*/false);
@@ -62,8 +66,13 @@ class ConvTeam {
             if (wants_gradient()) {
                 passes_.head(p_.query, task).to_gradient();
                 passes_.backward(Wanted{nullptr});
-                if (second_order_) second_order_->through_the_steps(task);
-                passes_.give(mean_.wanted() ? mean_.rows(task) : p_.grads + task * p_.parameters, /*grads=*/true);
+                Scalar* row = mean_.wanted() ? mean_.rows(task) : p_.grads + task * columns();
+                Scalar* rate_grads = p_.rates.learnable ? row + p_.parameters : nullptr;
+                if (second_order_) second_order_->through_the_steps(task, rate_grads);
+                passes_.give(row, /*grads=*/true);
+                for (std::int64_t step = 0; rate_grads != nullptr && !second_order_ && step < p_.steps; ++step) {
+                    rates_->gradients(step, row, rate_grads);
+                }
             }
         }
         if (nonfinite) raise_flag(p_.nonfinite + task);
@@ -72,12 +81,14 @@ class ConvTeam {
 
   private:
     bool wants_gradient() const { return p_.grads != nullptr || mean_.wanted(); }
+    std::int64_t columns() const { return gradient_columns(p_.parameters, conv_tensors(p_.shape), p_.steps, p_.rates); }
     const Scalar* rates(std::int64_t step) const { return p_.lr + step * conv_tensors(p_.shape); }
 
     const ConvMetaStepParams<Scalar>& p_;
     OrderedMean<Scalar>& mean_;
-    const ConvSecondOrderLayout second_layout_;
+    const ConvKeptLayout kept_;
     ConvPasses<Scalar> passes_;
+    std::optional<ConvRates<Scalar>> rates_;  // unless they are constant and the same for all of a tensor
     std::optional<ConvSecondOrder<Scalar>> second_order_;
 };
 
@@ -94,15 +105,16 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
     if (p.tasks == 0) return;
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
     const std::int64_t examples = larger(p.support.count, p.query.count);
-    const std::int64_t history = conv_history(p.method, p.steps, p.query.count);
-    const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, history,
+    const ConvKept kept = conv_kept(p.method, p.rates, p.steps, p.query.count);
+    const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, kept,
                                                      sizeof(Scalar), stages.unit, threads);
     const auto layout_for = [&](bool alone) {
-        return conv_cpu_layout(p.shape, examples, sizeof(Scalar), stages.unit, alone && history == 0);
+        return conv_cpu_layout(p.shape, examples, sizeof(Scalar), stages.unit, alone && kept.parameters == 0);
     };
     const Tensors tensors(p.shape);
     Scalar* memory = aligned<Scalar>(p.workspace);
-    OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, p.parameters, 1, plan.mean_rows);
+    const std::int64_t columns = gradient_columns(p.parameters, conv_tensors(p.shape), p.steps, p.rates);
+    OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, columns, 1, plan.mean_rows);
     if (plan.side_by_side > 0) {
         const ConvCpuLayout layout = layout_for(/*alone=*/true);
         std::atomic<std::int64_t> next{0};
@@ -111,14 +123,14 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
             for (std::int64_t item = begin; item < end; ++item) {
                 std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
                 if (task >= plan.side_by_side) continue;
-                ConvTeam<Scalar> team(p, layout, history, stages, tensors, mean, memory + item * plan.team_scalars, 1);
+                ConvTeam<Scalar> team(p, layout, kept, stages, tensors, mean, memory + item * plan.team_scalars, 1);
                 for (; task < plan.side_by_side; task = next.fetch_add(1, std::memory_order_relaxed)) team.run(task);
             }
         });
     }
     if (plan.side_by_side < p.tasks) {
         const ConvCpuLayout layout = layout_for(/*alone=*/false);
-        ConvTeam<Scalar> team(p, layout, history, stages, tensors, mean, memory, threads);
+        ConvTeam<Scalar> team(p, layout, kept, stages, tensors, mean, memory, threads);
         for (std::int64_t task = plan.side_by_side; task < p.tasks; ++task) team.run(task);
     }
     if (mean.wanted()) mean.finish();

@@ -119,20 +119,26 @@ class ConvPasses {
 
     // theta into packed form. Writes the padding too: an earlier task may have left NaN there.
     void take_parameters() {
+        for (int i = 0; i < p_.shape.blocks; ++i) clear(layout_.blocks[i].vector, kConvVectors * layout_.channels);
+        clear(layout_.classifier, p_.shape.ways * layout_.features);
+        pack(task_, p_.theta);
+    }
+
+    // A row in theta's order to the parameters of a task, or of the tangents.
+    void pack(const ConvTask<Scalar>& t, const Scalar* row) {
         const ConvShape& shape = p_.shape;
         for (int i = 0; i < shape.blocks; ++i) {
             const BlockTensors own = tensors_of(shape, i);
-            stages_.pack_weights(task_, i, p_.theta + tensors_.all[own.weight].first);
-            clear(layout_.blocks[i].vector, kConvVectors * layout_.channels);
+            stages_.pack_weights(t, i, row + tensors_.all[own.weight].first);
             for (const auto& [tensor, which] : {std::pair{own.gamma, kGamma}, std::pair{own.beta, kBeta}}) {
-                std::copy_n(p_.theta + tensors_.all[tensor].first, shape.filters, task_.vector(i, which));
+                std::copy_n(row + tensors_.all[tensor].first, shape.filters, t.vector(i, which));
             }
         }
         const Tensor weight = tensors_.all[classifier_tensor()], bias = tensors_.all[classifier_tensor() + 1];
-        const Scalar* from = p_.theta + weight.first;
-        Scalar* to = clear(layout_.classifier, shape.ways * layout_.features);
+        const Scalar* from = row + weight.first;
+        Scalar* to = t.at(t.layout->classifier);
         each_classifier_weight([from, to](std::int64_t a, std::int64_t b) { to[b] = from[a]; });
-        std::copy_n(p_.theta + bias.first, bias.size, task_.at(layout_.classifier_bias));
+        std::copy_n(row + bias.first, bias.size, t.at(t.layout->classifier_bias));
     }
 
     // Parameters, or their gradients, to a row in theta's order.

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cpu/conv_passes.h"
+#include "cpu/conv_rates.h"
 
 namespace signmaml::cpu {
 
@@ -17,11 +18,12 @@ template <typename Scalar>
 class ConvSecondOrder {
   public:
     ConvSecondOrder(const ConvMetaStepParams<Scalar>& p, const ConvSecondOrderLayout& layout,
-                    const ConvStages<Scalar>& stages, ConvPasses<Scalar>& passes)
+                    const ConvStages<Scalar>& stages, ConvPasses<Scalar>& passes, const ConvRates<Scalar>* rates)
         : p_(p),
           layout_(layout),
           stages_(stages),
           passes_(passes),
+          rates_(rates),
           tangents_(with(layout.tangents)),
           with_weights_(with(layout.with_weights)),
           with_activations_(with(layout.with_activations)),
@@ -30,6 +32,7 @@ class ConvSecondOrder {
         for (int i = 0; i < p.shape.blocks; ++i) {
             passes.clear(layout.tangents.blocks[i].vector, kConvVectors * layout.tangents.channels);
         }
+        passes.clear(layout.tangents.classifier, p.shape.ways * layout.tangents.features);
     }
 
     // Keeps the parameters before a step.
@@ -41,13 +44,22 @@ class ConvSecondOrder {
 
     // The gradients of all parameters <- those through the steps. They are the query loss's own, at the parameters
     // after the last step.
-    void through_the_steps(std::int64_t task) {
+    // rate_grads: [as lr] <- the gradients of the rates; null: not wanted
+    void through_the_steps(std::int64_t task, Scalar* rate_grads) {
+        rate_grads_ = rate_grads;
         bool adapts = false, blocks_adapt = false;
         each_adapted([&](const ConvSpan& span) {
             adapts = true;
             blocks_adapt |= is_of_a_block(span);
         });
-        if (!adapts) return;
+        if (!adapts) {  // or nothing that moves: a convolution's bias
+            if (rate_grads == nullptr) return;
+            std::fill_n(rates_->adjoint(), p_.parameters, Scalar(0));
+            for (std::int64_t step = 0; step < p_.steps; ++step) {
+                rates_->gradients(step, rates_->adjoint(), rate_grads);
+            }
+            return;
+        }
         each_span(
             [&](const ConvSpan& span) { std::copy_n(own().at(span.gradient), span.count, adjoint() + span.row); });
         passes_.take_images(p_.support, task);
@@ -137,12 +149,26 @@ class ConvSecondOrder {
 
     // The parameters before the step, and as their tangents the direction: rate times adjoint of what adapts.
     void take_direction(std::int64_t step) {
+        each_adapted([&](const ConvSpan& span) {
+            std::copy_n(remembered(step) + span.row, span.count, own().at(span.parameter));
+        });
+        if (rates_ != nullptr) {
+            each_span(
+                [&](const ConvSpan& span) { std::copy_n(adjoint() + span.row, span.count, own().at(span.gradient)); });
+            passes_.give(rates_->adjoint(), /*grads=*/true);
+            if (rate_grads_ != nullptr) rates_->gradients(step, rates_->adjoint(), rate_grads_);
+        }
+        if (p_.rates.by_element) {
+            rates_->scale(step, rates_->adjoint());
+            passes_.pack(tangents_, rates_->adjoint());
+            return;
+        }
         const Scalar* lr = p_.lr + step * conv_tensors(p_.shape);
         each_span([&](const ConvSpan& span) {
             Scalar* direction = passes_.clear(moved(span.parameter), span.count);
-            if (p_.adapt[span.tensor] == 0) return;
-            std::copy_n(remembered(step) + span.row, span.count, own().at(span.parameter));
-            stages_.add_scaled(direction, lr[span.tensor], adjoint() + span.row, span.count);
+            if (p_.adapt[span.tensor] != 0) {
+                stages_.add_scaled(direction, lr[span.tensor], adjoint() + span.row, span.count);
+            }
         });
     }
 
@@ -298,6 +324,8 @@ class ConvSecondOrder {
     const ConvSecondOrderLayout& layout_;
     const ConvStages<Scalar>& stages_;
     ConvPasses<Scalar>& passes_;
+    Scalar* rate_grads_ = nullptr;
+    const ConvRates<Scalar>* rates_;  // null: constant, and the same for all of a tensor
     ConvTask<Scalar> tangents_, with_weights_, with_activations_, with_raw_;
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "params/method.h"
+#include "params/rates.h"
 
 namespace signmaml {
 
@@ -56,7 +57,7 @@ struct ConvMetaStepParams {
     const Scalar* theta;  // [P] Scalar, in the order above
     ConvSet<Scalar> support;
     ConvSet<Scalar> query;
-    const Scalar* lr;           // [K, tensors] Scalar: of each parameter tensor at each step
+    const Scalar* lr;           // [K, tensors] Scalar, of each parameter tensor at each step; or as `rates` says
     const std::uint8_t* adapt;  // [tensors] bool as bytes: which of them the inner loop moves
     Scalar* support_loss;       // [K, T] Scalar
     Scalar* query_loss;         // [T] Scalar; null without a query set
@@ -70,6 +71,7 @@ struct ConvMetaStepParams {
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
     Method method;
+    RateOptions rates;  // the CPU backend's; elsewhere by tensor, and constant
     ConvShape shape;
 };
 

@@ -391,9 +391,20 @@ constexpr ConvSpans conv_spans(const ConvShape& shape, const ConvCpuLayout& layo
     return spans;
 }
 
-// How many steps' parameters are kept: those of exact MAML, which goes back through them from the query loss.
-constexpr std::int64_t conv_history(Method method, std::int64_t steps, std::int64_t query) {
-    return method == Method::kMaml && query > 0 ? steps : 0;
+// What a task keeps of its inner steps.
+struct ConvKept {
+    std::int64_t parameters;  // of how many steps: of all for exact MAML, which goes back through them
+    std::int64_t directions;  // likewise: of all if rates have gradients, of one if they vary within a tensor
+    bool by_element;          // rates vary within a tensor
+};
+
+constexpr ConvKept conv_kept(Method method, RateOptions rates, std::int64_t steps, std::int64_t query) {
+    const bool learns = rates.learnable && query > 0;
+    return {method == Method::kMaml && query > 0 ? steps : 0,
+            learns             ? steps
+            : rates.by_element ? smaller(1, steps)
+                               : 0,
+            rates.by_element};
 }
 
 constexpr ConvSecondOrderLayout conv_second_order_layout(const ConvShape& shape, const ConvCpuLayout& layout,
@@ -432,6 +443,32 @@ constexpr ConvSecondOrderLayout conv_second_order_layout(const ConvShape& shape,
     return all;
 }
 
+// Where it keeps that: after the task's own memory, and after the derivatives if there are any. Rows are in theta's
+// order.
+struct ConvKeptLayout {
+    ConvSecondOrderLayout second;  // if parameters are kept
+    std::int64_t parameters;       // [P] of the step at hand, where rates vary within a tensor
+    std::int64_t directions;       // [steps kept, P]
+    std::int64_t adjoint;          // [P]
+    std::int64_t end;
+};
+
+constexpr ConvKeptLayout conv_kept_layout(const ConvShape& shape, const ConvCpuLayout& layout, const ConvKept& kept,
+                                          int scalar_bytes) {
+    ConvKeptLayout all{};
+    ConvPlaces places{64 / scalar_bytes, layout.size};
+    if (kept.parameters > 0) {
+        all.second = conv_second_order_layout(shape, layout, kept.parameters, scalar_bytes);
+        places.at = all.second.end;
+    }
+    const std::int64_t row = kept.directions > 0 ? conv_parameters(shape) : 0;
+    all.parameters = places.take(kept.by_element ? row : 0);
+    all.directions = places.take(kept.directions * row);
+    all.adjoint = places.take(row);
+    all.end = places.at;
+    return all;
+}
+
 // Which tasks run side by side, one thread each. The rest run one after another with all threads on each.
 struct ConvCpuPlan {
     std::int64_t side_by_side;     // how many tasks, counted from the first, run side by side
@@ -442,14 +479,14 @@ struct ConvCpuPlan {
 };
 
 constexpr ConvCpuPlan plan_conv_meta_step_cpu(const ConvShape& shape, std::int64_t tasks, std::int64_t support,
-                                              std::int64_t query, std::int64_t history, int scalar_bytes, ConvUnit unit,
+                                              std::int64_t query, const ConvKept& kept, int scalar_bytes, ConvUnit unit,
                                               int threads) {
     const std::int64_t examples = larger(support, query), side_by_side = tasks / threads * threads;
     const auto layout_for = [&](bool alone) {
-        return conv_cpu_layout(shape, examples, scalar_bytes, unit, alone && history == 0);
+        return conv_cpu_layout(shape, examples, scalar_bytes, unit, alone && kept.parameters == 0);
     };
     const auto size_of = [&](const ConvCpuLayout& layout) {
-        return history > 0 ? conv_second_order_layout(shape, layout, history, scalar_bytes).end : layout.size;
+        return conv_kept_layout(shape, layout, kept, scalar_bytes).end;
     };
     const ConvCpuLayout alone = layout_for(true), together = layout_for(false);
     const std::int64_t teams = side_by_side > 0 ? threads : 1;

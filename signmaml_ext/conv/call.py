@@ -21,12 +21,18 @@ FILTER_UNIT = 8  # kConvFilterUnit
 MOST_CHANNELS = 3  # kConvChannels
 
 
-def why_not(problem: Problem) -> str | None:
-    """None if the Conv-N kernels serve this problem, on any device, else the reason."""
+def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
+    """None if the Conv-N kernels serve this problem, on any device, else the reason.
+
+    Args:
+        problem: The call.
+        on_cuda: Whether the CUDA kernels are asked; None: if the model is on a CUDA device.
+    """
+    on_cuda = problem.device.type == "cuda" if on_cuda is None else on_cuda
     found = read(problem.model)
     if isinstance(found, str):
         return found
-    if problem.method == "maml" and problem.device.type == "cuda":
+    if problem.method == "maml" and on_cuda:
         return "its kernels on CUDA do not differentiate through the steps"
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
         return (
@@ -41,8 +47,8 @@ def why_not(problem: Problem) -> str | None:
         return f"it normalises by the batch, and batch_norm is {problem.batch_norm!r}"
     if not problem.zero_dead_bias and found.blocks[0].conv_bias is not None:
         return "its convolution biases have gradient 0, and zero_dead_bias=False asks for rounding noise"
-    on_cuda = problem.device.type == "cuda"
-    reason = fused.why_not(problem, found.names, ("fp32", "tf32", "bf16") if on_cuda else ("fp32",))
+    precisions = ("fp32", "tf32", "bf16") if on_cuda else ("fp32",)
+    reason = fused.why_not(problem, found.names, precisions, any_rates=not on_cuda)
     if reason is not None:
         return reason
     if on_cuda and problem.dtype == torch.float64:
@@ -120,11 +126,12 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
             )  # fmt: skip
     else:
         threads = torch.get_num_threads()
+        rates = fused.rate_options(problem, tensors)
         plan = native.plan_conv_meta_step_cpu(
-            shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method
+            shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method, **rates
         )
         with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"]) as addresses:
             native.conv_meta_step_cpu(
                 addresses, shape, **sizes, steps=steps, method=method, is_double=problem.dtype == torch.float64,
-                skip_nonfinite=problem.nonfinite == "skip", threads=threads,
+                skip_nonfinite=problem.nonfinite == "skip", threads=threads, **rates,
             )  # fmt: skip

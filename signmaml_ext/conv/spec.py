@@ -61,6 +61,10 @@ class ConvSpec:
     def outputs(self) -> int:
         return self.ways
 
+    @property
+    def unmoved(self) -> tuple[str, ...]:
+        return tuple(block.conv_bias for block in self.blocks if block.conv_bias is not None)
+
     def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """With BatchNorm on the statistics of the images at hand."""
         for block in self.blocks:

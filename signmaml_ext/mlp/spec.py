@@ -37,6 +37,10 @@ class MlpSpec:
     def outputs(self) -> int:
         return self.widths[-1]
 
+    @property
+    def unmoved(self) -> tuple[str, ...]:
+        return ()
+
     def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         value = x.flatten(1)
         for i, (weight, bias) in enumerate(self.layers):

@@ -114,16 +114,6 @@ CALLS = {
     "bf16": (lambda: Conv4(3, 1, 8, 16).float(), {"precision": "bf16"}, "computes in fp32 there"),
     "running statistics": (libraries.MiniImagenetCNN, {"batch_norm": "running"}, "batch_norm is 'running'"),
     "noise in dead biases": (lambda: Conv4(3, 1, 8, 16), {"zero_dead_bias": False}, "zero_dead_bias=False"),
-    "learnable rate": (
-        lambda: Conv4(3, 1, 8, 16),
-        {"inner_lr": torch.tensor(0.01, requires_grad=True)},
-        "inner_lr requires grad",
-    ),
-    "a rate for every element": (
-        lambda: Conv4(3, 1, 8, 16, layers=2),
-        {"adapt": ["classifier.bias"], "inner_lr": {"classifier.bias": torch.rand(3)}},
-        "inner_lr varies within parameter 'classifier.bias'",
-    ),
     "filters": (lambda: Conv4(3, 1, 12, 16), {}, "a multiple of 8 up to 128 filters, and these are 4 with 12"),
     "many filters": (lambda: Conv4(3, 1, 136, 4, layers=1), {"size": 4}, "these are 1 with 136"),
     "many blocks": (lambda: Conv4(3, 1, 8, 16, "stride", 7), {"size": 16}, "these are 7 with 8"),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from helpers.devices import emulated
-from signmaml_ext import checks, dispatch, ops
+from signmaml_ext import checks, conv, dispatch, ops
 from signmaml_ext.problem import Problem
 
 NAMES = ("torch", "cpu", "emulated", "cuda")
@@ -90,9 +90,8 @@ def emulated_backend(native: ModuleType) -> dispatch.Backend:
             return on_emulated_gpu
 
         def why_not(problem: Problem) -> str | None:
-            if family is dispatch.CONV and problem.dtype == torch.float64:
-                return "it computes in float32 on CUDA, and the model is float64"  # as for a model that is on CUDA
-            return family.why_not(problem)
+            # As for a model that is on CUDA.
+            return conv.why_not(problem, on_cuda=True) if family is dispatch.CONV else family.why_not(problem)
 
         calls = {"meta_gradients": run(family.meta_gradients), "adapt": run(family.adapt)}
         return replace(family, why_not=why_not, **calls)
