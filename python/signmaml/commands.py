@@ -113,7 +113,8 @@ def settle_threads(config: TrainConfig) -> None:
     known = data.DATASETS.get(config.data)
     side = config.image_size or (known.image_size if known else None)
     small = config.data == "sinusoid" or (side is not None and side <= 32)
-    native = config.backend != "torch" and config.method != "maml" and config.learn_inner_lr == "none"
+    differentiates = config.method == "maml" and config.model != "mlp"  # steps of a Conv-N, in plain PyTorch
+    native = config.backend != "torch" and not differentiates and config.learn_inner_lr == "none"
     if small and not native and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

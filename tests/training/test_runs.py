@@ -75,6 +75,7 @@ def test_own_models_and_data_are_not_mistaken_for_the_configured_ones(tmp_path: 
         ({}, {"backend": "torch"}, 1),
         ({}, {"data": "sinusoid", "model": "mlp", "backend": "torch"}, 1),
         ({}, {"method": "maml"}, 1),
+        ({}, {"method": "maml", "data": "sinusoid", "model": "mlp"}, 3),
         ({}, {"learn_inner_lr": "scalar"}, 1),
         ({}, {"backend": "torch", "image_size": 84}, 3),
         ({}, {"data": "mini_imagenet", "backend": "torch"}, 3),
