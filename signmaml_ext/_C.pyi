@@ -173,7 +173,14 @@ def conv_meta_step_cpu(
     learns_rates: bool = False,
 ) -> None: ...
 def plan_mlp_meta_step_cpu(
-    widths: Sequence[int], tasks: int, support: int, query: int, scalar_bytes: int, threads: int
+    widths: Sequence[int],
+    tasks: int,
+    support: int,
+    query: int,
+    scalar_bytes: int,
+    threads: int,
+    steps: int = 0,
+    method: str = "sign-maml",
 ) -> dict[str, int]: ...
 def mlp_meta_step_cpu(
     addresses: dict[str, int],

@@ -53,10 +53,13 @@ MlpShape shape_of(const std::vector<int>& widths, const std::string& activation,
 }
 
 // Checks the sizes from which a plan or the parameters are made.
-void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query) {
+void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
+                 std::int64_t steps) {
     check_product("tasks, support, widths", {tasks, larger(support, 1), kMlpLayers * std::int64_t{kMlpWidest}});
     check_product("tasks, query, widths", {tasks, larger(query, 1), kMlpLayers * std::int64_t{kMlpWidest}});
     check_product("tasks, parameters", {tasks, mlp_parameters(shape), std::int64_t{sizeof(double)}});
+    check_product("tasks, steps, parameters",
+                  {larger(tasks, 1), steps, mlp_parameters(shape), std::int64_t{sizeof(double)}});
     check_product("support, query", {support});
     check_product("support, query", {query});
 }
@@ -67,7 +70,7 @@ py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t s
     const MlpShape shape = shape_of(widths, "relu", "mse");
     check_scalar_bytes(scalar_bytes);
     check_at_least_one("multiprocessors", multiprocessors);
-    check_sizes(shape, tasks, support, query);
+    check_sizes(shape, tasks, support, query, 0);
     const MlpPlan plan = plan_mlp_meta_step(shape, tasks, support, query, scalar_bytes, multiprocessors);
     return py::dict("threads"_a = plan.threads, "in_shared"_a = plan.in_shared, "teams"_a = plan.teams,
                     "shared_bytes"_a = plan.shared_bytes, "workspace_scalars"_a = plan.workspace_scalars,
@@ -107,9 +110,9 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
 }
 
 MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                       int scalar_bytes, int threads) {
+                       std::int64_t steps, Method method, int scalar_bytes, int threads) {
     const auto plan_for = [&](const auto& stages) {
-        return plan_mlp_meta_step_cpu(shape, tasks, support, query, scalar_bytes, stages.wide.lanes,
+        return plan_mlp_meta_step_cpu(shape, tasks, support, query, steps, method, scalar_bytes, stages.wide.lanes,
                                       stages.narrow.lanes, threads);
     };
     if (scalar_bytes == sizeof(double)) return plan_for(cpu::mlp_stages<double>(cpu::kernels()));
@@ -118,12 +121,12 @@ MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t s
 }
 
 py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                  int scalar_bytes, int threads) {
+                  int scalar_bytes, int threads, std::int64_t steps, const std::string& method) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
-    check_sizes(shape, tasks, support, query);
+    check_sizes(shape, tasks, support, query, steps);
     check_at_least_one("threads", threads);
-    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, scalar_bytes, threads);
+    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, steps, method_of(method), scalar_bytes, threads);
     return py::dict("lanes"_a = plan.lanes, "groups"_a = plan.groups, "slots"_a = plan.slots, "within"_a = plan.within,
                     "workspace_scalars"_a = plan.workspace_scalars, "mean_rows"_a = plan.mean_rows);
 }
@@ -141,7 +144,7 @@ void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& width
                        const std::string& loss, std::int64_t tasks, int support, int query, int steps,
                        const std::string& method, bool is_double, int threads, bool skip_nonfinite) {
     const MlpShape shape = shape_of(widths, activation, loss);
-    const MlpSizes sizes{tasks, support, query, steps, first_order(method)};
+    const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
     if (is_double) {
         run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
@@ -219,7 +222,7 @@ void define_mlp(py::module_& m) {
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "multiprocessors"_a);
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a);
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml");
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
           "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
 #ifdef SIGNMAML_WITH_CUDA

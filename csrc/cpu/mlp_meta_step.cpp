@@ -31,9 +31,9 @@ template <typename Scalar>
 void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar>& wanted, int threads) {
     if (p.tasks == 0) return;
     const MlpStages<Scalar>& stages = mlp_stages<Scalar>(kernels());
-    const MlpCpuPlan plan = plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, sizeof(Scalar),
-                                                   stages.wide.lanes, stages.narrow.lanes, threads);
-    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, larger(p.support.count, p.query.count));
+    const MlpCpuPlan plan = plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method,
+                                                   sizeof(Scalar), stages.wide.lanes, stages.narrow.lanes, threads);
+    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method);
     const auto meta_step = plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
     Scalar* memory = aligned(p.workspace);
     const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};

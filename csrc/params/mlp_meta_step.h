@@ -41,7 +41,7 @@ struct MlpMetaStepParams {
     Scalar* query_accuracy;     // [T] Scalar; null unless kCrossEntropy with a query set
     Scalar* predictions;        // [T, Q, out] Scalar; may be null
     Scalar* adapted;            // [T, P] Scalar; may be null
-    Scalar* grads;              // [T, P] Scalar, gradient of the query loss; may be null
+    Scalar* grads;              // [T, P] Scalar, meta-gradients; may be null
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
     Scalar* workspace;          // [teams, memory of one] Scalar; null where shared memory is enough
     std::int64_t tasks;         // T

@@ -18,11 +18,23 @@ struct MlpCpuLayout {
     std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] holds the examples
     std::int64_t target;                      // [count, out], or labels [count]
     std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
+    // Of steps that are differentiated:
+    std::int64_t path;                     // [steps, parameters], the parameters before each step
+    std::int64_t direction;                // as the parameters: in which the support gradient is differentiated
+    std::int64_t tangent[kMlpLayers + 1];  // [support, width], the activations' derivatives; the examples have none
+    std::int64_t delta_tangent[2];         // [support, width], the deltas' derivatives
     std::int64_t size;
 };
 
-constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t count) {
+// How many steps are differentiated.
+constexpr std::int64_t mlp_differentiated(Method method, std::int64_t query, std::int64_t steps) {
+    return method == Method::kMaml && query > 0 ? steps : 0;
+}
+
+constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t support, std::int64_t query,
+                                      std::int64_t steps, Method method) {
     MlpCpuLayout layout{};
+    const std::int64_t count = larger(support, query);
     std::int64_t at = 0;
     std::int64_t widest = 0;
     for (int layer = 0; layer < shape.layers; ++layer) {
@@ -43,6 +55,22 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t count)
         delta = at;
         at += count * widest;
     }
+    const std::int64_t differentiated = mlp_differentiated(method, query, steps);
+    if (differentiated > 0) {
+        const std::int64_t parameters = mlp_parameters(shape);
+        layout.path = at;
+        at += differentiated * parameters;
+        layout.direction = at;
+        at += parameters;
+        for (int layer = 1; layer <= shape.layers; ++layer) {
+            layout.tangent[layer] = at;
+            at += support * shape.widths[layer];
+        }
+        for (std::int64_t& delta : layout.delta_tangent) {
+            delta = at;
+            at += support * widest;
+        }
+    }
     layout.size = at;
     return layout;
 }
@@ -62,13 +90,14 @@ inline constexpr std::int64_t kMlpAlignment = 64;
 // `wide` and `narrow`: the lanes that the instruction set offers. With few tasks narrow vectors waste fewer lanes and
 // give more threads a group.
 constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
-                                            std::int64_t query, int scalar_bytes, int wide, int narrow, int threads) {
+                                            std::int64_t query, std::int64_t steps, Method method, int scalar_bytes,
+                                            int wide, int narrow, int threads) {
     const std::int64_t most = larger(1, threads);
     const int lanes = tasks > wide * (most - 1) ? wide : narrow;
     const std::int64_t groups = ceil_div(tasks, lanes);
     const bool within = groups < most;
     const std::int64_t slots = within ? 1 : most;
-    const MlpCpuLayout layout = mlp_cpu_layout(shape, larger(support, query));
+    const MlpCpuLayout layout = mlp_cpu_layout(shape, support, query, steps, method);
     const std::int64_t mean_rows = smaller(tasks, mean_slots(groups, within ? 1 : threads) * lanes);
     return {lanes, groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes, mean_rows};
 }

@@ -18,13 +18,19 @@ WIDEST = 256  # kMlpWidth
 MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
 
 
-def why_not(problem: Problem) -> str | None:
-    """None if the MLP kernels serve this problem, on any device, else the reason."""
+def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
+    """None if the MLP kernels serve this problem, on any device, else the reason.
+
+    Args:
+        problem: The call.
+        on_cuda: Whether the CUDA kernels are asked; None: if the model is on a CUDA device.
+    """
+    on_cuda = problem.device.type == "cuda" if on_cuda is None else on_cuda
     found = read(problem.model)
     if isinstance(found, str):
         return found
-    if problem.method == "maml":
-        return "maml is second order"
+    if problem.method == "maml" and on_cuda:
+        return "its kernel on CUDA does not differentiate through the steps"
     if problem.loss not in ("mse", "cross_entropy"):
         return "the loss is a callable"
     if max(found.widths[1:-1]) > WIDEST or len(found.layers) - 1 > MOST_HIDDEN_LAYERS:
@@ -80,7 +86,9 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, na
             )
     else:
         threads = torch.get_num_threads()
-        plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads)
+        plan = native.plan_mlp_meta_step_cpu(
+            found.widths, *sizes.values(), itemsize, threads, steps=problem.steps, method=problem.method
+        )
         workspace = plan["workspace_scalars"] * itemsize
         with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"]) as addresses:
             native.mlp_meta_step_cpu(

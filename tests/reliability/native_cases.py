@@ -219,7 +219,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
     given = {
         "theta": reals(parameters),
         "lr": Buffer(kind, [0.01] * (steps * 2 * (len(widths) - 1))),
-        "adapt": Buffer(BYTE, [1] * (2 * (len(widths) - 1))),
+        "adapt": Buffer(BYTE, [generator.random() < 0.7 for _ in range(2 * (len(widths) - 1))]),
     }
     for name, count in (("support", support), ("query", query)):
         given[f"{name}_x"] = reals(tasks * count * widths[0])
@@ -227,7 +227,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
             given[f"{name}_target"] = reals(tasks * count * out)
         else:
             given[f"{name}_labels"] = Buffer(WHOLE, [generator.randrange(out) for _ in range(tasks * count)])
-    bits, method, activation = [], generator.choice(METHODS[:2]), generator.choice(("relu", "tanh"))
+    bits, method, activation = [], generator.choice(METHODS), generator.choice(("relu", "tanh"))
     for threads in (1, 3):
         results = {
             name: poisoned(kind, count)
@@ -240,7 +240,8 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
                 "grads": tasks * parameters,
             }.items()
         } | {"nonfinite": Buffer(BYTE, [0] * tasks)}
-        room = mlp_workspace(native, widths, tasks, support, query, 8 if kind == "d" else 4, threads)
+        sizes = (tasks, support, query, 8 if kind == "d" else 4, threads, steps, method)
+        room = native.plan_mlp_meta_step_cpu(widths, *sizes)["workspace_scalars"]
         workspace = poisoned(kind, room)
         used = {n: b.address for n, b in (given | results | {"workspace": workspace}).items() if b.count}
         native.mlp_meta_step_cpu(
@@ -258,13 +259,6 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
         )
         bits.append({name: buffer.content() for name, buffer in results.items() if name != "query_accuracy"})
     assert bits[0] == bits[1], "another number of threads gives other bits"
-
-
-def mlp_workspace(
-    native: ModuleType, widths: list[int], tasks: int, support: int, query: int, size: int, threads: int
-) -> int:
-    plan = native.plan_mlp_meta_step_cpu(widths, tasks, support, query, size, threads)
-    return -(-plan["workspace_bytes"] // size) if "workspace_bytes" in plan else plan["workspace_scalars"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +327,9 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
         "plan_sign_step": lambda: native.plan_sign_step(size(), size(), bytes_, abs(size()), abs(size()), size()),
         "plan_meta_accumulate": lambda: native.plan_meta_accumulate(
             size(), size(), bytes_, abs(size()), abs(size()), size()
+        ),
+        "plan_mlp_meta_step_cpu": lambda: native.plan_mlp_meta_step_cpu(
+            widths, size(), size(), size(), bytes_, size(), size(), choose(WORDS)
         ),
         "plan_mlp_meta_step": lambda: native.plan_mlp_meta_step(widths, size(), size(), size(), bytes_, size()),
         "plan_conv_meta_step_cpu": lambda: native.plan_conv_meta_step_cpu(

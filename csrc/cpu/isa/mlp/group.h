@@ -28,13 +28,16 @@ class Group {
           memory_(reinterpret_cast<V*>(group.memory)),
           first_(group.first),
           live_(group.live),
-          grads_(group.grads) {}
+          grads_(group.grads),
+          differentiates_(mlp_differentiated(p_.method, p_.query.count, p_.steps) > 0 && grads_ != nullptr &&
+                          moves_any()) {}
 
     void run() {
         for (std::int64_t i = 0; i < p_.parameters; ++i) at(layout_.parameters)[i] = S::all(p_.theta[i]);
         if (p_.steps > 0) take(p_.support);
         for (int step = 0; step < p_.steps; ++step) {
-            const V loss = pass(p_.support, nullptr);
+            if (differentiates_) keep_parameters(step);
+            const V loss = pass(p_.support, at(layout_.parameters), nullptr, nullptr);
             give(p_.support_loss + step * p_.tasks + first_, loss);
             const Scalar* lr = p_.lr + std::int64_t{step} * 2 * p_.shape.layers;
             if (p_.method == Method::kSignMaml) {
@@ -57,6 +60,14 @@ class Group {
     std::int64_t width(int layer) const { return p_.shape.widths[layer]; }
     int last() const { return p_.shape.layers; }
     bool is_relu() const { return p_.shape.activation == Activation::kRelu; }
+    bool moves_weight(int layer) const { return p_.adapt[2 * layer] != 0; }
+    bool moves_bias(int layer) const { return p_.adapt[2 * layer + 1] != 0; }
+
+    bool moves_any() const {
+        bool any = false;
+        for (int layer = 0; layer < last(); ++layer) any = any || moves_weight(layer) || moves_bias(layer);
+        return any;
+    }
 
     // ---- loops that threads may share ----
 
@@ -142,23 +153,24 @@ class Group {
 
     // ---- forward ----
 
-    // All activations, the delta of the output layer and the mean loss.
-    V pass(const MlpSet<Scalar>& set, V* accuracy) {
-        for (int layer = 0; layer < last(); ++layer) forward(set.count, layer);
+    // All activations, the delta of the output layer and the mean loss; for kCrossEntropy the softmax, if asked for.
+    V pass(const MlpSet<Scalar>& set, const V* parameters, V* accuracy, V* softmax) {
+        for (int layer = 0; layer < last(); ++layer) forward(set.count, layer, parameters);
         const Scalar count = static_cast<Scalar>(set.count);
         const V loss =
-            (p_.shape.loss == MlpLoss::kMse ? squared_error(set.count) : cross_entropy(set.count, accuracy)) / count;
+            (p_.shape.loss == MlpLoss::kMse ? squared_error(set.count) : cross_entropy(set.count, accuracy, softmax)) /
+            count;
         flag(reinterpret_cast<M>(loss) & Bits<Scalar>::kMagnitude);
         return loss;
     }
 
-    void forward(std::int64_t count, int layer) const {
+    void forward(std::int64_t count, int layer, const V* parameters) const {
         const std::int64_t inputs = width(layer), outputs = width(layer + 1);
         V* out = at(layout_.activation[layer + 1]);
         const bool rectifies = is_relu() && layer + 1 < last();
         const Product<V> product{{at(layout_.activation[layer]), inputs, 1},
-                                 {at(layout_.weight[layer]), 1, inputs},
-                                 at(layout_.bias[layer]),
+                                 {parameters + layout_.weight[layer], 1, inputs},
+                                 parameters + layout_.bias[layer],
                                  count,
                                  outputs,
                                  inputs};
@@ -191,7 +203,7 @@ class Group {
     }
 
     // A label out of range makes loss and gradient NaN: reference.cross_entropy has the rule.
-    V cross_entropy(std::int64_t count, V* accuracy) const {
+    V cross_entropy(std::int64_t count, V* accuracy, V* softmax) const {
         const std::int64_t outputs = width(last());
         const M* labels = reinterpret_cast<const M*>(at(layout_.target));
         V loss{}, correct{};
@@ -217,6 +229,7 @@ class Group {
             const V invalid = label < Int(0) ? S::all(static_cast<Scalar>(__builtin_nan(""))) : V{};
             for (std::int64_t o = 0; o < outputs; ++o) {
                 const V share = delta[o] / sum;
+                if (softmax != nullptr) softmax[example * outputs + o] = share + invalid;
                 const V gradient = label == (static_cast<Int>(o) - M{}) ? share - Scalar(1) : share;
                 delta[o] = gradient / static_cast<Scalar>(count) + invalid;
             }
@@ -234,26 +247,28 @@ class Group {
     template <Purpose kPurpose>
     void backward(std::int64_t count, const Scalar* lr) {
         for (int layer = last() - 1; layer >= 0; --layer) {
-            if (layer > 0) data_grad(count, layer);
-            if (kPurpose == Purpose::kGradient || p_.adapt[2 * layer] != 0) {
+            if (layer > 0) data_grad(count, layer, at(layout_.parameters));
+            if (kPurpose == Purpose::kGradient || moves_weight(layer)) {
                 weight_grad<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer]);
             }
-            if (kPurpose == Purpose::kGradient || p_.adapt[2 * layer + 1] != 0) {
+            if (kPurpose == Purpose::kGradient || moves_bias(layer)) {
                 bias_gradient<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer + 1]);
             }
         }
     }
 
-    void data_grad(std::int64_t count, int layer) const {
+    // A product of deltas, [count, outputs], and a layer's weights, [outputs, inputs].
+    Product<V> through(const V* deltas, const V* weights, std::int64_t count, int layer) const {
         const std::int64_t inputs = width(layer), outputs = width(layer + 1);
+        return {{deltas, outputs, 1}, {weights, inputs, 1}, nullptr, count, inputs, outputs};
+    }
+
+    void data_grad(std::int64_t count, int layer, const V* parameters) const {
+        const std::int64_t inputs = width(layer);
         const V* in = at(layout_.activation[layer]);
         V* below = at(layout_.delta[layer % 2]);
-        const Product<V> product{{at(layout_.delta[(layer + 1) % 2]), outputs, 1},
-                                 {at(layout_.weight[layer]), inputs, 1},
-                                 nullptr,
-                                 count,
-                                 inputs,
-                                 outputs};
+        const Product<V> product =
+            through(at(layout_.delta[(layer + 1) % 2]), parameters + layout_.weight[layer], count, layer);
         if (is_relu()) {
             multiply(product, Deactivate<V, Activation::kRelu>{in, below, inputs});
         } else {
@@ -263,22 +278,26 @@ class Group {
 
     template <Purpose kPurpose>
     void weight_grad(std::int64_t count, int layer, Scalar lr) {
-        const std::int64_t inputs = width(layer), outputs = width(layer + 1);
-        move<kPurpose>({{at(layout_.delta[(layer + 1) % 2]), 1, outputs},
-                        {at(layout_.activation[layer]), inputs, 1},
-                        nullptr,
-                        outputs,
-                        inputs,
-                        count},
-                       layout_.weight[layer], lr);
+        move_weight<kPurpose>(at(layout_.delta[(layer + 1) % 2]), at(layout_.activation[layer]), count, layer, lr);
     }
 
     template <Purpose kPurpose>
     void bias_gradient(std::int64_t count, int layer, Scalar lr) {
+        move_bias<kPurpose>(at(layout_.delta[(layer + 1) % 2]), count, layer, lr);
+    }
+
+    template <Purpose kPurpose>
+    void move_weight(const V* deltas, const V* inputs_of, std::int64_t count, int layer, Scalar lr) {
+        const std::int64_t inputs = width(layer), outputs = width(layer + 1);
+        move<kPurpose>({{deltas, 1, outputs}, {inputs_of, inputs, 1}, nullptr, outputs, inputs, count},
+                       layout_.weight[layer], lr);
+    }
+
+    template <Purpose kPurpose>
+    void move_bias(const V* deltas, std::int64_t count, int layer, Scalar lr) {
         const std::int64_t outputs = width(layer + 1);
         const V one = S::all(1);
-        move<kPurpose>({{at(layout_.delta[(layer + 1) % 2]), 1, outputs}, {&one, 0, 0}, nullptr, outputs, 1, count},
-                       layout_.bias[layer], lr);
+        move<kPurpose>({{deltas, 1, outputs}, {&one, 0, 0}, nullptr, outputs, 1, count}, layout_.bias[layer], lr);
     }
 
     // Parameters at `place` by their gradients, the results of `product`.
@@ -300,7 +319,7 @@ class Group {
     void query() {
         take(p_.query);
         V accuracy{};
-        give(p_.query_loss + first_, pass(p_.query, &accuracy));
+        give(p_.query_loss + first_, pass(p_.query, at(layout_.parameters), &accuracy, nullptr));
         if (p_.query_accuracy != nullptr) give(p_.query_accuracy + first_, accuracy);
         if (p_.predictions != nullptr) {
             const std::int64_t count = p_.query.count * width(last());
@@ -308,7 +327,150 @@ class Group {
         }
         if (grads_ == nullptr) return;
         backward<Purpose::kGradient>(p_.query.count, nullptr);
+        if (differentiates_) differentiate_steps();
         give_rows(grads_, layout_.parameters, p_.parameters);
+    }
+
+    // ---- second order ----
+
+    // The query gradient v, in the parameters' place, becomes the meta-gradient. From the last step to the first,
+    // v <- v - H u, where u is rate * v of what the step moved, and H u is the derivative, in the direction u, of the
+    // support gradient before that step. Forward and backward are computed again, each together with its derivative.
+    void differentiate_steps() {
+        take(p_.support);
+        const std::int64_t count = p_.support.count;
+        for (int step = p_.steps - 1; step >= 0; --step) {
+            const V* before = at(layout_.path + step * p_.parameters);
+            aim(p_.lr + std::int64_t{step} * 2 * p_.shape.layers);
+            V* of_output = at(layout_.delta_tangent[last() % 2]);
+            pass(p_.support, before, nullptr, of_output);
+            for (int layer = 0; layer < last(); ++layer) forward_tangent(count, layer, before);
+            output_tangent(count);
+            for (int layer = last() - 1; layer >= 0; --layer) {
+                if (layer > 0) data_grad_tangent(count, layer, before);
+                correct(count, layer);
+            }
+        }
+    }
+
+    void keep_parameters(int step) const {
+        const V* from = at(layout_.parameters);
+        V* to = at(layout_.path + step * p_.parameters);
+        each(p_.parameters, p_.parameters, [=](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i) to[i] = from[i];
+        });
+    }
+
+    // u of a step. What does not move has none: nothing reads its place.
+    void aim(const Scalar* lr) const {
+        for (int layer = 0; layer < last(); ++layer) {
+            const std::int64_t outputs = width(layer + 1);
+            if (moves_weight(layer)) scale(layout_.weight[layer], outputs * width(layer), lr[2 * layer]);
+            if (moves_bias(layer)) scale(layout_.bias[layer], outputs, lr[2 * layer + 1]);
+        }
+    }
+
+    void scale(std::int64_t place, std::int64_t count, Scalar rate) const {
+        const V* from = at(layout_.parameters + place);
+        V* to = at(layout_.direction + place);
+        each(count, count, [=](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i) to[i] = rate * from[i];
+        });
+    }
+
+    // Whether the activations of a layer depend on what moves.
+    bool has_tangent(int layer) const {
+        bool has = false;
+        for (int below = 0; below < layer; ++below) has = has || moves_weight(below) || moves_bias(below);
+        return has;
+    }
+
+    // The derivative of a layer's output: of its inputs through its weights, and of its own parameters.
+    void forward_tangent(std::int64_t count, int layer, const V* parameters) const {
+        if (!has_tangent(layer + 1)) return;
+        const V* start = moves_bias(layer) ? at(layout_.direction + layout_.bias[layer]) : nullptr;
+        bool adds = false;
+        const auto add = [&](const V* in, const V* weights, std::int64_t depth) {
+            const std::int64_t inputs = width(layer), outputs = width(layer + 1);
+            derive({{in, inputs, 1}, {weights, 1, inputs}, adds ? nullptr : start, count, outputs, depth}, layer + 1,
+                   at(layout_.tangent[layer + 1]), adds);
+            adds = true;
+        };
+        const V* in = at(layout_.activation[layer]);
+        const V* own = at(layout_.direction + layout_.weight[layer]);
+        if (has_tangent(layer)) add(at(layout_.tangent[layer]), parameters + layout_.weight[layer], width(layer));
+        if (moves_weight(layer)) add(in, own, width(layer));
+        if (!adds) add(in, own, 0);
+    }
+
+    // Stores the results of a product, or adds them, each times the slope of the activation whose output `layer` is.
+    void derive(const Product<V>& product, int layer, V* tangents, bool adds) const {
+        if (layer == last()) {
+            derive_through<Slope::kOne>(product, layer, tangents, adds);
+        } else if (is_relu()) {
+            derive_through<Slope::kRelu>(product, layer, tangents, adds);
+        } else {
+            derive_through<Slope::kTanh>(product, layer, tangents, adds);
+        }
+    }
+
+    template <Slope kSlope>
+    void derive_through(const Product<V>& product, int layer, V* tangents, bool adds) const {
+        const V* values = at(layout_.activation[layer]);
+        if (adds) {
+            multiply(product, Derive<V, kSlope, true>{values, tangents, width(layer)});
+        } else {
+            multiply(product, Derive<V, kSlope, false>{values, tangents, width(layer)});
+        }
+    }
+
+    // The derivative of the output layer's delta. For kCrossEntropy the softmax is in its place.
+    void output_tangent(std::int64_t count) const {
+        const std::int64_t outputs = width(last());
+        const V* tangent = at(layout_.tangent[last()]);
+        V* derived = at(layout_.delta_tangent[last() % 2]);
+        if (p_.shape.loss == MlpLoss::kMse) {
+            const Scalar elements = static_cast<Scalar>(count * outputs);
+            for (std::int64_t i = 0; i < count * outputs; ++i) derived[i] = Scalar(2) * tangent[i] / elements;
+            return;
+        }
+        for (std::int64_t example = 0; example < count; ++example) {
+            V mean{};
+            for (std::int64_t i = example * outputs; i < (example + 1) * outputs; ++i) mean += derived[i] * tangent[i];
+            for (std::int64_t i = example * outputs; i < (example + 1) * outputs; ++i) {
+                derived[i] = derived[i] * (tangent[i] - mean) / static_cast<Scalar>(count);
+            }
+        }
+    }
+
+    // The delta of a layer's inputs and its derivative.
+    void data_grad_tangent(std::int64_t count, int layer, const V* parameters) const {
+        const std::int64_t inputs = width(layer);
+        const V* weights = parameters + layout_.weight[layer];
+        const V* above = at(layout_.delta[(layer + 1) % 2]);
+        V* derived = at(layout_.delta_tangent[layer % 2]);
+        const bool curved = !is_relu() && has_tangent(layer);
+        if (curved) {
+            multiply(through(above, weights, count, layer),
+                     DeactivateCurved<V>{at(layout_.activation[layer]), at(layout_.tangent[layer]),
+                                         at(layout_.delta[layer % 2]), derived, inputs});
+        } else {
+            data_grad(count, layer, parameters);
+        }
+        derive(through(at(layout_.delta_tangent[(layer + 1) % 2]), weights, count, layer), layer, derived, curved);
+        if (!moves_weight(layer)) return;
+        derive(through(above, at(layout_.direction + layout_.weight[layer]), count, layer), layer, derived, true);
+    }
+
+    // Subtracts a layer's part of H u from the gradient.
+    void correct(std::int64_t count, int layer) {
+        const V* derived = at(layout_.delta_tangent[(layer + 1) % 2]);
+        move_weight<Purpose::kCorrection>(derived, at(layout_.activation[layer]), count, layer, Scalar(0));
+        if (has_tangent(layer)) {
+            move_weight<Purpose::kCorrection>(at(layout_.delta[(layer + 1) % 2]), at(layout_.tangent[layer]), count,
+                                              layer, Scalar(0));
+        }
+        move_bias<Purpose::kCorrection>(derived, count, layer, Scalar(0));
     }
 
     const MlpMetaStepParams<Scalar>& p_;
@@ -318,7 +480,8 @@ class Group {
     const std::int64_t first_;
     const int live_;
     Scalar* const grads_;
-    int bad_[kL] = {};  // lanes that met a NaN or an infinity
+    const bool differentiates_;  // the steps: the meta-gradient is of second order
+    int bad_[kL] = {};           // lanes that met a NaN or an infinity
 };
 
 }  // namespace

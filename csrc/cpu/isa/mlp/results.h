@@ -62,9 +62,82 @@ struct Deactivate {
     void end(const Own&) {}
 };
 
-enum class Purpose { kSignStep, kPlainStep, kGradient };
+// As Deactivate for a tanh, and begins the deltas' derivatives with what its curvature gives: (1 - a^2)' = -2 a a'.
+template <typename Vector>
+struct DeactivateCurved {
+    const Vector* values;    // [rows, columns]
+    const Vector* tangents;  // [rows, columns] derivatives of the values
+    Vector* deltas;          // [rows, columns]
+    Vector* delta_tangents;  // [rows, columns]
+    std::int64_t columns;
 
-// Moves parameters by their gradients, or stores the gradients in their place.
+    struct Own {
+        const Vector* at;
+        const Vector* tangent;
+        Vector* to;
+        Vector* derived;
+        std::int64_t columns;
+
+        void operator()(int c, Vector sum) {
+            const Vector value = at[c];
+            to[c] = sum * (1 - value * value);
+            derived[c] = -2 * value * tangent[c] * sum;
+        }
+        void next_row() {
+            at += columns;
+            tangent += columns;
+            to += columns;
+            derived += columns;
+        }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const {
+        const std::int64_t first = row * columns + column;
+        return {values + first, tangents + first, deltas + first, delta_tangents + first, columns};
+    }
+    void end(const Own&) {}
+};
+
+enum class Slope { kOne, kRelu, kTanh };
+
+// Stores results times the slope of an activation, or adds them to what is there.
+template <typename Vector, Slope kSlope, bool kAdds>
+struct Derive {
+    const Vector* values;  // [rows, columns] of the activation's output
+    Vector* tangents;      // [rows, columns]
+    std::int64_t columns;
+
+    struct Own {
+        const Vector* at;
+        Vector* to;
+        std::int64_t columns;
+
+        void operator()(int c, Vector sum) {
+            if constexpr (kSlope == Slope::kRelu) {
+                const Vector zero{};
+                sum = at[c] <= zero ? zero : sum;
+            } else if constexpr (kSlope == Slope::kTanh) {
+                sum = sum * (1 - at[c] * at[c]);
+            }
+            to[c] = kAdds ? to[c] + sum : sum;
+        }
+        void next_row() {
+            at += columns;
+            to += columns;
+        }
+    };
+
+    Own begin(std::int64_t row, std::int64_t column) const {
+        const std::int64_t first = row * columns + column;
+        return {values + first, tangents + first, columns};
+    }
+    void end(const Own&) {}
+};
+
+enum class Purpose { kSignStep, kPlainStep, kGradient, kCorrection };
+
+// Moves parameters by their gradients, or stores the gradients in their place, or, for kCorrection, subtracts the
+// results from gradients that are there.
 template <typename S, Purpose kPurpose>
 struct Move {
     using V = typename S::Vector;
@@ -82,6 +155,7 @@ struct Move {
         M top;
 
         void operator()(int c, V gradient) {
+            if constexpr (kPurpose == Purpose::kCorrection) gradient = to[c] - gradient;
             const M magnitude = reinterpret_cast<M>(gradient) & Bits<typename S::Scalar>::kMagnitude;
             top = magnitude > top ? magnitude : top;
             if constexpr (kPurpose == Purpose::kSignStep) {
