@@ -92,8 +92,6 @@ def emulated_backend(native: ModuleType) -> dispatch.Backend:
         def why_not(problem: Problem) -> str | None:
             if family is dispatch.CONV and problem.dtype == torch.float64:
                 return "it computes in float32 on CUDA, and the model is float64"  # as for a model that is on CUDA
-            if family is dispatch.MLP and problem.method == "maml":
-                return "its kernel on CUDA does not differentiate through the steps"  # likewise
             return family.why_not(problem)
 
         calls = {"meta_gradients": run(family.meta_gradients), "adapt": run(family.adapt)}
