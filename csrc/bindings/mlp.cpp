@@ -65,13 +65,14 @@ void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support
 }
 
 py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
-              int scalar_bytes, int multiprocessors) {
+              int scalar_bytes, int multiprocessors, std::int64_t steps, const std::string& method) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
     check_scalar_bytes(scalar_bytes);
     check_at_least_one("multiprocessors", multiprocessors);
-    check_sizes(shape, tasks, support, query, 0);
-    const MlpPlan plan = plan_mlp_meta_step(shape, tasks, support, query, scalar_bytes, multiprocessors);
+    check_sizes(shape, tasks, support, query, steps);
+    const MlpPlan plan =
+        plan_mlp_meta_step(shape, tasks, support, query, steps, method_of(method), scalar_bytes, multiprocessors);
     return py::dict("threads"_a = plan.threads, "in_shared"_a = plan.in_shared, "teams"_a = plan.teams,
                     "shared_bytes"_a = plan.shared_bytes, "workspace_scalars"_a = plan.workspace_scalars,
                     "parameters"_a = mlp_parameters(shape));
@@ -194,9 +195,9 @@ void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& s
             std::uintptr_t stream) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
 #ifdef SIGNMAML_EMULATION
-    declare(params,
-            plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizeof(Scalar), multiprocessors(device))
-                .workspace_scalars);
+    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizes.steps, sizes.method,
+                                       sizeof(Scalar), multiprocessors(device))
+                        .workspace_scalars);
 #endif
     const py::gil_scoped_release unlocked;
     launch_mlp_meta_step(params, device, reinterpret_cast<void*>(stream));
@@ -206,7 +207,7 @@ void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widt
                         const std::string& loss, std::int64_t tasks, int support, int query, int steps,
                         const std::string& method, bool is_double, int device, std::uintptr_t stream) {
     const MlpShape shape = shape_of(widths, activation, loss);
-    const MlpSizes sizes{tasks, support, query, steps, first_order(method)};
+    const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
     if (is_double) {
         launch<double>(addresses, shape, sizes, device, stream);
     } else {
@@ -220,7 +221,7 @@ void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widt
 void define_mlp(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "multiprocessors"_a);
+          "multiprocessors"_a, "steps"_a = 0, "method"_a = "sign-maml");
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a, "steps"_a = 0, "method"_a = "sign-maml");
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,

@@ -438,6 +438,14 @@ struct MlpTask {
     }
 
     __device__ void query() {
+        evaluate();
+        if (p.grads == nullptr) return;
+        backward<false>(p.query.count, nullptr);
+        give_parameters(p.grads);
+    }
+
+    // The query pass, forward; and the output's delta.
+    __device__ void evaluate() {
         take_examples(p.query);
         team.barrier();  // the examples are there before the first layer reads them
         forward(p.query.count);
@@ -451,9 +459,6 @@ struct MlpTask {
                       load(activation(p.shape.layers) + example * row(p.shape.layers) + o));
             });
         }
-        if (p.grads == nullptr) return;
-        backward<false>(p.query.count, nullptr);
-        give_parameters(p.grads);
     }
 };
 

@@ -24,6 +24,10 @@ void launch_meta_accumulate(const MetaAccumulateParams<Scalar>& params, int devi
 template <typename Scalar>
 void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream);
 
+// The same for steps that are differentiated, to which launch_mlp_meta_step gives them.
+template <typename Scalar>
+void launch_mlp_second_order(const MlpMetaStepParams<Scalar>& params, int device, void* stream);
+
 // `params.workspace` has the size that plan_conv_meta_step gives for the same arguments.
 void launch_conv_meta_step(const ConvMetaStepParams<float>& params, ConvPrecision precision, bool by_covariance,
                            std::int64_t workspace_limit, int device, void* stream);

@@ -16,9 +16,12 @@ auto mlp_kernel_for(bool in_shared) {
 template <typename Scalar>
 void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream) {
     if (params.tasks == 0) return;
+    if (params.grads != nullptr && mlp_differentiated(params.method, params.query.count, params.steps) > 0) {
+        return launch_mlp_second_order(params, device, stream);
+    }
     const DeviceScope scope(device);
     const MlpPlan plan = plan_mlp_meta_step(params.shape, params.tasks, params.support.count, params.query.count,
-                                            sizeof(Scalar), multiprocessors(device));
+                                            params.steps, params.method, sizeof(Scalar), multiprocessors(device));
     const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count), plan.threads);
     const auto kernel = plan.threads == 32 ? mlp_kernel_for<Scalar, true>(plan.in_shared)
                                            : mlp_kernel_for<Scalar, false>(plan.in_shared);

@@ -63,6 +63,18 @@ struct MlpLayout {
     std::int32_t warps_log2;  // of a team
 };
 
+// Places in what a team has for differentiating steps, in scalars. There everything has the rows and the order that it
+// has in the task's memory. No place is in a table: nvcc would copy that to the stack.
+struct MlpSecondOrderLayout {
+    std::int64_t tangents;    // derivatives of the activations; the examples have none
+    std::int64_t deltas;      // derivatives of the deltas
+    std::int64_t direction;   // [parameters], in which the support gradient is differentiated
+    std::int64_t gradient;    // [parameters], what becomes the meta-gradient
+    std::int64_t path;        // [steps, parameters], before each step
+    std::int64_t parameters;  // from the first weight to the last bias
+    std::int64_t size;
+};
+
 // Threads of the largest team.
 inline constexpr int kMlpBlock = 256;
 

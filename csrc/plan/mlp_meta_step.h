@@ -39,6 +39,24 @@ constexpr MlpLayout mlp_layout(const MlpShape& shape, std::int64_t count, int th
     return layout;
 }
 
+// How many steps are differentiated.
+constexpr std::int64_t mlp_differentiated(Method method, std::int64_t query, std::int64_t steps) {
+    return method == Method::kMaml && query > 0 ? steps : 0;
+}
+
+// `layout`: of the task's memory. Without steps that are differentiated its size is 0.
+constexpr MlpSecondOrderLayout mlp_second_order_layout(const MlpLayout& layout, std::int64_t differentiated) {
+    MlpSecondOrderLayout places{};
+    if (differentiated == 0) return places;
+    places.parameters = layout.delta[0] - layout.weight[0];
+    places.deltas = places.tangents + layout.weight[0] - layout.activation[1];
+    places.direction = places.deltas + layout.losses - layout.delta[0];
+    places.gradient = places.direction + places.parameters;
+    places.path = places.gradient + places.parameters;
+    places.size = places.path + differentiated * places.parameters;
+    return places;
+}
+
 constexpr std::int64_t mlp_parameters(const MlpShape& shape) {
     std::int64_t count = 0;
     for (int layer = 0; layer < shape.layers; ++layer) {
@@ -57,6 +75,8 @@ inline constexpr std::int64_t kMlpWarpWork = 32 * 64;
 inline constexpr std::int64_t kMlpBusyWarps = 12;
 // Warps of all teams on one multiprocessor: as many as can be resident. More would only enlarge the workspace.
 inline constexpr std::int64_t kMlpWarpsPerMultiprocessor = 32;
+// Where steps are differentiated, a team's workspace is several times as large: as many as the registers surely allow.
+inline constexpr std::int64_t kMlpSecondOrderWarps = 16;
 
 struct MlpPlan {
     int threads;                     // of a team: a block of 1, 2, 4 or 8 warps
@@ -66,8 +86,10 @@ struct MlpPlan {
     std::int64_t workspace_scalars;  // of all teams
 };
 
+// A team's part of the workspace is the task's memory, unless that is shared, and then what differentiated steps need.
 constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
-                                     std::int64_t query, int scalar_bytes, int multiprocessors) {
+                                     std::int64_t query, std::int64_t steps, Method method, int scalar_bytes,
+                                     int multiprocessors) {
     std::int64_t work = 0;  // elements of the largest activation
     for (int layer = 0; layer < shape.layers; ++layer) {
         work = larger(work, larger(support, query) * shape.widths[layer + 1]);
@@ -77,9 +99,11 @@ constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, 
         threads *= 2;
     const MlpLayout layout = mlp_layout(shape, larger(support, query), threads);
     const bool in_shared = layout.size * scalar_bytes <= kMlpSharedBytes;
-    const std::int64_t resident = multiprocessors * kMlpWarpsPerMultiprocessor / (threads / 32);
-    const std::int64_t teams = larger(1, smaller(tasks, resident));
-    return {threads, in_shared, teams, in_shared ? layout.size * scalar_bytes : 0, in_shared ? 0 : teams * layout.size};
+    const std::int64_t differentiated = mlp_differentiated(method, query, steps);
+    const std::int64_t warps = differentiated > 0 ? kMlpSecondOrderWarps : kMlpWarpsPerMultiprocessor;
+    const std::int64_t teams = larger(1, smaller(tasks, multiprocessors * warps / (threads / 32)));
+    const std::int64_t of_team = (in_shared ? 0 : layout.size) + mlp_second_order_layout(layout, differentiated).size;
+    return {threads, in_shared, teams, in_shared ? layout.size * scalar_bytes : 0, teams * of_team};
 }
 
 }  // namespace signmaml

@@ -26,11 +26,6 @@ struct MlpCpuLayout {
     std::int64_t size;
 };
 
-// How many steps are differentiated.
-constexpr std::int64_t mlp_differentiated(Method method, std::int64_t query, std::int64_t steps) {
-    return method == Method::kMaml && query > 0 ? steps : 0;
-}
-
 constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t support, std::int64_t query,
                                       std::int64_t steps, Method method) {
     MlpCpuLayout layout{};

@@ -18,19 +18,11 @@ WIDEST = 256  # kMlpWidth
 MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
 
 
-def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
-    """None if the MLP kernels serve this problem, on any device, else the reason.
-
-    Args:
-        problem: The call.
-        on_cuda: Whether the CUDA kernels are asked; None: if the model is on a CUDA device.
-    """
-    on_cuda = problem.device.type == "cuda" if on_cuda is None else on_cuda
+def why_not(problem: Problem) -> str | None:
+    """None if the MLP kernels serve this problem, on any device, else the reason."""
     found = read(problem.model)
     if isinstance(found, str):
         return found
-    if problem.method == "maml" and on_cuda:
-        return "its kernel on CUDA does not differentiate through the steps"
     if problem.loss not in ("mse", "cross_entropy"):
         return "the loss is a callable"
     if max(found.widths[1:-1]) > WIDEST or len(found.layers) - 1 > MOST_HIDDEN_LAYERS:
@@ -68,17 +60,15 @@ def adapt(problem: Problem, native: ModuleType = _loader.C) -> Adaptation:
 def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, native: ModuleType) -> None:
     sizes, itemsize = fused.sizes_of(problem), problem.dtype.itemsize
     network = (found.widths, found.activation, str(problem.loss))
-    options = {
-        **sizes,
-        "steps": problem.steps,
-        "method": problem.method,
-        "is_double": problem.dtype == torch.float64,
-    }
+    steps = {"steps": problem.steps, "method": problem.method}
+    options = {**sizes, **steps, "is_double": problem.dtype == torch.float64}
     if "logits" in tensors:
         tensors["predictions"] = tensors.pop("logits")
     if fused.on_cuda(problem, native):
         index = problem.device.index or 0
-        plan = native.plan_mlp_meta_step(found.widths, *sizes.values(), itemsize, native.multiprocessors(index))
+        plan = native.plan_mlp_meta_step(
+            found.widths, *sizes.values(), itemsize, native.multiprocessors(index), **steps
+        )
         tensors["workspace"] = tensors["theta"].new_empty(plan["workspace_scalars"])
         with Range("mlp_meta_step", problem.device):
             native.mlp_meta_step_cuda(
@@ -86,9 +76,7 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, na
             )
     else:
         threads = torch.get_num_threads()
-        plan = native.plan_mlp_meta_step_cpu(
-            found.widths, *sizes.values(), itemsize, threads, steps=problem.steps, method=problem.method
-        )
+        plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads, **steps)
         workspace = plan["workspace_scalars"] * itemsize
         with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"]) as addresses:
             native.mlp_meta_step_cpu(

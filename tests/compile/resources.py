@@ -33,6 +33,8 @@ LAUNCHES = (
     "meta_accumulate",
     "mlp_meta_step_double",
     "mlp_meta_step_float",
+    "mlp_second_order_double",
+    "mlp_second_order_float",
     "sign_step",
 )
 
@@ -56,7 +58,9 @@ BLOCKS = {
     "flag_nonfinite_kernel": 256,
     "meta_accumulate_kernel": 128,
     "mlp_meta_step_kernel": 256,
+    "mlp_second_order_kernel": 256,
 }
+MLP = {"mlp_meta_step_kernel", "mlp_second_order_kernel"}
 # Kernels that sum the covariance of patches in double: once per meta-step, or only for block 1's few weights.
 IN_DOUBLE = {"conv_meta_accumulate_kernel", "conv_pack_kernel", "conv_sign_update_kernel", "patch_moments_kernel"}
 # Kernels with operands in shared memory and registers: two blocks of four warps keep the tensor cores busy.
@@ -127,7 +131,7 @@ def dynamic_shared_bytes(kernel: str) -> int:
     name, _, arguments = kernel.partition("<")
     if name in ON_TENSOR_CORES or name.startswith(("conv_", "patch_")):
         return conv_shared_bytes(name, arguments.rstrip(">").split(", "))
-    if name != "mlp_meta_step_kernel":
+    if name not in MLP:
         return 0
     scalar, warp, in_shared = arguments.rstrip(">").split(", ")
     scalar_bytes = 4 if scalar == "float" else 8
@@ -155,7 +159,7 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
 def block_of(kernel: str) -> int:
     """Threads per block of a kernel, given its name with template arguments."""
     name, _, arguments = kernel.partition("<")
-    if name == "mlp_meta_step_kernel" and arguments.split(", ")[1] == "true":
+    if name in MLP and arguments.split(", ")[1] == "true":
         return 32
     return BLOCKS[name]
 

@@ -30,6 +30,7 @@ SIGN, META, PLATFORM, SELF = (
 CORES = "emulation/tensor_cores.cpp"
 COMPACT = "kernels/compact_sign_step.cuh"
 VECTORS, TABLES, MLP = "kernels/vectors.cuh", "kernels/tables.cuh", "kernels/mlp_meta_step.cuh"
+SECOND = "kernels/mlp_second_order.cuh"
 COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
     f"kernels/conv_{name}.cuh" for name in ("common", "forward", "data_grad", "weight_grad", "first", "head", "update")
 )
@@ -149,6 +150,53 @@ MUTATIONS = [
     Mutation("deltas swapped", MLP, "layout.delta[layer % 2]", "layout.delta[0]"),
     Mutation("share of the label", MLP, "o == label ? share - Scalar(1) : share", "share"),
     Mutation("padding of rows ignored", MLP, "store(weight(layer) + std::int64_t{o} * row(layer) + i, load(mine));", "store(weight(layer) + std::int64_t{o} * inputs + i, load(mine));"),
+    # Steps that are differentiated.
+    *(
+        Mutation(f"barrier: {comment}", SECOND, f"team.barrier();  // {comment}", f"// {comment}", "race: |uninitialised: ")
+        for comment in (
+            "the padding of all rows",
+            "weights and examples are there before they are copied",
+            "the gradient is copied",
+            "weights, examples and u are there",
+            "the layer's tangents",
+            "the output's tangents",
+            "the deltas below are complete",
+            "the meta-gradient is there",
+        )
+    ),
+    Mutation("second order not cleared", SECOND, "clear(of_team + of_task, places.direction);", ""),
+    Mutation("second order in the task's memory", SECOND, "places, of_team + of_task};", "places, of_team};"),
+    Mutation("last parameters not copied", SECOND, "i < places.parameters;", "i < places.parameters - kVector;"),
+    Mutation("parameters not kept", SECOND, "copy(path(step), parameters());", ""),
+    Mutation("parameters of the first step", SECOND, "copy(parameters(), path(step));", "copy(parameters(), path(0));"),
+    Mutation("steps in their order", SECOND, "differentiate_step(step);", "differentiate_step(p.steps - 1 - step);"),
+    Mutation("query gradient given", SECOND, "copy(parameters(), gradient());", ""),
+    Mutation("query examples in the sweep", SECOND, "        this->take_examples(p.support);\n        team.barrier();  // the gradient", "        team.barrier();  // the gradient"),
+    Mutation("rates of the first step", SECOND, "p.lr + step * 2 * layers + which;", "p.lr + which;"),
+    Mutation("bias aims at the weight's rate", SECOND, "lr + 1, p.adapt + which + 1);", "lr, p.adapt + which + 1);"),
+    Mutation("u is not scaled", SECOND, "moves ? by * load(", "moves ? load("),
+    Mutation("u of the bias left out", SECOND, "load(direction() + of_bias(layer) + output);", "Scalar(0);"),
+    Mutation("tangents of the inputs left out", SECOND, "if (layer > 0) add_products(", "if (layer > 1) add_products("),
+    Mutation("last inputs' tangents dropped", SECOND, "k < depth;", "k + kVector < depth;"),
+    Mutation("last example's tangents dropped", SECOND, "if (example >= count || output", "if (example + 1 >= count || output"),
+    Mutation("last output's tangents dropped", SECOND, "|| output >= outputs) continue;", "|| output + 1 >= outputs) continue;"),
+    Mutation("tangents not through the activation", SECOND, "last ? sum : through_activation(sum, load(activation(layer + 1) + at))", "sum"),
+    Mutation("output's tangents through an activation", SECOND, "last ? sum : through_activation(", "through_activation("),
+    Mutation("tangent of the squared error", SECOND, "Scalar(2) * load(of_scores + o) / elements", "load(of_scores + o) / elements"),
+    Mutation("mean tangent of the scores", SECOND, "(load(of_scores + o) - mean)", "load(of_scores + o)"),
+    Mutation("last output's tangent left out", SECOND, "for (int o = 0; o < outputs; ++o) {\n                const Values of_weights", "for (int o = 0; o + 1 < outputs; ++o) {\n                const Values of_weights"),
+    Mutation("u of the weights left out of the delta", SECOND, "Base::add_product(tangents[e], of_delta, of_directions);", ""),
+    Mutation("delta's tangents of the same example", SECOND, "above[e] = smaller_of(first_example + e * down, count - 1)", "above[e] = smaller_of(first_example, count - 1)"),
+    Mutation("delta's tangents beyond the last example", SECOND, "if (example >= count) continue;", ""),
+    Mutation("half the curvature", SECOND, "Scalar(2) * value * of_values", "value * of_values"),
+    Mutation("tangents of deltas swapped", SECOND, "places.deltas + layout.delta[layer % 2]", "places.deltas + layout.delta[0]"),
+    Mutation("last example left out of H u", SECOND, "for (int example = 0; example < count; ++example) {\n                const std::int64_t above", "for (int example = 0; example + 1 < count; ++example) {\n                const std::int64_t above"),
+    Mutation("tangents of the first layer left out of H u", SECOND, "if (layer == 0) continue;", "if (layer <= 1) continue;"),
+    Mutation("H u beyond the last output", SECOND, "if (first + o >= outputs) break;", ""),
+    Mutation("padding takes what is not finite", SECOND, "if (vector * kVector + v < inputs) values.at[v]", "values.at[v]"),
+    Mutation("last example left out of the bias", SECOND, "for (int example = 0; example < count; ++example) {\n                sum +=", "for (int example = 0; example + 1 < count; ++example) {\n                sum +="),
+    Mutation("overflow of a weight not seen", SECOND, "this->notice(values.at[v]);", ""),
+    Mutation("overflow of a bias not seen", SECOND, "this->notice(corrected);", ""),
     # The convolutional networks: every barrier.
     *(
         Mutation(f"{Path(file).stem}: barrier where {comment[:40].strip()}", file, f"{BARRIER}  // {comment}", f"// {comment}", "race: |uninitialised: ")

@@ -100,6 +100,12 @@ def meta_steps(device: torch.device, own: bool) -> None:
         (lambda: nets.mlp(), nets.vector_tasks, {}),
         (lambda: nets.mlp(5, 4), lambda **o: nets.vector_tasks(ways=4, shots=17, queries=18, inputs=5, **o), {}),
         (lambda: nets.mlp(), nets.vector_tasks, {"method": "fo-maml", "nonfinite": "skip"}),
+        (lambda: nets.mlp(), nets.vector_tasks, {"method": "maml"}),
+        (
+            lambda: nets.mlp(5, 4),
+            lambda **o: nets.vector_tasks(ways=4, shots=17, queries=18, inputs=5, **o),
+            {"method": "maml"},
+        ),
         (lambda: nets.conv4(filters=8), nets.image_tasks, {}),
     ]
     if not own:

@@ -25,6 +25,7 @@ KERNELS = (
     "flag_nonfinite_kernel",
     "meta_accumulate_kernel",  # also conv_meta_accumulate_kernel
     "mlp_meta_step_kernel",
+    "mlp_second_order_kernel",
     "patch_moments_kernel",
     "conv_first_kernel",
     "conv_first_grad_kernel",

@@ -32,11 +32,12 @@ CASES = {
     "Conv-N kernels, tf32": (wide_conv4, nets.image_tasks, {"precision": "tf32"}),
     "MLP kernel": (nets.mlp, nets.vector_tasks, {}),
     "MLP kernel, fo-maml": (nets.mlp, nets.vector_tasks, {"method": "fo-maml"}),
+    "MLP kernel, maml": (nets.mlp, nets.vector_tasks, {"method": "maml"}),
     "flat buffers": (nets.Tied, nets.vector_tasks, {}),
     "flat buffers, int8": (nets.Tied, nets.vector_tasks, {"task_state": "int8"}),
     "flat buffers, convolutions": (nets.conv4, nets.image_tasks, {}),
     "flat buffers, attention": (lambda: nets.Attention().eval(), nets.image_tasks, {}),
-    "pure PyTorch, maml": (nets.mlp, nets.vector_tasks, {"method": "maml"}),
+    "pure PyTorch, maml": (nets.mlp, nets.vector_tasks, {"backend": "torch", "method": "maml"}),
     "pure PyTorch, bf16": (nets.conv4, nets.image_tasks, {"backend": "torch", "precision": "bf16"}),
     "a loss of the caller's": (nets.mlp, nets.vector_tasks, {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}),
 }

@@ -331,7 +331,9 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
         "plan_mlp_meta_step_cpu": lambda: native.plan_mlp_meta_step_cpu(
             widths, size(), size(), size(), bytes_, size(), size(), choose(WORDS)
         ),
-        "plan_mlp_meta_step": lambda: native.plan_mlp_meta_step(widths, size(), size(), size(), bytes_, size()),
+        "plan_mlp_meta_step": lambda: native.plan_mlp_meta_step(
+            widths, size(), size(), size(), bytes_, size(), size(), choose(WORDS)
+        ),
         "plan_conv_meta_step_cpu": lambda: native.plan_conv_meta_step_cpu(
             shape, size(), size(), size(), bytes_, size()
         ),

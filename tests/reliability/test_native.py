@@ -71,6 +71,8 @@ def test_plans_count_beyond_31_bits() -> None:
         lambda: C.sign_step_cpu(0, 0, 0, 0, 0, 0, 2**40, 2**40, 1, 0, 0, False, 1),
         lambda: C.meta_accumulate_cpu(0, 0, 0, 2**40, 2**40, False, True, 1),
         lambda: C.plan_mlp_meta_step([2**20, 2**20, 2**20], 2**30, 1, 1, 4, 1),
+        lambda: C.plan_mlp_meta_step([2**10, 2**10, 2**10], 1, 1, 1, 4, 1, 2**40, "maml"),
+        lambda: C.plan_mlp_meta_step_cpu([2**10, 2**10, 2**10], 1, 1, 1, 4, 1, 2**40, "maml"),
     ],
 )
 def test_products_that_64_bits_do_not_hold_are_refused(call) -> None:

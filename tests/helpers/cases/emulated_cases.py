@@ -250,6 +250,59 @@ def mlp_meta_step(
             assert torch.equal(found.query_accuracy, right)
 
 
+def mlp_second_order(
+    native: ModuleType,
+    widths: tuple[int, ...],
+    tasks: int,
+    support: int,
+    query: int,
+    loss: str,
+    dtype: torch.dtype = torch.float64,
+    activation: type[nn.Module] = nn.Tanh,
+) -> None:
+    """maml with a rate for every tensor and step, against torch's double backward in float64."""
+    from helpers.cases import perceptrons
+    from signmaml_ext import mlp, reference
+
+    model = perceptrons.network(widths, activation).double()
+    data = perceptrons.tasks_for(widths, loss, tasks, support, query, torch.float64)
+    tested = copy.deepcopy(model).to(dtype)
+    inputs = tuple(value.to(dtype) if value.is_floating_point() else value for value in data)
+    rates = {name: 0.1 + 0.2 * torch.rand(2, *[1] * value.ndim) for name, value in model.named_parameters()}
+    near = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for adapt in (None, ["3.*"]):
+        used = rates if adapt is None else {name: rate for name, rate in rates.items() if name.startswith("3.")}
+        options = {"inner_lr": used, "inner_steps": 2, "method": "maml", "loss": loss, "adapt": adapt}
+        found = mlp.meta_gradients(perceptrons.problem_of(tested, inputs, **options), native)
+        expected = reference.meta_gradients(perceptrons.problem_of(model, data, **options))
+        for name, gradient in expected.params.items():
+            torch.testing.assert_close(found.params[name].double(), gradient, **near)
+        torch.testing.assert_close(found.query_loss.double(), expected.query_loss, **near)
+        torch.testing.assert_close(found.support_loss.double(), expected.support_loss, **near)
+
+
+def mlp_second_order_faults(native: ModuleType) -> None:
+    """A task that is not finite leaves nothing to the next one of its team; one whose product with the Hessian
+    overflows is flagged."""
+    from helpers.cases import perceptrons
+    from signmaml_ext import mlp, reference
+
+    widths, options = (3, 5, 2), {"inner_steps": 2, "inner_lr": 0.1, "method": "maml", "nonfinite": "skip"}
+    for dtype in (torch.float32, torch.float64):
+        model = perceptrons.network(widths, nn.Tanh).to(dtype)
+        data = perceptrons.tasks_for(widths, "mse", 35, 2, 2, dtype)
+        data[0][1] = torch.nan
+        problem = perceptrons.problem_of(model, data, **options)
+        found, expected = mlp.meta_gradients(problem, native), reference.meta_gradients(problem)
+        assert found.nonfinite.tolist() == [task == 1 for task in range(35)], found.nonfinite
+        for name, gradient in expected.params.items():
+            torch.testing.assert_close(found.params[name], gradient, rtol=1e-4, atol=1e-6)
+    for tensor in ("1.weight", "1.bias"):
+        model, data, options = perceptrons.overflowing(tensor)
+        _, flags = perceptrons.rows(perceptrons.problem_of(model, data, **options, method="maml"), native)
+        assert flags.tolist() == [False, True], tensor
+
+
 def conv_meta_step(native: ModuleType, net: conv_cases.Net, *, by_covariance: bool = True, **options: Any) -> None:
     """A meta-step with plain gradient steps, which hide no error, against float64."""
     data = conv_cases.draw(net)
@@ -412,6 +465,10 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
         mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse")  # large tiles, some of them cut at the edge
         for loss in ("mse", "cross_entropy"):
             mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
+        for loss in ("mse", "cross_entropy"):
+            mlp_second_order(native, (3, 6, 5, 2), 3, 5, 3, loss)  # a warp in shared memory
+            mlp_second_order(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
+        mlp_second_order_faults(native)
     native.configure(multiprocessors=1)
     sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles per block
     compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
@@ -450,6 +507,7 @@ def run_kernels(native: ModuleType) -> None:
                 ((9, 120, 120, 3), 2, 60, 65),  # a block in the workspace
             ):
                 mlp_meta_step(native, *sizes, loss, dtype, activation)
+                mlp_second_order(native, *sizes, loss, dtype, activation)
         mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
     for method in ("sign-maml", "fo-maml"):
         conv_step_is_exact(native, method)
