@@ -105,12 +105,12 @@ def meta_step_flops(net: ConvNet | Perceptron, *, tasks: int, support: int, quer
 def second_order_flops(net: ConvNet | Perceptron, *, tasks: int, support: int, query: int, steps: int) -> int:
     """FLOPs of an exact maml meta-step: first-order's, and a sweep back through each of the steps.
 
-    The sweep is forward 1, tangent 2, data gradient 1, its tangent 2 and weight tangents 2, in units of a layer's
-    forward pass. The first block has neither data gradients nor a tangent of its input: 4. Every implementation gets
-    this count, whatever it does.
+    The sweep is forward 1, tangent 2, data gradient 1, its tangent 2 and the weight gradient's tangent 2, in units of a
+    layer's forward pass. The first layer's input has neither a gradient nor a tangent: 1, 1 and 1. Every implementation
+    gets this count, whatever it does.
     """
     first, *rest = net.forward_flops()
-    sweep = 4 * first + 8 * sum(rest)
+    sweep = 3 * first + 8 * sum(rest)
     once = meta_step_flops(net, tasks=tasks, support=support, query=query, steps=steps)
     return once + tasks * steps * support * sweep
 
