@@ -9,6 +9,7 @@ compute the right meta-gradient:
      to the float64 result. (At the full rate, a rounding error near g = 0 flips a whole step and the flips cascade: on
      A every implementation, the sequential loop included, is 0.1 to 0.6 from float64; a hundredth of the rate leaves
      about 0.03 of the change.)
+     The other methods have no sign to flip: with the timed K, T and rate, equal to the float64 result to 0.02.
   4. in the timed call itself: its distance from float64 is printed as "drift" and must be below 1, the distance of
      unrelated gradients.
 Then all run interleaved in one process. The speed-up is the median of the ratios within a round. The rate counts the
@@ -36,7 +37,7 @@ import torch
 from harness import Summary
 from peers import Step, ours
 from torch import Tensor
-from workloads import WORKLOADS, Problem
+from workloads import METHODS, WORKLOADS, Problem
 
 import signmaml_ext
 
@@ -128,7 +129,9 @@ class Checker:
         cases = (
             ("float64", self.few_float64, self.expected, FLOAT64_TOLERANCE),
             ("float32, K = 0", self.few.with_steps(0), self.expected_joint, FLOAT32_TOLERANCE),
-            ("float32, small steps", self.slow, self.expected_slow, STEPS_TOLERANCE * self.steps_change),
+            ("float32, small steps", self.slow, self.expected_slow, STEPS_TOLERANCE * self.steps_change)
+            if self.problem.method == "sign-maml"
+            else ("float32", self.problem, self.whole, FLOAT32_TOLERANCE),
         )
         for what, problem, expected, tolerance in cases:
             if problem is self.few_float64 and implementation.why_not(problem) is not None:
@@ -158,6 +161,7 @@ def measure(
     *,
     tasks: int,
     steps: int,
+    method: str = "sign-maml",
     device: torch.device,
     seconds: float,
     least: int,
@@ -167,7 +171,7 @@ def measure(
     with_memory: bool = True,
 ) -> dict[str, Any]:
     """Times some implementations on one workload at one T and K; prints the table."""
-    problem = WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device)
+    problem = replace(WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device), method=method)
     checker = Checker(problem) if with_checks else None
     prepared: dict[str, Step] = {}
     skipped: dict[str, str] = dict(left_out or {})
@@ -195,7 +199,7 @@ def measure(
     product, n = harness.matrix_product(device)
     runs = {"matrix product": product} | {name: step.run for name, step in prepared.items()}
     comparison = harness.compare(runs, seconds=seconds, device=device, least=least)
-    flops = WORKLOADS[workload].flops(tasks, steps)
+    flops = WORKLOADS[workload].flops(tasks, steps, method)
     matrix_flops = counts.matrix_flops(n)
     rows: dict[str, Any] = {}
     for name, step in prepared.items():
@@ -219,10 +223,11 @@ def measure(
     prepared.clear()
     if with_memory:
         for name, row in rows.items():
-            row["memory_mib"] = memory(workload, name, tasks, steps, device)
+            row["memory_mib"] = memory(workload, name, tasks, steps, device, method)
     point = {
         "tasks": tasks,
         "steps": steps,
+        "method": method,
         "gflop": float(f"{flops / 1e9:.4g}"),
         "matrix_gflops": comparison.rate("matrix product", matrix_flops),
         "implementations": rows,
@@ -236,7 +241,7 @@ def as_table(workload: str, point: Mapping[str, Any]) -> str:
     """One point as a printable table."""
     matrix = point["matrix_gflops"].median
     lines = [
-        f"\n{workload}: {WORKLOADS[workload].summary}",
+        f"\n{workload}: {WORKLOADS[workload].summary}; {point['method']}",
         f"T = {point['tasks']}, K = {point['steps']}, {point['gflop']:g} GFLOP; a large matrix product runs at "
         f"{matrix:.0f} GFLOP/s\n",
     ]
@@ -260,9 +265,10 @@ def as_table(workload: str, point: Mapping[str, Any]) -> str:
     return "\n".join([*lines, harness.table(header, rows)])
 
 
-def memory(workload: str, name: str, tasks: int, steps: int, device: torch.device) -> float | None:
+def memory(workload: str, name: str, tasks: int, steps: int, device: torch.device, method: str) -> float | None:
     """MiB of one implementation, measured by `probe` in a separate process."""
     command = [sys.executable, __file__, "--probe", name, "--workload", workload, "--device", str(device)]
+    command += ["--method", method]
     done = subprocess.run(
         [*command, "--tasks", str(tasks), "--steps", str(steps)], capture_output=True, text=True, timeout=600
     )
@@ -272,9 +278,9 @@ def memory(workload: str, name: str, tasks: int, steps: int, device: torch.devic
     return round(float(done.stdout.split()[-1]), 1)
 
 
-def probe(workload: str, name: str, tasks: int, steps: int, device: torch.device) -> None:
+def probe(workload: str, name: str, tasks: int, steps: int, device: torch.device, method: str) -> None:
     """Prints the MiB that one meta-step takes; see the module."""
-    problem = WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device)
+    problem = replace(WORKLOADS[workload].problem(tasks=tasks, steps=steps, device=device), method=method)
     (implementation,) = [each for each in implementations() if each.name == name]
     harness.require(implementation.why_not(problem) is None, f"{name} cannot run this")  # and imports its library
     if name.startswith("JAX") and device.type == "cuda":
@@ -294,7 +300,12 @@ GROWTH_STEPS = (1, 5, 10)
 
 
 def growth(
-    workload: str, device: torch.device, seconds: float, wanted: Sequence[Implementation], with_memory: bool
+    workload: str,
+    device: torch.device,
+    seconds: float,
+    wanted: Sequence[Implementation],
+    with_memory: bool,
+    method: str,
 ) -> list[Any]:
     """Points over T at K = 5, and over K at the workload's T."""
     usual = WORKLOADS[workload].tasks
@@ -309,6 +320,7 @@ def growth(
             seconds=seconds,
             least=3,
             wanted=wanted,
+            method=method,
             with_checks=False,
             with_memory=with_memory,
         )
@@ -319,6 +331,7 @@ def growth(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--method", choices=METHODS, default="sign-maml")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tasks", nargs="+", type=int, help="T, one or several; default: the workload's")
     parser.add_argument("--steps", nargs="+", type=int, default=[5], help="K, one or several")
@@ -333,7 +346,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if arguments.probe:
-        probe(arguments.workload[0], arguments.probe, arguments.tasks[0], arguments.steps[0], device)
+        probe(arguments.workload[0], arguments.probe, arguments.tasks[0], arguments.steps[0], device, arguments.method)
         return
     wanted = implementations()
     if arguments.growth:
@@ -348,8 +361,10 @@ def main() -> None:
     with_memory = not (arguments.quick or arguments.no_memory)
     for workload in arguments.workload:
         result: dict[str, Any] = {**harness.stamp(device), "workload": workload}
+        result["method"] = arguments.method
+        suffix = "" if arguments.method == "sign-maml" else f"_{arguments.method}"
         if arguments.growth:
-            points = growth(workload, device, arguments.seconds, wanted, with_memory)
+            points = growth(workload, device, arguments.seconds, wanted, with_memory, arguments.method)
             result |= {"benchmark": "growth", "points": points}
         else:
             points = [
@@ -357,6 +372,7 @@ def main() -> None:
                     workload,
                     tasks=tasks,
                     steps=steps,
+                    method=arguments.method,
                     device=device,
                     seconds=0 if arguments.quick else arguments.seconds,
                     least=3 if arguments.quick else 5,
@@ -369,7 +385,7 @@ def main() -> None:
             ]
             result |= {"benchmark": "meta_step", "points": points}
         if arguments.out:
-            harness.write(arguments.out / f"{result['benchmark']}_{workload}_{device.type}.json", result)
+            harness.write(arguments.out / f"{result['benchmark']}_{workload}{suffix}_{device.type}.json", result)
 
 
 if __name__ == "__main__":

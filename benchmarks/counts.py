@@ -66,6 +66,10 @@ class ConvNet:
         convolutions = sum(9 * layer.inputs * layer.outputs for layer in self.layers())
         return convolutions + 3 * self.filters * self.blocks + (self.features + 1) * self.ways
 
+    def forward_flops(self) -> list[int]:
+        """FLOPs of each layer's forward pass over one image, the classifier last."""
+        return [*(layer.flops for layer in self.layers()), 2 * self.features * self.ways]
+
     def pass_flops(self) -> int:
         """FLOPs of one image, forward and backward. The first block needs no input gradient: two thirds of the work."""
         first, *rest = (layer.flops for layer in self.layers())
@@ -83,6 +87,10 @@ class Perceptron:
         """Number of trainable scalars."""
         return sum((inputs + 1) * outputs for inputs, outputs in zip(self.widths, self.widths[1:], strict=False))
 
+    def forward_flops(self) -> list[int]:
+        """FLOPs of each layer's forward pass over one example."""
+        return [2 * inputs * outputs for inputs, outputs in zip(self.widths, self.widths[1:], strict=False)]
+
     def pass_flops(self) -> int:
         """FLOPs of one example, forward and backward, without the gradient of the example."""
         first, *rest = (2 * inputs * outputs for inputs, outputs in zip(self.widths, self.widths[1:], strict=False))
@@ -92,6 +100,19 @@ class Perceptron:
 def meta_step_flops(net: ConvNet | Perceptron, *, tasks: int, support: int, query: int, steps: int) -> int:
     """FLOPs of a first-order meta-step: `steps` passes over the support set of each task and one over its query set."""
     return tasks * (steps * support + query) * net.pass_flops()
+
+
+def second_order_flops(net: ConvNet | Perceptron, *, tasks: int, support: int, query: int, steps: int) -> int:
+    """FLOPs of an exact maml meta-step: first-order's, and a sweep back through each of the steps.
+
+    The sweep is forward 1, tangent 2, data gradient 1, its tangent 2 and the weight gradient's tangent 2, in units of a
+    layer's forward pass. The first layer's input has neither a gradient nor a tangent: 1, 1 and 1. Every implementation
+    gets this count, whatever it does.
+    """
+    first, *rest = net.forward_flops()
+    sweep = 3 * first + 8 * sum(rest)
+    once = meta_step_flops(net, tasks=tasks, support=support, query=query, steps=steps)
+    return once + tasks * steps * support * sweep
 
 
 def sign_step_bytes(tasks: int, parameters: int, scalar: int = 4) -> int:

@@ -4,7 +4,7 @@
   B  28 x 28, Conv4-64 with stride 2 (Omniglot), 1 shot, 15 queries per class, T = 32
   C  32 x 32 RGB, Conv4-64 with max-pooling (FC100), 5 shots, 15 queries per class, T = 8
   D  sinusoid regression, MLP 1-40-40-1, 10 shots, 10 queries, T = 1000
-All use sign-maml, K = 5 inner steps and float32; all except D are 5-way.
+By default all use sign-maml, K = 5 inner steps and float32; all except D are 5-way.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from signmaml.models import MLP, Conv4
 WAYS = 5
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
+METHODS = ("sign-maml", "fo-maml", "maml")
+
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -37,6 +39,7 @@ class Problem:
         loss: "cross_entropy" or "mse".
         inner_lr: Rate of every inner step.
         steps: K.
+        method: One of METHODS.
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Problem:
     loss: str
     inner_lr: float
     steps: int
+    method: str = "sign-maml"
 
     @property
     def tasks(self) -> int:
@@ -104,9 +108,10 @@ class Workload:
         """Q."""
         return self.queries * (WAYS if isinstance(self.net, counts.ConvNet) else 1)
 
-    def flops(self, tasks: int, steps: int) -> int:
+    def flops(self, tasks: int, steps: int, method: str = "sign-maml") -> int:
         """FLOPs of one meta-step; see `counts`."""
-        return counts.meta_step_flops(self.net, tasks=tasks, support=self.support, query=self.query, steps=steps)
+        count = counts.second_order_flops if method == "maml" else counts.meta_step_flops
+        return count(self.net, tasks=tasks, support=self.support, query=self.query, steps=steps)
 
     def problem(self, *, tasks: int, steps: int, device: torch.device, seed: int = 0) -> Problem:
         """Weights and data from a seed; the same for every implementation."""

@@ -88,15 +88,20 @@ def prepare(problem: Problem) -> Step:
         return -jnp.take_along_axis(jax.nn.log_softmax(prediction), y[:, None], 1).mean()
 
     gradient = jax.grad(error)
+    signs, second_order = problem.method == "sign-maml", problem.method == "maml"
     rate = dtype.type(problem.inner_lr)
 
     def task(theta: Any, support_x: Any, support_y: Any, query_x: Any, query_y: Any) -> Any:
         def step(_: int, phi: Any) -> Any:
             grads = gradient(phi, support_x, support_y)
-            return jax.tree.map(lambda value, g: value - rate * jnp.sign(g), phi, grads)
+            return jax.tree.map(lambda value, g: value - rate * (jnp.sign(g) if signs else g), phi, grads)
 
-        phi = jax.lax.fori_loop(0, problem.steps, step, theta)
-        return gradient(phi, query_x, query_y)
+        def adapted_error(theta: Any) -> Any:  # JAX can differentiate a loop of a fixed number of steps
+            return error(jax.lax.fori_loop(0, problem.steps, step, theta), query_x, query_y)
+
+        if second_order:
+            return jax.grad(adapted_error)(theta)
+        return gradient(jax.lax.fori_loop(0, problem.steps, step, theta), query_x, query_y)
 
     @jax.jit
     def meta_step(theta: Any, data: Any) -> Any:

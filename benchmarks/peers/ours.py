@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from workloads import Problem
 
@@ -11,7 +13,8 @@ from peers import Step
 
 def why_not(problem: Problem, backend: str) -> str | None:
     """None if the backend supports the problem on this machine, else the backend's reason."""
-    options = {"inner_lr": problem.inner_lr, "inner_steps": problem.steps, "loss": problem.loss}
+    options: dict[str, Any] = {"inner_lr": problem.inner_lr, "inner_steps": problem.steps, "loss": problem.loss}
+    options["method"] = problem.method
     return signmaml_ext.explain(problem.model, *problem.data, **options).reasons[backend]
 
 
@@ -26,6 +29,7 @@ def prepare(problem: Problem, backend: str) -> Step:
             inner_lr=problem.inner_lr,
             inner_steps=problem.steps,
             loss=problem.loss,
+            method=problem.method,
             backend=backend,
         )
         return {name: p.grad for name, p in model.named_parameters()}

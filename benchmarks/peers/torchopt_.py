@@ -16,6 +16,8 @@ SUMMARY = "a chain of TorchOpt's functional transformations, one task after the 
 
 
 def why_not(problem: Problem) -> str | None:
+    if problem.method != "sign-maml":
+        return f"not written for {problem.method} yet"
     return missing("torchopt")
 
 

@@ -42,6 +42,8 @@ def task_gradients(problem: Problem) -> Callable[[Gradients, Tensor, Tensor], Gr
 def meta_step(problem: Problem, chunk: int) -> Gradients:
     """The mean meta-gradient by parameter name."""
     theta = {name: p.detach() for name, p in problem.model.named_parameters()}
+    if problem.method == "maml":
+        return _second_order(problem, theta, chunk)
     gradients = vmap(task_gradients(problem))
     mean: Gradients = {}
     for first in range(0, problem.tasks, chunk):
@@ -50,8 +52,30 @@ def meta_step(problem: Problem, chunk: int) -> Gradients:
         phi = {name: value.expand(tasks, *value.shape) for name, value in theta.items()}
         for _ in range(problem.steps):
             grads = gradients(phi, support_x, support_y)
-            phi = {name: value - problem.inner_lr * grads[name].sign() for name, value in phi.items()}
+            if problem.method == "sign-maml":
+                grads = {name: gradient.sign() for name, gradient in grads.items()}
+            phi = {name: value - problem.inner_lr * grads[name] for name, value in phi.items()}
         for name, gradient in gradients(phi, query_x, query_y).items():
             part = gradient.sum(0) / problem.tasks
+            mean[name] = mean[name] + part if name in mean else part
+    return mean
+
+
+def _second_order(problem: Problem, theta: Gradients, chunk: int) -> Gradients:
+    """The mean of vmap(grad) of a whole task, whose inner steps are themselves calls of grad."""
+    gradient, loss = task_gradients(problem), LOSSES[problem.loss]
+
+    def task(start: Gradients, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        phi = start
+        for _ in range(problem.steps):
+            grads = gradient(phi, support_x, support_y)
+            phi = {name: value - problem.inner_lr * grads[name] for name, value in phi.items()}
+        return loss(functional_call(problem.model, phi, (query_x,)), query_y)
+
+    gradients = vmap(grad(task), in_dims=(None, 0, 0, 0, 0))
+    mean: Gradients = {}
+    for first in range(0, problem.tasks, chunk):
+        for name, found in gradients(theta, *(d[first : first + chunk] for d in problem.data)).items():
+            part = found.sum(0) / problem.tasks
             mean[name] = mean[name] + part if name in mean else part
     return mean

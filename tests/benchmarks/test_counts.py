@@ -65,3 +65,13 @@ def test_bytes_by_hand():
     assert counts.meta_accumulate_bytes(2, 5) == 2 * 5 * 4 + 2 * 5 * 4
     assert counts.copy_bytes(7) == 56
     assert counts.matrix_flops(10) == 2000
+
+
+def test_second_order_adds_a_sweep_per_step_to_the_first_order_count() -> None:
+    import counts
+
+    net = counts.Perceptron((2, 3, 5))
+    sizes = {"tasks": 7, "support": 4, "query": 6}
+    once = counts.meta_step_flops(net, **sizes, steps=2)
+    assert counts.second_order_flops(net, **sizes, steps=0) == counts.meta_step_flops(net, **sizes, steps=0)
+    assert counts.second_order_flops(net, **sizes, steps=2) - once == 7 * 2 * 4 * (3 * 2 * 2 * 3 + 8 * 2 * 3 * 5)
