@@ -64,7 +64,7 @@ struct ConvMetaStepParams {
     Scalar* query_accuracy;     // [T] Scalar; null without a query set
     Scalar* logits;             // [T, Q, ways] Scalar; may be null
     Scalar* adapted;            // [T, P] Scalar, the parameters after the inner loop; may be null
-    Scalar* grads;              // [T, P] Scalar, gradient of the query loss; may be null
+    Scalar* grads;              // [T, P] Scalar, meta-gradients, longer as `rates` says; may be null
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
     void* workspace;            // of the size that the plan gives
     std::int64_t tasks;         // T

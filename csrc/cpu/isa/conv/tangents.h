@@ -1,7 +1,8 @@
-// The derivative of a block's passes, forward and backward, in one direction of its parameters: second_order in
-// signmaml_ext/reference.py is torch's. `t` is the task, in which the pass itself has run or runs at the same time; `d`
-// holds the derivatives (tangents) of all that t holds, in a layout of the same sizes, of the weights and BatchNorm's
-// vectors too. ReLU's and pooling's choices are constants. In the comments, a name with a point after it is d's.
+// The derivative of a block's passes, forward and backward, in one direction of its parameters. `t` is the task, in
+// which the pass itself has run or runs at the same time; `d` holds the derivatives (tangents) of all that t holds, in
+// a layout of the same sizes, of the weights and BatchNorm's vectors too. ReLU's and pooling's choices are constants.
+// In the comments, a name with a point after it is d's. Readable twin: torch's double backward, in inner_loop of
+// signmaml_ext/reference.py.
 #pragma once
 
 #include <cstdint>
