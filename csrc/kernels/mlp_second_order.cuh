@@ -10,9 +10,10 @@
 
 namespace signmaml {
 
-template <typename Scalar, bool kWarp, bool kInShared>
-struct MlpSecondOrderTask : MlpTask<Scalar, kWarp, kInShared> {
-    using Base = MlpTask<Scalar, kWarp, kInShared>;
+// A team of one warp takes a block's barriers too: kernels of its own would cost more to compile than they would gain.
+template <typename Scalar, bool kInShared>
+struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared> {
+    using Base = MlpTask<Scalar, false, kInShared>;
     using Values = typename Base::Values;
     using Base::activation;
     using Base::bias;
@@ -299,15 +300,15 @@ struct MlpSecondOrderTask : MlpTask<Scalar, kWarp, kInShared> {
     }
 };
 
-template <typename Scalar, bool kWarp, bool kInShared>
-__global__ void __launch_bounds__(kWarp ? 32 : kMlpBlock, kWarp ? 16 : 2)
+template <typename Scalar, bool kInShared>
+__global__ void __launch_bounds__(kMlpBlock, 2)
     mlp_second_order_kernel(const MlpMetaStepParams<Scalar> p, const MlpLayout layout,
                             const MlpSecondOrderLayout places) {
     const Shared<Scalar> own(0, kInShared ? layout.size : 1);
     const std::int64_t of_task = kInShared ? 0 : layout.size;
     Scalar* of_team = p.workspace + std::int64_t{blockIdx.x} * (of_task + places.size);
     Scalar* memory = kInShared ? own.address(0) : of_team;
-    const Team<kWarp> team{};
+    const Team<false> team{};
     const auto clear = [&](Scalar* from, std::int64_t count) {
         for (std::int64_t i = team.rank() * kMlpVector<Scalar>; i < count; i += team.size() * kMlpVector<Scalar>) {
             store<Scalar, kMlpVector<Scalar>>(from + i, {});
@@ -317,7 +318,7 @@ __global__ void __launch_bounds__(kWarp ? 32 : kMlpBlock, kWarp ? 16 : 2)
     clear(of_team + of_task, places.direction);
     team.barrier();  // the padding of all rows is zero before anyone writes beside it
     for (std::int64_t task = blockIdx.x; task < p.tasks; task += gridDim.x) {
-        MlpSecondOrderTask<Scalar, kWarp, kInShared> work{
+        MlpSecondOrderTask<Scalar, kInShared> work{
             {p, layout, team, memory, task, Scalar(0)}, places, of_team + of_task};
         work.run();
     }

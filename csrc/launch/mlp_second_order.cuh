@@ -9,11 +9,6 @@
 
 namespace signmaml {
 
-template <typename Scalar, bool kWarp>
-auto mlp_second_order_kernel_for(bool in_shared) {
-    return in_shared ? mlp_second_order_kernel<Scalar, kWarp, true> : mlp_second_order_kernel<Scalar, kWarp, false>;
-}
-
 template <typename Scalar>
 void launch_mlp_second_order(const MlpMetaStepParams<Scalar>& params, int device, void* stream) {
     const DeviceScope scope(device);
@@ -22,8 +17,7 @@ void launch_mlp_second_order(const MlpMetaStepParams<Scalar>& params, int device
                                             sizeof(Scalar), multiprocessors(device));
     const MlpLayout layout = mlp_layout(params.shape, larger(support, query), plan.threads);
     const MlpSecondOrderLayout places = mlp_second_order_layout(layout, params.steps);
-    const auto kernel = plan.threads == 32 ? mlp_second_order_kernel_for<Scalar, true>(plan.in_shared)
-                                           : mlp_second_order_kernel_for<Scalar, false>(plan.in_shared);
+    const auto kernel = plan.in_shared ? mlp_second_order_kernel<Scalar, true> : mlp_second_order_kernel<Scalar, false>;
     launch("mlp_second_order_kernel", kernel, dim3(static_cast<unsigned>(plan.teams)), plan.threads, plan.shared_bytes,
            static_cast<cudaStream_t>(stream), params, layout, places);
 }

@@ -133,11 +133,11 @@ def dynamic_shared_bytes(kernel: str) -> int:
         return conv_shared_bytes(name, arguments.rstrip(">").split(", "))
     if name not in MLP:
         return 0
-    scalar, warp, in_shared = arguments.rstrip(">").split(", ")
+    scalar, *warp, in_shared = arguments.rstrip(">").split(", ")
     scalar_bytes = 4 if scalar == "float" else 8
     if in_shared == "false":
         return 0
-    if warp == "false":
+    if warp != ["true"]:
         return 48 * 1024  # kMlpSharedBytes, the most that a launch takes
     return int(C.plan_mlp_meta_step(*SINUSOID, scalar_bytes, 132)["shared_bytes"])
 
@@ -159,7 +159,7 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
 def block_of(kernel: str) -> int:
     """Threads per block of a kernel, given its name with template arguments."""
     name, _, arguments = kernel.partition("<")
-    if name in MLP and arguments.split(", ")[1] == "true":
+    if name == "mlp_meta_step_kernel" and arguments.split(", ")[1] == "true":
         return 32
     return BLOCKS[name]
 

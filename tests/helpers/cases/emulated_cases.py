@@ -468,6 +468,8 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
         for loss in ("mse", "cross_entropy"):
             mlp_second_order(native, (3, 6, 5, 2), 3, 5, 3, loss)  # a warp in shared memory
             mlp_second_order(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
+        for dtype in (torch.float32, torch.float64):
+            mlp_second_order(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some cut at the edge
         mlp_second_order_faults(native)
     native.configure(multiprocessors=1)
     sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles per block
