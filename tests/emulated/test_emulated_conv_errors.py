@@ -97,7 +97,10 @@ def test_a_step_on_one_hundred_images_of_one_hundred_ways(native, by_covariance)
     data = conv_cases.draw(net)
     data.support_x, data.support_y = data.query_x, data.query_y
     gradient = conv_cases.run(native, net, data, steps=0, by_covariance=by_covariance)
-    apart = conv_cases.errors_of_tasks(native, net, [data, conv_cases.draw(net, 1)], by_covariance=by_covariance)
+    # oneDNN sums a hundred small images in more or fewer parts by the processor, so its errors are no fixed measure.
+    with torch.backends.mkldnn.flags(enabled=False):
+        draws = [data, conv_cases.draw(net, 1)]
+        apart = conv_cases.errors_of_tasks(native, net, draws, by_covariance=by_covariance)
     conv_cases.assert_within_twice_torch(net, apart)
     stepped = conv_cases.run(native, net, data, steps=1, by_covariance=by_covariance, with_query=False)
     theta = torch.cat([p.reshape(-1) for p in data.params])
