@@ -120,10 +120,9 @@ def rate_options(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, b
         problem: The call.
         tensors: Arguments and results by name.
     """
-    size = tensors["theta"].numel()
     return {
-        "rates_by_element": _varies_within(problem) is not None,
-        "learns_rates": "mean" in tensors and tensors["mean"].numel() > size,
+        "rates_by_element": tensors["lr"].numel() > problem.steps * tensors["adapt"].numel(),
+        "learns_rates": "mean" in tensors and tensors["mean"].numel() > tensors["theta"].numel(),
     }
 
 

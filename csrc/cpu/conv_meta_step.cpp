@@ -66,9 +66,11 @@ class ConvTeam {
             if (wants_gradient()) {
                 passes_.head(p_.query, task).to_gradient();
                 passes_.backward(Wanted{nullptr});
-                Scalar* row = mean_.wanted() ? mean_.rows(task) : p_.grads + task * columns();
-                Scalar* rate_grads = p_.rates.learnable ? row + p_.parameters : nullptr;
+                // A row may have to wait for tasks before, so it is taken late, unless rates' gradients go there.
+                Scalar* row = p_.rates.learnable ? row_of(task) : nullptr;
+                Scalar* rate_grads = row == nullptr ? nullptr : row + p_.parameters;
                 if (second_order_) second_order_->through_the_steps(task, rate_grads);
+                if (row == nullptr) row = row_of(task);
                 passes_.give(row, /*grads=*/true);
                 for (std::int64_t step = 0; rate_grads != nullptr && !second_order_ && step < p_.steps; ++step) {
                     rates_->gradients(step, row, rate_grads);
@@ -80,6 +82,7 @@ class ConvTeam {
     }
 
   private:
+    Scalar* row_of(std::int64_t task) { return mean_.wanted() ? mean_.rows(task) : p_.grads + task * columns(); }
     bool wants_gradient() const { return p_.grads != nullptr || mean_.wanted(); }
     std::int64_t columns() const { return gradient_columns(p_.parameters, conv_tensors(p_.shape), p_.steps, p_.rates); }
     const Scalar* rates(std::int64_t step) const { return p_.lr + step * conv_tensors(p_.shape); }

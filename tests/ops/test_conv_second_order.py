@@ -15,6 +15,7 @@ from ops.test_conv_meta_step_cpu import (
     both,
     data,
     distance,
+    make_ties_and_zeros,
     net,
     on,
     same_for_any_number_of_threads,
@@ -199,17 +200,7 @@ def test_a_gradient_that_overflows_on_the_way_back_is_flagged(isa: str) -> None:
 @pytest.mark.parametrize("pooling", ["max", "stride"])
 def test_ties_and_zeros(isa: str, case: str, pooling: str) -> None:
     model, batch = net(channels=1, pooling=pooling), data()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and case == "scale 0":
-                module.weight[::2] = 0
-            if isinstance(module, nn.BatchNorm2d) and case == "all dead":
-                module.bias.fill_(-100)
-    if case == "constant images":
-        batch[0][0], batch[0][1] = 0.5, 0.0
-    if case == "sparse":  # most windows are equal, so pooling has many ties
-        for images in (batch[0], batch[2]):
-            images[images < 1.2] = 0
+    make_ties_and_zeros(case, model, batch, constant=batch[0])
     assert_equal_to_the_reference(model, batch, inner_steps=1)
 
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/isa/conv/direct.h"
+#include "cpu/isa/conv/patches.h"
 #include "cpu/isa/conv/task_rows.h"
 
 namespace signmaml::cpu::SIGNMAML_ISA {
@@ -14,16 +15,12 @@ template <typename Scalar>
 void moments_of_patches(const ConvTask<Scalar>& t, double* mean, double* variance) {
     const ConvBlockPlan& b = t.block(0);
     const double* patch_mean = t.patch_mean();
-    const double* covariance = t.covariance();
     const std::int64_t channels = t.layout->channels, patch = 9 * b.inputs, group = b.vectors * kLanes<Scalar>;
     for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight) + first * patch;
         for (std::int64_t i = 0; i < patch; ++i) {
-            double product[kConvFilters] = {};  // of row i of the covariance with the weights
-            for (std::int64_t j = 0; j < patch; ++j) {
-                const double entry = covariance[i * kConvLargestPatch + j];
-                for (std::int64_t c = 0; c < group; ++c) product[c] += entry * weight[j * group + c];
-            }
+            double product[kConvFilters];
+            times_covariance(t, i, weight, group, product);
             for (std::int64_t c = 0; c < group; ++c) {
                 mean[first + c] += patch_mean[i] * weight[i * group + c];
                 variance[first + c] += product[c] * weight[i * group + c];

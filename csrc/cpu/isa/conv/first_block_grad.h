@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/isa/conv/patches.h"
 #include "cpu/isa/conv/register_tiles.h"
 #include "cpu/isa/conv/task_rows.h"
 
@@ -208,7 +209,6 @@ void finish_first(const ConvTask<Scalar>& t) {
     const ConvBlockPlan& b = t.block(0);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, patch = 9 * b.inputs;
     const double* patch_mean = t.patch_mean();
-    const double* covariance = t.covariance();
     double beta[kConvFilters] = {};
     for (std::int64_t item = 0; item < t.examples * b.half_items; ++item) {
         for (std::int64_t c = 0; c < channels; ++c) beta[c] += t.partial(item).grad_sums()[c];
@@ -232,11 +232,8 @@ void finish_first(const ConvTask<Scalar>& t) {
             t.vector(0, kGammaGrad)[first + c] = static_cast<Scalar>(gamma[c]);
         }
         for (std::int64_t i = 0; i < patch; ++i) {
-            double dense[kConvFilters] = {};
-            for (std::int64_t j = 0; j < patch; ++j) {
-                const double entry = covariance[i * kConvLargestPatch + j];
-                for (std::int64_t c = 0; c < group; ++c) dense[c] += entry * weight[j * group + c];
-            }
+            double dense[kConvFilters];
+            times_covariance(t, i, weight, group, dense);
             for (std::int64_t c = 0; c < group; ++c) {
                 const double scale = t.vector(0, kScale)[first + c], inverse = t.vector(0, kInverse)[first + c];
                 t.at(b.weight_grad)[first * patch + i * group + c] =

@@ -17,17 +17,13 @@ void tangent_moments_of_patches(const ConvTask<Scalar>& t, const ConvTask<Scalar
                                 double* covariance) {
     const ConvBlockPlan& b = t.block(0);
     const double* patch_mean = t.patch_mean();
-    const double* of_patches = t.covariance();
     const std::int64_t channels = t.layout->channels, patch = 9 * b.inputs, group = b.vectors * kLanes<Scalar>;
     for (std::int64_t first = 0; first < channels; first += group) {
         const Scalar* weight = t.at(b.weight) + first * patch;
         const Scalar* tangent = d.at(d.block(0).weight) + first * patch;
         for (std::int64_t i = 0; i < patch; ++i) {
-            double product[kConvFilters] = {};  // of row i of the covariance with the weights
-            for (std::int64_t j = 0; j < patch; ++j) {
-                const double entry = of_patches[i * kConvLargestPatch + j];
-                for (std::int64_t c = 0; c < group; ++c) product[c] += entry * weight[j * group + c];
-            }
+            double product[kConvFilters];
+            times_covariance(t, i, weight, group, product);
             for (std::int64_t c = 0; c < group; ++c) {
                 mean[first + c] += patch_mean[i] * tangent[i * group + c];
                 covariance[first + c] += product[c] * tangent[i * group + c];
@@ -113,7 +109,6 @@ void tangent_finish_first(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d) 
     const ConvBlockPlan& b = t.block(0);
     const std::int64_t channels = t.layout->channels, group = b.vectors * kLanes<Scalar>, patch = 9 * b.inputs;
     const double* patch_mean = t.patch_mean();
-    const double* covariance = t.covariance();
     double beta[kConvFilters] = {}, beta_tangent[kConvFilters] = {};
     for (std::int64_t item = 0; item < t.examples * b.half_items; ++item) {
         for (std::int64_t c = 0; c < channels; ++c) {
@@ -152,14 +147,9 @@ void tangent_finish_first(const ConvTask<Scalar>& t, const ConvTask<Scalar>& d) 
             d.vector(0, kGammaGrad)[first + c] = static_cast<Scalar>(gamma_tangent);
         }
         for (std::int64_t i = 0; i < patch; ++i) {
-            double dense[kConvFilters] = {}, dense_tangent[kConvFilters] = {};  // row i of covariance W, covariance W.
-            for (std::int64_t j = 0; j < patch; ++j) {
-                const double entry = covariance[i * kConvLargestPatch + j];
-                for (std::int64_t c = 0; c < group; ++c) {
-                    dense[c] += entry * weight[j * group + c];
-                    dense_tangent[c] += entry * weight_tangent[j * group + c];
-                }
-            }
+            double dense[kConvFilters], dense_tangent[kConvFilters];
+            times_covariance(t, i, weight, group, dense);
+            times_covariance(t, i, weight_tangent, group, dense_tangent);
             for (std::int64_t c = 0; c < group; ++c) {
                 const double scale = t.vector(0, kScale)[first + c], scale_tangent = d.vector(0, kScale)[first + c];
                 d.at(d.block(0).weight_grad)[first * patch + i * group + c] = static_cast<Scalar>(

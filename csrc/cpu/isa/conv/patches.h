@@ -170,5 +170,16 @@ void patch_covariance(const ConvTask<Scalar>& t, std::int64_t example, Scalar* s
     }
 }
 
+// product [group] <- row `i` of the patches' covariance times the weights of a group
+template <typename Scalar>
+void times_covariance(const ConvTask<Scalar>& t, std::int64_t i, const Scalar* weight, std::int64_t group,
+                      double* product) {
+    const double* row = t.covariance() + i * kConvLargestPatch;
+    for (std::int64_t c = 0; c < group; ++c) product[c] = 0;
+    for (std::int64_t j = 0; j < 9 * t.block(0).inputs; ++j) {
+        for (std::int64_t c = 0; c < group; ++c) product[c] += row[j] * weight[j * group + c];
+    }
+}
+
 }  // namespace
 }  // namespace signmaml::cpu::SIGNMAML_ISA
