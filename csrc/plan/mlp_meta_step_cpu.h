@@ -18,11 +18,11 @@ struct MlpCpuLayout {
     std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] holds the examples
     std::int64_t target;                      // [count, out], or labels [count]
     std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
-    // Of steps that are differentiated:
-    std::int64_t path;                     // [steps, parameters], the parameters before each step
-    std::int64_t direction;                // as the parameters: in which the support gradient is differentiated
-    std::int64_t tangent[kMlpLayers + 1];  // [support, width], the activations' derivatives; the examples have none
-    std::int64_t delta_tangent[2];         // [support, width], the deltas' derivatives
+    std::int64_t differentiated;              // how many steps are; the rest is theirs
+    std::int64_t path;                        // [steps, parameters], the parameters before each step
+    std::int64_t direction;                   // as the parameters: in which the support gradient is differentiated
+    std::int64_t tangent[kMlpLayers + 1];     // [support, width], the activations' derivatives; the examples have none
+    std::int64_t delta_tangent[2];            // [support, width], the deltas' derivatives
     std::int64_t size;
 };
 
@@ -50,11 +50,11 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t suppor
         delta = at;
         at += count * widest;
     }
-    const std::int64_t differentiated = mlp_differentiated(method, query, steps);
-    if (differentiated > 0) {
+    layout.differentiated = mlp_differentiated(method, query, steps);
+    if (layout.differentiated > 0) {
         const std::int64_t parameters = mlp_parameters(shape);
         layout.path = at;
-        at += differentiated * parameters;
+        at += layout.differentiated * parameters;
         layout.direction = at;
         at += parameters;
         for (int layer = 1; layer <= shape.layers; ++layer) {

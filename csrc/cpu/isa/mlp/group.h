@@ -29,8 +29,7 @@ class Group {
           first_(group.first),
           live_(group.live),
           grads_(group.grads),
-          differentiates_(mlp_differentiated(p_.method, p_.query.count, p_.steps) > 0 && grads_ != nullptr &&
-                          moves_any()) {}
+          differentiates_(layout_.differentiated > 0 && grads_ != nullptr && moves_any()) {}
 
     void run() {
         for (std::int64_t i = 0; i < p_.parameters; ++i) at(layout_.parameters)[i] = S::all(p_.theta[i]);
