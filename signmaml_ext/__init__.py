@@ -10,6 +10,7 @@ from .dispatch import Explanation
 from .graphs import GraphRefused
 from .ops import compact_sign_step_, meta_accumulate_, sign_step_
 from .results import CompactParams, EvaluateResult, MetaStepResult
+from .sharpness import Sharpness, perturbed
 
 __all__ = [
     "CompactParams",
@@ -17,6 +18,7 @@ __all__ = [
     "Explanation",
     "GraphRefused",
     "MetaStepResult",
+    "Sharpness",
     "__version__",
     "adapt",
     "compact_sign_step_",
@@ -24,5 +26,6 @@ __all__ = [
     "explain",
     "meta_accumulate_",
     "meta_step",
+    "perturbed",
     "sign_step_",
 ]

@@ -14,6 +14,7 @@ from .inputs import Inputs, Output
 from .losses import Loss
 from .problem import Problem, Rate
 from .results import Adaptation, EvaluateResult, MetaGradients, MetaStepResult, raise_if_asked
+from .sharpness import Sharpness
 
 
 def meta_step(
@@ -37,6 +38,7 @@ def meta_step(
     first_task: int = 0,
     graph: bool | None = None,
     task_state: str = "full",
+    sharpness: Sharpness | float | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -118,6 +120,12 @@ def meta_step(
             "cuda" (flat buffers) and "torch". phi is rounded twice for any K, instead of once per step, so trajectories
             agree up to rounding (float64: to 1e-12 as long as no gradient is that close to 0). A NaN gradient gives
             count -128 and stays NaN, as in full precision.
+        sharpness: Takes every inner gradient at phi + eps, the sharpest place near phi by the gradient at phi (the
+            lower step of Sharp-MAML, Abbas et al. 2022), which costs a second pass a step. A float is the radius rho of
+            the published form, eps = rho * g / ||g|| over the adapted parameters of a task; a `Sharpness` has other
+            norms. `support_loss` is still the loss at phi, and both passes of a step use the same dropout masks.
+            "sign-maml" stays exact; "maml" differentiates through eps. None or radius 0: plain steps. The upper step is
+            `signmaml_ext.perturbed`.
         output: Which part of what the model returns is the prediction: a key or an attribute ("logits"), a number, or a
             callable `(returned) -> tensor`. None: all of it, which must be one tensor for a named loss.
         batching: How tasks run that no whole-meta-step kernel serves. "together": under torch.vmap; a module that vmap
@@ -177,6 +185,7 @@ def meta_step(
         first_task=first_task,
         graph=graph,
         task_state=task_state,
+        sharpness=sharpness,
         batching=batching,
         compile=compile,
         output=output,
@@ -215,6 +224,7 @@ def evaluate(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    sharpness: Sharpness | float | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -253,6 +263,7 @@ def evaluate(
         seed=seed,
         zero_dead_bias=zero_dead_bias,
         task_state=task_state,
+        sharpness=sharpness,
         batching=batching,
         compile=compile,
         output=output,
@@ -286,6 +297,7 @@ def adapt(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    sharpness: Sharpness | float | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -329,6 +341,7 @@ def adapt(
         seed=seed,
         zero_dead_bias=zero_dead_bias,
         task_state=task_state,
+        sharpness=sharpness,
         batching=batching,
         compile=compile,
         output=output,
@@ -357,6 +370,7 @@ def explain(
     seed: int | None = None,
     zero_dead_bias: bool = True,
     task_state: str = "full",
+    sharpness: Sharpness | float | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -402,6 +416,7 @@ def explain(
         seed=seed,
         zero_dead_bias=zero_dead_bias,
         task_state=task_state,
+        sharpness=sharpness,
         batching=batching,
         compile=compile,
         output=output,

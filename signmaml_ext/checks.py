@@ -6,6 +6,7 @@ Nothing here reads a tensor's values on an accelerator: that would make the host
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import sys
@@ -36,6 +37,7 @@ from .problem import (
     Rate,
     StepRates,
 )
+from .sharpness import Sharpness
 
 
 class ForwardError(ValueError, RuntimeError):
@@ -75,6 +77,7 @@ def check_problem(
     first_task: int = 0,
     graph: bool | None = None,
     task_state: str = "full",
+    sharpness: Sharpness | float | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -152,10 +155,24 @@ def check_problem(
         first_task=first_task,
         graph=graph,
         task_state=task_state,
+        sharpness=_check_sharpness(sharpness),
         batching=batching,
         output=output,
         compile=compile,
     )
+
+
+def _check_sharpness(sharpness: Sharpness | float | None) -> Sharpness | None:
+    """None where nothing is perturbed."""
+    if sharpness is None or isinstance(sharpness, Sharpness):
+        found = sharpness
+    elif isinstance(sharpness, bool) or not isinstance(sharpness, (int, float)):
+        refuse("sharpness", "a radius >= 0, a Sharpness or None", describe(sharpness), TypeError)
+    elif not (math.isfinite(sharpness) and sharpness >= 0):
+        refuse("sharpness", "a finite radius >= 0, a Sharpness or None", repr(sharpness))
+    else:
+        found = Sharpness(sharpness)
+    return found if found is not None and found.rho > 0 else None
 
 
 def check_compiled_order(problem: Problem) -> None:

@@ -27,9 +27,9 @@ from .reference import (
     all_finite,
     batched_or_not,
     gradients_of,
-    sign,
 )
 from .results import Adaptation, CompactParams, MetaGradients, TaskParams
+from .sharpness import ascent, sign
 
 
 def why_not(problem: Problem, device_type: str) -> str | None:
@@ -252,6 +252,12 @@ class Tasks:
             stretches = self.layout.gather(gradients, self.number, self.run.dead(step), whole)
             self.layout.follow(moved, views)
             del gradients, views
+            if problem.sharpness is not None:
+                there = self._sharpest(moved, stretches)
+                loss, _, gradients = self._pass(self.layout.views(there, self.run.batched), x, y, step)
+                self.nonfinite |= ~loss.isfinite()
+                stretches = self.layout.gather(gradients, self.number, self.run.dead(step), whole)
+                del gradients
             if self.directions is not None:
                 ((_, _, grads),) = stretches
                 self.directions.append(sign(grads) if problem.method == "sign-maml" else grads.clone())
@@ -262,6 +268,15 @@ class Tasks:
         support_loss = torch.stack(losses) if losses else self.buffer.new_empty(0, self.number)
         self.nonfinite |= ~support_loss.isfinite().all(0)
         return support_loss
+
+    def _sharpest(self, moved: Tensor, stretches: list[Stretch]) -> Tensor:
+        """The parameters `[t, adapted columns]` at the sharpest place near them; flags non-finite gradients."""
+        assert self.run.problem.sharpness is not None
+        for _, _, grads in stretches:
+            self.nonfinite |= ~all_finite(grads)
+        values = [moved[:, first:last] for first, last, _ in stretches]
+        offsets = ascent(self.run.problem.sharpness, values, [grads for _, _, grads in stretches])
+        return torch.cat([value + offset for value, offset in zip(values, offsets, strict=True)], dim=1)
 
     def _step(self, moved: Tensor, first: int, last: int, grads: Tensor, rate: StepRate) -> None:
         flags = self.nonfinite

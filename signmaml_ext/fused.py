@@ -68,7 +68,12 @@ WORKSPACE, MEAN_ROWS = Scratch(), Scratch()
 
 
 def why_not(
-    problem: Problem, names: tuple[str, ...], precisions: tuple[str, ...] = ("fp32",), *, any_rates: bool = False
+    problem: Problem,
+    names: tuple[str, ...],
+    precisions: tuple[str, ...] = ("fp32",),
+    *,
+    any_rates: bool = False,
+    sharp: bool = False,
 ) -> str | None:
     """Why no fused family serves this problem, whatever its layers; None if one may.
 
@@ -77,6 +82,7 @@ def why_not(
         names: Parameters that the family's layers use.
         precisions: The precisions that it computes in.
         any_rates: Whether it serves rates that are learnable or vary within a parameter.
+        sharp: Whether it serves sharpness-aware steps.
     """
     if not isinstance(problem.support_x, Tensor):
         return "the model has several inputs"
@@ -99,6 +105,8 @@ def why_not(
         return "inner_lr requires grad, which the pure PyTorch backend serves"
     if not any_rates and (name := _varies_within(problem)) is not None:
         return f"inner_lr varies within parameter {name!r}"
+    if problem.sharpness is not None and not sharp:
+        return "its steps are not sharpness-aware there"
     if torch.is_autocast_enabled(problem.device.type):
         return "torch.autocast is on around the call"
     return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import losses
 from .inputs import Inputs, Output
 from .losses import Loss
+from .sharpness import Sharpness
 
 # Allowed values of the arguments of these names.
 METHODS = ("sign-maml", "fo-maml", "maml")
@@ -141,6 +142,7 @@ class Problem:
         graph: Whether the call replays a CUDA graph: True, False, or None where its kernels are made for it.
         keyed: Whether forward passes that run task by task draw from their own streams; False inside a graph.
         task_state: One of `TASK_STATES`.
+        sharpness: How gradients of inner steps are perturbed; None: not at all.
         batching: One of `BATCHINGS`.
         output: Which part of the model's output is the prediction; None: all of it.
         compile: Whether torch.compile compiles the passes that torch computes.
@@ -166,6 +168,7 @@ class Problem:
     graph: bool | None = None
     keyed: bool = True
     task_state: str = "full"
+    sharpness: Sharpness | None = None
     batching: str = "auto"
     output: Output | None = None
     compile: bool = False

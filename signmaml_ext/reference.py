@@ -37,6 +37,7 @@ from .norms import SupportStatistics
 from .problem import Problem
 from .replica import Replicas
 from .results import NAN_COUNT, Adaptation, CompactParams, MetaGradients, TaskParams, from_counts, raise_if_asked
+from .sharpness import ascent, sign
 from .watch import Facts, Watch, address
 
 Value = TypeVar("Value")
@@ -53,11 +54,6 @@ def adapt(problem: Problem) -> Adaptation:
     if problem.method == "maml":
         problem = problem.replace(method="fo-maml")  # they differ only in the meta-gradient
     return batched_or_not(problem, _adapt)
-
-
-def sign(gradient: Tensor) -> Tensor:
-    """The three-valued sign, with sign(nan) = nan (`torch.sign` says 0). Kernel: sign_step_kernel."""
-    return torch.where(gradient.isnan(), gradient, gradient.sign())
 
 
 def sign_step(params: Tensor, grads: Tensor, lr: Tensor | float) -> Tensor:
@@ -569,9 +565,13 @@ def inner_loop(
         # Only of parameters that move: with second order, the graph of earlier steps leads to the others too.
         wanted = {name: value for name, value in moving.items() if name not in run.dead(step)}
         gradients = gradients_of(loss, wanted, create_graph=second_order)
-        nonfinite |= ~all_finite_together(
-            [g.detach() for g in run.by_task(gradients.values()) if g is not None], nonfinite
-        )
+        nonfinite |= ~_all_finite_by_task(run, gradients, nonfinite)
+        if problem.sharpness is not None:
+            place = _sharpest(run, wanted, gradients)
+            there = {**(phi if second_order else moving), **place}
+            loss, _ = run.loss_and_prediction(there, x, y, first_task=tasks.start, step=step)
+            gradients = gradients_of(loss, place, create_graph=second_order)
+            nonfinite |= ~(loss.detach().isfinite() & _all_finite_by_task(run, gradients, nonfinite))
         for name, gradient in gradients.items():
             if gradient is None:
                 continue
@@ -586,6 +586,23 @@ def inner_loop(
     if not losses:
         return phi, torch.empty(0, y.shape[0], dtype=problem.dtype, device=problem.device), counts
     return phi, torch.stack(losses), counts
+
+
+def _sharpest(run: Run, values: TaskParams, gradients: Mapping[str, Tensor | None]) -> TaskParams:
+    """The parameters with a gradient, moved to the sharpest place near them; see `sharpness`."""
+    assert run.problem.sharpness is not None
+    names = [name for name, gradient in gradients.items() if gradient is not None]
+    second_order = run.problem.method == "maml"
+    own = [values[name] if second_order else values[name].detach() for name in names]
+    along = [gradient for gradient in gradients.values() if gradient is not None]
+    offsets = ascent(run.problem.sharpness, run.by_task(own), run.by_task(along))
+    # Leaves of a graph of their own, unless the steps are differentiated.
+    moved = [value + offset.reshape(value.shape) for value, offset in zip(own, offsets, strict=True)]
+    return {n: m if m.requires_grad else m.requires_grad_() for n, m in zip(names, moved, strict=True)}
+
+
+def _all_finite_by_task(run: Run, gradients: Mapping[str, Tensor | None], like: Tensor) -> Tensor:
+    return all_finite_together([g.detach() for g in run.by_task(gradients.values()) if g is not None], like)
 
 
 def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False) -> dict[str, Tensor | None]:
