@@ -127,6 +127,7 @@ def plan_conv_meta_step_cpu(
     method: str = "sign-maml",
     rates_by_element: bool = False,
     learns_rates: bool = False,
+    sharpness_rho: float = 0.0,
     with_blocks: bool = False,
 ) -> dict[str, Any]: ...
 def plan_conv_meta_step(
@@ -171,6 +172,9 @@ def conv_meta_step_cpu(
     skip_nonfinite: bool = False,
     rates_by_element: bool = False,
     learns_rates: bool = False,
+    sharpness_rho: float = 0.0,
+    sharpness_norm: str = "l2",
+    sharpness_adaptive: bool = False,
 ) -> None: ...
 def plan_mlp_meta_step_cpu(
     widths: Sequence[int],

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -132,6 +132,14 @@ def rate_options(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, b
         "rates_by_element": tensors["lr"].numel() > problem.steps * tensors["adapt"].numel(),
         "learns_rates": "mean" in tensors and tensors["mean"].numel() > tensors["theta"].numel(),
     }
+
+
+def sharpness_options(problem: Problem) -> dict[str, Any]:
+    """How a native call on the CPU gets sharpness-aware steps; nothing for plain ones."""
+    how = problem.sharpness
+    if how is None:
+        return {}
+    return {"sharpness_rho": how.rho, "sharpness_norm": how.norm, "sharpness_adaptive": how.adaptive}
 
 
 def _parameters(problem: Problem, names: tuple[str, ...]) -> list[Tensor]:

@@ -12,6 +12,7 @@
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
 #include "bindings/method.h"
+#include "bindings/sharpness.h"
 #include "cpu/conv_table.h"
 #include "cpu/dispatch.h"
 #include "cpu/ops.h"
@@ -100,6 +101,7 @@ struct ConvSizes {
     int support, query, steps;
     Method method;
     RateOptions rates;
+    SharpnessOptions sharpness;
 
     void check() const {
         constexpr int kMost = std::numeric_limits<int>::max();
@@ -110,7 +112,7 @@ struct ConvSizes {
         if (steps > 0) check_range("support", support, 1, kMost);
     }
 
-    ConvKept kept() const { return conv_kept(method, rates, steps, query); }
+    ConvKept kept() const { return conv_kept(method, rates, sharpness.rho > 0, steps, query); }
 };
 
 // Throws for sizes so large that a plan's int64 byte counts could overflow. No machine has that much memory.
@@ -152,6 +154,7 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     p.steps = sizes.steps;
     p.method = sizes.method;
     p.rates = sizes.rates;
+    p.sharpness = sizes.sharpness;
     p.shape = shape;
     return p;
 }
@@ -183,10 +186,18 @@ ConvUnit conv_unit(int scalar_bytes) {
 }
 
 py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads,
-                  int steps, const std::string& method, bool rates_by_element, bool learns_rates, bool with_blocks) {
+                  int steps, const std::string& method, bool rates_by_element, bool learns_rates, double sharpness_rho,
+                  bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {rates_by_element, learns_rates}};
+    const Method of_steps = method_of(method);
+    const ConvSizes sizes{tasks,
+                          support,
+                          query,
+                          steps,
+                          of_steps,
+                          {rates_by_element, learns_rates},
+                          sharpness_of(sharpness_rho, "l2", false, of_steps)};
     sizes.check();
     check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
@@ -222,9 +233,17 @@ void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes
 
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
                         int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite,
-                        bool rates_by_element, bool learns_rates) {
+                        bool rates_by_element, bool learns_rates, double sharpness_rho,
+                        const std::string& sharpness_norm, bool sharpness_adaptive) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {rates_by_element, learns_rates}};
+    const Method of_steps = method_of(method);
+    const ConvSizes sizes{tasks,
+                          support,
+                          query,
+                          steps,
+                          of_steps,
+                          {rates_by_element, learns_rates},
+                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps)};
     sizes.check();
     check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
@@ -250,7 +269,7 @@ py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int
                    bool by_covariance, std::int64_t workspace_limit) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, steps, Method::kFoMaml, {}}.check();
+    ConvSizes{tasks, support, query, steps, Method::kFoMaml, {}, {}}.check();
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
     const ConvPlan plan = plan_conv_meta_step(shape, {tasks, support, query, steps, wants_grads, wants_adapted},
                                               conv_precision_of(precision), by_covariance, workspace_limit);
@@ -312,7 +331,7 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
                          int query, int steps, const std::string& method, const std::string& precision, int device,
                          std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, first_order(method), {}};
+    const ConvSizes sizes{tasks, support, query, steps, first_order(method), {}, {}};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
@@ -332,10 +351,11 @@ void define_conv(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
-          "with_blocks"_a = false);
+          "sharpness_rho"_a = 0.0, "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
-          "rates_by_element"_a = false, "learns_rates"_a = false);
+          "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2",
+          "sharpness_adaptive"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
           "workspace_limit"_a = 0);

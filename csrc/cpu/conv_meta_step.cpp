@@ -8,6 +8,7 @@
 
 #include "cpu/conv_passes.h"
 #include "cpu/conv_second_order.h"
+#include "cpu/conv_sharpness.h"
 #include "cpu/conv_table.h"
 #include "cpu/conv_tensors.h"
 #include "cpu/dispatch.h"
@@ -35,6 +36,7 @@ class ConvTeam {
         if (kept.parameters > 0 && wants_gradient()) {
             second_order_.emplace(p, kept_.second, stages, passes_, rates_ ? &*rates_ : nullptr);
         }
+        if (kept.start) sharpness_.emplace(p.sharpness, passes_, kept_.start);
     }
 
     void run(std::int64_t task) {
@@ -50,6 +52,7 @@ class ConvTeam {
             p_.support_loss[step * p_.tasks + task] = loss;
             passes_.head(p_.support, task).to_gradient();
             passes_.backward(wanted);
+            if (sharpness_) nonfinite |= gradient_at_the_sharpest(wanted, task);
             if (second_order_) second_order_->remember(step);
             if (rates_) rates_->keep_direction(step);
             nonfinite |= p_.rates.by_element ? rates_->move(step) : passes_.move(wanted, rates(step));
@@ -82,6 +85,16 @@ class ConvTeam {
     }
 
   private:
+    // Instead of the one at hand. Returns whether anything is NaN or infinite.
+    bool gradient_at_the_sharpest(Wanted wanted, std::int64_t task) {
+        bool nonfinite = sharpness_->climb(wanted);
+        nonfinite |= !std::isfinite(passes_.forward(p_.support, task, passes_.moves_a_block(wanted)));
+        passes_.head(p_.support, task).to_gradient();
+        passes_.backward(wanted);
+        sharpness_->come_back(wanted);
+        return nonfinite;
+    }
+
     Scalar* row_of(std::int64_t task) { return mean_.wanted() ? mean_.rows(task) : p_.grads + task * columns(); }
     bool wants_gradient() const { return p_.grads != nullptr || mean_.wanted(); }
     std::int64_t columns() const { return gradient_columns(p_.parameters, conv_tensors(p_.shape), p_.steps, p_.rates); }
@@ -93,6 +106,7 @@ class ConvTeam {
     ConvPasses<Scalar> passes_;
     std::optional<ConvRates<Scalar>> rates_;  // unless they are constant and the same for all of a tensor
     std::optional<ConvSecondOrder<Scalar>> second_order_;
+    std::optional<ConvSharpness<Scalar>> sharpness_;
 };
 
 template <typename Scalar>
@@ -108,7 +122,7 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
     if (p.tasks == 0) return;
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
     const std::int64_t examples = larger(p.support.count, p.query.count);
-    const ConvKept kept = conv_kept(p.method, p.rates, p.steps, p.query.count);
+    const ConvKept kept = conv_kept(p.method, p.rates, p.sharpness.rho > 0, p.steps, p.query.count);
     const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, kept,
                                                      sizeof(Scalar), stages.unit, threads);
     const auto layout_for = [&](bool alone) {

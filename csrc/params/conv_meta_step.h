@@ -6,6 +6,7 @@
 
 #include "params/method.h"
 #include "params/rates.h"
+#include "params/sharpness.h"
 
 namespace signmaml {
 
@@ -71,7 +72,8 @@ struct ConvMetaStepParams {
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
     Method method;
-    RateOptions rates;  // the CPU backend's; elsewhere by tensor, and constant
+    RateOptions rates;           // the CPU backend's; elsewhere by tensor, and constant
+    SharpnessOptions sharpness;  // the CPU backend's; elsewhere none
     ConvShape shape;
 };
 

@@ -34,6 +34,8 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
         return found
     if problem.method == "maml" and on_cuda:
         return "its kernels on CUDA do not differentiate through the steps"
+    if problem.method == "maml" and problem.sharpness is not None:
+        return "its kernels do not differentiate through sharpness-aware steps"
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
         return (
             f"it serves up to {MOST_BLOCKS} blocks with a multiple of {FILTER_UNIT} up to {MOST_FILTERS} filters, "
@@ -48,7 +50,7 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
     if not problem.zero_dead_bias and found.blocks[0].conv_bias is not None:
         return "its convolution biases have gradient 0, and zero_dead_bias=False asks for rounding noise"
     precisions = ("fp32", "tf32", "bf16") if on_cuda else ("fp32",)
-    reason = fused.why_not(problem, found.names, precisions, any_rates=not on_cuda)
+    reason = fused.why_not(problem, found.names, precisions, any_rates=not on_cuda, sharp=not on_cuda)
     if reason is not None:
         return reason
     if on_cuda and problem.dtype == torch.float64:
@@ -126,12 +128,13 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
             )  # fmt: skip
     else:
         threads = torch.get_num_threads()
-        rates = fused.rate_options(problem, tensors)
+        rates, sharpness = fused.rate_options(problem, tensors), fused.sharpness_options(problem)
         plan = native.plan_conv_meta_step_cpu(
-            shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method, **rates
-        )
+            shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method,
+            sharpness_rho=sharpness.get("sharpness_rho", 0.0), **rates,
+        )  # fmt: skip
         with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"]) as addresses:
             native.conv_meta_step_cpu(
                 addresses, shape, **sizes, steps=steps, method=method, is_double=problem.dtype == torch.float64,
-                skip_nonfinite=problem.nonfinite == "skip", threads=threads, **rates,
+                skip_nonfinite=problem.nonfinite == "skip", threads=threads, **rates, **sharpness,
             )  # fmt: skip
