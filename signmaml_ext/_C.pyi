@@ -185,6 +185,7 @@ def plan_mlp_meta_step_cpu(
     threads: int,
     steps: int = 0,
     method: str = "sign-maml",
+    sharpness_rho: float = 0.0,
 ) -> dict[str, int]: ...
 def mlp_meta_step_cpu(
     addresses: dict[str, int],
@@ -199,6 +200,9 @@ def mlp_meta_step_cpu(
     is_double: bool,
     threads: int,
     skip_nonfinite: bool = False,
+    sharpness_rho: float = 0.0,
+    sharpness_norm: str = "l2",
+    sharpness_adaptive: bool = False,
 ) -> None: ...
 
 class ConvStageRunner:

@@ -11,6 +11,7 @@
 #include "bindings/arguments.h"
 #include "bindings/mean_gradient.h"
 #include "bindings/method.h"
+#include "bindings/sharpness.h"
 #include "cpu/dispatch.h"
 #include "cpu/mlp_table.h"
 #include "cpu/ops.h"
@@ -111,10 +112,10 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
 }
 
 MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                       std::int64_t steps, Method method, int scalar_bytes, int threads) {
+                       std::int64_t steps, Method method, bool sharp, int scalar_bytes, int threads) {
     const auto plan_for = [&](const auto& stages) {
-        return plan_mlp_meta_step_cpu(shape, tasks, support, query, steps, method, scalar_bytes, stages.wide.lanes,
-                                      stages.narrow.lanes, threads);
+        return plan_mlp_meta_step_cpu(shape, tasks, support, query, steps, method, sharp, scalar_bytes,
+                                      stages.wide.lanes, stages.narrow.lanes, threads);
     };
     if (scalar_bytes == sizeof(double)) return plan_for(cpu::mlp_stages<double>(cpu::kernels()));
     if (scalar_bytes == sizeof(float)) return plan_for(cpu::mlp_stages<float>(cpu::kernels()));
@@ -122,35 +123,39 @@ MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t s
 }
 
 py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                  int scalar_bytes, int threads, std::int64_t steps, const std::string& method) {
+                  int scalar_bytes, int threads, std::int64_t steps, const std::string& method, double sharpness_rho) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
+    const Method of_steps = method_of(method);
+    const bool sharp = sharpness_of(sharpness_rho, "l2", false, of_steps).rho > 0;
     check_sizes(shape, tasks, support, query, steps);
     check_at_least_one("threads", threads);
-    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, steps, method_of(method), scalar_bytes, threads);
+    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, steps, of_steps, sharp, scalar_bytes, threads);
     return py::dict("lanes"_a = plan.lanes, "groups"_a = plan.groups, "slots"_a = plan.slots, "within"_a = plan.within,
                     "workspace_scalars"_a = plan.workspace_scalars, "mean_rows"_a = plan.mean_rows);
 }
 
 template <typename Scalar>
-void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, bool skip_nonfinite,
-             int threads) {
+void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes,
+             const SharpnessOptions& sharpness, bool skip_nonfinite, int threads) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
     const auto mean = mean_of<Scalar>(addresses, sizes.query, params.grads, skip_nonfinite);
     const py::gil_scoped_release unlocked;
-    cpu::mlp_meta_step(params, mean, threads);
+    cpu::mlp_meta_step(params, sharpness, mean, threads);
 }
 
 void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
                        const std::string& loss, std::int64_t tasks, int support, int query, int steps,
-                       const std::string& method, bool is_double, int threads, bool skip_nonfinite) {
+                       const std::string& method, bool is_double, int threads, bool skip_nonfinite,
+                       double sharpness_rho, const std::string& sharpness_norm, bool sharpness_adaptive) {
     const MlpShape shape = shape_of(widths, activation, loss);
     const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
+    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method);
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
     if (is_double) {
-        run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
+        run_cpu<double>(addresses, shape, sizes, sharpness, skip_nonfinite, threads);
     } else {
-        run_cpu<float>(addresses, shape, sizes, skip_nonfinite, threads);
+        run_cpu<float>(addresses, shape, sizes, sharpness, skip_nonfinite, threads);
     }
 }
 
@@ -223,9 +228,10 @@ void define_mlp(py::module_& m) {
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "multiprocessors"_a, "steps"_a = 0, "method"_a = "sign-maml");
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml");
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "sharpness_rho"_a = 0.0);
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
-          "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false);
+          "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
+          "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,

@@ -28,12 +28,15 @@ void share(std::int64_t items, int threads, Sharing::Body body, const void* self
 }  // namespace
 
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar>& wanted, int threads) {
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const SharpnessOptions& sharpness,
+                   const MeanGradient<Scalar>& wanted, int threads) {
+    const bool sharp = sharpness.rho > 0;
     if (p.tasks == 0) return;
     const MlpStages<Scalar>& stages = mlp_stages<Scalar>(kernels());
-    const MlpCpuPlan plan = plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method,
-                                                   sizeof(Scalar), stages.wide.lanes, stages.narrow.lanes, threads);
-    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method);
+    const MlpCpuPlan plan =
+        plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method, sharp,
+                               sizeof(Scalar), stages.wide.lanes, stages.narrow.lanes, threads);
+    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method, sharp);
     const auto meta_step = plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
     Scalar* memory = aligned(p.workspace);
     const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};
@@ -49,7 +52,7 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar
                 const int live = static_cast<int>(std::min<std::int64_t>(plan.lanes, p.tasks - first));
                 Scalar* grads = p.grads == nullptr ? nullptr : p.grads + first * p.parameters;
                 if (mean.wanted()) grads = mean.rows(group);
-                meta_step({&p, &layout, own, first, live, grads, sharing});
+                meta_step({&p, &layout, own, first, live, grads, sharpness, sharing});
                 if (mean.wanted()) mean.hand_in(group);
             }
         }
@@ -57,7 +60,9 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar
     if (mean.wanted()) mean.finish();
 }
 
-template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const MeanGradient<float>&, int);
-template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const MeanGradient<double>&, int);
+template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const SharpnessOptions&, const MeanGradient<float>&,
+                                   int);
+template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const SharpnessOptions&,
+                                    const MeanGradient<double>&, int);
 
 }  // namespace signmaml::cpu

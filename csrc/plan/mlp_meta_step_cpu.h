@@ -23,11 +23,12 @@ struct MlpCpuLayout {
     std::int64_t direction;                   // as the parameters: in which the support gradient is differentiated
     std::int64_t tangent[kMlpLayers + 1];     // [support, width], the activations' derivatives; the examples have none
     std::int64_t delta_tangent[2];            // [support, width], the deltas' derivatives
+    std::int64_t start;                       // [parameters] while a gradient is taken at the sharpest place near them
     std::int64_t size;
 };
 
 constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t support, std::int64_t query,
-                                      std::int64_t steps, Method method) {
+                                      std::int64_t steps, Method method, bool sharp) {
     MlpCpuLayout layout{};
     const std::int64_t count = larger(support, query);
     std::int64_t at = 0;
@@ -66,6 +67,8 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t suppor
             at += support * widest;
         }
     }
+    layout.start = at;
+    if (sharp && steps > 0) at += mlp_parameters(shape);
     layout.size = at;
     return layout;
 }
@@ -85,14 +88,14 @@ inline constexpr std::int64_t kMlpAlignment = 64;
 // `wide` and `narrow`: the lanes that the instruction set offers. With few tasks narrow vectors waste fewer lanes and
 // give more threads a group.
 constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
-                                            std::int64_t query, std::int64_t steps, Method method, int scalar_bytes,
-                                            int wide, int narrow, int threads) {
+                                            std::int64_t query, std::int64_t steps, Method method, bool sharp,
+                                            int scalar_bytes, int wide, int narrow, int threads) {
     const std::int64_t most = larger(1, threads);
     const int lanes = tasks > wide * (most - 1) ? wide : narrow;
     const std::int64_t groups = ceil_div(tasks, lanes);
     const bool within = groups < most;
     const std::int64_t slots = within ? 1 : most;
-    const MlpCpuLayout layout = mlp_cpu_layout(shape, support, query, steps, method);
+    const MlpCpuLayout layout = mlp_cpu_layout(shape, support, query, steps, method, sharp);
     const std::int64_t mean_rows = smaller(tasks, mean_slots(groups, within ? 1 : threads) * lanes);
     return {lanes, groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes, mean_rows};
 }

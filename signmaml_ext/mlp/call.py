@@ -18,8 +18,14 @@ WIDEST = 256  # kMlpWidth
 MOST_HIDDEN_LAYERS = 4  # kMlpLayers - 1
 
 
-def why_not(problem: Problem) -> str | None:
-    """None if the MLP kernels serve this problem, on any device, else the reason."""
+def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
+    """None if the MLP kernels serve this problem, on any device, else the reason.
+
+    Args:
+        problem: The call.
+        on_cuda: Whether the CUDA kernels are asked; None: if the model is on a CUDA device.
+    """
+    on_cuda = problem.device.type == "cuda" if on_cuda is None else on_cuda
     found = read(problem.model)
     if isinstance(found, str):
         return found
@@ -29,7 +35,9 @@ def why_not(problem: Problem) -> str | None:
         return (
             f"it serves up to {MOST_HIDDEN_LAYERS} hidden layers of up to {WIDEST}, and the widths are {found.widths}"
         )
-    reason = fused.why_not(problem, found.names)
+    if problem.method == "maml" and problem.sharpness is not None:
+        return "its kernels do not differentiate through sharpness-aware steps"
+    reason = fused.why_not(problem, found.names, sharp=not on_cuda)
     if reason is not None:
         return reason
     if problem.loss == "mse" and not _targets_fit(problem, found.widths[-1]):
@@ -76,9 +84,12 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, na
             )
     else:
         threads = torch.get_num_threads()
-        plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads, **steps)
+        sharpness = fused.sharpness_options(problem)
+        plan = native.plan_mlp_meta_step_cpu(
+            found.widths, *sizes.values(), itemsize, threads, **steps, sharpness_rho=sharpness.get("sharpness_rho", 0.0)
+        )
         workspace = plan["workspace_scalars"] * itemsize
         with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"]) as addresses:
             native.mlp_meta_step_cpu(
-                addresses, *network, **options, skip_nonfinite=problem.nonfinite == "skip", threads=threads
+                addresses, *network, **options, skip_nonfinite=problem.nonfinite == "skip", threads=threads, **sharpness
             )

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from helpers.devices import emulated
-from signmaml_ext import checks, conv, dispatch, ops
+from signmaml_ext import checks, dispatch, ops
 from signmaml_ext.problem import Problem
 
 NAMES = ("torch", "cpu", "emulated", "cuda")
@@ -91,7 +91,7 @@ def emulated_backend(native: ModuleType) -> dispatch.Backend:
 
         def why_not(problem: Problem) -> str | None:
             # As for a model that is on CUDA.
-            return conv.why_not(problem, on_cuda=True) if family is dispatch.CONV else family.why_not(problem)
+            return family.why_not(problem, on_cuda=True) if family.fused else family.why_not(problem)
 
         calls = {"meta_gradients": run(family.meta_gradients), "adapt": run(family.adapt)}
         return replace(family, why_not=why_not, **calls)

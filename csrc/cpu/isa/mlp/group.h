@@ -29,6 +29,7 @@ class Group {
           first_(group.first),
           live_(group.live),
           grads_(group.grads),
+          sharpness_(group.sharpness),
           differentiates_(layout_.differentiated > 0 && grads_ != nullptr && moves_any()) {}
 
     void run() {
@@ -39,10 +40,12 @@ class Group {
             const V loss = pass(p_.support, at(layout_.parameters), nullptr, nullptr);
             give(p_.support_loss + step * p_.tasks + first_, loss);
             const Scalar* lr = p_.lr + std::int64_t{step} * 2 * p_.shape.layers;
-            if (p_.method == Method::kSignMaml) {
-                backward<Purpose::kSignStep>(p_.support.count, lr);
+            if (sharpness_.rho > 0) {
+                step_from_the_sharpest(lr);
+            } else if (p_.method == Method::kSignMaml) {
+                backward<Purpose::kSignStep>(p_.support.count, lr, /*all=*/false);
             } else {
-                backward<Purpose::kPlainStep>(p_.support.count, lr);
+                backward<Purpose::kPlainStep>(p_.support.count, lr, /*all=*/false);
             }
         }
         if (p_.adapted != nullptr) {
@@ -242,17 +245,80 @@ class Group {
     // ---- backward ----
 
     // From the output's delta down. Steps move the parameters; for kGradient each is replaced by its gradient, which is
-    // safe because a layer's weights are read for the last time just before.
+    // safe because a layer's weights are read for the last time just before. `all`: also what no step moves.
     template <Purpose kPurpose>
-    void backward(std::int64_t count, const Scalar* lr) {
+    void backward(std::int64_t count, const Scalar* lr, bool all) {
         for (int layer = last() - 1; layer >= 0; --layer) {
             if (layer > 0) data_grad(count, layer, at(layout_.parameters));
-            if (kPurpose == Purpose::kGradient || moves_weight(layer)) {
+            if (all || moves_weight(layer)) {
                 weight_grad<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer]);
             }
-            if (kPurpose == Purpose::kGradient || moves_bias(layer)) {
+            if (all || moves_bias(layer)) {
                 bias_gradient<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer + 1]);
             }
+        }
+    }
+
+    // ---- sharpness-aware steps ----
+
+    // A step by the gradient at the sharpest place near the parameters. The first gradient, the place, and the second
+    // gradient follow each other in the parameters' place.
+    void step_from_the_sharpest(const Scalar* lr) {
+        V* here = at(layout_.parameters);
+        V* start = at(layout_.start);
+        for (std::int64_t i = 0; i < p_.parameters; ++i) start[i] = here[i];
+        backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
+        climb();
+        pass(p_.support, here, nullptr, nullptr);
+        backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
+        const bool by_sign = p_.method == Method::kSignMaml;
+        each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
+            for (std::int64_t i = first; i < behind; ++i) {
+                here[i] = start[i] - lr[tensor] * (by_sign ? sign_of<S>(here[i]) : here[i]);
+            }
+        });
+    }
+
+    // What moves <- its start plus the perturbation along its gradient.
+    void climb() {
+        V* here = at(layout_.parameters);
+        const V* start = at(layout_.start);
+        const bool by_sign = sharpness_.norm == SharpnessNorm::kLinf;
+        V factor = S::all(static_cast<Scalar>(sharpness_.rho));
+        if (!by_sign) {
+            V squares{};
+            each_moving([&](int, std::int64_t first, std::int64_t behind) {
+                for (std::int64_t i = first; i < behind; ++i) {
+                    const V scaled = size_of(start[i]) * here[i];
+                    squares += scaled * scaled;
+                }
+            });
+            for (int lane = 0; lane < kL; ++lane) {
+                const double norm = __builtin_sqrt(static_cast<double>(squares[lane]));
+                factor[lane] = static_cast<Scalar>(sharpness_.rho / (norm + kSharpnessTiny));
+            }
+        }
+        each_moving([&](int, std::int64_t first, std::int64_t behind) {
+            for (std::int64_t i = first; i < behind; ++i) {
+                const V scale = size_of(start[i]);
+                here[i] = start[i] + factor * (scale * (by_sign ? sign_of<S>(here[i]) : scale * here[i]));
+            }
+        });
+    }
+
+    // What a parameter's gradient is multiplied by before its norm is taken.
+    V size_of(V parameter) const {
+        if (!sharpness_.adaptive) return S::all(1);
+        return parameter < V{} ? -parameter : parameter;
+    }
+
+    // Calls visit(number in theta's order, first place, place behind) for every tensor that steps move.
+    template <typename Visit>
+    void each_moving(const Visit& visit) const {
+        for (int layer = 0; layer < last(); ++layer) {
+            const std::int64_t weight = layout_.weight[layer], bias = layout_.bias[layer];
+            if (moves_weight(layer)) visit(2 * layer, weight, bias);
+            if (moves_bias(layer)) visit(2 * layer + 1, bias, bias + width(layer + 1));
         }
     }
 
@@ -325,7 +391,7 @@ class Group {
             give_rows(p_.predictions + first_ * count, layout_.activation[last()], count);
         }
         if (grads_ == nullptr) return;
-        backward<Purpose::kGradient>(p_.query.count, nullptr);
+        backward<Purpose::kGradient>(p_.query.count, nullptr, /*all=*/true);
         if (differentiates_) differentiate_steps();
         give_rows(grads_, layout_.parameters, p_.parameters);
     }
@@ -362,11 +428,8 @@ class Group {
 
     // u of a step. What does not move has none: nothing reads its place.
     void aim(const Scalar* lr) const {
-        for (int layer = 0; layer < last(); ++layer) {
-            const std::int64_t outputs = width(layer + 1);
-            if (moves_weight(layer)) scale(layout_.weight[layer], outputs * width(layer), lr[2 * layer]);
-            if (moves_bias(layer)) scale(layout_.bias[layer], outputs, lr[2 * layer + 1]);
-        }
+        each_moving(
+            [&](int tensor, std::int64_t first, std::int64_t behind) { scale(first, behind - first, lr[tensor]); });
     }
 
     void scale(std::int64_t place, std::int64_t count, Scalar rate) const {
@@ -479,6 +542,7 @@ class Group {
     const std::int64_t first_;
     const int live_;
     Scalar* const grads_;
+    const SharpnessOptions sharpness_;
     const bool differentiates_;  // the steps: the meta-gradient is of second order
     int bad_[kL] = {};           // lanes that met a NaN or an infinity
 };
