@@ -130,6 +130,14 @@ def poisoned(kind: str, count: int) -> Buffer:
     return Buffer(kind, [math.nan] * count)
 
 
+def sharpness(generator: random.Random, method: str) -> dict[str, Any]:
+    """Arguments of a native call: none half the time, and for steps that are differentiated."""
+    if method == "maml" or generator.random() < 0.5:
+        return {}
+    norm, adaptive = generator.choice(("l2", "linf")), generator.random() < 0.5
+    return {"sharpness_rho": 0.1, "sharpness_norm": norm, "sharpness_adaptive": adaptive}
+
+
 def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
     """A convolutional network of random shape, with 1 and with 3 threads."""
     kind = generator.choice(REAL)
@@ -172,6 +180,8 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
         "adapt": Buffer(BYTE, [generator.randint(0, 1) for _ in range(tensors)]),
     }
     method, bits = generator.choice(METHODS), []
+    sharp = sharpness(generator, method)
+    of_plan = {name: value for name, value in sharp.items() if name == "sharpness_rho"}
     for threads in (1, 3):
         wanted = {
             "support_loss": steps * tasks,
@@ -186,7 +196,7 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
         results = {name: poisoned(kind, count) for name, count in wanted.items()}
         results["nonfinite"] = Buffer(BYTE, [0] * tasks)
         room = native.plan_conv_meta_step_cpu(
-            shape, **whole, scalar_bytes=size, threads=threads, steps=steps, method=method
+            shape, **whole, scalar_bytes=size, threads=threads, steps=steps, method=method, **of_plan
         )["workspace_bytes"]
         workspace = Buffer(BYTE, [255] * room)
         used = {
@@ -195,7 +205,7 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
             if buffer.count
         }
         native.conv_meta_step_cpu(
-            used, shape, **whole, steps=steps, method=method, is_double=kind == "d", threads=threads
+            used, shape, **whole, steps=steps, method=method, is_double=kind == "d", threads=threads, **sharp
         )
         if "adapted" in results and not any(results["nonfinite"].values()):
             for name, buffer in results.items():
@@ -228,6 +238,8 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
         else:
             given[f"{name}_labels"] = Buffer(WHOLE, [generator.randrange(out) for _ in range(tasks * count)])
     bits, method, activation = [], generator.choice(METHODS), generator.choice(("relu", "tanh"))
+    sharp = sharpness(generator, method)
+    of_plan = {name: value for name, value in sharp.items() if name == "sharpness_rho"}
     for threads in (1, 3):
         results = {
             name: poisoned(kind, count)
@@ -241,7 +253,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
             }.items()
         } | {"nonfinite": Buffer(BYTE, [0] * tasks)}
         sizes = (tasks, support, query, 8 if kind == "d" else 4, threads, steps, method)
-        room = native.plan_mlp_meta_step_cpu(widths, *sizes)["workspace_scalars"]
+        room = native.plan_mlp_meta_step_cpu(widths, *sizes, **of_plan)["workspace_scalars"]
         workspace = poisoned(kind, room)
         used = {n: b.address for n, b in (given | results | {"workspace": workspace}).items() if b.count}
         native.mlp_meta_step_cpu(
@@ -256,6 +268,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
             method=method,
             is_double=kind == "d",
             threads=threads,
+            **sharp,
         )
         bits.append({name: buffer.content() for name, buffer in results.items() if name != "query_accuracy"})
     assert bits[0] == bits[1], "another number of threads gives other bits"
