@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from signmaml_ext import Sharpness
+
 from .config import TrainConfig
 from .episodes import Sampler, draw
 from .evaluation import EvaluationArguments, StepArguments
@@ -158,7 +160,13 @@ def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], T
         "precision": config.precision,
         "nonfinite": config.nonfinite,
         "batch_norm": config.batch_norm,
+        "sharpness": sharpness(config, config.sharpness_lower),
     }
+
+
+def sharpness(config: TrainConfig, rho: float) -> Sharpness | None:
+    """Perturbations of a radius as configured; None for radius 0."""
+    return Sharpness(rho, config.sharpness_norm, config.sharpness_adaptive) if rho > 0 else None
 
 
 def evaluation_arguments(

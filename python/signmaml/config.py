@@ -71,6 +71,17 @@ class TrainConfig:
         None, "name patterns of the parameters that the inner loop moves (ANIL: classifier); none: all"
     )
 
+    sharpness_lower: float = _option(
+        0.0,
+        "Sharp-MAML: radius in which an inner step takes its gradient at the sharpest place; 0: none",
+        least=0,
+    )
+    sharpness_upper: float = _option(
+        0.0, "Sharp-MAML: radius in which an iteration takes its meta-gradient so, in a second pass; 0: none", least=0
+    )
+    sharpness_norm: str = _option("l2", "norm of both radii: as published, or by signs", choices=("l2", "linf"))
+    sharpness_adaptive: bool = _option(False, "whether radii are relative to each parameter's size")
+
     iterations: int = _option(400, "meta-iterations", least=1, on_resume=True)
     outer_lr: float = _option(0.006, "learning rate of the outer Adam", above=0)
     schedule: str = _option(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
+from signmaml_ext import Sharpness
 
 from .distributed import Group
 from .episodes import Episodes, EpisodeSampler, Sampler, draw, draw_tasks
@@ -40,6 +41,7 @@ class StepArguments(TypedDict):
     nonfinite: str
     backend: str
     precision: str
+    sharpness: Sharpness | float | None
 
 
 class EvaluationArguments(StepArguments):
@@ -74,6 +76,7 @@ class Evaluation:
         split: "train", "val" or "test".
         backend: Backend that computed it.
         precision: "fp32", "tf32" or "bf16".
+        sharpness: How inner gradients were perturbed, in words; "none" if they were not.
     """
 
     metric: str
@@ -96,6 +99,7 @@ class Evaluation:
     split: str
     backend: str
     precision: str
+    sharpness: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; a number that is not finite becomes None."""
@@ -116,11 +120,12 @@ class Evaluation:
             setting = f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class"
         rate = self.inner_lr if isinstance(self.inner_lr, str) else f"{self.inner_lr:g}"
         rotated = ", rotated classes" if self.rotations else ""
+        sharp = "" if self.sharpness == "none" else f" with sharpness {self.sharpness}"
         # Statistics of the query set use all its images at once.
         transductive = " (transductive)" if self.batch_norm == "batch" else ""
         seed = "" if self.seed is None else f", seed {self.seed}"
         return (
-            f"{setting}, {self.data}/{self.split}{rotated}; {self.method}, {self.test_steps} test steps, "
+            f"{setting}, {self.data}/{self.split}{rotated}; {self.method}{sharp}, {self.test_steps} test steps, "
             f"inner_lr {rate}, BatchNorm on {self.batch_norm} statistics{transductive}; {self.tasks} tasks{seed}, "
             f"backend {self.backend}, {self.precision}"
         )
@@ -151,6 +156,7 @@ def evaluate(
     nonfinite: str = "propagate",
     backend: str = "auto",
     precision: str = "fp32",
+    sharpness: Sharpness | float | None = None,
     seed: int = 0,
     rotations: bool = False,
     normalize: str = "zero-one",
@@ -168,7 +174,7 @@ def evaluate(
         shots: Support examples per class, likewise (default 1).
         queries: Query examples per class, likewise (default 15).
         tasks: Number of tasks, >= 1; with one task there is no interval.
-        inner_lr: As in `signmaml_ext.evaluate`, like the following arguments down to `precision`.
+        inner_lr: As in `signmaml_ext.evaluate`, like the following arguments down to `sharpness`.
         inner_steps: Inner steps of every task.
         method: "sign-maml", "fo-maml" or "maml".
         loss: None: cross-entropy for int64 labels, the mean squared error for anything else.
@@ -177,6 +183,7 @@ def evaluate(
         nonfinite: "propagate", "skip" (tasks that met a NaN or an Inf are left out of the mean) or "raise".
         backend: "auto", "cuda", "cpu" or "torch".
         precision: "fp32", "tf32" or "bf16".
+        sharpness: How inner gradients are perturbed; None: not at all.
         seed: Seed of the tasks drawn from an `ImageSet`, >= 0.
         rotations: As in `EpisodeSampler`; for an `ImageSet`.
         normalize: Likewise.
@@ -238,6 +245,7 @@ def evaluate(
         nonfinite=nonfinite,
         backend=backend,
         precision=precision,
+        sharpness=sharpness,
     )
 
 
@@ -306,6 +314,7 @@ def evaluate_sampler(
         split=report["split"],
         backend=result.backend,
         precision=arguments["precision"],
+        sharpness=_in_words(arguments["sharpness"]),
     )
     group.bytes_of_first(json.dumps(dataclasses.asdict(evaluation)).encode())
     return evaluation
@@ -413,6 +422,14 @@ def _setting(sampler: Sampler, report: Mapping[str, Any], episodes: Episodes, cl
     shots = known("shots") or episodes.support_x.shape[1] // (ways or 1)
     queries = known("queries") or episodes.query_x.shape[1] // (ways or 1)
     return {"ways": ways, "shots": shots, "queries": queries}
+
+
+def _in_words(sharpness: Sharpness | float | None) -> str:
+    """Such as "0.05 (l2)"."""
+    how = sharpness if sharpness is None or isinstance(sharpness, Sharpness) else Sharpness(sharpness)
+    if how is None or how.rho == 0:
+        return "none"
+    return f"{how.rho:g} ({'adaptive ' * how.adaptive}{how.norm})"
 
 
 def _rate_for_report(rate: Rates) -> float | str:

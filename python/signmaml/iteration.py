@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
-from signmaml_ext import graphs
+from signmaml_ext import Sharpness, graphs
 from signmaml_ext.checks import check_problem
 
+from . import building
 from .config import TrainConfig
 from .distributed import Group
 from .episodes import Episodes, Sampler
 from .evaluation import StepArguments
-from .pieces import MetaStep, Share, draw_share
+from .pieces import MetaStep, Share, StepNumbers, draw_share
 from .rates import InnerRates
 from .schedule import learning_rate, step_seed
 
@@ -54,6 +55,11 @@ class Training:
         """Everything that receives a gradient, by name: parameters of the model, and rates under `rates.`."""
         found: dict[str, Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return found | {f"rates.{name}": p for name, p in self.rates.named_parameters()}
+
+    @cached_property
+    def upper(self) -> Sharpness | None:
+        """How the place of the meta-gradient is perturbed (Sharp-MAML's upper step); None: not at all."""
+        return building.sharpness(self.config, self.config.sharpness_upper)
 
     @cached_property
     def device(self) -> torch.device:
@@ -234,7 +240,21 @@ class Iteration:
 
     def _train(self, share: Share, lr: Tensor, seed: int, graph: bool | None) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        result = self._step(
+        result = self._meta_gradient(share, seed, graph)
+        if self._training.upper is not None:
+            # The same tasks once more; what is recorded is the loss at the weights themselves.
+            with signmaml_ext.perturbed(self._training.model.parameters(), self._training.upper):
+                self._training.rates.zero_grad(set_to_none=True)
+                nonfinite = self._meta_gradient(share, seed, graph).nonfinite
+            result = result._replace(nonfinite=result.nonfinite | nonfinite)
+        self._lr.copy_(lr)
+        self._optimizer.step()
+        accuracy = result.query_loss if result.query_accuracy is None else result.query_accuracy
+        numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
+        self.window.append(torch.stack(numbers))
+
+    def _meta_gradient(self, share: Share, seed: int, graph: bool | None) -> StepNumbers:
+        return self._step(
             share,
             self._training.rates.values,
             inner_steps=self._training.config.inner_steps,
@@ -242,11 +262,6 @@ class Iteration:
             graph=graph,
             **self._training.arguments,
         )
-        self._lr.copy_(lr)
-        self._optimizer.step()
-        accuracy = result.query_loss if result.query_accuracy is None else result.query_accuracy
-        numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
-        self.window.append(torch.stack(numbers))
 
     # ---- CUDA graph
 

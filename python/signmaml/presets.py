@@ -36,6 +36,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_every": 100,
         "checkpoint_every": 1000,
     },
+    # Sharp-MAML (both steps) as published: exact MAML, on the data at hand. Combine it with --data and --method.
+    "sharp-maml": {
+        "method": "maml",
+        "inner_lr": 0.1,
+        "sharpness_lower": 0.05,
+        "sharpness_upper": 0.05,
+    },
     # Regression of sine waves from 10 points, as in the MAML paper.
     "sinusoid": {
         "data": "sinusoid",

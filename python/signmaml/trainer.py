@@ -213,6 +213,7 @@ class MetaTrainer:
         samplers = {"train": self._train_sampler, "val": self._val_sampler, "test": self._test_sampler}
         sizes = [f"{split} {s.size_in_words()}" for split, s in samplers.items() if isinstance(s, EpisodeSampler)]
         learned = "" if config.learn_inner_lr == "none" else f" (learned, {config.learn_inner_lr})"
+        sharp = [f"sharp    {_sharpness_in_words(config)}"] if config.sharpness_lower or config.sharpness_upper else []
         return "\n".join(
             (
                 f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class",
@@ -221,6 +222,7 @@ class MetaTrainer:
                 f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
                 f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, Adam {config.outer_lr:g} "
                 f"{config.schedule}",
+                *sharp,
                 *str(self.explanation).replace("backend: ", "backend  ").splitlines(),
                 f"device   {building.device_name(self.device)}",
                 f"graph    {self._graph_in_words()}",
@@ -462,3 +464,10 @@ class MetaTrainer:
         split = "test" if self._test_sampler else "val" if self._val_sampler else "train"
         title = f"{self.data_name}/{split}, {self.config.method}"
         plots.draw_task(self.model, sampler, self.run.episode, title=title, **arguments)
+
+
+def _sharpness_in_words(config: TrainConfig) -> str:
+    """Such as "lower 0.05, upper 0.005 (l2)"."""
+    sides = {"lower": config.sharpness_lower, "upper": config.sharpness_upper}
+    radii = ", ".join(f"{side} {rho:g}" for side, rho in sides.items() if rho)
+    return f"{radii} ({'adaptive ' * config.sharpness_adaptive}{config.sharpness_norm})"

@@ -29,10 +29,8 @@ def hard_images(split: str) -> ImageSet:
 def trainer_of(folder: Path, iterations: int = 18, **changes: Any) -> MetaTrainer:
     """A trainer on images that an untrained network adapts to badly."""
     sets = {split: hard_images(split) for split in ("train", "val", "test")}
-    config = toy_config(
-        iterations, model="mlp", hidden=(64, 64), tasks=8, schedule="constant", learn_inner_lr="none", outer_lr=0.005,
-        **changes,
-    )  # fmt: skip
+    usual = {"schedule": "constant", "learn_inner_lr": "none", "outer_lr": 0.005}
+    config = toy_config(iterations, model="mlp", hidden=(64, 64), tasks=8, **usual | changes)
     return MetaTrainer(config, out=folder, progress=False, **sets)
 
 
