@@ -39,12 +39,15 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
     assert all(torch.equal(now["values"][name], value) for name, value in before["values"].items())
 
 
-def check(case: Case, method: str, batching: str, backend: str) -> None:
+def check(case: Case, method: str, batching: str, backend: str, sharpness: float = 0.0) -> None:
     model, data = case.model(), case.data()
     like = case.twin(case.model()) if case.twin else model
-    expected, query_loss, support_loss = definition.meta_gradient(like, data, **OPTIONS, method=method, **case.options)
+    expected, query_loss, support_loss = definition.meta_gradient(
+        like, data, **OPTIONS, method=method, sharpness=sharpness, **case.options
+    )
     before = state_of(model)
     options = {**OPTIONS, "method": method, "batching": batching, "backend": backend, **case.options}
+    options["sharpness"] = sharpness
     if batching == "together" and case.together is not None:
         with pytest.raises(ValueError, match=f"batching: .*found 'together': .*{case.together}"):
             signmaml_ext.meta_step(model, *data, **options)
@@ -88,6 +91,14 @@ def test_every_way(name: str, method: str, batching: str) -> None:
 def test_the_reference(name: str) -> None:
     """The reference backend, which all others must agree with."""
     check(CASES[name], "sign-maml", "one-by-one", "torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_sharpness_aware_steps(number: int) -> None:
+    """The methods take turns."""
+    case, method = list(CASES.values())[number], METHODS[number % len(METHODS)]
+    check(case, method if method in case.methods else "sign-maml", "auto", "auto", sharpness=0.1)
 
 
 @pytest.mark.slow

@@ -28,11 +28,13 @@ def meta_gradient(
     loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     adapt: list[str] | None = None,
     second_order_sign: bool = False,
+    sharpness: float = 0.0,
 ) -> tuple[dict[str, Tensor | None], Tensor, Tensor]:
     """Mean meta-gradient by name, query losses `[T]`, support losses `[K, T]`; None for parameters that no loss uses.
 
     BatchNorm normalises by the current set, in training and evaluation; each forward starts from the model's buffers.
-    `second_order_sign` differentiates through the sign, whose derivative is 0.
+    `second_order_sign` differentiates through the sign, whose derivative is 0. `sharpness` is the radius of the lower
+    step of Sharp-MAML.
     """
     keep_history = method == "maml" or second_order_sign
     criterion = LOSSES[loss] if isinstance(loss, str) else loss
@@ -44,7 +46,7 @@ def meta_gradient(
     with sdpa_kernel(SDPBackend.MATH) if keep_history else nullcontext():
         for task in zip(*data, strict=True):
             gradients, query, support = _task(
-                model, task, adapted, inner_lr, inner_steps, method == "sign-maml", keep_history, criterion
+                model, task, adapted, inner_lr, inner_steps, method == "sign-maml", keep_history, criterion, sharpness
             )
             for name, gradient in gradients.items():
                 if gradient is not None:
@@ -66,6 +68,7 @@ def _task(
     by_sign: bool,
     keep_history: bool,
     loss: Callable[[Tensor, Tensor], Tensor],
+    sharpness: float,
 ) -> tuple[dict[str, Tensor | None], Tensor, list[Tensor]]:
     support_x, support_y, query_x, query_y = data
     learner = _copy(model)
@@ -82,6 +85,15 @@ def _task(
         losses.append(error.detach())
         moving = [phi[name] for name in adapted]
         found = torch.autograd.grad(error, moving, create_graph=keep_history, allow_unused=True)
+        if sharpness > 0:
+            dense = {name: g.to_dense() for name, g in zip(adapted, found, strict=True) if g is not None}
+            norm = sum((g**2).sum() for g in dense.values()) ** 0.5 + 1e-12
+            place = {name: phi[name] + sharpness * g / norm for name, g in dense.items()}
+            there = _with(model, phi | place, keep_history)
+            at = place if keep_history else {n: p for n, p in there.named_parameters() if n in dense}
+            error = loss(there(support_x), support_y)
+            sharp = torch.autograd.grad(error, list(at.values()), create_graph=keep_history, allow_unused=True)
+            found = [dict(zip(at, sharp, strict=True)).get(name) for name in adapted]
         for name, gradient in zip(adapted, found, strict=True):
             if gradient is not None:
                 gradient = gradient.to_dense()  # sparse embeddings have sparse gradients
