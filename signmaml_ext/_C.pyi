@@ -185,6 +185,8 @@ def plan_mlp_meta_step_cpu(
     threads: int,
     steps: int = 0,
     method: str = "sign-maml",
+    rates_by_element: bool = False,
+    learns_rates: bool = False,
     sharpness_rho: float = 0.0,
 ) -> dict[str, int]: ...
 def mlp_meta_step_cpu(
@@ -200,6 +202,8 @@ def mlp_meta_step_cpu(
     is_double: bool,
     threads: int,
     skip_nonfinite: bool = False,
+    rates_by_element: bool = False,
+    learns_rates: bool = False,
     sharpness_rho: float = 0.0,
     sharpness_norm: str = "l2",
     sharpness_adaptive: bool = False,

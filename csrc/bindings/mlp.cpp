@@ -60,7 +60,7 @@ void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support
     check_product("tasks, query, widths", {tasks, larger(query, 1), kMlpLayers * std::int64_t{kMlpWidest}});
     check_product("tasks, parameters", {tasks, mlp_parameters(shape), std::int64_t{sizeof(double)}});
     check_product("tasks, steps, parameters",
-                  {larger(tasks, 1), steps, mlp_parameters(shape), std::int64_t{sizeof(double)}});
+                  {larger(tasks, 1), steps, mlp_parameters(shape), 4 * std::int64_t{sizeof(double)}});
     check_product("support, query", {support});
     check_product("support, query", {query});
 }
@@ -112,10 +112,10 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
 }
 
 MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                       std::int64_t steps, Method method, bool sharp, int scalar_bytes, int threads) {
+                       std::int64_t steps, Method method, const MlpCpuSteps& how, int scalar_bytes, int threads) {
     const auto plan_for = [&](const auto& stages) {
-        return plan_mlp_meta_step_cpu(shape, tasks, support, query, steps, method, sharp, scalar_bytes,
-                                      stages.wide.lanes, stages.narrow.lanes, threads);
+        return plan_mlp_meta_step_cpu(shape, tasks, support, query, steps, method, how, scalar_bytes, stages.wide.lanes,
+                                      stages.narrow.lanes, threads);
     };
     if (scalar_bytes == sizeof(double)) return plan_for(cpu::mlp_stages<double>(cpu::kernels()));
     if (scalar_bytes == sizeof(float)) return plan_for(cpu::mlp_stages<float>(cpu::kernels()));
@@ -123,39 +123,42 @@ MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t s
 }
 
 py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                  int scalar_bytes, int threads, std::int64_t steps, const std::string& method, double sharpness_rho) {
+                  int scalar_bytes, int threads, std::int64_t steps, const std::string& method, bool rates_by_element,
+                  bool learns_rates, double sharpness_rho) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
     const Method of_steps = method_of(method);
-    const bool sharp = sharpness_of(sharpness_rho, "l2", false, of_steps).rho > 0;
+    const MlpCpuSteps how{{rates_by_element, learns_rates}, sharpness_of(sharpness_rho, "l2", false, of_steps)};
     check_sizes(shape, tasks, support, query, steps);
     check_at_least_one("threads", threads);
-    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, steps, of_steps, sharp, scalar_bytes, threads);
+    const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, steps, of_steps, how, scalar_bytes, threads);
     return py::dict("lanes"_a = plan.lanes, "groups"_a = plan.groups, "slots"_a = plan.slots, "within"_a = plan.within,
                     "workspace_scalars"_a = plan.workspace_scalars, "mean_rows"_a = plan.mean_rows);
 }
 
 template <typename Scalar>
-void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes,
-             const SharpnessOptions& sharpness, bool skip_nonfinite, int threads) {
+void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, const MlpCpuSteps& how,
+             bool skip_nonfinite, int threads) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
     const auto mean = mean_of<Scalar>(addresses, sizes.query, params.grads, skip_nonfinite);
     const py::gil_scoped_release unlocked;
-    cpu::mlp_meta_step(params, sharpness, mean, threads);
+    cpu::mlp_meta_step(params, how, mean, threads);
 }
 
 void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
                        const std::string& loss, std::int64_t tasks, int support, int query, int steps,
                        const std::string& method, bool is_double, int threads, bool skip_nonfinite,
-                       double sharpness_rho, const std::string& sharpness_norm, bool sharpness_adaptive) {
+                       bool rates_by_element, bool learns_rates, double sharpness_rho,
+                       const std::string& sharpness_norm, bool sharpness_adaptive) {
     const MlpShape shape = shape_of(widths, activation, loss);
     const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
-    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method);
+    const MlpCpuSteps how{{rates_by_element, learns_rates},
+                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method)};
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
     if (is_double) {
-        run_cpu<double>(addresses, shape, sizes, sharpness, skip_nonfinite, threads);
+        run_cpu<double>(addresses, shape, sizes, how, skip_nonfinite, threads);
     } else {
-        run_cpu<float>(addresses, shape, sizes, sharpness, skip_nonfinite, threads);
+        run_cpu<float>(addresses, shape, sizes, how, skip_nonfinite, threads);
     }
 }
 
@@ -228,10 +231,12 @@ void define_mlp(py::module_& m) {
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "multiprocessors"_a, "steps"_a = 0, "method"_a = "sign-maml");
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "sharpness_rho"_a = 0.0);
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
+          "sharpness_rho"_a = 0.0);
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
           "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
-          "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false);
+          "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2",
+          "sharpness_adaptive"_a = false);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,

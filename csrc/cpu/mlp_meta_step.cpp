@@ -28,20 +28,19 @@ void share(std::int64_t items, int threads, Sharing::Body body, const void* self
 }  // namespace
 
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const SharpnessOptions& sharpness,
-                   const MeanGradient<Scalar>& wanted, int threads) {
-    const bool sharp = sharpness.rho > 0;
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MlpCpuSteps& how, const MeanGradient<Scalar>& wanted,
+                   int threads) {
     if (p.tasks == 0) return;
     const MlpStages<Scalar>& stages = mlp_stages<Scalar>(kernels());
     const MlpCpuPlan plan =
-        plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method, sharp,
-                               sizeof(Scalar), stages.wide.lanes, stages.narrow.lanes, threads);
-    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method, sharp);
+        plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method, how, sizeof(Scalar),
+                               stages.wide.lanes, stages.narrow.lanes, threads);
+    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method, how);
     const auto meta_step = plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
     Scalar* memory = aligned(p.workspace);
     const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};
-    OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, p.parameters, plan.lanes,
-                             ceil_div(plan.mean_rows, plan.lanes));
+    const std::int64_t columns = mlp_columns(p.shape, p.steps, how.rates);
+    OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, columns, plan.lanes, ceil_div(plan.mean_rows, plan.lanes));
     std::atomic<std::int64_t> next{0};
     // An item is a slot, whose memory nobody else uses; it takes groups until none is left.
     parallel_for(plan.slots, static_cast<int>(plan.slots), [&](std::int64_t begin, std::int64_t end) {
@@ -50,9 +49,9 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const SharpnessOptions& s
             for (std::int64_t group; (group = next.fetch_add(1, std::memory_order_relaxed)) < plan.groups;) {
                 const std::int64_t first = group * plan.lanes;
                 const int live = static_cast<int>(std::min<std::int64_t>(plan.lanes, p.tasks - first));
-                Scalar* grads = p.grads == nullptr ? nullptr : p.grads + first * p.parameters;
+                Scalar* grads = p.grads == nullptr ? nullptr : p.grads + first * columns;
                 if (mean.wanted()) grads = mean.rows(group);
-                meta_step({&p, &layout, own, first, live, grads, sharpness, sharing});
+                meta_step({&p, &layout, own, first, live, grads, how, sharing});
                 if (mean.wanted()) mean.hand_in(group);
             }
         }
@@ -60,9 +59,9 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const SharpnessOptions& s
     if (mean.wanted()) mean.finish();
 }
 
-template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const SharpnessOptions&, const MeanGradient<float>&,
+template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const MlpCpuSteps&, const MeanGradient<float>&,
                                    int);
-template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const SharpnessOptions&,
-                                    const MeanGradient<double>&, int);
+template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const MlpCpuSteps&, const MeanGradient<double>&,
+                                    int);
 
 }  // namespace signmaml::cpu

@@ -5,7 +5,6 @@
 
 #include "cpu/kernels.h"
 #include "params/mlp_meta_step.h"
-#include "params/sharpness.h"
 #include "plan/mlp_meta_step_cpu.h"
 
 namespace signmaml::cpu {
@@ -28,7 +27,7 @@ struct MlpGroup {
     std::int64_t first;
     int live;
     Scalar* grads;  // [live, P] of these tasks; null: not wanted
-    SharpnessOptions sharpness;
+    MlpCpuSteps how;
     Sharing sharing;
 };
 

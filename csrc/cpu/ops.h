@@ -5,8 +5,8 @@
 #include "params/conv_meta_step.h"
 #include "params/meta_accumulate.h"
 #include "params/mlp_meta_step.h"
-#include "params/sharpness.h"
 #include "params/sign_step.h"
+#include "plan/mlp_meta_step_cpu.h"
 
 namespace signmaml::cpu {
 
@@ -33,9 +33,9 @@ template <typename Scalar>
 void conv_meta_step(const ConvMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 
 // `params.workspace` has what plan_mlp_meta_step_cpu says for the lanes of mlp_stages and these threads. The same bits
-// as above. Methods of first order can have sharpness-aware steps.
+// as above. Steps that are differentiated cannot be sharpness-aware.
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const SharpnessOptions& sharpness,
-                   const MeanGradient<Scalar>& mean, int threads);
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MlpCpuSteps& how, const MeanGradient<Scalar>& mean,
+                   int threads);
 
 }  // namespace signmaml::cpu

@@ -5,10 +5,18 @@
 #include <cstdint>
 
 #include "params/mlp_meta_step.h"
+#include "params/rates.h"
+#include "params/sharpness.h"
 #include "plan/math.h"
 #include "plan/mlp_meta_step.h"
 
 namespace signmaml {
+
+// What steps on the CPU can be beside those of `method`.
+struct MlpCpuSteps {
+    RateOptions rates;
+    SharpnessOptions sharpness;
+};
 
 // Offsets in a group's memory, in vectors; each vector holds one element for all tasks of the group.
 struct MlpCpuLayout {
@@ -18,17 +26,26 @@ struct MlpCpuLayout {
     std::int64_t activation[kMlpLayers + 1];  // [count, width]; [0] holds the examples
     std::int64_t target;                      // [count, out], or labels [count]
     std::int64_t delta[2];                    // [count, width], gradients of two neighbouring layers
-    std::int64_t differentiated;              // how many steps are; the rest is theirs
+    std::int64_t differentiated;              // how many steps are; the next four are theirs
     std::int64_t path;                        // [steps, parameters], the parameters before each step
     std::int64_t direction;                   // as the parameters: in which the support gradient is differentiated
     std::int64_t tangent[kMlpLayers + 1];     // [support, width], the activations' derivatives; the examples have none
     std::int64_t delta_tangent[2];            // [support, width], the deltas' derivatives
-    std::int64_t start;                       // [parameters] while a gradient is taken at the sharpest place near them
+    bool stores_gradients;                    // a step first stores its gradient, instead of moving by it as it is made
+    std::int64_t start;                       // [parameters] before the step, where it stores its gradient
+    std::int64_t directions;                  // [steps, parameters], if rates have gradients
+    std::int64_t rate_grads;                  // [steps, tensors or parameters]: those
+    std::int64_t columns;                     // of a row of meta-gradients
     std::int64_t size;
 };
 
+// Numbers in a row of meta-gradients.
+constexpr std::int64_t mlp_columns(const MlpShape& shape, std::int64_t steps, RateOptions rates) {
+    return gradient_columns(mlp_parameters(shape), 2 * shape.layers, steps, rates);
+}
+
 constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t support, std::int64_t query,
-                                      std::int64_t steps, Method method, bool sharp) {
+                                      std::int64_t steps, Method method, const MlpCpuSteps& how) {
     MlpCpuLayout layout{};
     const std::int64_t count = larger(support, query);
     std::int64_t at = 0;
@@ -67,8 +84,14 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t suppor
             at += support * widest;
         }
     }
+    layout.columns = mlp_columns(shape, steps, how.rates);
     layout.start = at;
-    if (sharp && steps > 0) at += mlp_parameters(shape);
+    layout.stores_gradients = how.rates.by_element || how.rates.learnable || how.sharpness.rho > 0;
+    if (layout.stores_gradients && steps > 0) at += mlp_parameters(shape);
+    layout.directions = at;
+    if (how.rates.learnable && query > 0) at += steps * mlp_parameters(shape);
+    layout.rate_grads = at;
+    if (query > 0) at += layout.columns - mlp_parameters(shape);
     layout.size = at;
     return layout;
 }
@@ -88,14 +111,15 @@ inline constexpr std::int64_t kMlpAlignment = 64;
 // `wide` and `narrow`: the lanes that the instruction set offers. With few tasks narrow vectors waste fewer lanes and
 // give more threads a group.
 constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
-                                            std::int64_t query, std::int64_t steps, Method method, bool sharp,
-                                            int scalar_bytes, int wide, int narrow, int threads) {
+                                            std::int64_t query, std::int64_t steps, Method method,
+                                            const MlpCpuSteps& how, int scalar_bytes, int wide, int narrow,
+                                            int threads) {
     const std::int64_t most = larger(1, threads);
     const int lanes = tasks > wide * (most - 1) ? wide : narrow;
     const std::int64_t groups = ceil_div(tasks, lanes);
     const bool within = groups < most;
     const std::int64_t slots = within ? 1 : most;
-    const MlpCpuLayout layout = mlp_cpu_layout(shape, support, query, steps, method, sharp);
+    const MlpCpuLayout layout = mlp_cpu_layout(shape, support, query, steps, method, how);
     const std::int64_t mean_rows = smaller(tasks, mean_slots(groups, within ? 1 : threads) * lanes);
     return {lanes, groups, slots, within, slots * layout.size * lanes + kMlpAlignment / scalar_bytes, mean_rows};
 }

@@ -29,7 +29,7 @@ class Group {
           first_(group.first),
           live_(group.live),
           grads_(group.grads),
-          sharpness_(group.sharpness),
+          how_(group.how),
           differentiates_(layout_.differentiated > 0 && grads_ != nullptr && moves_any()) {}
 
     void run() {
@@ -39,9 +39,9 @@ class Group {
             if (differentiates_) keep_parameters(step);
             const V loss = pass(p_.support, at(layout_.parameters), nullptr, nullptr);
             give(p_.support_loss + step * p_.tasks + first_, loss);
-            const Scalar* lr = p_.lr + std::int64_t{step} * 2 * p_.shape.layers;
-            if (sharpness_.rho > 0) {
-                step_from_the_sharpest(lr);
+            const Scalar* lr = rates(step);
+            if (layout_.stores_gradients) {
+                step_by_stored_gradient(step);
             } else if (p_.method == Method::kSignMaml) {
                 backward<Purpose::kSignStep>(p_.support.count, lr, /*all=*/false);
             } else {
@@ -49,7 +49,7 @@ class Group {
             }
         }
         if (p_.adapted != nullptr) {
-            give_rows(p_.adapted + first_ * p_.parameters, layout_.parameters, p_.parameters);
+            give_rows(p_.adapted + first_ * p_.parameters, layout_.parameters, p_.parameters, p_.parameters);
         }
         if (p_.query.count > 0) query();
         for (int lane = 0; lane < live_; ++lane) {
@@ -118,7 +118,8 @@ class Group {
         }
     }
 
-    void give_rows(Scalar* rows, std::int64_t place, std::int64_t count) const {
+    // The first `count` elements of rows [row].
+    void give_rows(Scalar* rows, std::int64_t place, std::int64_t count, std::int64_t row) const {
         const V* from = at(place);
         std::int64_t i = 0;
         for (; i + kL <= count; i += kL) {
@@ -126,11 +127,11 @@ class Group {
             for (int j = 0; j < kL; ++j) square[j] = from[i + j];
             transpose<S>(square);
             for (int lane = 0; lane < live_; ++lane) {
-                *reinterpret_cast<typename S::Loose*>(rows + lane * count + i) = square[lane];
+                *reinterpret_cast<typename S::Loose*>(rows + lane * row + i) = square[lane];
             }
         }
         for (; i < count; ++i) {
-            for (int lane = 0; lane < live_; ++lane) rows[lane * count + i] = from[i][lane];
+            for (int lane = 0; lane < live_; ++lane) rows[lane * row + i] = from[i][lane];
         }
     }
 
@@ -259,22 +260,63 @@ class Group {
         }
     }
 
-    // ---- sharpness-aware steps ----
+    // ---- steps by a gradient that is stored first ----
 
-    // A step by the gradient at the sharpest place near the parameters. The first gradient, the place, and the second
-    // gradient follow each other in the parameters' place.
-    void step_from_the_sharpest(const Scalar* lr) {
+    // The first gradient, the sharpest place nearby if there is one, and the gradient there follow each other in the
+    // parameters' place.
+    void step_by_stored_gradient(int step) {
         V* here = at(layout_.parameters);
         V* start = at(layout_.start);
         for (std::int64_t i = 0; i < p_.parameters; ++i) start[i] = here[i];
         backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
-        climb();
-        pass(p_.support, here, nullptr, nullptr);
-        backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
+        if (how_.sharpness.rho > 0) {
+            climb();
+            pass(p_.support, here, nullptr, nullptr);
+            backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
+        }
         const bool by_sign = p_.method == Method::kSignMaml;
+        const bool keeps = how_.rates.learnable && p_.query.count > 0;
+        V* kept = at(layout_.directions + (keeps ? step * p_.parameters : 0));
+        const Scalar* lr = rates(step);
         each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
             for (std::int64_t i = first; i < behind; ++i) {
-                here[i] = start[i] - lr[tensor] * (by_sign ? sign_of<S>(here[i]) : here[i]);
+                const V direction = by_sign ? sign_of<S>(here[i]) : here[i];
+                if (keeps) kept[i] = direction;
+                here[i] = start[i] - rate(lr, tensor, i) * direction;
+            }
+        });
+    }
+
+    const Scalar* rates(int step) const {
+        const std::int64_t of_step = how_.rates.by_element ? p_.parameters : 2 * p_.shape.layers;
+        return p_.lr + step * of_step;
+    }
+
+    // Of a step's rates, that of a parameter.
+    Scalar rate(const Scalar* lr, int tensor, std::int64_t parameter) const {
+        return lr[how_.rates.by_element ? parameter : tensor];
+    }
+
+    // With v, which is in the parameters' place, the derivative of the query loss in the parameters after the step, the
+    // gradient of a rate is -<v, direction> over what shares it.
+    void rate_gradients(int step) const {
+        const bool by_element = how_.rates.by_element;
+        const std::int64_t of_step = by_element ? p_.parameters : 2 * p_.shape.layers;
+        const V* along = at(layout_.directions + step * p_.parameters);
+        const V* adjoint = at(layout_.parameters);
+        V* to = at(layout_.rate_grads + step * of_step);
+        for (std::int64_t i = 0; i < of_step; ++i) to[i] = V{};
+        each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
+            if (by_element) {
+                for (std::int64_t i = first; i < behind; ++i) to[i] = -(adjoint[i] * along[i]);
+                return;
+            }
+            // Sums of sums round less than one long sum.
+            constexpr std::int64_t kSum = 128;
+            for (std::int64_t begin = first; begin < behind; begin += kSum) {
+                V sum{};
+                for (std::int64_t i = begin; i < least(begin + kSum, behind); ++i) sum += adjoint[i] * along[i];
+                to[tensor] -= sum;
             }
         });
     }
@@ -283,8 +325,8 @@ class Group {
     void climb() {
         V* here = at(layout_.parameters);
         const V* start = at(layout_.start);
-        const bool by_sign = sharpness_.norm == SharpnessNorm::kLinf;
-        V factor = S::all(static_cast<Scalar>(sharpness_.rho));
+        const bool by_sign = how_.sharpness.norm == SharpnessNorm::kLinf;
+        V factor = S::all(static_cast<Scalar>(how_.sharpness.rho));
         if (!by_sign) {
             V squares{};
             each_moving([&](int, std::int64_t first, std::int64_t behind) {
@@ -295,7 +337,7 @@ class Group {
             });
             for (int lane = 0; lane < kL; ++lane) {
                 const double norm = __builtin_sqrt(static_cast<double>(squares[lane]));
-                factor[lane] = static_cast<Scalar>(sharpness_.rho / (norm + kSharpnessTiny));
+                factor[lane] = static_cast<Scalar>(how_.sharpness.rho / (norm + kSharpnessTiny));
             }
         }
         each_moving([&](int, std::int64_t first, std::int64_t behind) {
@@ -308,7 +350,7 @@ class Group {
 
     // What a parameter's gradient is multiplied by before its norm is taken.
     V size_of(V parameter) const {
-        if (!sharpness_.adaptive) return S::all(1);
+        if (!how_.sharpness.adaptive) return S::all(1);
         return parameter < V{} ? -parameter : parameter;
     }
 
@@ -388,12 +430,18 @@ class Group {
         if (p_.query_accuracy != nullptr) give(p_.query_accuracy + first_, accuracy);
         if (p_.predictions != nullptr) {
             const std::int64_t count = p_.query.count * width(last());
-            give_rows(p_.predictions + first_ * count, layout_.activation[last()], count);
+            give_rows(p_.predictions + first_ * count, layout_.activation[last()], count, count);
         }
         if (grads_ == nullptr) return;
         backward<Purpose::kGradient>(p_.query.count, nullptr, /*all=*/true);
-        if (differentiates_) differentiate_steps();
-        give_rows(grads_, layout_.parameters, p_.parameters);
+        if (differentiates_) {
+            differentiate_steps();
+        } else {
+            for (int step = 0; how_.rates.learnable && step < p_.steps; ++step) rate_gradients(step);
+        }
+        const std::int64_t columns = layout_.columns;
+        give_rows(grads_, layout_.parameters, p_.parameters, columns);
+        give_rows(grads_ + p_.parameters, layout_.rate_grads, columns - p_.parameters, columns);
     }
 
     // ---- second order ----
@@ -406,7 +454,8 @@ class Group {
         const std::int64_t count = p_.support.count;
         for (int step = p_.steps - 1; step >= 0; --step) {
             const V* before = at(layout_.path + step * p_.parameters);
-            aim(p_.lr + std::int64_t{step} * 2 * p_.shape.layers);
+            if (how_.rates.learnable) rate_gradients(step);
+            aim(step);
             V* of_output = at(layout_.delta_tangent[last() % 2]);
             pass(p_.support, before, nullptr, of_output);
             for (int layer = 0; layer < last(); ++layer) forward_tangent(count, layer, before);
@@ -427,16 +476,14 @@ class Group {
     }
 
     // u of a step. What does not move has none: nothing reads its place.
-    void aim(const Scalar* lr) const {
-        each_moving(
-            [&](int tensor, std::int64_t first, std::int64_t behind) { scale(first, behind - first, lr[tensor]); });
-    }
-
-    void scale(std::int64_t place, std::int64_t count, Scalar rate) const {
-        const V* from = at(layout_.parameters + place);
-        V* to = at(layout_.direction + place);
-        each(count, count, [=](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; ++i) to[i] = rate * from[i];
+    void aim(int step) const {
+        const Scalar* lr = rates(step);
+        const V* from = at(layout_.parameters);
+        V* to = at(layout_.direction);
+        each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
+            each(behind - first, behind - first, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t i = first + begin; i < first + end; ++i) to[i] = rate(lr, tensor, i) * from[i];
+            });
         });
     }
 
@@ -542,7 +589,7 @@ class Group {
     const std::int64_t first_;
     const int live_;
     Scalar* const grads_;
-    const SharpnessOptions sharpness_;
+    const MlpCpuSteps how_;
     const bool differentiates_;  // the steps: the meta-gradient is of second order
     int bad_[kL] = {};           // lanes that met a NaN or an infinity
 };
