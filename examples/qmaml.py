@@ -270,6 +270,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/qmaml"))
     arguments = parser.parse_args()
+    if min(arguments.layers, arguments.steps, arguments.inner_steps, arguments.tasks - 1) < 1:
+        parser.error("expected at least one layer, one step of each kind and two tasks")
+    if arguments.gradients <= arguments.inner_steps:
+        parser.error("--gradients: expected more than --inner-steps, which are one iteration with the query gradient")
     torch.set_num_threads(1)  # tensors are so small that more threads only add overhead
 
     qubits, layers, steps, seed = arguments.qubits, arguments.layers, arguments.steps, arguments.seed

@@ -113,3 +113,9 @@ def test_qmaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert len(before) == len(starts), "every start is another"
     assert said.count("'3 sign steps, 10' is ") == 4
     assert (tmp_path / "energies.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("words", [["--inner-steps", "0"], ["--gradients", "5"], ["--qubits", "11"], ["--tasks", "1"]])
+def test_qmaml_refuses_what_it_cannot_compare(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_example("qmaml.py", monkeypatch, *words)
