@@ -20,9 +20,9 @@ from .sharpness import Sharpness
 def meta_step(
     model: nn.Module,
     support_x: Inputs,
-    support_y: Tensor,
+    support_y: Tensor | None,
     query_x: Inputs,
-    query_y: Tensor,
+    query_y: Tensor | None,
     *,
     inner_lr: Rate | Mapping[str, Rate],
     inner_steps: int,
@@ -72,9 +72,9 @@ def meta_step(
             arguments. Tasks of different sizes cannot be stacked: make one call per task, numbered by `first_task`, and
             divide `.grad` by the number of tasks.
         support_y: `[T, S]` int64 labels for "cross_entropy"; `[T, S, ...]` of the predictions' shape and dtype for
-            "mse"; `[T, S, ...]` of any dtype for a callable.
+            "mse"; `[T, S, ...]` of any real dtype for a callable, or None: it then takes the prediction alone.
         query_x: `[T, Q, ...]`, like `support_x`.
-        query_y: `[T, Q]` or `[T, Q, ...]`, like `support_y`.
+        query_y: `[T, Q]` or `[T, Q, ...]`, like `support_y`; None where that is None.
         inner_lr: Inner learning rate ("alpha"): a float >= 0, or a tensor `[]` (one rate) or `[K]` (one rate
             per step), or a mapping from the name of every adapted parameter to a float or a tensor that broadcasts to
             the parameter, optionally with an extra leading axis `[K, ...]` (one rate per step). A tensor that requires
@@ -82,10 +82,11 @@ def meta_step(
         inner_steps: K >= 0. With 0 this is joint training on the query sets.
         method: "sign-maml", "fo-maml" or "maml".
         loss: "cross_entropy" (mean over examples), "mse" (mean over all elements), or a callable
-            `(prediction [S, ...], target [S, ...]) -> scalar tensor`, called once for each task. `F.cross_entropy`,
-            `nn.CrossEntropyLoss()`, `F.mse_loss` and `nn.MSELoss()` with default settings count as the named ones,
-            which the native kernels serve. (On CUDA, where labels are not checked, a label of -100 then makes the loss
-            of its task NaN instead of being ignored.) A sign step ignores the scale of the loss.
+            `(prediction [S, ...], target [S, ...]) -> scalar tensor`, called once for each task; without targets
+            `(prediction [S, ...]) -> scalar tensor`. `F.cross_entropy`, `nn.CrossEntropyLoss()`, `F.mse_loss` and
+            `nn.MSELoss()` with default settings count as the named ones, which the native kernels serve. (On CUDA,
+            where labels are not checked, a label of -100 then makes the loss of its task NaN instead of being ignored.)
+            A sign step ignores the scale of the loss.
         adapt: Name patterns (`fnmatch`) of the parameters that the inner loop may move, such as
             ``["classifier.*"]`` (ANIL); the name of a module stands for all its parameters. All others still get the
             meta-gradient. None: all that require grad.
@@ -208,9 +209,9 @@ def meta_step(
 def evaluate(
     model: nn.Module,
     support_x: Inputs,
-    support_y: Tensor,
+    support_y: Tensor | None,
     query_x: Inputs,
-    query_y: Tensor,
+    query_y: Tensor | None,
     *,
     inner_lr: Rate | Mapping[str, Rate],
     inner_steps: int,
@@ -283,7 +284,7 @@ def evaluate(
 def adapt(
     model: nn.Module,
     support_x: Inputs,
-    support_y: Tensor,
+    support_y: Tensor | None,
     *,
     inner_lr: Rate | Mapping[str, Rate],
     inner_steps: int,

@@ -128,11 +128,14 @@ def check_problem(
         refuse("task_state", "'full' with batch_norm 'support' (counts hold no statistics)", repr(task_state))
 
     loss = losses.named(loss, [support_y, query_y])
-    _check_set("support", support_x, support_y, loss, device, dtype)
-    assert support_x is not None and support_y is not None
+    support_y = _check_set("support", support_x, support_y, loss, device, dtype)
+    assert support_x is not None
     if with_query:
-        _check_set("query", query_x, query_y, loss, device, dtype)
+        query_y = _check_set("query", query_x, query_y, loss, device, dtype)
         assert query_x is not None
+        if losses.takes_targets(query_y) != losses.takes_targets(support_y):
+            kinds = ("a tensor", "None") if losses.takes_targets(support_y) else ("None", "a tensor")
+            refuse("query_y", f"{kinds[0]} like support_y", kinds[1])
         _check_alike(support_x, query_x)
 
     return Problem(
@@ -231,6 +234,8 @@ def check_loss(value: object) -> None:
     if not isinstance(value, Tensor) or value.ndim != 0:
         found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else describe(value)
         refuse("loss", "a callable that returns a scalar tensor (mean over the examples)", found)
+    if value.is_complex():
+        refuse("loss", "a callable that returns a real scalar (the part that is meant, such as .real)", describe(value))
 
 
 def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
@@ -448,13 +453,15 @@ def _check_task_state(task_state: str, method: str, rates: StepRates, params: Ma
 
 def _check_set(
     which: Literal["support", "query"], x: object, y: object, loss: Loss, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Checks one set of examples, `[T, S, ...]` inputs with their targets."""
+) -> Tensor:
+    """Checks one set of examples, `[T, S, ...]` inputs with their targets, and returns the targets."""
     letter = "S" if which == "support" else "Q"
     named = _named_inputs(f"{which}_x", x)
-    for argument, value in (*named.items(), (f"{which}_y", y)):
+    targets = {f"{which}_y": y} if y is not None or isinstance(loss, str) else {}
+    for argument, value in (*named.items(), *targets.items()):
         if not isinstance(value, Tensor):
-            refuse(argument, "a tensor", describe(value), TypeError)
+            expected = f"a tensor of targets for loss {loss!r}" if argument in targets and y is None else "a tensor"
+            refuse(argument, expected, describe(value), TypeError)
         if value.ndim < 2:
             refuse(argument, f"a shape [T, {letter}, ...]", f"shape {list(value.shape)}")
         if 0 in value.shape:
@@ -463,13 +470,15 @@ def _check_set(
             refuse(argument, f"a tensor on {device} like the model", f"one on {value.device}")
         if value.is_complex():
             refuse(argument, "real values", describe(value), TypeError)
-    assert isinstance(y, Tensor)
     axes = list(next(iter(named.values())).shape[:2])
     for argument, value in named.items():
         if list(value.shape[:2]) != axes:
             refuse(argument, f"[T, {letter}] = {axes} as in {next(iter(named))}", f"{list(value.shape[:2])}")
         if value.is_floating_point() and value.dtype != dtype:
             refuse(argument, f"{dtype} like the model's parameters", value.dtype, TypeError)
+    if y is None:
+        return losses.no_targets(axes[0], axes[1], dtype, device)
+    assert isinstance(y, Tensor)
     if list(y.shape[:2]) != axes:
         refuse(f"{which}_y", f"[T, {letter}] = {axes} as in {which}_x", f"{list(y.shape[:2])}")
     if loss == "cross_entropy":
@@ -479,6 +488,7 @@ def _check_set(
             refuse(f"{which}_y", f"labels [T, {letter}] for loss 'cross_entropy'", f"shape {list(y.shape)}")
     if loss == "mse" and y.dtype != dtype:
         refuse(f"{which}_y", f"{dtype} targets like the model's parameters for loss 'mse'", y.dtype, TypeError)
+    return y
 
 
 def _named_inputs(argument: str, x: object) -> dict[str, Any]:

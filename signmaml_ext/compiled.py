@@ -182,7 +182,7 @@ def _loss_and_prediction(
         with torch.autocast(how.autocast, dtype=torch.bfloat16):
             returned = functional_call(copy, tensors, args, keywords)
     prediction = inputs.selected(how.output, returned)
-    if how.autocast is not None and isinstance(prediction, Tensor):
+    if how.autocast is not None and isinstance(prediction, Tensor) and not prediction.is_complex():
         prediction = prediction.float()
     loss = task_loss(how.loss, prediction, y)
     return loss, prediction if isinstance(prediction, Tensor) else loss.new_empty(0)

@@ -53,6 +53,16 @@ def _is_exactly(loss: Loss, kind: type[nn.Module]) -> bool:
     return not (loss._forward_hooks or loss._forward_pre_hooks or "forward" in vars(loss))
 
 
+def no_targets(tasks: int, examples: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands for the targets of a set that has none, `[T, S, 0]`; the loss then takes the prediction alone."""
+    return torch.empty(tasks, examples, 0, dtype=dtype, device=device)
+
+
+def takes_targets(target: Tensor) -> bool:
+    """Whether a loss is called with these targets; see `no_targets`. A caller's own targets are never empty."""
+    return target.numel() > 0
+
+
 def ignored_label(loss: Loss) -> int | None:
     """The label that a loss ignores; None if all count."""
     if isinstance(loss, str):
@@ -69,7 +79,7 @@ def accuracy(loss: Loss, prediction: Tensor, target: Tensor) -> Tensor | None:
 
     NaN for a task without a label that counts.
     """
-    if target.dtype != torch.int64 or target.ndim != 2 or prediction.ndim != 3:
+    if target.dtype != torch.int64 or target.ndim != 2 or prediction.ndim != 3 or prediction.is_complex():
         return None
     right = (prediction.detach().argmax(-1) == target).to(torch.float32)
     ignored = ignored_label(loss)

@@ -126,12 +126,12 @@ class Problem:
         params: Every parameter that requires grad, by its first name; tied parameters once.
         adapted: Names of the parameters that the inner loop moves, a subset of `params`.
         support_x: `[T, S, ...]`, or several such tensors.
-        support_y: `[T, S, ...]`.
+        support_y: `[T, S, ...]`; `[T, S, 0]` if the loss takes the predictions alone.
         query_x: `[T, Q, ...]`, or several; None where only the inner loop is asked for.
         query_y: `[T, Q, ...]`; None likewise.
         rates: Inner learning rates.
         method: One of `METHODS`.
-        loss: One of `LOSSES` or a callable `(prediction, target) -> scalar`.
+        loss: One of `LOSSES` or a callable `(prediction, target) -> scalar`, or `(prediction) -> scalar`.
         backend: One of `BACKENDS`.
         precision: One of `PRECISIONS`.
         nonfinite: One of `NONFINITE`.

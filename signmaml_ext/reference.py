@@ -32,7 +32,7 @@ from .checks import (
     refuse,
 )
 from .inputs import Inputs
-from .losses import Loss, accuracy, cross_entropy
+from .losses import Loss, accuracy, cross_entropy, takes_targets
 from .norms import SupportStatistics
 from .problem import Problem
 from .replica import Replicas
@@ -445,7 +445,7 @@ class Run:
                 statistics.use(copy)
             returned = self._forward(copy, x)
         prediction = inputs.selected(self.problem.output, returned)
-        if self.problem.precision == "bf16" and isinstance(prediction, Tensor):
+        if self.problem.precision == "bf16" and isinstance(prediction, Tensor) and not prediction.is_complex():
             prediction = prediction.float()
         check_prediction(prediction, y, self.problem.loss)
         if self.problem.loss == "cross_entropy" and not self._facts:
@@ -518,7 +518,7 @@ def task_loss(loss: Loss, prediction: Any, target: Tensor) -> Tensor:
     if loss == "mse":
         return F.mse_loss(prediction, target)
     assert callable(loss)
-    value = loss(prediction, target)
+    value = loss(prediction, target) if takes_targets(target) else loss(prediction)
     check_loss(value)
     return value
 

@@ -109,6 +109,114 @@ def test_a_loss_with_parameters_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Losses of the prediction alone, and complex numbers inside a model
+
+
+def entropy(prediction: Tensor) -> Tensor:
+    """Mean entropy of the predicted classes, as test-time adaptation minimises it."""
+    return -(prediction.softmax(-1) * prediction.log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batching", ["together", "one-by-one"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_loss_of_the_prediction_alone(backend, batching, method):
+    model, (x, y, qx, qy) = nets.mlp().double(), nets.vector_tasks()
+    options = {**OPTIONS, "method": method, "batching": batching, "backend": backend}
+    expected = meta_step(model, x, y, qx, qy, **options, loss=lambda prediction, target: entropy(prediction))
+    gradients = nets.grads(model)
+    found = meta_step(model, x, None, qx, None, **options, loss=entropy)
+    assert torch.equal(found.query_loss, expected.query_loss) and found.query_accuracy is None
+    assert torch.equal(found.support_loss, expected.support_loss)
+    for name, gradient in nets.grads(model).items():
+        assert gradient.abs().max() > 0 and torch.equal(gradient, gradients[name]), name
+    evaluated = evaluate(model, x, None, qx, None, **options, loss=entropy)
+    torch.testing.assert_close(evaluated.query_loss, found.query_loss, rtol=1e-12, atol=0)
+    assert evaluated.query_accuracy is None and evaluated.logits.shape == (3, 9, 3)
+    adapted = adapt(model, x, None, **options, loss=entropy)
+    of_task = {name: value[1] for name, value in adapted.items()}
+    loss = entropy(torch.func.functional_call(model, of_task, (qx[1],)))
+    torch.testing.assert_close(loss, found.query_loss[1], rtol=1e-12, atol=0)
+    explained = signmaml_ext.explain(model, x, None, qx, None, **options, loss=entropy)
+    assert "a callable" in explained.families["cpu"]["mlp"]
+
+
+def test_a_loss_of_the_prediction_alone_with_counted_steps():
+    model, (x, _, qx, _) = nets.mlp().double(), nets.vector_tasks()
+    full, counted = (
+        meta_step(model, x, None, qx, None, **OPTIONS, loss=entropy, task_state=state) for state in ("full", "int8")
+    )
+    torch.testing.assert_close(counted.query_loss, full.query_loss, rtol=1e-12, atol=0)
+
+
+class Waves(nn.Module):
+    """Predicts by interference; complex numbers are in a buffer, on the way, and maybe in what it returns."""
+
+    def __init__(self, returns: str, counts: bool = False) -> None:
+        super().__init__()
+        self.phases = nn.Linear(4, 6)
+        self.register_buffer("mixing", torch.randn(6, 3, dtype=torch.complex128))
+        self.register_buffer("phase", torch.ones((), dtype=torch.complex128))
+        self.returns, self.counts = returns, counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:  # a buffer that a forward writes to, so that each task needs its own
+            self.phase *= 1j
+        amplitude = self.phase * torch.polar(torch.ones_like(angle := self.phases(x)), angle) @ self.mixing
+        return amplitude if self.returns == "amplitudes" else torch.view_as_real(amplitude).square().sum(-1)
+
+
+class RealWaves(nn.Module):
+    """The same in real arithmetic."""
+
+    def __init__(self, like: Waves) -> None:
+        super().__init__()
+        self.phases, self.real, self.imag = like.phases, like.mixing.real.clone(), like.mixing.imag.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        cosine, sine = self.phases(x).cos(), self.phases(x).sin()
+        return (cosine @ self.real - sine @ self.imag).square() + (cosine @ self.imag + sine @ self.real).square()
+
+
+@pytest.mark.parametrize("counts", [False, True], ids=["read", "written"])
+@pytest.mark.parametrize("returns", ["intensities", "amplitudes"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batching", ["together", "one-by-one"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_complex_buffers(backend, batching, method, returns, counts):
+    model, data = Waves(returns, counts), nets.vector_tasks()
+    model.phases.double()
+    expected, query_loss, _ = definition.meta_gradient(RealWaves(model), data, **OPTIONS, method=method)
+    options = {**OPTIONS, "method": method, "batching": batching, "backend": backend}
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        assert prediction.is_complex() == (returns == "amplitudes")
+        return F.cross_entropy(prediction.abs().square() if prediction.is_complex() else prediction, target)
+
+    result = meta_step(model, *data, **options, loss=loss)
+    torch.testing.assert_close(result.query_loss, query_loss, rtol=1e-10, atol=0)
+    for name, gradient in nets.grads(model).items():
+        assert gradient.abs().max() > 0.01
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
+    evaluated = evaluate(model, *data, **options, loss=loss)
+    assert evaluated.logits.is_complex() == (returns == "amplitudes")
+    assert (evaluated.query_accuracy is None) == (returns == "amplitudes")
+    assert torch.equal(model.phase, torch.ones((), dtype=torch.complex128))
+
+
+def test_bfloat16_keeps_the_imaginary_part():
+    model, (x, _, qx, _) = Waves("amplitudes").float(), nets.vector_tasks(dtype=torch.float32)
+    model.mixing, model.phase = model.mixing.cfloat(), model.phase.cfloat()
+    options = {**OPTIONS, "inner_steps": 0, "backend": "torch"}
+    found, exact = (
+        evaluate(model, x, None, qx, None, **options, loss=lambda p: p.imag.square().mean(), precision=precision)
+        for precision in ("bf16", "fp32")
+    )
+    torch.testing.assert_close(found.query_loss, exact.query_loss, rtol=0.1, atol=0)
+    assert exact.query_loss.min() > 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Several inputs and outputs
 
 

@@ -80,3 +80,42 @@ def test_recorded_comparison_on_sine_waves() -> None:
                 kind: min(of_kind[kind][method]["validation_mse"].values()) for kind in of_kind if kind != "best"
             }
             assert chosen["rates"] == min(validated, key=validated.get), "by validation, not by test"
+
+
+@pytest.mark.slow
+def test_qmaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [
+        "--qubits",
+        "3",
+        "--layers",
+        "1",
+        "--gradients",
+        "40",
+        "--inner-steps",
+        "3",
+        "--steps",
+        "6",
+        "--tasks",
+        "20",
+    ]
+    run_example("qmaml.py", monkeypatch, *sizes, "--out", str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    starts = ["zero", "uniform", "Gaussian", "published, 40", "published, 10", "3 sign steps, 10"]
+    said = capsys.readouterr().out
+    for mode in ("gradient descent", "sign steps"):
+        assert list(result["results"][mode]) == starts
+        for name, record in result["results"][mode].items():
+            means = {step: mean for step, (mean, _) in record["mean_and_ci95_percent"].items()}
+            assert list(means) == ["0", "1", "5", "6"] and min(means.values()) >= 0, "never below the ground state"
+            assert any(line.startswith(name) and f"{means['6']:.2f} +-" in line for line in said.splitlines())
+    assert [len(record["inner_rates"]) for record in result["pre-training"].values()] == [0, 0, 3]
+    before = {record["mean_and_ci95_percent"]["0"][0] for record in result["results"]["sign steps"].values()}
+    assert len(before) == len(starts), "every start is another"
+    assert said.count("'3 sign steps, 10' is ") == 4
+    assert (tmp_path / "energies.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("words", [["--inner-steps", "0"], ["--gradients", "5"], ["--qubits", "11"], ["--tasks", "1"]])
+def test_qmaml_refuses_what_it_cannot_compare(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_example("qmaml.py", monkeypatch, *words)
