@@ -31,7 +31,7 @@ Records = Sequence[Mapping[str, Any]]
 def draw_curves(metrics: Path | Mapping[str, Path], out: Path) -> None:
     """Accuracy (classification only) and loss against meta-iterations, validation with its 95% interval.
 
-    One run whose rates are adapted online has a further panel with both rates.
+    One run whose rates are adapted online has a further panel with both rates, the outer one before the schedule.
 
     Args:
         metrics: A metrics.jsonl, or several by label, whose validation curves are compared.
@@ -175,8 +175,9 @@ def _draw_run(axis: Axes, records: Records, quantity: str) -> None:
 
 
 def _draw_rates(axis: Axes, records: Records) -> None:
-    """Both rates of each record, on a logarithmic axis."""
-    for quantity, color, label in (("inner_lr", INNER, "inner"), ("outer_lr", OUTER, "outer")):
+    """Both rates of each record, on a logarithmic axis: the schedule would hide what the adaptation does."""
+    lines = (("inner_lr", INNER, "inner"), ("outer_lr_before_schedule", OUTER, "outer, before the schedule"))
+    for quantity, color, label in lines:
         x, y, _ = _series(records, "train", quantity)
         axis.plot(x, y, color=color, linewidth=1.6, label=label)
     axis.set_yscale("log")

@@ -316,10 +316,10 @@ class MetaTrainer:
             record["accuracy"] = accuracy
         record |= {"outer_lr": self._outer_lr(self.iteration - 1), "nonfinite_tasks": nonfinite}
         if self.online is not None:
-            # The outer rate of the last step, and the inner rate of the next one.
-            outer = float(self.online.outer_lr * self.online.factor)
+            # The outer rate as the last step used it and before the schedule; the inner rate of the next meta-step.
+            beta, used = float(self.online.outer_lr), float(self.online.outer_lr * self.online.factor)
             with torch.no_grad():
-                record |= {"outer_lr": outer, "inner_lr": self.rates.values()}
+                record |= {"outer_lr": used, "outer_lr_before_schedule": beta, "inner_lr": self.rates.values()}
         if self.rates.logs:
             rates = torch.cat([log.detach().exp().flatten() for log in self.rates.logs.values()])
             low, mean, high = torch.stack((rates.min(), rates.mean(), rates.max())).tolist()

@@ -434,6 +434,7 @@ def test_records_and_words(tmp_path: Path) -> None:
     assert [r["iteration"] for r in records] == [3, 6]
     assert trainer.online is not None and trainer.rates.online is not None
     assert records[-1]["inner_lr"] == float(trainer.rates.online.detach())
+    assert records[-1]["outer_lr_before_schedule"] == trainer.online.outer_lr.item()
     used = trainer.online.outer_lr.item() * (1 + math.cos(math.pi * 5 / 6)) / 2
     assert records[-1]["outer_lr"] == pytest.approx(used, rel=1e-12)
 
