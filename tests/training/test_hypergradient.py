@@ -257,6 +257,15 @@ def test_a_parameter_without_a_gradient_has_no_part() -> None:
         assert rates.outer_hypergradient().item() == pytest.approx(-2.0), make
 
 
+def test_a_parameter_that_the_last_step_left_alone_has_no_part() -> None:
+    rates, _, weight = rates_of("alpha-maml")
+    for gradient in (torch.ones(3), None):
+        weight.grad = gradient
+        rates.update()
+    weight.grad = torch.ones(3)
+    assert rates.outer_hypergradient().item() == 0
+
+
 def one_weight() -> list[nn.Parameter]:
     return [nn.Parameter(torch.zeros(2))]
 
