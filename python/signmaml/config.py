@@ -79,7 +79,7 @@ class TrainConfig:
         "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
     )
     adapt_rates: str = _option(
-        "none", "change inner_lr and outer_lr online by their hypergradients: add, or multiply", choices=ADAPTED_RATES
+        "none", "change inner_lr and outer_lr online by their hypergradients", choices=ADAPTED_RATES
     )
     inner_hyper_lr: float | None = _option(
         None, "a0 of alpha-maml, k of multiplicative; none: k 0.1, a0 0.1 inner_lr^2; 0: inner_lr stays", least=0

@@ -181,6 +181,7 @@ def _draw_rates(axis: Axes, records: Records) -> None:
         x, y, _ = _series(records, "train", quantity)
         axis.plot(x, y, color=color, linewidth=1.6, label=label)
     axis.set_yscale("log")
+    axis.margins(y=0.3)  # room for the legend
 
 
 def _compare_runs(axis: Axes, runs: Mapping[str, Records], quantity: str) -> None:
