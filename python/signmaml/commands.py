@@ -113,9 +113,9 @@ def settle_threads(config: TrainConfig) -> None:
     known = data.DATASETS.get(config.data)
     side = config.image_size or (known.image_size if known else None)
     small = config.data == "sinusoid" or (side is not None and side <= 32)
-    learns_in_torch = config.learn_inner_lr != "none" and config.model == "mlp"
-    native = config.backend != "torch" and not learns_in_torch
-    if small and not native and "OMP_NUM_THREADS" not in os.environ:
+    # No kernel differentiates through sharpness-aware steps.
+    in_torch = config.backend == "torch" or (config.method == "maml" and config.sharpness_lower > 0)
+    if small and in_torch and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 

@@ -20,6 +20,7 @@ from .values import Kind, Rule, converted, kind_of
 METHODS = ("sign-maml", "fo-maml", "maml")
 MAX_FILE_BYTES, MAX_FILE_DEPTH = 2**20, 20  # limits for a configuration file
 LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step")
+ADAPTED_RATES = ("none", "alpha-maml", "multiplicative")
 
 
 def _option(default: Any, help: str, **limits: Any) -> Any:
@@ -83,9 +84,19 @@ class TrainConfig:
     sharpness_adaptive: bool = _option(False, "whether radii are relative to each parameter's size")
 
     iterations: int = _option(400, "meta-iterations", least=1, on_resume=True)
-    outer_lr: float = _option(0.006, "learning rate of the outer Adam", above=0)
+    outer_lr: float = _option(0.006, "outer learning rate (beta)", above=0)
+    outer_optimizer: str = _option("adam", "what takes the outer steps", choices=("adam", "sgd"))
     schedule: str = _option(
         "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
+    )
+    adapt_rates: str = _option(
+        "none", "change inner_lr and outer_lr online by their hypergradients", choices=ADAPTED_RATES
+    )
+    inner_hyper_lr: float | None = _option(
+        None, "a0 of alpha-maml, k of multiplicative; none: k 0.1, a0 0.1 inner_lr^2; 0: inner_lr stays", least=0
+    )
+    outer_hyper_lr: float | None = _option(
+        None, "b0 of alpha-maml, k of multiplicative; none: k 0.3, b0 0.3 outer_lr^2; 0: outer_lr stays", least=0
     )
 
     validate_every: int = _option(100, "iterations between validations; 0: never", least=0)
@@ -132,6 +143,30 @@ class TrainConfig:
             raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
         if self.adapt is not None and not self.adapt:
             raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
+        self._check_adapted_rates()
+
+    def _check_adapted_rates(self) -> None:
+        hyper = {name: getattr(self, name) for name in ("inner_hyper_lr", "outer_hyper_lr")}
+        if self.adapt_rates == "none":
+            for name, value in hyper.items():
+                if value is not None:
+                    raise ValueError(f"{name}: expected none without adapt_rates, found {value!r}")
+            return
+        if self.learn_inner_lr != "none":
+            raise ValueError(
+                f"learn_inner_lr: expected 'none' with adapt_rates {self.adapt_rates!r} (both change the inner rate), "
+                f"found {self.learn_inner_lr!r}"
+            )
+        if set(hyper.values()) == {0}:
+            raise ValueError(f"adapt_rates: expected 'none' where both hyper-rates are 0, found {self.adapt_rates!r}")
+        if self.inner_steps == 0 and self.inner_hyper_lr != 0:
+            raise ValueError(
+                f"inner_hyper_lr: expected 0 with inner_steps 0 (no step uses inner_lr), found {self.inner_hyper_lr!r}"
+            )
+
+    def adapts_inner_lr(self) -> bool:
+        """Whether training changes the inner rate online."""
+        return self.adapt_rates != "none" and self.inner_hyper_lr != 0
 
     def __repr__(self) -> str:
         """The fields that differ from their defaults; `to_yaml` has all fields."""
@@ -219,7 +254,8 @@ _WORDS = {
     "network": ("model",), "backbone": ("model",), "channels": ("filters",), "hidden_size": ("filters", "hidden"),
     "amp": ("precision",), "dtype": ("precision",), "output": ("out",), "output_dir": ("out",), "save_dir": ("out",),
     "log_dir": ("out",), "random_seed": ("seed",), "eval_every": ("validate_every",),
-    "save_every": ("checkpoint_every",),
+    "save_every": ("checkpoint_every",), "optimizer": ("outer_optimizer",), "alpha_maml": ("adapt_rates",),
+    "hypergrad_lr": ("inner_hyper_lr", "outer_hyper_lr"), "hyper_lr": ("inner_hyper_lr", "outer_hyper_lr"),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ switch between them at any iteration.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from .config import TrainConfig
 from .distributed import Group
 from .episodes import Episodes, Sampler
 from .evaluation import StepArguments
+from .hypergradient import OnlineRates
 from .pieces import MetaStep, Share, StepNumbers, draw_share
 from .rates import InnerRates
 from .schedule import learning_rate, step_seed
@@ -137,6 +138,13 @@ def outer_adam(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: t
     return torch.optim.Adam(parameters, lr=torch.tensor(lr, dtype=dtype, device=device), fused=fused)
 
 
+def outer_sgd(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: torch.device) -> torch.optim.SGD:
+    """SGD without momentum, as `outer_adam` otherwise: torch's fused one on a CUDA device, whose rate stays there."""
+    fused = device.type == "cuda"
+    dtype = torch.float32 if fused else torch.float64
+    return torch.optim.SGD(parameters, lr=torch.tensor(lr, dtype=dtype, device=device), fused=fused)
+
+
 class Window:
     """Metrics on the device that the next record is computed from: one row per iteration since the last record.
 
@@ -186,8 +194,9 @@ class Iteration:
     Args:
         training: The objects they work on; the model must be in its training mode.
         step: The meta-step.
-        optimizer: The result of `outer_adam` for everything that is trained.
+        optimizer: The result of `outer_adam` or `outer_sgd` for everything that is trained.
         why_no_graph: None to replay iterations as graphs, else the reason not to.
+        online: What changes the rates; None: nothing does but the schedule.
 
     Attributes:
         window: Query loss, query accuracy (or loss again) and non-finite tasks of each iteration since the last record.
@@ -195,18 +204,25 @@ class Iteration:
     """
 
     def __init__(
-        self, training: Training, step: MetaStep, optimizer: torch.optim.Adam, why_no_graph: str | None
+        self,
+        training: Training,
+        step: MetaStep,
+        optimizer: torch.optim.Optimizer,
+        why_no_graph: str | None,
+        online: OnlineRates | None = None,
     ) -> None:
-        self._training, self._step, self._optimizer = training, step, optimizer
+        self._training, self._step, self._optimizer, self._online = training, step, optimizer, online
         self.why_no_graph = why_no_graph
         config, device = training.config, training.device
         self.window = Window(min(config.log_every, config.iterations), device)
         self._lr: Tensor = optimizer.param_groups[0]["lr"]
+        # Rates that are adapted online are multiplied by the schedule.
+        start, like = (config.outer_lr, self._lr) if online is None else (1.0, online.outer_lr)
         schedule = [
-            learning_rate(config.schedule, config.outer_lr, iteration, config.iterations)
+            learning_rate(config.schedule, start, iteration, config.iterations)
             for iteration in range(config.iterations)
         ]
-        self._learning_rates = torch.tensor(schedule, dtype=torch.float64, device="cpu").to(self._lr)
+        self._learning_rates = torch.tensor(schedule, dtype=torch.float64, device="cpu").to(like)
         self._number = torch.zeros((), dtype=torch.int64, device=device)
         self._next = 0  # the host's copy of `_number`
         self._recording: graphs.Recording | None = None
@@ -247,7 +263,10 @@ class Iteration:
                 self._training.rates.zero_grad(set_to_none=True)
                 nonfinite = self._meta_gradient(share, seed, graph).nonfinite
             result = result._replace(nonfinite=result.nonfinite | nonfinite)
-        self._lr.copy_(lr)
+        if self._online is None:
+            self._lr.copy_(lr)
+        else:
+            self._online.update(lr)
         self._optimizer.step()
         accuracy = result.query_loss if result.query_accuracy is None else result.query_accuracy
         numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
@@ -298,15 +317,18 @@ class Iteration:
         """Addresses of the tensors that the graph reads and writes, and the model's mode."""
         trained, model = self._training.trained.values(), self._training.model
         states = (value for p in trained for value in self._optimizer.state.get(p, {}).values())
-        tensors = (*trained, *model.buffers(), *states, self.window.rows)
+        tensors = (*trained, *model.buffers(), *states, self.window.rows, *self._online_tensors())
         return (model.training, *(tensor.data_ptr() for tensor in tensors))
+
+    def _online_tensors(self) -> Iterable[Tensor]:
+        return () if self._online is None else self._online.tensors().values()
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Restores weights, Adam's state and metrics in place afterwards, as if no training had happened."""
+        """Restores all that training changes (weights, rates, moments, metrics) in place afterwards."""
         state, trained = self._optimizer.state, self._training.trained.values()
         undo: list[Callable[[], object]] = []
-        for tensor in (*trained, self.window.rows, self.window.filled):
+        for tensor in (*trained, *self._online_tensors(), self.window.rows, self.window.filled):
             undo.append(_putting_back(tensor))
         known = {parameter: set(state.get(parameter, {})) for parameter in trained}
         for parameter, names in known.items():

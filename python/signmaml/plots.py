@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["draw_curves", "draw_episode", "draw_fits", "draw_images", "draw_task"]
 
 TRAIN, VALIDATION = "#4c78a8", "#e45756"
+INNER, OUTER = "#54a24b", "#b279a2"
 Records = Sequence[Mapping[str, Any]]
 
 
 def draw_curves(metrics: Path | Mapping[str, Path], out: Path) -> None:
     """Accuracy (classification only) and loss against meta-iterations, validation with its 95% interval.
+
+    One run whose rates are adapted online has a further panel with both rates, the outer one before the schedule.
 
     Args:
         metrics: A metrics.jsonl, or several by label, whose validation curves are compared.
@@ -43,15 +46,21 @@ def draw_curves(metrics: Path | Mapping[str, Path], out: Path) -> None:
         if not runs[label]:
             raise ValueError(f"metrics: expected records of a run, found none in {path}")
     classified = any(record.get("accuracy") is not None for records in runs.values() for record in records)
-    figure = Figure(figsize=(11, 4.2) if classified else (6.5, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2 if classified else 1, squeeze=False)[0]
-    for quantity, axis in zip(("accuracy", "loss") if classified else ("loss",), axes, strict=True):
-        if len(runs) == 1:
+    quantities = ["accuracy", "loss"] if classified else ["loss"]
+    if len(runs) == 1 and any("inner_lr" in record for record in next(iter(runs.values()))):
+        quantities.append("rates")
+    figure = Figure(figsize=(2 + 4.5 * len(quantities), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for quantity, axis in zip(quantities, axes, strict=True):
+        if quantity == "rates":
+            _draw_rates(axis, next(iter(runs.values())))
+        elif len(runs) == 1:
             _draw_run(axis, next(iter(runs.values())), quantity)
         else:
             _compare_runs(axis, runs, quantity)
         axis.set_xlabel("meta-iteration")
-        axis.set_ylabel("query accuracy (%)" if quantity == "accuracy" else _loss_label(classified))
+        labels = {"accuracy": "query accuracy (%)", "loss": _loss_label(classified), "rates": "learning rate"}
+        axis.set_ylabel(labels[quantity])
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     save_figure(figure, out)
@@ -163,6 +172,16 @@ def _draw_run(axis: Axes, records: Records, quantity: str) -> None:
         axis.plot(x, y, "o-", color=VALIDATION, markersize=4, linewidth=1.6, label="validation, 95% interval")
         band = [(a - b, a + b) for a, b in zip(y, half, strict=True)]
         axis.fill_between(x, [b[0] for b in band], [b[1] for b in band], color=VALIDATION, alpha=0.18, linewidth=0)
+
+
+def _draw_rates(axis: Axes, records: Records) -> None:
+    """Both rates of each record, on a logarithmic axis: the schedule would hide what the adaptation does."""
+    lines = (("inner_lr", INNER, "inner"), ("outer_lr_before_schedule", OUTER, "outer, before the schedule"))
+    for quantity, color, label in lines:
+        x, y, _ = _series(records, "train", quantity)
+        axis.plot(x, y, color=color, linewidth=1.6, label=label)
+    axis.set_yscale("log")
+    axis.margins(y=0.3)  # room for the legend
 
 
 def _compare_runs(axis: Axes, runs: Mapping[str, Records], quantity: str) -> None:

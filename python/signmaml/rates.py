@@ -1,4 +1,4 @@
-"""The trainer's inner learning rates: a constant, or meta-learned."""
+"""The trainer's inner learning rates: a constant, one that is adapted online, or meta-learned."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class InnerRates(nn.Module):
         start: The initial rate, > 0.
         steps: Inner steps in training (K).
         adapt: Name patterns of the adapted parameters; None: all that require grad.
+        online: Whether the rate is one number that `signmaml.hypergradient` changes, not the optimizer; not with
+            learned rates.
+
+    Attributes:
+        online: That number, a parameter `[]`; else None.
 
     Example:
         >>> rates = InnerRates(nn.Linear(3, 2), "per-layer", 0.01, 5)
@@ -31,7 +36,13 @@ class InnerRates(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, learn: str, start: float, steps: int, adapt: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        learn: str,
+        start: float,
+        steps: int,
+        adapt: Sequence[str] | None = None,
+        online: bool = False,
     ) -> None:
         super().__init__()
         self.learn, self.start, self.steps = learn, start, steps
@@ -48,14 +59,18 @@ class InnerRates(nn.Module):
             log = torch.full(shape, start, dtype=dtype, device=device).log()
             self.logs[name] = nn.Parameter(log)
             self.register_parameter(f"log_{index}", self.logs[name])  # a name may hold dots, an attribute may not
+        self.online = nn.Parameter(torch.tensor(start, dtype=dtype, device=device)) if online else None
 
     def values(self, steps: int | None = None) -> float | Tensor | dict[str, Tensor]:
-        """The rates, differentiable if they are learned.
+        """The rates, differentiable if they are learned, or adapted online and torch records gradients.
 
         Args:
             steps: Number of inner steps; None: as in training. More steps than in training repeat the last
                 step's rate, fewer take the first ones.
         """
+        if self.online is not None:
+            # Evaluations get the number, as they do from a checkpoint.
+            return self.online if torch.is_grad_enabled() else float(self.online.detach())
         if not self.logs:
             return self.start
         steps = self.steps if steps is None else steps
@@ -70,7 +85,8 @@ class InnerRates(nn.Module):
     def to_json(self) -> dict[str, Any]:
         """The exact logarithms as lists, with everything that `load_json` needs."""
         logs = {name: log.detach().double().tolist() for name, log in self.logs.items()}
-        return {"learn": self.learn, "start": self.start, "steps": self.steps, "logs": logs}
+        start = self.start if self.online is None else float(self.online.detach())
+        return {"learn": self.learn, "start": start, "steps": self.steps, "logs": logs}
 
     def load_json(self, stored: Mapping[str, Any]) -> None:
         """Loads rates that `to_json` returned.
@@ -89,6 +105,8 @@ class InnerRates(nn.Module):
             raise ValueError(f"inner rates: expected (kind, steps, names) {own}, found {found}")
         with torch.no_grad():
             self.start = start
+            if self.online is not None:
+                self.online.fill_(start)
             for name, log in self.logs.items():
                 log.copy_(logs[name])
 

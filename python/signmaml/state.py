@@ -1,7 +1,8 @@
 """The training state as named tensors: packing it for last.safetensors and restoring it.
 
-Names: `model.*` (the state dict), `rates.*` (logarithms of learned inner rates), `adam.<parameter>.<entry>`, and
-`window`: `[iterations since the last record, 3]`.
+Names: `model.*` (the state dict), `rates.*` (logarithms of learned inner rates, or one that is adapted online),
+`adam.<parameter>.<entry>`, `online.*` (see `OnlineRates.tensors`), and `window`: `[iterations since the last record,
+3]`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def pack(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     window: Tensor,
+    online: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """All tensors of a training state.
 
@@ -34,12 +36,14 @@ def pack(
         trained: Everything the optimizer trains, by name.
         optimizer: The optimizer.
         window: `[iterations since the last record, 3]`, the rows of the next record.
+        online: The tensors of rates that are adapted online; empty if none are.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"rates.{name}": value for name, value in rates.state_dict().items()}
     for name, parameter in trained.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             tensors[f"adam.{name}.{entry}"] = value
+    tensors |= _prefixed("online.", online)
     if len(window):
         tensors["window"] = window
     return tensors
@@ -52,6 +56,7 @@ def unpack(
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     where: str,
+    online: Mapping[str, Tensor],
 ) -> Tensor:
     """Restores a packed state and returns the window, which may be empty, on the CPU.
 
@@ -59,14 +64,16 @@ def unpack(
         tensors: The result of `pack`, on the CPU.
         model, rates, trained, optimizer: As for `pack`; on any device.
         where: The file, for messages.
+        online: As for `pack`.
 
     Raises:
         ValueError: The state belongs to another model; the message lists the differences.
     """
-    foreign = [name for name in tensors if not name.startswith(("model.", "rates.", "adam.")) and name != "window"]
+    copied = ("model.", "rates.", "online.")
+    foreign = [name for name in tensors if not name.startswith((*copied, "adam.")) and name != "window"]
     if foreign:
         raise ValueError(
-            f"checkpoint: expected a state of model, rates, adam and window, found {foreign[0]!r} in {where}"
+            f"checkpoint: expected a state of model, rates, adam, online and window, found {foreign[0]!r} in {where}"
         )
     adam = _adam_states(_under(tensors, "adam."), trained, where)
     window = tensors.get("window")
@@ -74,8 +81,10 @@ def unpack(
         found = f"{window.dtype} {list(window.shape)}"
         raise ValueError(f"checkpoint: expected a float64 window [iterations, 3], found {found} in {where}")
     copy_into(
-        {**_prefixed("model.", model.state_dict()), **_prefixed("rates.", rates.state_dict())},
-        {name: value for name, value in tensors.items() if name.startswith(("model.", "rates."))},
+        _prefixed("model.", model.state_dict())
+        | _prefixed("rates.", rates.state_dict())
+        | _prefixed("online.", online),
+        {name: value for name, value in tensors.items() if name.startswith(copied)},
         where,
     )
     for name, entries in adam.items():

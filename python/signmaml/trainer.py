@@ -22,7 +22,8 @@ from .config import TrainConfig
 from .distributed import Group
 from .episodes import EpisodeSampler, Sampler, draw
 from .evaluation import Evaluation, default_chunk, evaluate_sampler, loss_for
-from .iteration import Iteration, Training, outer_adam, try_one_task, why_no_graph
+from .hypergradient import OnlineRates
+from .iteration import Iteration, Training, outer_adam, outer_sgd, try_one_task, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
 from .pieces import MetaStep
@@ -40,7 +41,7 @@ class _Writer(Protocol):
 
 
 class MetaTrainer:
-    """Meta-trains a model as a `TrainConfig` says: Adam on the meta-gradients of `signmaml_ext.meta_step`.
+    """Meta-trains a model as a `TrainConfig` says: Adam or SGD on the meta-gradients of `signmaml_ext.meta_step`.
 
     All randomness is computed from counters (seed and iteration). A run that was interrupted at any point and resumed
     therefore ends with bitwise the same weights, metrics and curve as one that was not. The run's folder holds
@@ -113,7 +114,8 @@ class MetaTrainer:
 
         self.model = building.build_model(config, self._train_sampler) if model is None else model
         self.model.to(self.device)
-        self.rates = InnerRates(self.model, config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
+        kinds = (config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
+        self.rates = InnerRates(self.model, *kinds, online=config.adapts_inner_lr())
         episodes = draw(self._train_sampler, 0)
         self._loss = loss or loss_for(episodes)
         self._arguments = building.step_arguments(config, self._loss)
@@ -133,11 +135,26 @@ class MetaTrainer:
         if config.graph and reason is not None:
             raise ValueError(f"graph: expected a run whose iterations a CUDA graph can hold, found that {reason}")
         step = MetaStep(self.model, training.trained, self.group, self._classification, unreached)
-        self.optimizer = outer_adam(list(training.trained.values()), config.outer_lr, self.device)
-        self._iteration = Iteration(training, step, self.optimizer, reason)
+        make = outer_adam if config.outer_optimizer == "adam" else outer_sgd
+        stepped = [tensor for tensor in training.trained.values() if tensor is not self.rates.online]
+        self.optimizer: torch.optim.Optimizer = make(stepped, config.outer_lr, self.device)
+        self.online = self._online_rates()
+        self._iteration = Iteration(training, step, self.optimizer, reason, self.online)
         self.iteration = 0  # meta-iterations done
         self.best: Best | None = None
         self._seconds = 0.0
+
+    def _online_rates(self) -> OnlineRates | None:
+        config = self.config
+        if config.adapt_rates == "none":
+            return None
+        return OnlineRates(
+            self.optimizer,
+            self.rates.online,
+            rule=config.adapt_rates,
+            inner_hyper_lr=config.inner_hyper_lr,
+            outer_hyper_lr=config.outer_hyper_lr,
+        )
 
     @cached_property
     def run(self) -> RunFolder:
@@ -214,14 +231,16 @@ class MetaTrainer:
         sizes = [f"{split} {s.size_in_words()}" for split, s in samplers.items() if isinstance(s, EpisodeSampler)]
         learned = "" if config.learn_inner_lr == "none" else f" (learned, {config.learn_inner_lr})"
         sharp = [f"sharp    {_sharpness_in_words(config)}"] if config.sharpness_lower or config.sharpness_upper else []
+        adapted = "" if config.adapt_rates == "none" else f", rates adapted online ({config.adapt_rates})"
+        optimizer = type(self.optimizer).__name__
         return "\n".join(
             (
                 f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class",
                 *(f"         {size}" for size in sizes),
                 f"model    {type(self.model).__name__}, {count:,} parameters",
                 f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
-                f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, Adam {config.outer_lr:g} "
-                f"{config.schedule}",
+                f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, "
+                f"{optimizer} {config.outer_lr:g} {config.schedule}{adapted}",
                 *sharp,
                 *str(self.explanation).replace("backend: ", "backend  ").splitlines(),
                 f"device   {building.device_name(self.device)}",
@@ -298,6 +317,11 @@ class MetaTrainer:
         if self._classification:
             record["accuracy"] = accuracy
         record |= {"outer_lr": self._outer_lr(self.iteration - 1), "nonfinite_tasks": nonfinite}
+        if self.online is not None:
+            # The outer rate as the last step used it and before the schedule; the inner rate of the next meta-step.
+            beta, used = float(self.online.outer_lr), float(self.online.outer_lr * self.online.factor)
+            with torch.no_grad():
+                record |= {"outer_lr": used, "outer_lr_before_schedule": beta, "inner_lr": self.rates.values()}
         if self.rates.logs:
             rates = torch.cat([log.detach().exp().flatten() for log in self.rates.logs.values()])
             low, mean, high = torch.stack((rates.min(), rates.mean(), rates.max())).tolist()
@@ -337,8 +361,10 @@ class MetaTrainer:
                 f"weights turned NaN or Inf by iteration {self.iteration} (first {broken[0]!r}); the last good state "
                 f"is {self.run.last}. Try a smaller inner_lr or outer_lr, or nonfinite='skip'"
             )
-        self.group.check_same(self._trained.values(), "weights")
-        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, self._iteration.window.present())
+        online = {} if self.online is None else self.online.tensors()
+        self.group.check_same([*self._trained.values(), *online.values()], "weights")
+        window = self._iteration.window.present()
+        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, window, online)
         metadata = {
             "iteration": self.iteration,
             "best": None if self.best is None else dataclasses.asdict(self.best),
@@ -371,7 +397,8 @@ class MetaTrainer:
                 f"iterations: expected at least the {iteration} that the run has done, found {self.config.iterations}"
             )
         where = str(self.run.last)
-        window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, where)
+        online = {} if self.online is None else self.online.tensors()
+        window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, where, online)
         self._iteration.window.fill(window)
         self.iteration, self._seconds, self.best = iteration, seconds, best
 
@@ -389,7 +416,7 @@ class MetaTrainer:
         self.group.first_does(lambda: checkpoint.save_weights(self.model, self.run.best, metadata))
 
     def load_weights(self, path: str | Path) -> None:
-        """Loads the weights, and learned inner rates if any, from a weights file.
+        """Loads the weights, and the inner rates if they were learned or adapted, from a weights file.
 
         Raises:
             FileNotFoundError, ValueError: As `signmaml.checkpoint.load_weights`.

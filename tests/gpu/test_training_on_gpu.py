@@ -45,7 +45,20 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert torch.equal(ours[key], theirs[key]), key
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "fo-maml"}, {"rotations": True, "nonfinite": "skip"}], ids=str)
+OUTER_RATE = {"adapt_rates": "alpha-maml", "inner_hyper_lr": 0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "fo-maml"},
+        {"rotations": True, "nonfinite": "skip"},
+        OUTER_RATE,
+        {"outer_optimizer": "sgd", "outer_lr": 0.1} | OUTER_RATE,
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_100_iterations_as_graphs_are_100_iterations(tmp_path: Path, model: str, changes: dict[str, Any]) -> None:
     graph = trainer_of(tmp_path / "graph", 100, model=model, graph=True, **changes)

@@ -71,6 +71,12 @@ def make_trainer(
     return trainer
 
 
+def adapting(rule: str) -> dict[str, Any]:
+    """Changes of the configuration for rates that are adapted online, fast enough to see within a few iterations."""
+    hyper = {"learn_inner_lr": "none", "inner_hyper_lr": 1e-3, "outer_hyper_lr": 1e-4}
+    return {} if rule == "none" else {"adapt_rates": rule, **hyper}
+
+
 def start(processes: int, *words: object, **environment: str) -> list[subprocess.Popen[str]]:
     """Starts this program in several processes on this machine, without torchrun."""
     with socket.socket() as free:
@@ -129,6 +135,7 @@ def main() -> NoReturn:
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--nonfinite", default="skip")
     parser.add_argument("--method", default="fo-maml")
+    parser.add_argument("--adapt-rates", default="none")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--own-weights", action="store_true", help="start from weights that differ by rank")
     options = parser.parse_args()
@@ -140,7 +147,7 @@ def main() -> NoReturn:
         tasks=options.tasks,
         poisoned=options.poisoned,
         group=group,
-        changes={"nonfinite": options.nonfinite, "method": options.method},
+        changes={"nonfinite": options.nonfinite, "method": options.method, **adapting(options.adapt_rates)},
     )
     if options.own_weights and not group.first:
         with torch.no_grad():

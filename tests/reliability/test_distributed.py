@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reliability.distributed_run import TESTS, finish, make_trainer, start, wait_for
+from reliability.distributed_run import TESTS, adapting, finish, make_trainer, start, wait_for
 from signmaml import checkpoint, distributed
 from signmaml.loggers import read_metrics
 
@@ -57,6 +57,17 @@ def test_two_processes_train_as_one(tmp_path: Path, alone: Path) -> None:
     assert [code for code, _ in ends] == [0, 0], ends
     assert_close_runs(tmp_path / "run", alone)
     assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_two_processes_adapt_their_rates_as_one(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "alone", 5, poisoned=POISONED, changes=adapting("alpha-maml")).fit()
+    record = [r for r in read_metrics(tmp_path / "alone" / "metrics.jsonl") if r["split"] == "train"][-1]
+    assert abs(record["inner_lr"] / 0.01 - 1) > 1e-3 and abs(record["outer_lr"] / 0.006 - 1) > 1e-3
+    words = ("--poisoned", *POISONED, "--adapt-rates", "alpha-maml", "--own-weights")
+    ends = finish(start(2, tmp_path / "run", 5, *words))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_close_runs(tmp_path / "run", tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ def test_help_is_fast_and_complete() -> None:
         ("train --epochs 3", "there is no --epochs (did you mean --iterations?)"),
         ("train --batch-size=3", "there is no --batch-size=3 (did you mean --tasks?)"),
         ("train --zzz 3", "there is no --zzz\n"),
+        ("train --alpha-maml", "there is no --alpha-maml (did you mean --adapt-rates?)"),
         ("evaluate r --epochs 3", "there is no --epochs\n"),
         ("evaluate r --filters 3", "there is no --filters here; it belongs behind train\n"),
         ("--ways=3 train", "there is no --ways=3 here; it belongs behind train or evaluate\n"),
@@ -227,6 +228,23 @@ def test_evaluate_repeats_the_test_of_the_run(run: Path, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "e.json").read_text()) == stored
     assert cli.main(["evaluate", str(run / "best.safetensors"), "--tasks", "6", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == stored
+
+
+def test_rates_that_are_adapted_from_training_to_evaluation(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split("--adapt-rates alpha-maml --inner-hyper-lr 1e-3 --outer-optimizer sgd --outer-lr 0.1")
+    assert cli.main(train_words(images, tmp_path / "run", *words)) == 0
+    assert "SGD 0.1 cosine, rates adapted online (alpha-maml)" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    assert isinstance(stored["inner_lr"], float) and stored["inner_lr"] != pytest.approx(0.01, rel=1e-3)
+    for source in (tmp_path / "run", tmp_path / "run" / "best.safetensors"):
+        assert cli.main(["evaluate", str(source), "--tasks", "6", "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out) == stored
+    _, last = checkpoint.load(tmp_path / "run" / "last.safetensors")
+    words = ["evaluate", str(tmp_path / "run"), "--checkpoint", "last", "--tasks", "6", "--json", "-"]
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["inner_lr"] == last["inner_rates"]["start"]
 
 
 def test_evaluate_another_protocol(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

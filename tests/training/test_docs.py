@@ -12,6 +12,7 @@ MODULES = (
     "checkpoint",
     "config",
     "evaluation",
+    "hypergradient",
     "models",
     "rates",
     "schedule",

@@ -74,6 +74,24 @@ def test_regression_curves_have_one_panel(tmp_path: Path, figures: list[Figure])
     assert band.max() == pytest.approx(0.04 + 0.02)
 
 
+def test_rates_that_are_adapted_have_a_panel(tmp_path: Path, figures: list[Figure]) -> None:
+    metrics = write_metrics(tmp_path / "metrics.jsonl")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for record in records:
+        if record["split"] == "train":
+            record |= {"outer_lr_before_schedule": 1 / record["iteration"], "inner_lr": record["iteration"] / 1000}
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plots.draw_curves(metrics, tmp_path / "curves.png")
+    _, _, rates = figures[0].axes
+    assert rates.get_ylabel() == "learning rate" and rates.get_yscale() == "log"
+    assert [text.get_text() for text in rates.get_legend().get_texts()] == ["inner", "outer, before the schedule"]
+    inner, outer = (line.get_xydata() for line in rates.lines)
+    assert inner[0].tolist() == [10, 0.01] and outer[-1].tolist() == [100, 0.01] and len(inner) == len(outer) == 10
+    assert_picture(tmp_path / "curves.png")
+    plots.draw_curves({"one": metrics, "two": metrics}, tmp_path / "both.png")
+    assert len(figures[1].axes) == 2
+
+
 def test_several_runs_are_compared(tmp_path: Path, figures: list[Figure]) -> None:
     runs = {name: write_metrics(tmp_path / f"{name}.jsonl") for name in ("sign", "maml")}
     plots.draw_curves(runs, tmp_path / "both.png")
