@@ -77,14 +77,17 @@ def test_own_models_and_data_are_not_mistaken_for_the_configured_ones(tmp_path: 
         ({}, {"method": "maml"}, 3),
         ({}, {"method": "maml", "data": "sinusoid", "model": "mlp"}, 3),
         ({}, {"learn_inner_lr": "scalar"}, 3),
-        ({}, {"learn_inner_lr": "scalar", "data": "sinusoid", "model": "mlp"}, 1),
+        ({}, {"learn_inner_lr": "scalar", "data": "sinusoid", "model": "mlp"}, 3),
+        ({}, {"sharpness_lower": 0.1}, 3),
+        ({}, {"sharpness_upper": 0.1, "method": "maml"}, 3),
+        ({}, {"sharpness_lower": 0.1, "method": "maml"}, 1),
         ({}, {"backend": "torch", "image_size": 84}, 3),
         ({}, {"data": "mini_imagenet", "backend": "torch"}, 3),
         ({"OMP_NUM_THREADS": "3"}, {"backend": "torch"}, 3),
     ],
 )
 def test_small_images_are_not_spread_over_threads_in_plain_pytorch(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], changes: dict[str, str], threads: int
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], changes: dict[str, Any], threads: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
