@@ -19,6 +19,8 @@ from .files import write_atomically
 
 FORMAT_VERSION = 1
 _ENTRY = "signmaml"
+# Names of tensors in a weights file that are not the model's begin so. No module's name has a slash.
+BESIDE_WEIGHTS = "inner_rates/"
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, metadata: Mapping[str, Any]) -> None:
@@ -95,13 +97,19 @@ def _metadata(text: str | None, path: Path, kind: str | None) -> dict[str, Any]:
     return dict(metadata)
 
 
-def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a model's state dict (parameters and persistent buffers) under its own names, atomically.
 
     Args:
         model: Any module, on any device.
         path: File to write, usually `*.safetensors`; its folder must exist.
         metadata: Optional JSON to keep with the weights.
+        beside: Optional further tensors, whose names begin with `BESIDE_WEIGHTS`.
 
     Raises:
         OSError: Writing failed; a previous file at `path` is untouched.
@@ -114,7 +122,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
         ...     load_weights(signmaml.MLP(1, 1), f"{folder}/mlp.safetensors")
         {'kind': 'weights', 'version': 1}
     """
-    save(path, model.state_dict(), kind="weights", metadata=metadata or {})
+    save(path, {**model.state_dict(), **(beside or {})}, kind="weights", metadata=metadata or {})
 
 
 def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
@@ -135,8 +143,13 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
     tensors, metadata = load(path)
     if metadata.get("kind") == "training":
         raise ValueError(f"checkpoint: expected a weights file, found a training file: {path}")
-    copy_into(model.state_dict(), tensors, str(path))
+    copy_into(model.state_dict(), of_model(tensors), str(path))
     return metadata
+
+
+def of_model(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a weights file that are the model's own."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(BESIDE_WEIGHTS)}
 
 
 def copy_into(target: Mapping[str, Tensor], source: Mapping[str, Tensor], where: str) -> None:

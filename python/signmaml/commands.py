@@ -194,7 +194,7 @@ def _evaluation(
 
 
 def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Configuration, model tensors by name, and learned inner rates of a run's checkpoint or a weights file.
+    """Configuration, tensors of a weights file by name, and inner rates of a run's checkpoint or a weights file.
 
     Args:
         source: Run folder or file.
@@ -220,7 +220,14 @@ def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.
         )
     config = TrainConfig.from_dict(metadata["config"], str(path))
     if metadata["kind"] == "training":
-        tensors = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        # As in a weights file.
+        names = {"model.": "", "rates.": checkpoint.BESIDE_WEIGHTS}
+        tensors = {
+            new + name.removeprefix(old): tensor
+            for name, tensor in tensors.items()
+            for old, new in names.items()
+            if name.startswith(old)
+        }
     return config, tensors, metadata.get("inner_rates")
 
 
@@ -238,7 +245,7 @@ def rebuild(
         config: Configuration of the evaluation.
         stored: Configuration of the run.
         sampler: Sampler of the examples that the model must accept.
-        tensors: The model's tensors.
+        tensors: The tensors of the weights file.
         inner_rates: The rates as stored.
         device: Device for the model.
 
@@ -248,10 +255,10 @@ def rebuild(
     if config.ways > stored.ways:
         raise ValueError(f"ways: expected at most {stored.ways}, the trained network's, found {config.ways}")
     model = building.build_model(stored, sampler).to(device)
-    checkpoint.copy_into(model.state_dict(), tensors, "the weights file")
+    checkpoint.copy_into(model.state_dict(), checkpoint.of_model(tensors), "the weights file")
     rates = InnerRates(model, stored.learn_inner_lr, stored.inner_lr, stored.inner_steps, stored.adapt)
     if inner_rates is not None:
-        rates.load_json(inner_rates)
+        rates.load_json(inner_rates, tensors)
     return model, rates
 
 

@@ -19,7 +19,7 @@ from .values import Kind, Rule, converted, kind_of
 
 METHODS = ("sign-maml", "fo-maml", "maml")
 MAX_FILE_BYTES, MAX_FILE_DEPTH = 2**20, 20  # limits for a configuration file
-LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step")
+LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step", "per-parameter")
 ADAPTED_RATES = ("none", "alpha-maml", "multiplicative")
 
 

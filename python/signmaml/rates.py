@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import BESIDE_WEIGHTS
+
 
 class InnerRates(nn.Module):
     """The inner learning rates of a run; pass `values()` to `signmaml_ext.meta_step` as `inner_lr`.
@@ -19,7 +21,8 @@ class InnerRates(nn.Module):
     Args:
         model: The model whose parameters the rates belong to.
         learn: "none", "scalar" (one rate), "per-step" (one for each inner step), "per-layer" (one for each adapted
-            parameter tensor: a layer's weight and bias have separate rates, as in MAML++), or "per-layer-per-step".
+            parameter tensor: a layer's weight and bias have separate rates, as in MAML++), "per-layer-per-step", or
+            "per-parameter" (one for each element of the adapted tensors, as in Meta-SGD).
         start: The initial rate, > 0.
         steps: Inner steps in training (K).
         adapt: Name patterns of the adapted parameters; None: all that require grad.
@@ -48,7 +51,9 @@ class InnerRates(nn.Module):
         self.learn, self.start, self.steps = learn, start, steps
         self.logs: dict[str, nn.Parameter] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        if learn in ("scalar", "per-step"):
+        if learn == "per-parameter":
+            shapes = {name: tuple(p.shape) for name, p in _adapted(model, adapt).items()}
+        elif learn in ("scalar", "per-step"):
             shapes[""] = (steps,) if learn == "per-step" else ()
         elif learn in ("per-layer", "per-layer-per-step"):
             leading = (steps,) if learn == "per-layer-per-step" else ()
@@ -83,13 +88,20 @@ class InnerRates(nn.Module):
         return rate[[min(step, self.steps - 1) for step in range(steps)]]
 
     def to_json(self) -> dict[str, Any]:
-        """The exact logarithms as lists, with everything that `load_json` needs."""
-        logs = {name: log.detach().double().tolist() for name, log in self.logs.items()}
+        """The exact logarithms as lists (null if `tensors` has them), with everything else that `load_json` needs."""
+        many = self.tensors()
+        logs = {name: None if many else log.detach().double().tolist() for name, log in self.logs.items()}
         start = self.start if self.online is None else float(self.online.detach())
         return {"learn": self.learn, "start": start, "steps": self.steps, "logs": logs}
 
-    def load_json(self, stored: Mapping[str, Any]) -> None:
-        """Loads rates that `to_json` returned.
+    def tensors(self) -> dict[str, Tensor]:
+        """Logarithms that are too many for JSON, under the names that they have beside a model's weights."""
+        if self.learn != "per-parameter":
+            return {}
+        return {BESIDE_WEIGHTS + name: log.detach() for name, log in self.state_dict().items()}
+
+    def load_json(self, stored: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Loads rates that `to_json` and `tensors` returned.
 
         Raises:
             ValueError: They are of another kind, or for other parameters or steps; nothing is changed.
@@ -98,7 +110,13 @@ class InnerRates(nn.Module):
         try:
             found = (stored["learn"], stored["steps"], list(stored["logs"]))
             start = float(stored["start"])
-            logs = {name: torch.tensor(log, dtype=torch.float64, device="cpu") for name, log in stored["logs"].items()}
+            many = dict(zip(self.logs, self.tensors(), strict=False))
+            logs = {
+                name: (tensors or {})[many[name]]
+                if name in many
+                else torch.tensor(log, dtype=torch.float64, device="cpu")
+                for name, log in stored["logs"].items()
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"inner rates: expected kind, start, steps and logs, found others ({error!r})") from error
         if own != found or any(logs[name].shape != log.shape for name, log in self.logs.items()):

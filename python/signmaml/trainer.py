@@ -413,7 +413,9 @@ class MetaTrainer:
             "config": self.config.to_dict(),
             "self_contained": self._self_contained,
         }
-        self.group.first_does(lambda: checkpoint.save_weights(self.model, self.run.best, metadata))
+        self.group.first_does(
+            lambda: checkpoint.save_weights(self.model, self.run.best, metadata, self.rates.tensors())
+        )
 
     def load_weights(self, path: str | Path) -> None:
         """Loads the weights, and the inner rates if they were learned or adapted, from a weights file.
@@ -423,7 +425,8 @@ class MetaTrainer:
         """
         metadata = checkpoint.load_weights(self.model, path)
         if "inner_rates" in metadata:
-            self.rates.load_json(metadata["inner_rates"])
+            beside = checkpoint.load(path)[0] if self.rates.tensors() else {}
+            self.rates.load_json(metadata["inner_rates"], beside)
 
     def _interrupted(self, guard: SignalGuard) -> TrainingInterrupted:
         return TrainingInterrupted(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers.cases.toy_images import toy_images
 from helpers.programs.toy_run import toy_config, toy_trainer
-from signmaml import checkpoint, evaluate
+from signmaml import checkpoint, cli, evaluate
 from signmaml.config import TrainConfig
 from signmaml.data import ImageSet
 from signmaml.episodes import EpisodeSampler, SinusoidSampler
@@ -98,7 +98,7 @@ def test_one_iteration_is_the_documented_update(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("learn", ["scalar", "per-step", "per-layer", "per-layer-per-step"])
+@pytest.mark.parametrize("learn", ["scalar", "per-step", "per-layer", "per-layer-per-step", "per-parameter"])
 @pytest.mark.parametrize("method", ["sign-maml", pytest.param("maml", marks=pytest.mark.slow)])
 def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
     """A rate that is far too small grows; shapes and test steps fit for every kind of rate."""
@@ -107,7 +107,8 @@ def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
         toy_config(8, test_tasks=0, validate_tasks=3, validate_every=8, **changes), model=MLP(256, 3), progress=False,
         out=tmp_path / "run", train=toy_images(), val=toy_images("val"),
     )  # fmt: skip
-    count = {"scalar": 1, "per-step": 2, "per-layer": 6, "per-layer-per-step": 12}[learn]
+    elements = sum(parameter.numel() for parameter in trainer.model.parameters())
+    count = {"scalar": 1, "per-step": 2, "per-layer": 6, "per-layer-per-step": 12, "per-parameter": elements}[learn]
     assert sum(log.numel() for log in trainer.rates.parameters()) == count
     trainer.fit()
     learned = torch.cat([log.detach().exp().flatten() for log in trainer.rates.parameters()])
@@ -116,15 +117,44 @@ def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
     assert record["inner_lr_max"] >= record["inner_lr_mean"] >= record["inner_lr_min"] > 0
 
 
-def test_learned_rates_travel_with_the_weights(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path / "run", 6)
+@pytest.mark.parametrize("learn", ["per-layer-per-step", "per-parameter"])
+def test_learned_rates_travel_with_the_weights(tmp_path: Path, learn: str) -> None:
+    trainer = toy_trainer(tmp_path / "run", 6, learn_inner_lr=learn, validate_every=0)
     trainer.fit()
-    other = toy_trainer(tmp_path / "other", 6)
+    other = toy_trainer(tmp_path / "other", 6, learn_inner_lr=learn)
     other.load_weights(trainer.run.best)
+    assert any((rate != rate.flatten()[0]).any() for rate in other.rates.parameters())
     assert all(torch.equal(a, b) for a, b in zip(trainer.rates.parameters(), other.rates.parameters(), strict=True))
     wrong = toy_trainer(tmp_path / "wrong", 6, learn_inner_lr="scalar")
     with pytest.raises(ValueError, match="inner rates: expected"):
         wrong.load_weights(trainer.run.best)
+
+
+def test_rates_of_all_elements_are_tensors_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Not lists in the file's header, and plain weights to whoever wants no rates."""
+    words = (
+        "train --data sinusoid --model mlp --learn-inner-lr per-parameter --iterations 4 --validate-every 2 --quiet "
+        f"--validate-tasks 5 --test-tasks 6 --out {tmp_path / 'run'}"
+    )
+    assert cli.main(words.split()) == 0
+    run = tmp_path / "run"
+    tensors, metadata = checkpoint.load(run / "best.safetensors")
+    assert set(metadata["inner_rates"]["logs"].values()) == {None}
+    model = MLP(1, 1)
+    checkpoint.load_weights(model, run / "best.safetensors")
+    beside = {name: value.shape for name, value in tensors.items() if name.startswith("inner_rates/")}
+    assert beside == {f"inner_rates/log_{index}": p.shape for index, p in enumerate(model.parameters())}
+    capsys.readouterr()
+    found = []
+    for which in ("best", "last"):
+        assert cli.main(["evaluate", str(run), "--checkpoint", which, "--tasks", "6", "--json", "-"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["mean"] == json.loads((run / "result.json").read_text())["test"]["mean"]
+    assert found[1]["inner_lr"] == "learned"
+    damaged = {name: value for name, value in tensors.items() if name != "inner_rates/log_0"}
+    checkpoint.save(run / "best.safetensors", damaged, kind="weights", metadata=metadata)
+    assert cli.main(["evaluate", str(run), "--tasks", "6"]) == 2
+    assert "inner rates: expected" in capsys.readouterr().err
 
 
 def test_anil_adapts_only_the_head(tmp_path: Path) -> None:
