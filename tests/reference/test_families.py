@@ -250,3 +250,47 @@ def test_the_callers_generator_is_left_alone():
     before = torch.get_rng_state()
     meta_step(model, *data, **OPTIONS)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+KERNEL_NETS = {"conv": lambda: Conv4(3, 1, 8, 16, layers=2), "mlp": lambda: MLP(256, 3, hidden=(8, 8))}
+# Shape of a parameter's rate, from the parameter's own and the number of steps.
+RATES = {
+    "tensor": lambda shape, steps: (),
+    "tensor and step": lambda shape, steps: (steps, *[1] * len(shape)),
+    "element": lambda shape, steps: shape,
+    "element and step": lambda shape, steps: (steps, *shape),
+    "row": lambda shape, steps: (shape[0], *[1] * (len(shape) - 1)),
+}
+
+
+def rates_of(model: nn.Module, kind: str, adapted: set[str], learnable: bool):
+    """Rates of one kind for a call with two steps."""
+    shared = {"number": 0.01, "scalar": torch.tensor(0.01), "step": torch.tensor([0.01, 0.02])}
+    if kind == "number":
+        return shared[kind]
+    if kind in shared:
+        return shared[kind].requires_grad_(learnable)
+    named = {name: p for name, p in model.named_parameters() if name in adapted}
+    return {n: torch.full(RATES[kind](tuple(p.shape), 2), 0.01).requires_grad_(learnable) for n, p in named.items()}
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("adapt_all", [True, False])
+@pytest.mark.parametrize("sharpness", [None, 0.1])
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
+@pytest.mark.parametrize("family", KERNEL_NETS)
+def test_no_rate_and_no_pattern_leaves_the_kernels_on_a_cpu(family, method, sharpness, adapt_all, learnable):
+    """The whole grid; of sharpness all but what is differentiated."""
+    model = KERNEL_NETS[family]()
+    data = nets.image_tasks(dtype=torch.float32)
+    names = list(dict(model.named_parameters()))
+    adapted = set(names if adapt_all else names[-2:])
+    for kind in ("number", "scalar", "step", *RATES):
+        rates = rates_of(model, kind, adapted, learnable)
+        options = {"inner_lr": rates, "inner_steps": 2, "method": method, "adapt": sorted(adapted)}
+        found = explain(model, *data, **options, sharpness=sharpness)
+        if sharpness is not None and method == "maml":
+            assert (found.backend, found.family) == ("torch", "reference"), kind
+            assert "sharpness-aware" in found.families["cpu"][family]
+        else:
+            assert (found.backend, found.family) == ("cpu", family), kind
