@@ -128,6 +128,7 @@ def plan_conv_meta_step_cpu(
     rates_by_element: bool = False,
     learns_rates: bool = False,
     sharpness_rho: float = 0.0,
+    counts_steps: bool = False,
     with_blocks: bool = False,
 ) -> dict[str, Any]: ...
 def plan_conv_meta_step(
@@ -175,6 +176,7 @@ def conv_meta_step_cpu(
     sharpness_rho: float = 0.0,
     sharpness_norm: str = "l2",
     sharpness_adaptive: bool = False,
+    counts_steps: bool = False,
 ) -> None: ...
 def plan_mlp_meta_step_cpu(
     widths: Sequence[int],
@@ -188,6 +190,7 @@ def plan_mlp_meta_step_cpu(
     rates_by_element: bool = False,
     learns_rates: bool = False,
     sharpness_rho: float = 0.0,
+    counts_steps: bool = False,
 ) -> dict[str, int]: ...
 def mlp_meta_step_cpu(
     addresses: dict[str, int],
@@ -207,6 +210,7 @@ def mlp_meta_step_cpu(
     sharpness_rho: float = 0.0,
     sharpness_norm: str = "l2",
     sharpness_adaptive: bool = False,
+    counts_steps: bool = False,
 ) -> None: ...
 
 class ConvStageRunner:

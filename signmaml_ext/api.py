@@ -116,11 +116,11 @@ def meta_step(
             always becomes part of that graph; make it once before the capture.
         task_state: "full": a task's parameters are kept in their own dtype. "int8": they are kept as counts n of sign
             steps, phi = theta - alpha * n, so that a task takes one byte per parameter (worth it for `adapt`, whose
-            result holds all tasks); parameters and gradients are in full precision for one chunk of tasks at a time.
-            Only for "sign-maml", at most 127 steps and rates that are the same in every step, on the backends "cpu",
-            "cuda" (flat buffers) and "torch". phi is rounded twice for any K, instead of once per step, so trajectories
-            agree up to rounding (float64: to 1e-12 as long as no gradient is that close to 0). A NaN gradient gives
-            count -128 and stays NaN, as in full precision.
+            result holds all tasks); parameters and gradients are in full precision for few tasks at a time. Only for
+            "sign-maml", at most 127 steps and rates that are the same in every step, on the backends "cpu", "cuda"
+            (there on flat buffers) and "torch". phi is rounded twice for any K, instead of once per step, so
+            trajectories agree up to rounding (float64: to 1e-12 as long as no gradient is that close to 0). A NaN
+            gradient gives count -128 and stays NaN, as in full precision.
         sharpness: Takes every inner gradient at phi + eps, the sharpest place near phi by the gradient at phi (the
             lower step of Sharp-MAML, Abbas et al. 2022), which costs a second pass a step. A float is the radius rho of
             the published form, eps = rho * g / ||g|| over the adapted parameters of a task; a `Sharpness` has other

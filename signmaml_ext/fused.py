@@ -25,7 +25,7 @@ from .flat import constant
 from .inputs import Inputs, only
 from .problem import Problem
 from .recognition import Spec as AnySpec
-from .results import Adaptation, MetaGradients
+from .results import Adaptation, CompactParams, MetaGradients
 
 # On CUDA at most this many bytes of gradients are held at once; more tasks run in several calls.
 CHUNK_BYTES = 256 * 2**20
@@ -74,6 +74,7 @@ def why_not(
     *,
     any_rates: bool = False,
     sharp: bool = False,
+    counted: bool = False,
 ) -> str | None:
     """Why no fused family serves this problem, whatever its layers; None if one may.
 
@@ -83,12 +84,13 @@ def why_not(
         precisions: The precisions that it computes in.
         any_rates: Whether it serves rates that are learnable or vary within a parameter.
         sharp: Whether it serves sharpness-aware steps.
+        counted: Whether it serves steps that are counted.
     """
     if not isinstance(problem.support_x, Tensor):
         return "the model has several inputs"
     if problem.output is not None:
         return "output= selects from what the model returns"
-    if problem.task_state != "full":
+    if problem.task_state != "full" and not counted:
         return f"task_state {problem.task_state!r} is served by the flat-buffer operators"
     if problem.precision not in precisions:
         return f"it computes in {' or '.join(precisions)} there, and precision is {problem.precision!r}"
@@ -121,25 +123,26 @@ def _varies_within(problem: Problem) -> str | None:
     return None
 
 
-def rate_options(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
-    """How a native call on the CPU gets the rates, and whether it gives their gradients.
+def step_options(problem: Problem, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a native call on the CPU needs to know of its steps beside their number and method.
 
     Args:
         problem: The call.
         tensors: Arguments and results by name.
+
+    Returns:
+        Arguments of its plan, and those of the call, which are more.
     """
-    return {
+    of_plan = {
         "rates_by_element": tensors["lr"].numel() > problem.steps * tensors["adapt"].numel(),
         "learns_rates": "mean" in tensors and tensors["mean"].numel() > tensors["theta"].numel(),
+        "counts_steps": problem.task_state == "int8",
+        "sharpness_rho": 0.0 if problem.sharpness is None else problem.sharpness.rho,
     }
-
-
-def sharpness_options(problem: Problem) -> dict[str, Any]:
-    """How a native call on the CPU gets sharpness-aware steps; nothing for plain ones."""
-    how = problem.sharpness
-    if how is None:
-        return {}
-    return {"sharpness_rho": how.rho, "sharpness_norm": how.norm, "sharpness_adaptive": how.adaptive}
+    if problem.sharpness is None:
+        return of_plan, of_plan
+    norm = {"sharpness_norm": problem.sharpness.norm, "sharpness_adaptive": problem.sharpness.adaptive}
+    return of_plan, {**of_plan, **norm}
 
 
 def _parameters(problem: Problem, names: tuple[str, ...]) -> list[Tensor]:
@@ -222,9 +225,11 @@ def adapt(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spe
     _check(problem, spec, native)
     part = _run(problem, spec, native, call, None)
     sizes = [parameter.numel() for parameter in _parameters(problem, spec.names)]
-    by_name = dict(zip(spec.names, part["adapted"].split(sizes, dim=1), strict=True))
+    counted = problem.task_state == "int8"
+    by_name = dict(zip(spec.names, part["counts" if counted else "adapted"].split(sizes, dim=1), strict=True))
+    params = {name: by_name[name].reshape(-1, *problem.params[name].shape) for name in problem.adapted}
     return Adaptation(
-        params={name: by_name[name].reshape(-1, *problem.params[name].shape) for name in problem.adapted},
+        params=CompactParams(params, problem.params, problem.rates) if counted else params,
         support_loss=part["support_loss"],
         query_loss=part.get("query_loss"),
         query_accuracy=_accuracy([part]),
@@ -284,7 +289,7 @@ def _run(
     Args:
         rates: What `_rates` gives; None: made here.
         gradients: The buffer that a meta-step fills, `mean` `[P]` or `grads` `[T, P]`; None: returns the adapted
-            parameters and the predictions instead.
+            parameters, or the counts of their steps, and the predictions instead.
     """
     tasks, dtype, device = problem.tasks, problem.dtype, problem.device
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in _parameters(problem, spec.names)])
@@ -302,7 +307,10 @@ def _run(
         if classifies:
             results["query_accuracy"] = empty(tasks)
     if gradients is None:
-        results["adapted"] = empty(tasks, theta.numel())
+        if problem.task_state == "int8":
+            results["counts"] = torch.empty(tasks, theta.numel(), dtype=torch.int8, device=device)
+        else:
+            results["adapted"] = empty(tasks, theta.numel())
         if problem.query_x is not None:
             results["logits"] = empty(tasks, only(problem.query_x).shape[1], spec.outputs)
     arguments = {

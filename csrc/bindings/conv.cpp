@@ -102,6 +102,7 @@ struct ConvSizes {
     Method method;
     RateOptions rates;
     SharpnessOptions sharpness;
+    bool counts_steps;
 
     void check() const {
         constexpr int kMost = std::numeric_limits<int>::max();
@@ -110,9 +111,10 @@ struct ConvSizes {
         check_range("query", query, 0, kMost);
         check_range("steps", steps, 0, kMost);
         if (steps > 0) check_range("support", support, 1, kMost);
+        if (counts_steps) check_counted(method, steps);
     }
 
-    ConvKept kept() const { return conv_kept(method, rates, sharpness.rho > 0, steps, query); }
+    ConvKept kept() const { return conv_kept(method, rates, sharpness.rho > 0, counts_steps, steps, query); }
 };
 
 // Throws for sizes so large that a plan's int64 byte counts could overflow. No machine has that much memory.
@@ -155,6 +157,8 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     p.method = sizes.method;
     p.rates = sizes.rates;
     p.sharpness = sizes.sharpness;
+    p.counts_steps = sizes.counts_steps;
+    p.counts = address_in<std::int8_t>(addresses, "counts");
     p.shape = shape;
     return p;
 }
@@ -187,7 +191,7 @@ ConvUnit conv_unit(int scalar_bytes) {
 
 py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads,
                   int steps, const std::string& method, bool rates_by_element, bool learns_rates, double sharpness_rho,
-                  bool with_blocks) {
+                  bool counts_steps, bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
@@ -197,7 +201,8 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
                           steps,
                           of_steps,
                           {rates_by_element, learns_rates},
-                          sharpness_of(sharpness_rho, "l2", false, of_steps)};
+                          sharpness_of(sharpness_rho, "l2", false, of_steps),
+                          counts_steps};
     sizes.check();
     check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
@@ -234,7 +239,7 @@ void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
                         int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite,
                         bool rates_by_element, bool learns_rates, double sharpness_rho,
-                        const std::string& sharpness_norm, bool sharpness_adaptive) {
+                        const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
     const ConvSizes sizes{tasks,
@@ -243,7 +248,8 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
                           steps,
                           of_steps,
                           {rates_by_element, learns_rates},
-                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps)};
+                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps),
+                          counts_steps};
     sizes.check();
     check_memory(shape, sizes);
     check_range("threads", threads, 1, std::numeric_limits<int>::max());
@@ -269,7 +275,7 @@ py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int
                    bool by_covariance, std::int64_t workspace_limit) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, steps, Method::kFoMaml, {}, {}}.check();
+    ConvSizes{tasks, support, query, steps, Method::kFoMaml, {}, {}, false}.check();
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
     const ConvPlan plan = plan_conv_meta_step(shape, {tasks, support, query, steps, wants_grads, wants_adapted},
                                               conv_precision_of(precision), by_covariance, workspace_limit);
@@ -331,7 +337,7 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
                          int query, int steps, const std::string& method, const std::string& precision, int device,
                          std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, first_order(method), {}, {}};
+    const ConvSizes sizes{tasks, support, query, steps, first_order(method), {}, {}, false};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
@@ -351,11 +357,11 @@ void define_conv(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
-          "sharpness_rho"_a = 0.0, "with_blocks"_a = false);
+          "sharpness_rho"_a = 0.0, "counts_steps"_a = false, "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
           "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2",
-          "sharpness_adaptive"_a = false);
+          "sharpness_adaptive"_a = false, "counts_steps"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
           "workspace_limit"_a = 0);

@@ -42,6 +42,7 @@ class ConvTeam {
     void run(std::int64_t task) {
         bool nonfinite = false;
         const Wanted wanted{p_.adapt};
+        const bool by_row = p_.rates.by_element || p_.counts_steps;
         passes_.take_parameters();
         if (rates_) rates_->start();
         if (p_.steps > 0) passes_.take_images(p_.support, task);
@@ -55,10 +56,18 @@ class ConvTeam {
             if (sharpness_) nonfinite |= gradient_at_the_sharpest(wanted, task);
             if (second_order_) second_order_->remember(step);
             if (rates_) rates_->keep_direction(step);
-            nonfinite |= p_.rates.by_element ? rates_->move(step) : passes_.move(wanted, rates(step));
+            nonfinite |= by_row ? rates_->move(step) : passes_.move(wanted, rates(step));
             features_stale = passes_.moves_a_block(wanted);
         }
         if (p_.adapted != nullptr) passes_.give(p_.adapted + task * p_.parameters, /*grads=*/false);
+        if (p_.counts != nullptr) {
+            std::int8_t* counts = p_.counts + task * p_.parameters;
+            if (rates_) {
+                rates_->give_counts(counts);
+            } else {
+                std::fill_n(counts, p_.parameters, std::int8_t{0});
+            }
+        }
         if (p_.query.count > 0) {
             passes_.take_images(p_.query, task);
             const Scalar loss = passes_.forward(p_.query, task, true);
@@ -122,7 +131,7 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
     if (p.tasks == 0) return;
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
     const std::int64_t examples = larger(p.support.count, p.query.count);
-    const ConvKept kept = conv_kept(p.method, p.rates, p.sharpness.rho > 0, p.steps, p.query.count);
+    const ConvKept kept = conv_kept(p.method, p.rates, p.sharpness.rho > 0, p.counts_steps, p.steps, p.query.count);
     const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, kept,
                                                      sizeof(Scalar), stages.unit, threads);
     const auto layout_for = [&](bool alone) {

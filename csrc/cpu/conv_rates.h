@@ -1,12 +1,13 @@
-// Inner steps whose rates vary within a tensor, and the gradients of rates. With v the derivative of the query loss in
-// the parameters after a step, and the step phi - rate * direction, the gradient of a rate is -<v, direction> over what
-// shares it. Rows are in theta's order here.
+// Inner steps whose rates vary within a tensor or that are counted, and the gradients of rates. With v the derivative
+// of the query loss in the parameters after a step, and the step phi - rate * direction, the gradient of a rate is -<v,
+// direction> over what shares it. Rows are in theta's order here.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cpu/conv_passes.h"
+#include "params/compact_sign_step.h"
 
 namespace signmaml::cpu {
 
@@ -19,7 +20,12 @@ class ConvRates {
 
     // Before the first step of a task.
     void start() {
-        if (p_.rates.by_element) std::copy_n(p_.theta, p_.parameters, row(layout_.parameters));
+        if (p_.counts_steps) {
+            std::fill_n(row(layout_.parameters), p_.parameters, Scalar(0));
+            std::copy_n(p_.theta, p_.parameters, adjoint());
+        } else if (p_.rates.by_element) {
+            std::copy_n(p_.theta, p_.parameters, row(layout_.parameters));
+        }
     }
 
     // Keeps the direction of a step, from the gradients of its parameters.
@@ -43,6 +49,10 @@ class ConvRates {
             if (p_.adapt[span.tensor] == 0) continue;
             nonfinite |= span_kernels<Scalar>(kernels()).holds_nonfinite(passes_.task().at(span.gradient), span.count);
         }
+        if (p_.counts_steps) {
+            count(step);
+            return nonfinite;
+        }
         const Scalar* lr = p_.lr + step * p_.parameters;
         const Scalar* from = direction(step);
         Scalar* phi = row(layout_.parameters);
@@ -51,6 +61,14 @@ class ConvRates {
         });
         passes_.pack(passes_.task(), phi);
         return nonfinite;
+    }
+
+    // Counts of sign steps; a NaN stays one until here.
+    void give_counts(std::int8_t* to) const {
+        const Scalar* counts = row(layout_.parameters);
+        for (std::int64_t i = 0; i < p_.parameters; ++i) {
+            to[i] = static_cast<std::int8_t>(counts[i] == counts[i] ? static_cast<int>(counts[i]) : kNanCount);
+        }
     }
 
     // The gradients of a step's rates, from the derivative of the query loss in the parameters after it.
@@ -86,6 +104,22 @@ class ConvRates {
     }
 
   private:
+    // Until the query set the adjoint's place has the parameters.
+    void count(std::int64_t step) {
+        const Scalar* from = direction(step);
+        Scalar* counts = row(layout_.parameters);
+        Scalar* phi = adjoint();
+        const bool by_element = p_.rates.by_element;
+        const Scalar* lr = p_.lr + step * (by_element ? p_.parameters : conv_tensors(p_.shape));
+        each_adapted([&](int number, const Tensor& tensor) {
+            for (std::int64_t i = tensor.first; i < tensor.first + tensor.size; ++i) {
+                counts[i] += from[i];
+                phi[i] = p_.theta[i] - lr[by_element ? i : number] * counts[i];
+            }
+        });
+        passes_.pack(passes_.task(), phi);
+    }
+
     Scalar* row(std::int64_t place) const { return passes_.task().at(place); }
     // Kept for every step if the rates have gradients.
     Scalar* direction(std::int64_t step) const {

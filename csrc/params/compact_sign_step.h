@@ -9,6 +9,7 @@ namespace signmaml {
 
 // The count of a parameter that is not a number. All others are -127 to 127.
 inline constexpr int kNanCount = -128;
+inline constexpr int kMostCountedSteps = 127;
 
 template <typename Scalar>
 struct CompactSignStepParams {

@@ -74,6 +74,9 @@ struct ConvMetaStepParams {
     Method method;
     RateOptions rates;           // the CPU backend's; elsewhere by tensor, and constant
     SharpnessOptions sharpness;  // the CPU backend's; elsewhere none
+    // The CPU backend's: parameters are theta - rate * counts of sign steps, whose rates are the same in every step.
+    bool counts_steps;
+    std::int8_t* counts;  // [T, P] int8, -128 for NaN; may be null
     ConvShape shape;
 };
 

@@ -395,17 +395,18 @@ constexpr ConvSpans conv_spans(const ConvShape& shape, const ConvCpuLayout& layo
 struct ConvKept {
     std::int64_t parameters;  // of how many steps: of all for exact MAML, which goes back through them
     std::int64_t directions;  // likewise: of all if rates have gradients, of one if they vary within a tensor
-    bool by_element;          // rates vary within a tensor
+    bool row;                 // of the step at hand, in theta's order: rates vary within a tensor, or steps are counted
     bool start;               // the parameters while a gradient is taken at the sharpest place near them
 };
 
-constexpr ConvKept conv_kept(Method method, RateOptions rates, bool sharp, std::int64_t steps, std::int64_t query) {
-    const bool learns = rates.learnable && query > 0;
+constexpr ConvKept conv_kept(Method method, RateOptions rates, bool sharp, bool counted, std::int64_t steps,
+                             std::int64_t query) {
+    const bool learns = rates.learnable && query > 0, row = rates.by_element || counted;
     return {method == Method::kMaml && query > 0 ? steps : 0,
-            learns             ? steps
-            : rates.by_element ? smaller(1, steps)
-                               : 0,
-            rates.by_element, sharp && steps > 0};
+            learns ? steps
+            : row  ? smaller(1, steps)
+                   : 0,
+            row, sharp && steps > 0};
 }
 
 constexpr ConvSecondOrderLayout conv_second_order_layout(const ConvShape& shape, const ConvCpuLayout& layout,
@@ -448,7 +449,7 @@ constexpr ConvSecondOrderLayout conv_second_order_layout(const ConvShape& shape,
 // order.
 struct ConvKeptLayout {
     ConvSecondOrderLayout second;  // if parameters are kept
-    std::int64_t parameters;       // [P] of the step at hand, where rates vary within a tensor
+    std::int64_t parameters;       // [P] of the step at hand, or counts of steps
     std::int64_t directions;       // [steps kept, P]
     std::int64_t adjoint;          // [P]
     std::int64_t start;            // all parameters in the order of conv_spans
@@ -464,7 +465,7 @@ constexpr ConvKeptLayout conv_kept_layout(const ConvShape& shape, const ConvCpuL
         places.at = all.second.end;
     }
     const std::int64_t row = kept.directions > 0 ? conv_parameters(shape) : 0;
-    all.parameters = places.take(kept.by_element ? row : 0);
+    all.parameters = places.take(kept.row ? row : 0);
     all.directions = places.take(kept.directions * row);
     all.adjoint = places.take(row);
     all.start = places.take(kept.start ? conv_spans(shape, layout).packed : 0);

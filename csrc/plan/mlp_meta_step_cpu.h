@@ -16,6 +16,9 @@ namespace signmaml {
 struct MlpCpuSteps {
     RateOptions rates;
     SharpnessOptions sharpness;
+    // Parameters are theta - rate * counts of sign steps, whose rates are the same in every step.
+    bool counted;
+    std::int8_t* counts;  // [T, P] int8, -128 for NaN; may be null
 };
 
 // Offsets in a group's memory, in vectors; each vector holds one element for all tasks of the group.
@@ -33,6 +36,7 @@ struct MlpCpuLayout {
     std::int64_t delta_tangent[2];            // [support, width], the deltas' derivatives
     bool stores_gradients;                    // a step first stores its gradient, instead of moving by it as it is made
     std::int64_t start;                       // [parameters] before the step, where it stores its gradient
+    std::int64_t counts;                      // [parameters], of sign steps
     std::int64_t directions;                  // [steps, parameters], if rates have gradients
     std::int64_t rate_grads;                  // [steps, tensors or parameters]: those
     std::int64_t columns;                     // of a row of meta-gradients
@@ -86,8 +90,10 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t suppor
     }
     layout.columns = mlp_columns(shape, steps, how.rates);
     layout.start = at;
-    layout.stores_gradients = how.rates.by_element || how.rates.learnable || how.sharpness.rho > 0;
+    layout.stores_gradients = how.rates.by_element || how.rates.learnable || how.sharpness.rho > 0 || how.counted;
     if (layout.stores_gradients && steps > 0) at += mlp_parameters(shape);
+    layout.counts = at;
+    if (how.counted) at += mlp_parameters(shape);
     layout.directions = at;
     if (how.rates.learnable && query > 0) at += steps * mlp_parameters(shape);
     layout.rate_grads = at;

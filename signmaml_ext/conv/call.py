@@ -50,7 +50,9 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
     if not problem.zero_dead_bias and found.blocks[0].conv_bias is not None:
         return "its convolution biases have gradient 0, and zero_dead_bias=False asks for rounding noise"
     precisions = ("fp32", "tf32", "bf16") if on_cuda else ("fp32",)
-    reason = fused.why_not(problem, found.names, precisions, any_rates=not on_cuda, sharp=not on_cuda)
+    reason = fused.why_not(
+        problem, found.names, precisions, any_rates=not on_cuda, sharp=not on_cuda, counted=not on_cuda
+    )
     if reason is not None:
         return reason
     if on_cuda and problem.dtype == torch.float64:
@@ -128,13 +130,13 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
             )  # fmt: skip
     else:
         threads = torch.get_num_threads()
-        rates, sharpness = fused.rate_options(problem, tensors), fused.sharpness_options(problem)
+        of_plan, of_call = fused.step_options(problem, tensors)
         plan = native.plan_conv_meta_step_cpu(
             shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method,
-            sharpness_rho=sharpness.get("sharpness_rho", 0.0), **rates,
+            **of_plan,
         )  # fmt: skip
         with fused.memory_on_cpu(tensors, plan["workspace_bytes"], plan["mean_rows"]) as addresses:
             native.conv_meta_step_cpu(
                 addresses, shape, **sizes, steps=steps, method=method, is_double=problem.dtype == torch.float64,
-                skip_nonfinite=problem.nonfinite == "skip", threads=threads, **rates, **sharpness,
+                skip_nonfinite=problem.nonfinite == "skip", threads=threads, **of_call,
             )  # fmt: skip

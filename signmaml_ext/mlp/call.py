@@ -37,7 +37,7 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
         )
     if problem.method == "maml" and problem.sharpness is not None:
         return "its kernels do not differentiate through sharpness-aware steps"
-    reason = fused.why_not(problem, found.names, any_rates=not on_cuda, sharp=not on_cuda)
+    reason = fused.why_not(problem, found.names, any_rates=not on_cuda, sharp=not on_cuda, counted=not on_cuda)
     if reason is not None:
         return reason
     if problem.loss == "mse" and not _targets_fit(problem, found.widths[-1]):
@@ -84,14 +84,11 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, na
             )
     else:
         threads = torch.get_num_threads()
-        rates, sharpness = fused.rate_options(problem, tensors), fused.sharpness_options(problem)
-        plan = native.plan_mlp_meta_step_cpu(
-            found.widths, *sizes.values(), itemsize, threads, **steps, **rates,
-            sharpness_rho=sharpness.get("sharpness_rho", 0.0),
-        )  # fmt: skip
+        of_plan, of_call = fused.step_options(problem, tensors)
+        plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads, **steps, **of_plan)
         workspace = plan["workspace_scalars"] * itemsize
         with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"]) as addresses:
             native.mlp_meta_step_cpu(
                 addresses, *network, **options, skip_nonfinite=problem.nonfinite == "skip", threads=threads,
-                **rates, **sharpness,
+                **of_call,
             )  # fmt: skip

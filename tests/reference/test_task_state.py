@@ -186,7 +186,7 @@ def test_what_counts_cannot_hold_is_refused(options, message):
     assert model.weight.grad is None
 
 
-def test_kernels_for_whole_meta_steps_say_that_they_keep_parameters():
+def test_kernels_for_whole_meta_steps_on_a_gpu_say_that_they_keep_parameters():
     from signmaml_ext import mlp
     from signmaml_ext.checks import check_problem
 
@@ -194,5 +194,5 @@ def test_kernels_for_whole_meta_steps_say_that_they_keep_parameters():
     options = {"method": "sign-maml", "loss": "cross_entropy", "adapt": None, "backend": "auto", "precision": "fp32"}
     options |= {"nonfinite": "propagate", "batch_norm": "batch", "seed": 0, "zero_dead_bias": True}
     problem = check_problem(model, *data, **STEP, **options, task_state="int8")
-    assert mlp.why_not(problem) == "task_state 'int8' is served by the flat-buffer operators"
-    assert signmaml_ext.explain(model, *data, **STEP, task_state="int8").backend == "cpu"
+    assert mlp.why_not(problem, on_cuda=True) == "task_state 'int8' is served by the flat-buffer operators"
+    assert signmaml_ext.explain(model, *data, **STEP, task_state="int8").family == "mlp"

@@ -130,12 +130,13 @@ def poisoned(kind: str, count: int) -> Buffer:
     return Buffer(kind, [math.nan] * count)
 
 
-def sharpness(generator: random.Random, method: str) -> dict[str, Any]:
-    """Arguments of a native call: none half the time, and for steps that are differentiated."""
+def kind_of_steps(generator: random.Random, method: str) -> dict[str, Any]:
+    """Further arguments of a native call: often none, and none for steps that are differentiated."""
+    counted = {"counts_steps": True} if method == "sign-maml" and generator.random() < 0.3 else {}
     if method == "maml" or generator.random() < 0.5:
-        return {}
+        return counted
     norm, adaptive = generator.choice(("l2", "linf")), generator.random() < 0.5
-    return {"sharpness_rho": 0.1, "sharpness_norm": norm, "sharpness_adaptive": adaptive}
+    return counted | {"sharpness_rho": 0.1, "sharpness_norm": norm, "sharpness_adaptive": adaptive}
 
 
 def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
@@ -180,8 +181,8 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
         "adapt": Buffer(BYTE, [generator.randint(0, 1) for _ in range(tensors)]),
     }
     method, bits = generator.choice(METHODS), []
-    sharp = sharpness(generator, method)
-    of_plan = {name: value for name, value in sharp.items() if name == "sharpness_rho"}
+    further = kind_of_steps(generator, method)
+    of_plan = {name: value for name, value in further.items() if name in ("sharpness_rho", "counts_steps")}
     for threads in (1, 3):
         wanted = {
             "support_loss": steps * tasks,
@@ -195,6 +196,8 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
             wanted = {name: wanted[name] for name in ("support_loss", "adapted")}
         results = {name: poisoned(kind, count) for name, count in wanted.items()}
         results["nonfinite"] = Buffer(BYTE, [0] * tasks)
+        if "counts_steps" in further:
+            results["counts"] = Buffer(BYTE, [99] * (tasks * parameters))
         room = native.plan_conv_meta_step_cpu(
             shape, **whole, scalar_bytes=size, threads=threads, steps=steps, method=method, **of_plan
         )["workspace_bytes"]
@@ -205,7 +208,7 @@ def conv_meta_step(native: ModuleType, generator: random.Random) -> None:
             if buffer.count
         }
         native.conv_meta_step_cpu(
-            used, shape, **whole, steps=steps, method=method, is_double=kind == "d", threads=threads, **sharp
+            used, shape, **whole, steps=steps, method=method, is_double=kind == "d", threads=threads, **further
         )
         if "adapted" in results and not any(results["nonfinite"].values()):
             for name, buffer in results.items():
@@ -238,8 +241,8 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
         else:
             given[f"{name}_labels"] = Buffer(WHOLE, [generator.randrange(out) for _ in range(tasks * count)])
     bits, method, activation = [], generator.choice(METHODS), generator.choice(("relu", "tanh"))
-    sharp = sharpness(generator, method)
-    of_plan = {name: value for name, value in sharp.items() if name == "sharpness_rho"}
+    further = kind_of_steps(generator, method)
+    of_plan = {name: value for name, value in further.items() if name in ("sharpness_rho", "counts_steps")}
     for threads in (1, 3):
         results = {
             name: poisoned(kind, count)
@@ -252,6 +255,8 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
                 "grads": tasks * parameters,
             }.items()
         } | {"nonfinite": Buffer(BYTE, [0] * tasks)}
+        if "counts_steps" in further:
+            results["counts"] = Buffer(BYTE, [99] * (tasks * parameters))
         sizes = (tasks, support, query, 8 if kind == "d" else 4, threads, steps, method)
         room = native.plan_mlp_meta_step_cpu(widths, *sizes, **of_plan)["workspace_scalars"]
         workspace = poisoned(kind, room)
@@ -268,7 +273,7 @@ def mlp_meta_step(native: ModuleType, generator: random.Random) -> None:
             method=method,
             is_double=kind == "d",
             threads=threads,
-            **sharp,
+            **further,
         )
         bits.append({name: buffer.content() for name, buffer in results.items() if name != "query_accuracy"})
     assert bits[0] == bits[1], "another number of threads gives other bits"

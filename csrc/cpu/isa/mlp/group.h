@@ -8,6 +8,7 @@
 #include "cpu/isa/mlp/product.h"
 #include "cpu/isa/mlp/results.h"
 #include "cpu/mlp_table.h"
+#include "params/compact_sign_step.h"
 
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
@@ -34,6 +35,7 @@ class Group {
 
     void run() {
         for (std::int64_t i = 0; i < p_.parameters; ++i) at(layout_.parameters)[i] = S::all(p_.theta[i]);
+        for (std::int64_t i = 0; how_.counted && i < p_.parameters; ++i) at(layout_.counts)[i] = V{};
         if (p_.steps > 0) take(p_.support);
         for (int step = 0; step < p_.steps; ++step) {
             if (differentiates_) keep_parameters(step);
@@ -51,6 +53,7 @@ class Group {
         if (p_.adapted != nullptr) {
             give_rows(p_.adapted + first_ * p_.parameters, layout_.parameters, p_.parameters, p_.parameters);
         }
+        if (how_.counts != nullptr) give_counts(how_.counts + first_ * p_.parameters);
         if (p_.query.count > 0) query();
         for (int lane = 0; lane < live_; ++lane) {
             if (bad_[lane] != 0) __atomic_store_n(p_.nonfinite + first_ + lane, std::uint8_t{1}, __ATOMIC_RELAXED);
@@ -276,15 +279,32 @@ class Group {
         }
         const bool by_sign = p_.method == Method::kSignMaml;
         const bool keeps = how_.rates.learnable && p_.query.count > 0;
+        V* counts = at(layout_.counts);
         V* kept = at(layout_.directions + (keeps ? step * p_.parameters : 0));
         const Scalar* lr = rates(step);
         each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
             for (std::int64_t i = first; i < behind; ++i) {
                 const V direction = by_sign ? sign_of<S>(here[i]) : here[i];
                 if (keeps) kept[i] = direction;
-                here[i] = start[i] - rate(lr, tensor, i) * direction;
+                if (how_.counted) {
+                    counts[i] += direction;
+                    here[i] = S::all(p_.theta[i]) - rate(lr, tensor, i) * counts[i];
+                } else {
+                    here[i] = start[i] - rate(lr, tensor, i) * direction;
+                }
             }
         });
+    }
+
+    void give_counts(std::int8_t* rows) const {
+        const V* counts = at(layout_.counts);
+        for (int lane = 0; lane < live_; ++lane) {
+            for (std::int64_t i = 0; i < p_.parameters; ++i) {
+                const Scalar count = counts[i][lane];  // a NaN stays one until here
+                rows[lane * p_.parameters + i] =
+                    static_cast<std::int8_t>(count == count ? static_cast<int>(count) : kNanCount);
+            }
+        }
     }
 
     const Scalar* rates(int step) const {
