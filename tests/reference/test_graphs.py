@@ -542,12 +542,12 @@ def test_nothing_else_is_a_graph_unless_the_caller_says_yes(cache):
     meta_step(attention, *images, **OPTIONS)
     model, data = conv_on_this_device()
     # Calls that another family serves, and calls that cannot be recorded.
-    for change in ({"task_state": "int8"}, {"backend": "torch"}, {"nonfinite": "raise"}):
+    for change in ({"zero_dead_bias": False}, {"backend": "torch"}, {"nonfinite": "raise"}):
         meta_step(model, *data, **(OPTIONS | change))
         meta_step(model, *data, **(OPTIONS | change))
     assert cache.info()[:4] == (0, graphs.LIMIT, 0, 0)
     # A call that is not recorded by default is recorded on request.
-    meta_step(model, *data, **(OPTIONS | {"task_state": "int8"}), graph=True)
+    meta_step(model, *data, **(OPTIONS | {"zero_dead_bias": False}), graph=True)
     assert cache.info().builds == 1
 
 

