@@ -133,6 +133,12 @@ void check_memory(const ConvShape& shape, const ConvSizes& sizes) {
     }
 }
 
+void check_cpu_call(const ConvShape& shape, const ConvSizes& sizes, int threads) {
+    sizes.check();
+    check_memory(shape, sizes);
+    check_range("threads", threads, 1, std::numeric_limits<int>::max());
+}
+
 template <typename Scalar>
 ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const ConvShape& shape, const ConvSizes& sizes) {
     const auto scalars = [&addresses](const char* name) { return address_in<Scalar>(addresses, name); };
@@ -195,17 +201,10 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
-    const ConvSizes sizes{tasks,
-                          support,
-                          query,
-                          steps,
-                          of_steps,
-                          {rates_by_element, learns_rates},
-                          sharpness_of(sharpness_rho, "l2", false, of_steps),
-                          counts_steps};
-    sizes.check();
-    check_memory(shape, sizes);
-    check_range("threads", threads, 1, std::numeric_limits<int>::max());
+    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, "l2", false, of_steps);
+    const ConvSizes sizes{tasks,     support,     query, steps, of_steps, {rates_by_element, learns_rates},
+                          sharpness, counts_steps};
+    check_cpu_call(shape, sizes, threads);
     const ConvUnit unit = conv_unit(scalar_bytes);
     const ConvCpuPlan plan =
         plan_conv_meta_step_cpu(shape, tasks, support, query, sizes.kept(), scalar_bytes, unit, threads);
@@ -242,17 +241,10 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
                         const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
-    const ConvSizes sizes{tasks,
-                          support,
-                          query,
-                          steps,
-                          of_steps,
-                          {rates_by_element, learns_rates},
-                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps),
-                          counts_steps};
-    sizes.check();
-    check_memory(shape, sizes);
-    check_range("threads", threads, 1, std::numeric_limits<int>::max());
+    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps);
+    const ConvSizes sizes{tasks,     support,     query, steps, of_steps, {rates_by_element, learns_rates},
+                          sharpness, counts_steps};
+    check_cpu_call(shape, sizes, threads);
     if (is_double) {
         run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
     } else {

@@ -18,6 +18,12 @@
 
 namespace signmaml::cpu {
 
+// Three-valued; a zero and a NaN stay what they are.
+template <typename Scalar>
+Scalar sign_of(Scalar gradient) {
+    return gradient > 0 ? Scalar(1) : gradient < 0 ? Scalar(-1) : gradient;
+}
+
 template <typename Scalar>
 class ConvPasses {
   public:

@@ -34,10 +34,7 @@ class ConvRates {
         passes_.give(to, /*grads=*/true);
         if (p_.method != Method::kSignMaml) return;
         each_adapted([&](int, const Tensor& tensor) {
-            // Three-valued, and a NaN stays one.
-            for (Scalar* g = to + tensor.first; g < to + tensor.first + tensor.size; ++g) {
-                *g = *g > 0 ? Scalar(1) : *g < 0 ? Scalar(-1) : *g;
-            }
+            for (Scalar* g = to + tensor.first; g < to + tensor.first + tensor.size; ++g) *g = sign_of(*g);
         });
     }
 

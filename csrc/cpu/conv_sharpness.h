@@ -61,9 +61,7 @@ class ConvSharpness {
 
     Scalar direction(Scalar parameter, Scalar gradient) const {
         const Scalar scale = size(parameter);
-        if (how_.norm == SharpnessNorm::kL2) return scale * (scale * gradient);
-        // Three-valued, and a NaN stays one.
-        return scale * (gradient > 0 ? Scalar(1) : gradient < 0 ? Scalar(-1) : gradient);
+        return scale * (how_.norm == SharpnessNorm::kL2 ? scale * gradient : sign_of(gradient));
     }
 
     const SharpnessOptions how_;

@@ -63,6 +63,19 @@ def assert_equal_to_the_reference(model: nn.Module, batch: Data, rates: Rates, *
             assert distance(own_rates[key], gradient) < 1e-10 or own_rates[key].norm() + gradient.norm() < 1e-13, key
 
 
+def assert_adapts_as_the_reference(model: nn.Module, batch: Data, options: dict[str, Any]) -> None:
+    """`adapt` and `evaluate`."""
+    own, expected = (adapt(model, *batch[:2], **options, backend=backend) for backend in ("cpu", "torch"))
+    for name, value in expected.items():
+        assert distance(own[name], value) < 1e-11, name
+    torch.testing.assert_close(
+        evaluate(model, *batch, **options, backend="cpu").logits,
+        evaluate(model, *batch, **options, backend="torch").logits,
+        rtol=1e-10,
+        atol=1e-11,
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pooling", ["max", "stride", "mean"])
@@ -81,15 +94,7 @@ def test_constant_rates_that_vary_within_a_tensor(kind: str, method: str) -> Non
     rates = draw(model, kind, learnable=False)
     assert_equal_to_the_reference(model, batch, rates, method=method)
     options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": method}
-    own, expected = (adapt(model, *batch[:2], **options, backend=backend) for backend in ("cpu", "torch"))
-    for name, value in expected.items():
-        assert distance(own[name], value) < 1e-11, name
-    torch.testing.assert_close(
-        evaluate(model, *batch, **options, backend="cpu").logits,
-        evaluate(model, *batch, **options, backend="torch").logits,
-        rtol=1e-10,
-        atol=1e-11,
-    )
+    assert_adapts_as_the_reference(model, batch, options)
 
 
 @pytest.mark.parametrize("patterns", [["classifier.*"], ["features.0.*"], ["*.normalize.*"], ["*conv.bias"]])

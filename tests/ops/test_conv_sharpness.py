@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from ops.test_conv_meta_step_cpu import Data, both, data, distance, net, on
+from ops.test_conv_rates import assert_adapts_as_the_reference, draw
 from ops.test_conv_rates import assert_equal_to_the_reference as assert_rates_equal
-from ops.test_conv_rates import draw
 from torch import nn
 
-from signmaml_ext import Sharpness, adapt, evaluate, explain
+from signmaml_ext import Sharpness, adapt, explain
 from signmaml_ext._loader import C
 
 METHODS = ("sign-maml", "fo-maml")
@@ -63,15 +63,7 @@ def test_with_rates_of_every_kind(method: str, rates: str) -> None:
 def test_adapt_and_evaluate(kind: Sharpness, method: str) -> None:
     model, batch = net(), data()
     options: dict[str, Any] = {"inner_lr": 0.02, "inner_steps": 4, "method": method, "sharpness": kind}
-    own, expected = (adapt(model, *batch[:2], **options, backend=backend) for backend in ("cpu", "torch"))
-    for name, value in expected.items():
-        assert distance(own[name], value) < 1e-11, name
-    torch.testing.assert_close(
-        evaluate(model, *batch, **options, backend="cpu").logits,
-        evaluate(model, *batch, **options, backend="torch").logits,
-        rtol=1e-10,
-        atol=1e-11,
-    )
+    assert_adapts_as_the_reference(model, batch, options)
 
 
 @kinds

@@ -124,11 +124,15 @@ def test_bitwise_the_same_for_any_number_of_threads(method, kind):
             assert all(torch.equal(own[key], first[key]) for key in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_float32_error(method):
-    """At most twice that of the reference, against float64, per tensor and over six draws."""
+    """At most twice that of the reference, against float64, per tensor.
+
+    Errors are summed over many draws, because the error of one number is a matter of luck.
+    """
     widths, ours, theirs = (1, 40, 40, 5), {}, {}
-    for _ in range(6):
+    for _ in range(60):
         model, data = network(widths, nn.Tanh), tasks_for(widths, "mse", 3, 5, 25, torch.float32)
         exact = network(widths, nn.Tanh).double()
         exact.load_state_dict(model.state_dict())
@@ -140,6 +144,7 @@ def test_float32_error(method):
         for errors, family in ((ours, mlp), (theirs, reference)):
             found = family.meta_gradients(problem_of(model, data, inner_lr=narrow, method=method)).rates
             for name, gradient in truth.items():
-                error = float((found[name].double() - gradient).square() / gradient.square())
+                error = float((found[name].double() - gradient).square())
                 errors[name] = errors.get(name, 0.0) + error
-    assert sum(ours.values()) <= 4 * sum(theirs.values())
+    for name, error in ours.items():
+        assert error <= 4 * theirs[name], name
