@@ -143,6 +143,7 @@ def plan_conv_meta_step(
     wants_adapted: bool = False,
     by_covariance: bool = True,
     workspace_limit: int = 0,
+    method: str = "sign-maml",
 ) -> dict[str, Any]: ...
 def conv_meta_step_cuda(
     addresses: dict[str, int],

@@ -18,19 +18,19 @@ ON_TENSOR_CORES = ("conv_forward", "conv_data_grad", "conv_weight_grad")
 
 Launch = dict[str, Any]
 
+_NAME = 23  # the column of kernels' names
+
 
 def table(problem: Problem) -> str:
     """The launches of a call on CUDA, with their modelled work and time; or why there is no plan."""
-    reason = conv.why_not(problem)
+    reason = conv.why_not(problem, on_cuda=True)
     if reason is not None:
         return f"plan: there is one for Conv-N networks only, and {reason}"
-    if problem.method == "maml":
-        return "plan: there is one for steps of first order only, and the method is 'maml'"
     found = conv.read(problem.model)
     assert not isinstance(found, str)
     sizes = fused.sizes_of(problem)
     plan = _loader.C.plan_conv_meta_step(
-        conv.shape_of(problem, found), *sizes.values(), problem.steps, problem.precision, 1
+        conv.shape_of(problem, found), *sizes.values(), problem.steps, problem.precision, 1, method=problem.method
     )
     launches: list[Launch] = plan["launches"]
     chunks = -(-problem.tasks // plan["chunk"])
@@ -41,8 +41,11 @@ def table(problem: Problem) -> str:
         f"GFLOP, {_total(launches, 'bytes') * chunks / 1e6:.1f} MB, modelled "
         f"{sum(seconds(one, problem.precision) for one in launches) * chunks * 1e3:.3f} ms",
         f"  workspace {plan['workspace_bytes'] / 2**20:.1f} MiB for {plan['chunk']} of {problem.tasks} tasks at once, "
-        "whatever the number of steps",
-        f"  {'kernel':<21}{'block':>6}{'grid':>14}{'threads':>8}{'KiB':>6}{'MFLOP':>9}{'MB':>8}{'modelled us':>12}",
+        + (
+            "of which only kept weights grow with the steps" if _goes_back(launches) else "whatever the number of steps"
+        ),
+        f"  {'kernel':<{_NAME}}{'block':>6}{'grid':>14}{'threads':>8}{'KiB':>6}{'MFLOP':>9}{'MB':>8}"
+        f"{'modelled us':>12}",
     ]
     for title, part in _parts(launches, problem.steps):
         lines.append(f"  {title}")
@@ -60,21 +63,34 @@ def _total(launches: Sequence[Launch], what: str) -> float:
     return sum(one[what] for one in launches)
 
 
+def _goes_back(launches: Sequence[Launch]) -> bool:
+    return any(one["part"] != "pass" for one in launches)
+
+
 def _parts(launches: Sequence[Launch], steps: int) -> list[tuple[str, list[Launch]]]:
     """The launches in order; only the first of the inner steps, which are all alike."""
     groups = [
         ("before", [one for one in launches if one["step"] < 0 and one["kernel"] != "conv_unpack"]),
-        (f"inner step (one of {steps}, all alike)", [one for one in launches if one["step"] == 0 < steps]),
+        (f"inner step (one of {steps}, all alike)", _of_a_step(launches, steps, "pass")),
         ("query pass", [one for one in launches if one["step"] == steps]),
+        (
+            f"back through a step (one of {steps}, all alike): its passes again (*), and their derivatives",
+            _of_a_step(launches, steps, "again", "tangent"),
+        ),
         ("after", [one for one in launches if one["kernel"] == "conv_unpack"]),
     ]
     return [(title, part) for title, part in groups if part]
 
 
+def _of_a_step(launches: Sequence[Launch], steps: int, *parts: str) -> list[Launch]:
+    return [one for one in launches if one["step"] == 0 < steps and one["part"] in parts]
+
+
 def _row(one: Launch, precision: str) -> str:
     block = "" if one["block_of_network"] < 0 else str(one["block_of_network"] + 1)
     grid = " x ".join(str(extent) for extent in one["grid"])
+    name = one["kernel"] + (" (*)" if one["part"] == "again" else "")
     return (
-        f"  {one['kernel']:<21}{block:>6}{grid:>14}{one['threads']:>8}{one['shared_bytes'] / 1024:>6.1f}"
+        f"  {name:<{_NAME}}{block:>6}{grid:>14}{one['threads']:>8}{one['shared_bytes'] / 1024:>6.1f}"
         f"{one['flops'] / 1e6:>9.1f}{one['bytes'] / 1e6:>8.2f}{seconds(one, precision) * 1e6:>12.2f}"
     )

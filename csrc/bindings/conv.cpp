@@ -264,20 +264,23 @@ ConvPrecision conv_precision_of(const std::string& precision) {
 // The number of multiprocessors is not used: what a task computes must not depend on it.
 py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int query, int steps,
                    const std::string& precision, int multiprocessors, bool wants_grads, bool wants_adapted,
-                   bool by_covariance, std::int64_t workspace_limit) {
+                   bool by_covariance, std::int64_t workspace_limit, const std::string& method) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    ConvSizes{tasks, support, query, steps, Method::kFoMaml, {}, {}, false}.check();
+    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {}, {}, false};
+    sizes.check();
+    check_memory(shape, sizes);
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
-    const ConvPlan plan = plan_conv_meta_step(shape, {tasks, support, query, steps, wants_grads, wants_adapted},
-                                              conv_precision_of(precision), by_covariance, workspace_limit);
+    const ConvRequest request{tasks, support, query, steps, wants_grads, wants_adapted, sizes.method};
+    const ConvPlan plan =
+        plan_conv_meta_step(shape, request, conv_precision_of(precision), by_covariance, workspace_limit);
     py::list launches;
     for (const ConvLaunch& one : plan.launches) {
-        launches.append(py::dict("kernel"_a = name_of(one.kernel), "block_of_network"_a = one.block,
-                                 "step"_a = one.step, "set"_a = one.query ? "query" : "support",
-                                 "grid"_a = py::make_tuple(one.grid_x, one.grid_y, one.grid_z),
-                                 "threads"_a = one.threads, "shared_bytes"_a = one.shared_bytes, "flops"_a = one.flops,
-                                 "bytes"_a = one.bytes));
+        launches.append(
+            py::dict("kernel"_a = name_of(one.kernel), "part"_a = name_of(one.part), "block_of_network"_a = one.block,
+                     "step"_a = one.step, "set"_a = one.query ? "query" : "support",
+                     "grid"_a = py::make_tuple(one.grid_x, one.grid_y, one.grid_z), "threads"_a = one.threads,
+                     "shared_bytes"_a = one.shared_bytes, "flops"_a = one.flops, "bytes"_a = one.bytes));
     }
     py::list arrays;
     for_each_array(plan.workspace, [&arrays](const char* name, const ConvArray& array) {
@@ -329,14 +332,13 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
                          int query, int steps, const std::string& method, const std::string& precision, int device,
                          std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, first_order(method), {}, {}, false};
+    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {}, {}, false};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
     check_present(params);
 #ifdef SIGNMAML_EMULATION
-    declare(params, plan_conv_meta_step(shape, {tasks, support, query, steps, true, true}, of_products, by_covariance,
-                                        workspace_limit));
+    declare(params, plan_conv_meta_step(shape, conv_request(params), of_products, by_covariance, workspace_limit));
 #endif
     const py::gil_scoped_release unlocked;
     launch_conv_meta_step(params, of_products, by_covariance, workspace_limit, device, reinterpret_cast<void*>(stream));
@@ -356,7 +358,7 @@ void define_conv(py::module_& m) {
           "sharpness_adaptive"_a = false, "counts_steps"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
-          "workspace_limit"_a = 0);
+          "workspace_limit"_a = 0, "method"_a = "sign-maml");
 #ifdef SIGNMAML_WITH_CUDA
     m.def("conv_meta_step_cuda", &conv_meta_step_cuda, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "method"_a, "precision"_a, "device"_a, "stream"_a, "by_covariance"_a = true,

@@ -26,13 +26,4 @@ inline void check_counted(Method method, std::int64_t steps) {
     }
 }
 
-// For kernels that do not differentiate through the steps.
-inline Method first_order(const std::string& name) {
-    const Method method = method_of(name);
-    if (method == Method::kMaml) {
-        throw std::invalid_argument("method: expected 'sign-maml' or 'fo-maml' here, found 'maml'");
-    }
-    return method;
-}
-
 }  // namespace signmaml::bindings

@@ -2,8 +2,8 @@
 // An implicit GEMM like conv_forward: rows are positions of the input, columns are its channels, depth is taps x
 // filters. dz is computed on the way from z, the halving's choices and the gradient of the activation, and stored for
 // the weight gradient. If the block below has a raw output, its gradients of beta and gamma are summed here: sum dy,
-// sum dy * xhat. A thread block owns a slice of tiles of one task and 8 * kTilesN channels. Launched by
-// launch_conv_data_grad.
+// sum dy * xhat. A thread block owns a slice of tiles of one task and 8 * kTilesN channels. A second product may be
+// added: see ConvDataGradParams. Launched by launch_conv_data_grad.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,12 @@
 
 namespace signmaml {
 
-// Computes filters [first, first + depth) of the tile of dz, with zeros around the image and up to `padded`.
+// Computes filters [first, first + depth) of the tile of dz, or loads them if they are stored, with zeros around the
+// image and up to `padded`.
 template <typename Stored>
 __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::int64_t task, const TilePlace& place,
-                                      const Shared<float>& tile, const Shared<float>& norm, int first, int depth,
-                                      int padded) {
+                                      const Shared<float>& tile, const Shared<float>& norm, const Stored* stored,
+                                      int first, int depth, int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     // With stride 2 the tile starts at an even row and column, and its dz at half those indices.
@@ -30,13 +31,17 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
         const int y = (place.y >> halving) + row, x = (place.x >> halving) + column;
         Vector<float, 4> values{};
         if (image < place.images && y >= 0 && y < block.height && x >= 0 && x < block.width && filter < depth) {
-            values = raw_grad<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
-            // Several tiles may hold this position; only the one that owns it stores it.
-            const bool owned = row >= 0 && row < own_height && column >= 0 && column < own_width;
-            if (owned && blockIdx.z == 0) {
-                const std::int64_t at =
-                    ((std::int64_t{place.image + image} * block.height + y) * block.width + x) * block.filters;
-                store_floats<4>(row_of(p.layer.raw_grad, task) + at + first + filter, values);
+            const std::int64_t at =
+                ((std::int64_t{place.image + image} * block.height + y) * block.width + x) * block.filters;
+            if (p.raw_grad.base != nullptr) {
+                values = load_floats<4>(stored + at + first + filter);
+            } else {
+                values = raw_grad<4>(p.layer, task, place.image + image, y, x, first + filter, norm);
+                // Several tiles may hold this position; only the one that owns it stores it.
+                const bool owned = row >= 0 && row < own_height && column >= 0 && column < own_width;
+                if (owned && blockIdx.z == 0) {
+                    store_floats<4>(row_of(p.layer.raw_grad, task) + at + first + filter, values);
+                }
             }
         }
         store<float, 4>(tile.address(offset_in_tile(p.memory, tiles, image, input.row, input.column) + filter), values);
@@ -97,13 +102,14 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const Shared<float> norm(p.memory.norm * 4, 5 * block.filters);
     const Shared<float> norm_below((p.memory.norm + 5 * block.filters) * 4, 2 * channels);
     const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
-    const float* weights = row_of(p.weights, task);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     const int share = warp / kTeam;
     const bool works = share < kShares;  // too few columns to divide leave two warps idle
 
-    prepare_raw_grad(p.layer, task, weights, norm);
+    const int chunks = (block.filters + kConvChunk - 1) / kConvChunk;
+    const int products = p.second_raw_grad.base == nullptr ? 1 : 2;
+    if (p.raw_grad.base == nullptr) prepare_raw_grad(p.layer, task, row_of(p.weights, task), norm);
     if (p.below_is_raw) {
         for (int channel = threadIdx.x; channel < channels; channel += kConvThreads) {
             const NormOfChannel constants = norm_of(p.below, task, channel);
@@ -138,13 +144,19 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
             }
         }
         float sums[kParities][kM][kN][4] = {};
-        for (int first = 0; first < block.filters; first += kConvChunk) {
+        // Down from the last, which compares with 0: these kernels have no register to spare.
+        for (int left = products * chunks; left > 0; --left) {
+            const bool second = left <= chunks && products == 2;
+            const int first = (left > chunks ? left - chunks - 1 : left - 1) * kConvChunk;
+            // By value: a choice between two parameters in place would copy them to local memory.
+            const Stored* stored = second ? row_of(p.second_raw_grad, task) : row_of(p.raw_grad, task);
+            const float* of_grad = (second ? row_of(p.second_weights, task) : row_of(p.weights, task)) + p.layer.weight;
             const int depth = smaller_of(kConvChunk, block.filters - first);
             const int padded = (depth + kDepth - 1) / kDepth * kDepth;
             block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
-            stage_raw_grad(p, task, place, tile, norm, first, depth, padded);
-            stage_transposed_slab<kColumns>(weights + p.layer.weight, Taps::tap(0), 0, channels, block.filters, first,
-                                            depth, padded, slabs);
+            stage_raw_grad(p, task, place, tile, norm, stored, first, depth, padded);
+            stage_transposed_slab<kColumns>(of_grad, Taps::tap(0), 0, channels, block.filters, first, depth, padded,
+                                            slabs);
 #pragma unroll
             for (int parity = 0; parity < kParities; ++parity) {
                 for (int at = parity == 0 ? 0 : Taps::end(parity - 1); at < Taps::end(parity); ++at) {
@@ -152,8 +164,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                     cp_async_wait<0>();
                     block_barrier();  // the tile and this tap's slab are there; all have read the other slab
                     if (at + 1 < kConvTaps) {
-                        stage_transposed_slab<kColumns>(weights + p.layer.weight, Taps::tap(at + 1), at + 1, channels,
-                                                        block.filters, first, depth, padded, slabs);
+                        stage_transposed_slab<kColumns>(of_grad, Taps::tap(at + 1), at + 1, channels, block.filters,
+                                                        first, depth, padded, slabs);
                     }
                     if (!works) continue;
                     // Output (y + 1 - ky) / stride used input y with this tap. With stride 1 the tile begins one row

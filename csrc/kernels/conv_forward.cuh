@@ -2,7 +2,8 @@
 // An implicit GEMM on tensor cores: rows are positions of z, columns are filters, depth is taps x channels. A thread
 // block owns a slice of tiles of one task and 8 * kTilesN filters; a warp owns 32 positions of a tile. The input is
 // read from the images, from a stored activation, or from the raw output of the block below, which is normalised,
-// halved and (if a backward pass follows) stored on the way. Launched by launch_conv_forward.
+// halved and (if a backward pass follows) stored on the way. A second product may be added: see ConvForwardParams.
+// Launched by launch_conv_forward.
 // Readable twin: nn.Conv2d under reference.py.
 #pragma once
 
@@ -33,11 +34,11 @@ __device__ inline void stage_image(const ConvForwardParams<Stored>& p, std::int6
     }
 }
 
-// Loads channels [first, first + depth) of the tile's input, with zeros up to `padded`.
+// Loads channels [first, first + depth) of the tile's input, with zeros up to `padded`. `input` is that of kActivation.
 template <typename Stored>
 __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std::int64_t task, const TilePlace& place,
-                                        const Shared<float>& tile, const Shared<float>& norm, int first, int depth,
-                                        int padded) {
+                                        const Shared<float>& tile, const Shared<float>& norm, const Stored* input,
+                                        int first, int depth, int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     for_each_quad(tiles.tile_images * tiles.by_halo.value, padded, [&](int number, int channel) {
@@ -49,7 +50,7 @@ __device__ inline void stage_activation(const ConvForwardParams<Stored>& p, std:
                 ((std::int64_t{place.image + image} * block.in_height + y) * block.in_width + x) * block.in_channels +
                 first + channel;
             if (p.source == ConvSource::kActivation) {
-                values = load_floats<4>(row_of(p.below.activation, task) + at);
+                values = load_floats<4>(input + at);
             } else {
                 const auto activated =
                     activate<4>(p.below, row_of(p.below.raw, task), place.image + image, y, x, first + channel, norm);
@@ -96,11 +97,12 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const Shared<float> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
     const Shared<float> norm(p.memory.norm * 4, p.memory.scratch - p.memory.norm);
     const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
-    const float* weights = row_of(p.weights, task);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
+    const int chunks = (channels + kConvChunk - 1) / kConvChunk, products = p.second_input.base == nullptr ? 1 : 2;
+    const bool wants_statistics = p.layer.statistics.base != nullptr;
 
-    if (p.source == ConvSource::kRaw) prepare_activation(p.below, task, weights, norm);
+    if (p.source == ConvSource::kRaw) prepare_activation(p.below, task, row_of(p.weights, task), norm);
     // Statistics of column threadIdx.x over the slice's tiles so far.
     float count = 0.0f, mean = 0.0f, squares = 0.0f;
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
@@ -116,23 +118,28 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
             rows[h] = in_tile ? offset_in_tile(p.memory, tiles, positions[h].image, y, x) : 0;
         }
         float sums[2][kTilesN][4] = {};
-        for (int first = 0; first < channels; first += kConvChunk) {
+        for (int chunk = 0; chunk < products * chunks; ++chunk) {
+            const bool second = chunk >= chunks;
+            const int first = (second ? chunk - chunks : chunk) * kConvChunk;
+            // By value: a choice between two parameters in place would copy them to local memory.
+            const Stored* input = second ? row_of(p.second_input, task) : row_of(p.below.activation, task);
+            const float* of_input =
+                (second ? row_of(p.second_weights, task) : row_of(p.weights, task)) + p.layer.weight;
             const int depth = smaller_of(kConvChunk, channels - first);
             const int padded = (depth + kDepth - 1) / kDepth * kDepth;
             block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
             if (p.source == ConvSource::kImage) {
                 stage_image(p, task, place, tile, padded);
             } else {
-                stage_activation(p, task, place, tile, norm, first, depth, padded);
+                stage_activation(p, task, place, tile, norm, input, first, depth, padded);
             }
-            stage_forward_slab<kColumns>(weights + p.layer.weight, 0, channels, block.filters, first, depth, padded,
-                                         slabs);
+            stage_forward_slab<kColumns>(of_input, 0, channels, block.filters, first, depth, padded, slabs);
             for (int tap = 0; tap < kConvTaps; ++tap) {
                 cp_async_wait<0>();
                 block_barrier();  // the tile and this tap's slab are there; all have read the other slab
                 if (tap + 1 < kConvTaps) {
-                    stage_forward_slab<kColumns>(weights + p.layer.weight, tap + 1, channels, block.filters, first,
-                                                 depth, padded, slabs);
+                    stage_forward_slab<kColumns>(of_input, tap + 1, channels, block.filters, first, depth, padded,
+                                                 slabs);
                 }
                 const int shift = offset_in_tile(p.memory, tiles, 0, tap / 3, tap % 3);
                 const int slab = tap % 2 * kConvChunk * (kColumns + 8);
@@ -176,6 +183,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                 if (group == 0) scratch.set(warp * kColumns + j * 8 + member * 2 + e, of_warp);
             }
         }
+        if (!wants_statistics) continue;
         block_barrier();  // all warps' sums are there
         const auto total_of = [&](int which, int column) {
             float total = 0.0f;
@@ -207,7 +215,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
         }
     }
     const int column = first_column + static_cast<int>(threadIdx.x);
-    if (threadIdx.x < kColumns && column < block.filters) {
+    if (wants_statistics && threadIdx.x < kColumns && column < block.filters) {
         float* statistics = row_of(p.layer.statistics, task) + blockIdx.x * 3 * block.filters + column;
         store(statistics, count);
         store(statistics + block.filters, mean);

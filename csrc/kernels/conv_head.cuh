@@ -1,9 +1,9 @@
 // The classifier of one task: features from the last block, logits, softmax cross-entropy, and its backward pass.
 //   logits = f W^T + b;  dlogits = (softmax - onehot) / n;  df = dlogits W;  dW = dlogits^T f;  db = sum dlogits
 // A thread block owns a task. In an inner step it updates W and b itself; in the query pass of a meta-step it writes
-// their gradients. df goes back through the readout and is stored as the gradient of the last block's activation, with
-// that block's gradients of beta and gamma. Launched by launch_conv_head.
-// Readable twin: cross_entropy in signmaml_ext/reference.py.
+// their gradients; in a step that is differentiated it leaves softmax and df for conv_tangent_head. df goes back
+// through the readout and is stored as the gradient of the last block's activation, with that block's gradients of beta
+// and gamma. Launched by launch_conv_head. Readable twin: cross_entropy in signmaml_ext/reference.py.
 #pragma once
 
 #include <cmath>
@@ -118,6 +118,9 @@ struct ConvHead {
             for (int way = 0; way < p.ways; ++way) {
                 const float share = expf(load(row + way) - largest) / sum;
                 store(row + way, (way == label ? share - 1.0f : share) / count + invalid);
+                if (p.pass == ConvPass::kAgain) {
+                    store(row_of(p.shares, task) + static_cast<std::int64_t>(image) * p.ways + way, share);
+                }
             }
             loss += logf(sum) + largest - of_label;
             if (best == label) correct += 1.0f;
@@ -235,11 +238,9 @@ __global__ void __launch_bounds__(kConvHeadThreads) conv_head_kernel(const ConvH
     head.make_logits();
     const float loss = head.make_loss();  // starts with a sum over the block, whose barrier makes all logits visible
     bool nonfinite = is_nonfinite(loss);
-    if (threadIdx.x == 0) store(p.loss + head.task, loss);
-    if (p.pass != ConvPass::kForward) {
-        head.send_back();
-        nonfinite |= head.take_all();
-    }
+    if (threadIdx.x == 0 && p.loss != nullptr) store(p.loss + head.task, loss);
+    if (p.pass != ConvPass::kForward) head.send_back();
+    if (p.pass == ConvPass::kStep || p.pass == ConvPass::kGradient) nonfinite |= head.take_all();
     if (nonfinite) raise_flag(p.nonfinite + head.task);
 }
 

@@ -67,20 +67,32 @@ __device__ inline void join_moments(const ConvMomentSums* slices, int count_of_s
     block_barrier();  // the covariance is there
 }
 
+// (G w)_i, of one filter.
+__device__ inline double covariance_times(const ConvMoments* moments, const float* weights, int i, int filter,
+                                          int values, int filters) {
+    double sum = 0.0;
+    for (int j = 0; j < values; ++j) {
+        sum += load(&moments->covariance[i][j]) * static_cast<double>(load(weights + j * filters + filter));
+    }
+    return sum;
+}
+
+// other_i (G w)_i of all filters. Called by all threads of a block.
+__device__ inline void covariance_products(const ConvMoments* moments, const float* weights, const float* other,
+                                           int values, int filters, const Shared<double>& products) {
+    for (int item = threadIdx.x; item < values * filters; item += kConvUpdateThreads) {
+        const double dense = covariance_times(moments, weights, item / filters, item % filters, values, filters);
+        products.set(item, dense * static_cast<double>(load(other + item)));
+    }
+}
+
 // BatchNorm's constants of block 1: mean(z) = W m and var(z) = W G W^T, in double because W may point along a direction
 // of small variance. Called by all threads of a block; the weights are in global memory.
 __device__ inline void first_norm(const ConvMoments* moments, const float* weights, int channels, int filters,
                                   float eps, ConvFirstNorm* norm) {
     const int values = kConvTaps * channels;
     const Shared<double> products = first_memory<double>(filters, 0);
-    for (int item = threadIdx.x; item < values * filters; item += kConvUpdateThreads) {
-        const int i = item / filters, filter = item % filters;
-        double sum = 0.0;
-        for (int j = 0; j < values; ++j) {
-            sum += load(&moments->covariance[i][j]) * static_cast<double>(load(weights + j * filters + filter));
-        }
-        products.set(item, sum * static_cast<double>(load(weights + item)));
-    }
+    covariance_products(moments, weights, weights, values, filters, products);
     block_barrier();  // w_i (G w)_i are there
     for (int filter = threadIdx.x; filter < filters; filter += kConvUpdateThreads) {
         double variance = 0.0, mean = 0.0;
@@ -161,13 +173,18 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_unpack_kernel(const C
     }
 }
 
-// Handles one element: its gradient updates it (kStep), or is the result. `tensor` is the index of its tensor in theta.
-template <bool kStep>
+// What becomes of a gradient: it moves its parameter, is the result, or is subtracted from the result.
+enum class ConvTake { kMove, kWrite, kSubtract };
+
+// Handles one element. `tensor` is the index of its tensor in theta. Returns whether what it read or left is nonfinite.
+template <ConvTake kTake>
 __device__ inline bool take(const ConvUpdateParams& p, std::int64_t task, std::int64_t place, std::int64_t theta,
                             int tensor, float gradient) {
-    if (!kStep) {
-        store(p.grads + task * p.network.parameters + theta, gradient);
-        return is_nonfinite(gradient);
+    if (kTake != ConvTake::kMove) {
+        float* result = p.grads + task * p.network.parameters + theta;
+        const float value = kTake == ConvTake::kWrite ? gradient : load(result) - gradient;
+        store(result, value);
+        return is_nonfinite(value);
     }
     if (load(p.adapt + tensor) == 0) return false;
     float* weight = row_of(p.weights, task) + place;
@@ -183,7 +200,7 @@ __device__ inline int gamma_tensor(const ConvNetwork& net, int block) {
 
 // Gradients of the network's block 1 from its sums at the winners, with patches centred on their mean:
 //   B = sum dy (patch - m),  dgamma = r W B,  dW = gamma r (B - dgamma r G W),  dbeta = sum dy.
-template <bool kStep>
+template <ConvTake kTake>
 __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) {
     const ConvNetwork& net = p.network;
     const ConvOffsets& places = net.blocks[0];
@@ -214,11 +231,7 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
     for (int item = threadIdx.x; item < values * filters; item += kConvUpdateThreads) {
         const int i = item / filters, filter = item % filters;
         const float inverse = load(&norm->inverse[filter]);
-        double dense = 0.0;
-        for (int j = 0; j < values; ++j) {
-            dense += load(&moments->covariance[i][j]) *
-                     static_cast<double>(load(weights + places.weight + j * filters + filter));
-        }
+        const double dense = covariance_times(moments, weights + places.weight, i, filter, values, filters);
         const float centred =
             sums.get((1 + i) * filters + filter) - sums.get(filter) * static_cast<float>(load(&moments->mean[i]));
         const float inner = centred - dgammas.get(filter) * inverse * static_cast<float>(dense);
@@ -230,16 +243,16 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
         const std::int64_t theta = places.theta_weight +
                                    (std::int64_t{filter} * net.channels + i % net.channels) * kConvTaps +
                                    i / net.channels;
-        nonfinite |= take<kStep>(p, task, places.weight + item, theta, places.tensor, sums.get(filters + item));
+        nonfinite |= take<kTake>(p, task, places.weight + item, theta, places.tensor, sums.get(filters + item));
     }
     for (int filter = threadIdx.x; filter < filters; filter += kConvUpdateThreads) {
         const int tensor = gamma_tensor(net, 0);
         nonfinite |=
-            take<kStep>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgammas.get(filter));
+            take<kTake>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgammas.get(filter));
         nonfinite |=
-            take<kStep>(p, task, places.beta + filter, places.theta_beta + filter, tensor + 1, sums.get(filter));
+            take<kTake>(p, task, places.beta + filter, places.theta_beta + filter, tensor + 1, sums.get(filter));
     }
-    if (kStep && p.next_moments.base != nullptr) {
+    if (kTake == ConvTake::kMove && p.next_moments.base != nullptr) {
         block_barrier();  // the weights have moved
         first_norm(row_of(p.next_moments, task), weights + places.weight, net.channels, filters, p.eps,
                    row_of(p.norm, task));
@@ -248,27 +261,28 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
 }
 
 // BatchNorm's parameters, and the gradient of the convolutions' biases, which is exactly 0.
-template <bool kStep>
+template <ConvTake kTake>
 __device__ inline bool take_norms(const ConvUpdateParams& p, std::int64_t task) {
     const ConvNetwork& net = p.network;
     bool nonfinite = false;
     for (int item = threadIdx.x; item < net.count * net.filters; item += kConvUpdateThreads) {
         const int block = item / net.filters, filter = item % net.filters;
         const ConvOffsets& places = net.blocks[block];
-        if (!kStep && net.conv_bias) store(p.grads + task * net.parameters + places.theta_bias + filter, 0.0f);
+        if (kTake == ConvTake::kWrite && net.conv_bias)
+            store(p.grads + task * net.parameters + places.theta_bias + filter, 0.0f);
         if (block == 0 && net.by_covariance) continue;
         const float* sums = row_of(p.grad_sums[block], task) + filter;
         const int slices = p.grad_sums_slices[block], tensor = gamma_tensor(net, block);
         const float dbeta = sum_of_slices(sums, slices, 2 * net.filters);
         const float dgamma = sum_of_slices(sums + net.filters, slices, 2 * net.filters);
-        nonfinite |= take<kStep>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgamma);
-        nonfinite |= take<kStep>(p, task, places.beta + filter, places.theta_beta + filter, tensor + 1, dbeta);
+        nonfinite |= take<kTake>(p, task, places.gamma + filter, places.theta_gamma + filter, tensor, dgamma);
+        nonfinite |= take<kTake>(p, task, places.beta + filter, places.theta_beta + filter, tensor + 1, dbeta);
     }
     return nonfinite;
 }
 
 // Every blocks-th piece of the convolution weights, starting with `piece`.
-template <bool kStep>
+template <ConvTake kTake>
 __device__ inline bool take_weights(const ConvUpdateParams& p, std::int64_t task, int piece, int blocks) {
     const ConvNetwork& net = p.network;
     bool nonfinite = false;
@@ -283,32 +297,32 @@ __device__ inline bool take_weights(const ConvUpdateParams& p, std::int64_t task
             const std::int64_t theta = places.theta_weight +
                                        (std::int64_t{filter} * places.in_channels + channel) * kConvTaps +
                                        item / net.filters / places.in_channels;
-            nonfinite |= take<kStep>(p, task, places.weight + item, theta, places.tensor, gradient);
+            nonfinite |= take<kTake>(p, task, places.weight + item, theta, places.tensor, gradient);
         }
     }
     return nonfinite;
 }
 
-template <bool kStep>
+template <ConvTake kTake>
 __device__ inline void update(const ConvUpdateParams& p) {
     const std::int64_t task = blockIdx.y;
     bool nonfinite = false;
     if (blockIdx.x == 0) {
-        if (p.network.by_covariance) nonfinite = take_first<kStep>(p, task);
+        if (p.network.by_covariance) nonfinite = take_first<kTake>(p, task);
     } else if (blockIdx.x == 1) {
-        nonfinite = take_norms<kStep>(p, task);
+        nonfinite = take_norms<kTake>(p, task);
     } else {
-        nonfinite = take_weights<kStep>(p, task, static_cast<int>(blockIdx.x) - 2, static_cast<int>(gridDim.x) - 2);
+        nonfinite = take_weights<kTake>(p, task, static_cast<int>(blockIdx.x) - 2, static_cast<int>(gridDim.x) - 2);
     }
     if (nonfinite) raise_flag(p.nonfinite + task);
 }
 
 __global__ void __launch_bounds__(kConvUpdateThreads) conv_sign_update_kernel(const ConvUpdateParams p) {
-    update<true>(p);
+    update<ConvTake::kMove>(p);
 }
 
 __global__ void __launch_bounds__(kConvUpdateThreads) conv_meta_accumulate_kernel(const ConvUpdateParams p) {
-    update<false>(p);
+    update<ConvTake::kWrite>(p);
 }
 
 }  // namespace signmaml

@@ -2,7 +2,8 @@
 // A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps; columns are filters;
 // depth is positions. A thread block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk
 // channels and 8 * kTilesN filters. Warps 0 and 2 take the first 16 channels, warps 1 and 3 the others; each pair
-// splits the depth. Launched by launch_conv_weight_grad. conv_sign_update adds the slices and updates the weights.
+// splits the depth. A second product may be added: see ConvWeightGradParams. Launched by launch_conv_weight_grad.
+// conv_sign_update adds the slices and updates the weights.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +13,11 @@
 namespace signmaml {
 
 // Loads channels [first, first + depth) of the input rows that a row of taps reads, with zeros up to kConvChunk.
+// `source` is that of kActivation.
 template <typename Stored>
 __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, std::int64_t task,
-                                        const TilePlace& place, const Shared<float>& tile, int tap_row, int first,
-                                        int depth) {
+                                        const TilePlace& place, const Shared<float>& tile, const Stored* source,
+                                        int tap_row, int first, int depth) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     const int inputs = tiles.tile_images * tiles.tile_height * tiles.halo_width;
@@ -39,7 +41,7 @@ __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, s
             } else if (channel < depth) {
                 const std::int64_t at =
                     ((of_image * block.in_height + y) * block.in_width + x) * block.in_channels + first + channel;
-                values = load_floats<4>(row_of(p.input, task) + at);
+                values = load_floats<4>(source + at);
             }
         }
         store<float, 4>(tile.address(row * p.memory.pitch + column * p.memory.row + channel), values);
@@ -48,8 +50,8 @@ __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, s
 
 // Loads the tile of dz, one row of the block's filters per position. Positions outside the grid are 0 and add nothing.
 template <int kColumns, typename Stored>
-__device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>& p, std::int64_t task,
-                                             const TilePlace& place, const Shared<float>& target, int first_column) {
+__device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>& p, const TilePlace& place,
+                                             const Shared<float>& target, const Stored* source, int first_column) {
     const ConvBlock& block = p.layer.block;
     for (int item = threadIdx.x; item < kConvTile * (kColumns / 4); item += kConvThreads) {
         const int number = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
@@ -58,9 +60,8 @@ __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>&
         if (position.inside && first_column + column < block.filters) {
             const int y = place.y + position.y, x = place.x + position.x;
             const std::int64_t image = place.image + position.image;
-            values =
-                load_floats<4>(row_of(p.layer.raw_grad, task) +
-                               ((image * block.height + y) * block.width + x) * block.filters + first_column + column);
+            values = load_floats<4>(source + ((image * block.height + y) * block.width + x) * block.filters +
+                                    first_column + column);
         }
         store<float, 4>(target.address(number * (kColumns + 8) + column), values);
     }
@@ -69,6 +70,7 @@ __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>&
 template <ConvPrecision kPrecision, int kTilesN>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
     conv_weight_grad_kernel(const ConvWeightGradParams<typename ConvStored<kPrecision>::Type> p) {
+    using Stored = typename ConvStored<kPrecision>::Type;
     constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>;
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
@@ -92,21 +94,27 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
         places.set(number, number < tiles.tile_images * tiles.by_area.value ? at : 0);
     }
     float sums[3][kTilesN][4] = {};
+    const int products = p.second_input.base == nullptr ? 1 : 2;
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
-        block_barrier();  // all have read the tile before
-        stage_input_rows(p, task, place, tile, tap_row, first, depth);
-        stage_output_gradient<kColumns>(p, task, place, outputs, first_column);
-        block_barrier();  // the tile is there
-        if (row0 >= depth) continue;
-        const int used = tiles.tile_images * tiles.tile_height * tiles.tile_width;
-        for (int k0 = warp / 2 * kDepth; k0 < used; k0 += 2 * kDepth) {
-            multiply<kPrecision>(
-                sums,
-                [&](int tap, int half, int k) {
-                    return tile.get(places.get(k0 + k) + tap * p.memory.row + row0 + half * 8 + group);
-                },
-                [&](int j, int k) { return outputs.get((k0 + k) * (kColumns + 8) + j * 8 + group); });
+        for (int product = 0; product < products; ++product) {
+            block_barrier();  // all have read the tile before
+            // By value: a choice between two parameters in place would copy them to local memory.
+            const Stored* input = product == 0 ? row_of(p.input, task) : row_of(p.second_input, task);
+            const Stored* gradient = product == 0 ? row_of(p.layer.raw_grad, task) : row_of(p.second_raw_grad, task);
+            stage_input_rows(p, task, place, tile, input, tap_row, first, depth);
+            stage_output_gradient<kColumns>(p, place, outputs, gradient, first_column);
+            block_barrier();  // the tile is there
+            if (row0 >= depth) continue;
+            const int used = tiles.tile_images * tiles.tile_height * tiles.tile_width;
+            for (int k0 = warp / 2 * kDepth; k0 < used; k0 += 2 * kDepth) {
+                multiply<kPrecision>(
+                    sums,
+                    [&](int tap, int half, int k) {
+                        return tile.get(places.get(k0 + k) + tap * p.memory.row + row0 + half * 8 + group);
+                    },
+                    [&](int j, int k) { return outputs.get((k0 + k) * (kColumns + 8) + j * 8 + group); });
+            }
         }
     }
     block_barrier();  // all have read the last tile: its memory now carries the sums of warps 2 and 3

@@ -1,5 +1,7 @@
 #include "kernels/conv_first.cuh"
 #include "kernels/conv_head.cuh"
+#include "kernels/conv_second_order.cuh"
+#include "kernels/conv_tangents.cuh"
 #include "kernels/conv_update.cuh"
 #include "launch/conv_products.cuh"
 #include "launch/device.cuh"
@@ -73,6 +75,36 @@ class ConvRun {
 
     PerTask<const float> weights() const { return array<const float>(plan_.workspace.weights); }
 
+    // The weights that a launch's passes see; on the way back through the steps, those before its step.
+    PerTask<float> weights(const ConvLaunch& one) const {
+        if (one.part == ConvPart::kPass) return array<float>(plan_.workspace.weights);
+        PerTask<float> kept = array<float>(plan_.workspace.history);
+        kept.base += one.step * conv_packed(plan_.network);
+        return kept;
+    }
+
+    PerTask<const float> read_only(const PerTask<float>& weights) const { return {weights.base, weights.stride}; }
+    PerTask<const float> direction() const { return array<const float>(plan_.workspace.tangents.direction); }
+
+    // The derivatives of `layer(one, number)`, which shares the choices.
+    ConvLayer<Stored> tangent_of(const ConvLaunch& one, int number) const {
+        const ConvTangentArrays& space = plan_.workspace.tangents;
+        const int count = set_of(one).count;
+        ConvLayer<Stored> layer = this->layer(one, number);
+        layer.activation = array<Stored>(space.activation[number]);
+        layer.activation_grad = array<Stored>(space.activation_grad[number]);
+        if (!has_raw(number)) return layer;
+        layer.raw = array<Stored>(space.raw[number]);
+        layer.raw_grad = array<Stored>(space.raw_grad);
+        layer.statistics = array<float>(space.statistics[number]);
+        layer.grad_sums = array<float>(space.grad_sums[number]);
+        layer.statistics_slices =
+            static_cast<int>(tangent_slices(raw_positions(layer.block, count), layer.block.filters));
+        layer.grad_sums_slices =
+            static_cast<int>(tangent_slices(act_positions(layer.block, count), layer.block.filters));
+        return layer;
+    }
+
     PerTask<const ConvMoments> moments(bool query) const {
         return array<const ConvMoments>(query ? plan_.workspace.query_moments : plan_.workspace.support_moments);
     }
@@ -92,6 +124,19 @@ class ConvRun {
             case ConvKernel::kMetaAccumulate:
                 return update(one, "conv_meta_accumulate_kernel", conv_meta_accumulate_kernel);
             case ConvKernel::kUnpack: return unpack(one);
+            case ConvKernel::kRemember: return remember(one);
+            case ConvKernel::kDirection: return find_direction(one);
+            case ConvKernel::kFirstTangent: return first_tangent_of(one);
+            case ConvKernel::kTangentSums:
+                return between(one, "conv_tangent_sums_kernel", conv_tangent_sums_kernel<Stored>);
+            case ConvKernel::kTangentActivate:
+                return between(one, "conv_tangent_activate_kernel", conv_tangent_activate_kernel<Stored>);
+            case ConvKernel::kTangentHead: return tangent_head(one);
+            case ConvKernel::kTangentGradSums:
+                return between(one, "conv_tangent_grad_sums_kernel", conv_tangent_grad_sums_kernel<Stored>);
+            case ConvKernel::kTangentRawGrad:
+                return between(one, "conv_tangent_raw_grad_kernel", conv_tangent_raw_grad_kernel<Stored>);
+            case ConvKernel::kSubtract: return subtract(one);
         }
     }
 
@@ -145,7 +190,7 @@ class ConvRun {
     void first(const ConvLaunch& one) const {
         ConvFirstParams<Stored> params{};
         params.images = images(one);
-        params.weights = weights();
+        params.weights = read_only(weights(one));
         params.moments = moments(one.query);
         params.norm = array<const ConvFirstNorm>(plan_.workspace.norm);
         params.layer = layer(one, 0);
@@ -162,6 +207,10 @@ class ConvRun {
         params.moments = moments(one.query);
         params.layer = layer(one, 0);
         params.partials = array<float>(plan_.workspace.first_partials);
+        if (one.part == ConvPart::kTangent) {  // the same sums of the gradient's derivative
+            params.layer = tangent_of(one, 0);
+            params.partials = array<float>(plan_.workspace.tangents.first_partials);
+        }
         params.tiles = first_tiles(params.layer.block, params.layer.count);
         const auto kernel = p_.shape.channels == 1   ? conv_first_grad_kernel<1, Stored>
                             : p_.shape.channels == 2 ? conv_first_grad_kernel<2, Stored>
@@ -179,15 +228,24 @@ class ConvRun {
     bool goes_back(const ConvLaunch& one) const { return !one.query || plan_.request.wants_grads; }
 
     void forward(const ConvLaunch& one) const {
+        const bool tangent = one.part == ConvPart::kTangent;
         ConvForwardParams<Stored> params{};
-        params.weights = weights();
+        params.weights = tangent ? direction() : read_only(weights(one));
         params.layer = layer(one, one.block);
         if (one.block == 0) {
             params.source = ConvSource::kImage;
             params.images = images(one);
         } else {
-            params.source = has_raw(one.block - 1) ? ConvSource::kRaw : ConvSource::kActivation;
+            params.source = has_raw(one.block - 1) && !tangent ? ConvSource::kRaw : ConvSource::kActivation;
             params.below = layer(one, one.block - 1);
+        }
+        if (tangent) {
+            params.layer.raw = array<Stored>(plan_.workspace.tangents.raw[one.block]);
+            params.layer.statistics = {};
+            if (one.block > 0) {
+                params.second_input = array<const Stored>(plan_.workspace.tangents.activation[one.block - 1]);
+                params.second_weights = read_only(weights(one));
+            }
         }
         params.tiles = forward_tiles(params.layer.block, params.layer.count);
         params.keep = goes_back(one);
@@ -198,10 +256,18 @@ class ConvRun {
 
     void data_grad(const ConvLaunch& one) const {
         ConvDataGradParams<Stored> params{};
-        params.weights = weights();
+        params.weights = read_only(weights(one));
         params.layer = layer(one, one.block);
         params.below = layer(one, one.block - 1);
         params.below_is_raw = has_raw(one.block - 1);
+        if (one.part == ConvPart::kTangent) {
+            params.weights = direction();
+            params.raw_grad = array<const Stored>(plan_.workspace.raw_grad);
+            params.second_raw_grad = array<const Stored>(plan_.workspace.tangents.raw_grad);
+            params.second_weights = read_only(weights(one));
+            params.below = tangent_of(one, one.block - 1);
+            params.below_is_raw = false;
+        }
         const ConvBlock& block = params.layer.block;
         params.tiles = data_grad_tiles(block, params.layer.count);
         params.memory = data_grad_memory(params.tiles, block.stride, block.in_channels, block.filters,
@@ -219,6 +285,13 @@ class ConvRun {
             params.source = ConvSource::kActivation;
             params.input = array<const Stored>(plan_.workspace.activation[one.block - 1]);
         }
+        if (one.part == ConvPart::kTangent) {
+            params.layer.raw_grad = array<Stored>(plan_.workspace.tangents.raw_grad);
+            if (one.block > 0) {
+                params.second_input = array<const Stored>(plan_.workspace.tangents.activation[one.block - 1]);
+                params.second_raw_grad = array<const Stored>(plan_.workspace.raw_grad);
+            }
+        }
         params.partials = array<float>(plan_.workspace.weight_partials[one.block]);
         params.tiles = weight_grad_tiles(params.layer.block, params.layer.count);
         params.memory =
@@ -231,7 +304,7 @@ class ConvRun {
         const ConvNetwork& net = plan_.network;
         ConvHeadParams<Stored> params{};
         params.layer = layer(one, net.count - 1);
-        params.weights = array<float>(plan_.workspace.weights);
+        params.weights = weights(one);
         params.features = array<float>(plan_.workspace.features);
         params.scores = array<float>(plan_.workspace.scores);
         params.labels = set.labels + first_ * set.count;
@@ -241,6 +314,10 @@ class ConvRun {
             params.logits = p_.logits == nullptr ? nullptr : p_.logits + first_ * set.count * net.ways;
             params.grads = p_.grads == nullptr ? nullptr : p_.grads + first_ * p_.parameters;
             params.pass = p_.grads == nullptr ? ConvPass::kForward : ConvPass::kGradient;
+        } else if (one.part == ConvPart::kAgain) {
+            params.loss = nullptr;
+            params.shares = array<float>(plan_.workspace.shares);
+            params.pass = ConvPass::kAgain;
         } else {
             params.lr = p_.lr + std::int64_t{one.step} * net.tensors + net.tensors - 2;
             params.adapt = p_.adapt + net.tensors - 2;
@@ -262,11 +339,15 @@ class ConvRun {
     }
 
     void update(const ConvLaunch& one, const char* name, void (*kernel)(ConvUpdateParams)) const {
+        go(name, kernel, one, update_params(one));
+    }
+
+    ConvUpdateParams update_params(const ConvLaunch& one) const {
         const ConvWorkspace& space = plan_.workspace;
         const ConvNetwork& net = plan_.network;
         const int count = set_of(one).count;
         ConvUpdateParams params{};
-        params.weights = array<float>(space.weights);
+        params.weights = weights(one);
         params.network = net;
         for (int i = 0; i < net.count; ++i) {
             if (!has_raw(i)) continue;
@@ -293,7 +374,107 @@ class ConvRun {
         params.grads = p_.grads == nullptr ? nullptr : p_.grads + first_ * p_.parameters;
         params.nonfinite = p_.nonfinite + first_;
         params.by_sign = p_.method == Method::kSignMaml;
+        return params;
+    }
+
+    // ---- exact MAML
+
+    void remember(const ConvLaunch& one) const {
+        const ConvNetwork& net = plan_.network;
+        ConvRememberParams params{weights(), array<float>(plan_.workspace.history), net.head_bias + net.ways};
+        params.kept.base += one.step * conv_packed(net);
+        go("conv_remember_kernel", conv_remember_kernel, one, params);
+    }
+
+    void find_direction(const ConvLaunch& one) const {
+        const ConvWorkspace& space = plan_.workspace;
+        ConvDirectionParams params{};
+        params.weights = read_only(weights(one));
+        params.direction = array<float>(space.tangents.direction);
+        params.network = plan_.network;
+        if (plan_.network.by_covariance) {
+            params.moments = moments(/*query=*/false);
+            params.norm = array<ConvFirstNorm>(space.norm);
+            params.tangent = array<ConvFirstTangent>(space.tangents.norm);
+        }
+        params.grads = p_.grads + first_ * p_.parameters;
+        params.lr = p_.lr + std::int64_t{one.step} * plan_.network.tensors;
+        params.adapt = p_.adapt;
+        params.eps = plan_.blocks[0].eps;
+        go("conv_direction_kernel", conv_direction_kernel, one, params);
+    }
+
+    void first_tangent_of(const ConvLaunch& one) const {
+        const ConvWorkspace& space = plan_.workspace;
+        ConvFirstTangentParams<Stored> params{};
+        params.images = images(one);
+        params.weights = read_only(weights(one));
+        params.direction = direction();
+        params.moments = moments(/*query=*/false);
+        params.norm = array<const ConvFirstNorm>(space.norm);
+        params.tangent = array<const ConvFirstTangent>(space.tangents.norm);
+        params.layer = layer(one, 0);
+        params.activation = array<Stored>(space.tangents.activation[0]);
+        params.tiles = first_tiles(params.layer.block, params.layer.count);
+        const auto kernel = p_.shape.channels == 1   ? conv_first_tangent_kernel<1, Stored>
+                            : p_.shape.channels == 2 ? conv_first_tangent_kernel<2, Stored>
+                                                     : conv_first_tangent_kernel<3, Stored>;
+        go("conv_first_tangent_kernel", kernel, one, params);
+    }
+
+    // One of the kernels between the products.
+    void between(const ConvLaunch& one, const char* name, void (*kernel)(ConvTangentParams<Stored>)) const {
+        const ConvTangentParams<Stored> params{read_only(weights(one)), direction(), layer(one, one.block),
+                                               tangent_of(one, one.block)};
         go(name, kernel, one, params);
+    }
+
+    void tangent_head(const ConvLaunch& one) const {
+        const ConvWorkspace& space = plan_.workspace;
+        const ConvNetwork& net = plan_.network;
+        const ConvBlock& last = plan_.blocks[net.count - 1];
+        ConvTangentHeadParams<Stored> params{};
+        params.weights = read_only(weights(one));
+        params.direction = direction();
+        params.features = array<const float>(space.features);
+        params.shares = array<const float>(space.shares);
+        params.scores = array<const float>(space.scores);
+        params.activation = array<const Stored>(space.tangents.activation[net.count - 1]);
+        params.activation_grad = array<Stored>(space.tangents.activation_grad[net.count - 1]);
+        params.features_tangent = array<float>(space.tangents.features);
+        params.logits_tangent = array<float>(space.tangents.logits);
+        params.scores_tangent = array<float>(space.tangents.scores);
+        params.grads = p_.grads + first_ * p_.parameters;
+        params.nonfinite = p_.nonfinite + first_;
+        params.weight = net.head_weight;
+        params.bias = net.head_bias;
+        params.theta_weight = net.theta_head_weight;
+        params.parameters = p_.parameters;
+        params.count = set_of(one).count;
+        params.pixels = last.act_height * last.act_width;
+        params.filters = net.filters;
+        params.ways = net.ways;
+        params.readout = p_.shape.readout;
+        launch("conv_tangent_head_kernel", conv_tangent_head_kernel<Stored>, dim3(static_cast<unsigned>(tasks_)),
+               one.threads, one.shared_bytes, stream_, params);
+    }
+
+    void subtract(const ConvLaunch& one) const {
+        const ConvWorkspace& space = plan_.workspace;
+        ConvSubtractParams params{};
+        params.update = update_params(one);
+        params.direction = direction();
+        for (int i = 0; i < plan_.network.count; ++i) {
+            if (!has_raw(i)) continue;
+            const ConvLayer<Stored> tangent = tangent_of(one, i);
+            params.update.grad_sums[i] = {tangent.grad_sums.base, tangent.grad_sums.stride};
+            params.update.grad_sums_slices[i] = tangent.grad_sums_slices;
+        }
+        if (plan_.network.by_covariance) {
+            params.first_partials_tangent = array<const float>(space.tangents.first_partials);
+            params.first_tangent = array<const ConvFirstTangent>(space.tangents.norm);
+        }
+        go("conv_subtract_kernel", conv_subtract_kernel, one, params);
     }
 };
 
@@ -311,9 +492,8 @@ void launch_conv_meta_step(const ConvMetaStepParams<float>& params, ConvPrecisio
     if (params.tasks == 0) return;
     const DeviceScope scope(device);
     const auto stream = static_cast<cudaStream_t>(raw_stream);
-    const ConvRequest request{params.tasks, params.support.count,    params.query.count,
-                              params.steps, params.grads != nullptr, params.adapted != nullptr};
-    const ConvPlan plan = plan_conv_meta_step(params.shape, request, precision, by_covariance, workspace_limit);
+    const ConvPlan plan =
+        plan_conv_meta_step(params.shape, conv_request(params), precision, by_covariance, workspace_limit);
     switch (precision) {
         case ConvPrecision::kFp32: return run_chunks<ConvPrecision::kFp32>(params, plan, stream);
         case ConvPrecision::kTf32: return run_chunks<ConvPrecision::kTf32>(params, plan, stream);

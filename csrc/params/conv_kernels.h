@@ -28,6 +28,7 @@ enum class ConvPass : std::int32_t {
     kStep = 0,      // an inner step: they update the weights
     kGradient = 1,  // the query set of a meta-step: they are the result
     kForward = 2,   // the query set of an evaluation: there are none
+    kAgain = 3,     // a step that is differentiated: they go back through the network, and no weight moves
 };
 
 // One array per task, `stride` bytes apart.
@@ -111,13 +112,17 @@ struct ConvMemory {
     std::int32_t end;
 };
 
+// A product may be the sum of two: the derivative of x * W is x. * W + x * W.. The second one's operands follow those
+// of the first; where the base of its first operand is null, there is none.
 template <typename Stored>
 struct ConvForwardParams {
     PerTask<const float> images;  // for kImage
     PerTask<const float> weights;
+    PerTask<const Stored> second_input;  // for kActivation: an activation of the block below
+    PerTask<const float> second_weights;
     ConvLayer<Stored> below;  // unless kImage
-    ConvLayer<Stored> layer;
-    ConvTiles tiles;  // of the raw output
+    ConvLayer<Stored> layer;  // without statistics if their base is null
+    ConvTiles tiles;          // of the raw output
     ConvSource source;
     bool keep;  // store activation and choices of the block below for a backward pass
     ConvMemory memory;
@@ -126,6 +131,9 @@ struct ConvForwardParams {
 template <typename Stored>
 struct ConvDataGradParams {
     PerTask<const float> weights;
+    PerTask<const Stored> raw_grad;  // like the layer's; a null base: computed on the way, and stored as the layer's
+    PerTask<const Stored> second_raw_grad;
+    PerTask<const float> second_weights;
     ConvLayer<Stored> below;
     ConvLayer<Stored> layer;
     ConvTiles tiles;    // of the block's input
@@ -137,6 +145,8 @@ template <typename Stored>
 struct ConvWeightGradParams {
     PerTask<const float> images;  // for kImage
     PerTask<const Stored> input;  // else: activation of the block below
+    PerTask<const Stored> second_input;
+    PerTask<const Stored> second_raw_grad;
     ConvLayer<Stored> layer;
     PerTask<float> partials;  // [slices, 9 * in_channels, filters]
     ConvTiles tiles;          // of the raw output
@@ -211,8 +221,9 @@ struct ConvHeadParams {
     PerTask<float> weights;
     PerTask<float> features;  // [count, features]
     PerTask<float> scores;    // [count, ways]: logits, then their gradient
+    PerTask<float> shares;    // [count, ways]: softmax of the logits, for kAgain
     const std::int64_t* labels;
-    float* loss;              // [T]
+    float* loss;              // [T]; null for kAgain, as it is known
     float* accuracy;          // [T]; may be null
     float* logits;            // [T, count, ways]; may be null
     float* grads;             // [T, P] for kGradient
@@ -288,6 +299,93 @@ struct ConvUpdateParams {
     float* grads;               // [T, P] for kGradient
     std::uint8_t* nonfinite;    // [T]
     bool by_sign;
+};
+
+// ---- exact MAML: the steps' derivatives in one direction (a dot in comments)
+
+// Copies every task's weights before a step.
+struct ConvRememberParams {
+    PerTask<const float> weights;
+    PerTask<float> kept;
+    std::int64_t count;
+};
+
+// Derivatives of block 1's constants in the direction: of the mean, and of `inverse` divided by -inverse.
+struct ConvFirstTangent {
+    float mean[kConvFilters];
+    float stretch[kConvFilters];
+};
+
+// The direction in which a step moved the parameters that adapt, from the gradient with respect to those behind it; and
+// block 1's constants before the step, with their derivatives.
+struct ConvDirectionParams {
+    PerTask<const float> weights;  // before the step
+    PerTask<float> direction;      // packed likewise
+    ConvNetwork network;
+    PerTask<const ConvMoments> moments;  // of the support set; this and the next two only by covariance
+    PerTask<ConvFirstNorm> norm;
+    PerTask<ConvFirstTangent> tangent;
+    const float* grads;         // [T, P]
+    const float* lr;            // [tensors] of this step
+    const std::uint8_t* adapt;  // [tensors]
+    float eps;                  // of block 1
+};
+
+template <typename Stored>
+struct ConvFirstTangentParams {
+    PerTask<const float> images;
+    PerTask<const float> weights, direction;
+    PerTask<const ConvMoments> moments;
+    PerTask<const ConvFirstNorm> norm;
+    PerTask<const ConvFirstTangent> tangent;
+    ConvLayer<Stored> layer;
+    PerTask<Stored> activation;  // derivative of the layer's
+    ConvTiles tiles;             // of the activation
+};
+
+// Arrays of BatchNorm's constants that the kernels between the products keep, [filters] each, and the sums of threads.
+inline constexpr int kConvRawMoments = 2;        // conv_tangent_sums
+inline constexpr int kConvTangents = 4;          // conv_tangent_grad_sums
+inline constexpr int kConvActivateTangents = 7;  // conv_tangent_activate
+inline constexpr int kConvRawGradTangents = 10;  // conv_tangent_raw_grad
+inline constexpr int kConvTangentScratch = 8 * kConvThreads;
+
+// One block of the network whose raw output is stored.
+template <typename Stored>
+struct ConvTangentParams {
+    PerTask<const float> weights, direction;
+    ConvLayer<Stored> layer;
+    // The same layer's derivatives. `statistics`: [slices, 2, filters], sums of z. and of z. * xhat.
+    ConvLayer<Stored> tangent;
+};
+
+template <typename Stored>
+struct ConvTangentHeadParams {
+    PerTask<const float> weights, direction;
+    PerTask<const float> features, shares, scores;  // as the head left them
+    PerTask<const Stored> activation;               // the derivative of the last block's
+    PerTask<Stored> activation_grad;                // the derivative of its gradient
+    PerTask<float> features_tangent;                // [count, features]
+    PerTask<float> logits_tangent;                  // [count, ways]
+    PerTask<float> scores_tangent;                  // [count, ways]: derivatives of the logits' gradients
+    float* grads;                                   // [T, P]: minus the classifier's part
+    std::uint8_t* nonfinite;                        // [T]
+    std::int64_t weight, bias;                      // places in a task's weights
+    std::int64_t theta_weight;                      // place in a row of grads; the bias follows
+    std::int64_t parameters;                        // P
+    std::int32_t count;                             // images
+    std::int32_t pixels, filters;                   // of the last block's activation
+    std::int32_t ways;
+    Readout readout;
+};
+
+// Subtracts the derivatives of a step's gradients from `grads`. Partial sums and sums for BatchNorm are derivatives.
+struct ConvSubtractParams {
+    ConvUpdateParams update;
+    PerTask<const float> direction;
+    // Block 1 by the covariance of its patches: `first_partials` of the step itself are in `update`.
+    PerTask<const float> first_partials_tangent;
+    PerTask<const ConvFirstTangent> first_tangent;
 };
 
 }  // namespace signmaml

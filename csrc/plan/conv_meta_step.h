@@ -13,12 +13,18 @@
 // pass launches data_grad and weight_grad for blocks N..2, first_grad for block 1, and sign_update or meta_accumulate
 // for all weights at once: 3 N + 1 launches in all, 13 for Conv4. Block 1 needs no raw output: see
 // kernels/conv_first.cuh.
+// Exact MAML keeps the weights before each step, and goes back through the steps after the query pass. For each step it
+// runs the passes again, without weight gradients, and beside them their derivatives in the direction in which the step
+// moved: the convolutions' are sums of two products in the same kernels, the rest is in kernels/conv_tangents.cuh.
+// Eight convolutions a layer and step, and 9 N - 1 launches, 35 for Conv4. No tape: beside the weights only one step's
+// arrays.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "params/conv_kernels.h"
+#include "params/conv_meta_step.h"
 #include "plan/math.h"
 
 namespace signmaml {
@@ -283,6 +289,15 @@ enum class ConvKernel : std::int32_t {
     kSignUpdate,
     kMetaAccumulate,
     kUnpack,
+    kRemember,
+    kDirection,
+    kFirstTangent,
+    kTangentSums,
+    kTangentActivate,
+    kTangentHead,
+    kTangentGradSums,
+    kTangentRawGrad,
+    kSubtract,
 };
 
 constexpr const char* name_of(ConvKernel kernel) {
@@ -298,12 +313,33 @@ constexpr const char* name_of(ConvKernel kernel) {
         case ConvKernel::kRawGrad: return "conv_raw_grad";
         case ConvKernel::kSignUpdate: return "conv_sign_update";
         case ConvKernel::kMetaAccumulate: return "conv_meta_accumulate";
-        default: return "conv_unpack";
+        case ConvKernel::kUnpack: return "conv_unpack";
+        case ConvKernel::kRemember: return "conv_remember";
+        case ConvKernel::kDirection: return "conv_direction";
+        case ConvKernel::kFirstTangent: return "conv_first_tangent";
+        case ConvKernel::kTangentSums: return "conv_tangent_sums";
+        case ConvKernel::kTangentActivate: return "conv_tangent_activate";
+        case ConvKernel::kTangentHead: return "conv_tangent_head";
+        case ConvKernel::kTangentGradSums: return "conv_tangent_grad_sums";
+        case ConvKernel::kTangentRawGrad: return "conv_tangent_raw_grad";
+        default: return "conv_subtract";
     }
+}
+
+// What a launch is a part of.
+enum class ConvPart : std::int32_t {
+    kPass = 0,     // a step, the query pass, or what lies before and after
+    kAgain = 1,    // a step's own passes once more, on the way back through the steps
+    kTangent = 2,  // their derivatives
+};
+
+constexpr const char* name_of(ConvPart part) {
+    return part == ConvPart::kPass ? "pass" : part == ConvPart::kAgain ? "again" : "tangent";
 }
 
 struct ConvLaunch {
     ConvKernel kernel;
+    ConvPart part;
     int block;   // of the network; -1: all, or none
     int step;    // 0 to K - 1: inner steps; K: the query pass; -1: before or after
     bool query;  // works on the query set
@@ -322,11 +358,21 @@ struct ConvArray {
     int element_bytes;
 };
 
+// What the derivatives of a step have as the step itself does; for exact MAML only.
+struct ConvTangentArrays {
+    ConvArray direction, norm, first_partials, features, logits, scores, raw_grad;
+    ConvArray raw[kConvBlocks], activation[kConvBlocks], activation_grad[kConvBlocks], statistics[kConvBlocks],
+        grad_sums[kConvBlocks];
+};
+
 struct ConvWorkspace {
     ConvArray weights, norm, support_sums, query_sums, support_moments, query_moments, first_partials, features, scores,
         raw_grad;
     ConvArray raw[kConvBlocks], activation[kConvBlocks], choices[kConvBlocks], activation_grad[kConvBlocks],
         statistics[kConvBlocks], grad_sums[kConvBlocks], weight_partials[kConvBlocks];
+    ConvArray history;  // [K, conv_packed] float: the weights before each step
+    ConvArray shares;
+    ConvTangentArrays tangents;
     std::int64_t bytes;
 };
 
@@ -335,7 +381,35 @@ struct ConvRequest {
     int support, query, steps;
     bool wants_grads;    // of the query loss
     bool wants_adapted;  // the parameters after the inner loop
+    Method method;
+
+    bool differentiates_steps() const { return method == Method::kMaml && wants_grads && query > 0 && steps > 0; }
 };
+
+inline ConvRequest conv_request(const ConvMetaStepParams<float>& params) {
+    return {params.tasks, params.support.count,    params.query.count,
+            params.steps, params.grads != nullptr, params.adapted != nullptr,
+            params.method};
+}
+
+// Floats of a task's weights, so many that the next row of them begins at a multiple of 16 bytes.
+inline std::int64_t conv_packed(const ConvNetwork& net) { return ceil_div(net.head_bias + net.ways, 4) * 4; }
+
+// Thread blocks per task of the kernels between the products, and slices of their sums. Fewer than kConvSlices: each
+// block adds up all slices of a channel before it starts.
+inline constexpr int kConvTangentSlices = 32;
+
+inline std::int64_t tangent_slices(std::int64_t positions, int filters) {
+    return smaller(kConvTangentSlices, ceil_div(positions, kConvThreads / (filters / 4)));
+}
+
+inline std::int64_t raw_positions(const ConvBlock& block, int count) {
+    return std::int64_t{count} * block.height * block.width;
+}
+
+inline std::int64_t act_positions(const ConvBlock& block, int count) {
+    return std::int64_t{count} * block.act_height * block.act_width;
+}
 
 struct ConvPlan {
     ConvShape shape;
@@ -400,6 +474,34 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
     if (largest_raw > 0) take(space.raw_grad, largest_raw, stored);
     take(space.features, count * net.pixels * filters, 4);
     take(space.scores, count * net.ways, 4);
+    if (plan.request.differentiates_steps()) {
+        ConvTangentArrays& tangents = space.tangents;
+        take(space.history, plan.request.steps * conv_packed(net), 4);
+        take(space.shares, std::int64_t{support} * net.ways, 4);
+        take(tangents.direction, net.head_bias + net.ways, 4);
+        take(tangents.features, std::int64_t{support} * net.pixels * filters, 4);
+        take(tangents.logits, std::int64_t{support} * net.ways, 4);
+        take(tangents.scores, std::int64_t{support} * net.ways, 4);
+        if (net.by_covariance) {
+            const ConvBlock& first = plan.blocks[0];
+            take(tangents.norm, sizeof(ConvFirstTangent) / 4, 4);
+            take(tangents.first_partials,
+                 first_tiles(first, support).slices * (1 + kConvTaps * first.in_channels) * filters, 4);
+        }
+        std::int64_t most = 0;
+        for (int i = 0; i < net.count; ++i) {
+            const ConvBlock& block = plan.blocks[i];
+            const std::int64_t raw = raw_positions(block, support), act = act_positions(block, support);
+            take(tangents.activation[i], act * filters, stored);
+            take(tangents.activation_grad[i], act * filters, stored);
+            if (i == 0 && net.by_covariance) continue;
+            take(tangents.raw[i], raw * filters, stored);
+            take(tangents.statistics[i], tangent_slices(raw, block.filters) * 2 * filters, 4);
+            take(tangents.grad_sums[i], tangent_slices(act, block.filters) * 2 * filters, 4);
+            most = larger(most, raw * filters);
+        }
+        if (most > 0) take(tangents.raw_grad, most, stored);
+    }
     space.bytes = at;
     return space;
 }
@@ -429,6 +531,23 @@ void for_each_array(const ConvWorkspace& space, const Visit& visit) {
         one("grad_sums", space.grad_sums[i]);
         one("weight_partials", space.weight_partials[i]);
     }
+    const ConvTangentArrays& tangents = space.tangents;
+    one("history", space.history);
+    one("shares", space.shares);
+    one("direction", tangents.direction);
+    one("norm_tangent", tangents.norm);
+    one("first_partials_tangent", tangents.first_partials);
+    one("features_tangent", tangents.features);
+    one("logits_tangent", tangents.logits);
+    one("scores_tangent", tangents.scores);
+    one("raw_grad_tangent", tangents.raw_grad);
+    for (int i = 0; i < kConvBlocks; ++i) {
+        one("raw_tangent", tangents.raw[i]);
+        one("activation_tangent", tangents.activation[i]);
+        one("activation_grad_tangent", tangents.activation_grad[i]);
+        one("statistics_tangent", tangents.statistics[i]);
+        one("grad_sums_tangent", tangents.grad_sums[i]);
+    }
 }
 
 // ---- the launches
@@ -444,19 +563,30 @@ class ConvPlanner {
             if (request.query > 0) add_moments(true);
         }
         const double packed = static_cast<double>(plan_.network.head_bias + plan_.network.ways);
-        add(ConvKernel::kPack, -1, -1, false, 1 + smaller(16, ceil_div(plan_.network.head_bias, 256)), 1, 256,
-            update_bytes(), 0.0, 8.0 * packed * static_cast<double>(tasks_));
-        for (int step = 0; step < request.steps; ++step) add_pass(step, false, true);
+        add(ConvKernel::kPack, -1, -1, false, 1 + weight_blocks(), 1, 256, update_bytes(), 0.0, all(8.0 * packed));
+        for (int step = 0; step < request.steps; ++step) {
+            if (request.differentiates_steps()) {
+                add(ConvKernel::kRemember, -1, step, false, weight_blocks(), 1, 256, 0, 0.0, all(8.0 * packed));
+            }
+            add_pass(step, false, true);
+        }
         if (request.query > 0) add_pass(request.steps, true, request.wants_grads);
+        if (request.differentiates_steps()) {
+            for (int step = request.steps - 1; step >= 0; --step) add_differentiated(step);
+            part_ = ConvPart::kPass;
+        }
         if (request.wants_adapted) {
-            add(ConvKernel::kUnpack, -1, -1, false, smaller(16, ceil_div(plan_.network.head_bias, 256)), 1, 256, 0, 0.0,
-                8.0 * packed * static_cast<double>(tasks_));
+            add(ConvKernel::kUnpack, -1, -1, false, weight_blocks(), 1, 256, 0, 0.0, all(8.0 * packed));
         }
     }
 
   private:
     ConvPlan& plan_;
     std::int64_t tasks_;
+    ConvPart part_ = ConvPart::kPass;
+
+    // Thread blocks that copy all weights of a task.
+    std::int64_t weight_blocks() const { return smaller(16, ceil_div(plan_.network.head_bias, 256)); }
 
     std::int64_t update_bytes() const {
         return plan_.network.by_covariance
@@ -466,7 +596,8 @@ class ConvPlanner {
 
     void add(ConvKernel kernel, int block, int step, bool query, std::int64_t x, std::int64_t z, int threads,
              std::int64_t shared_bytes, double flops, double bytes) {
-        plan_.launches.push_back({kernel, block, step, query, x, tasks_, z, threads, shared_bytes, flops, bytes});
+        plan_.launches.push_back(
+            {kernel, part_, block, step, query, x, tasks_, z, threads, shared_bytes, flops, bytes});
     }
 
     double stored() const { return plan_.precision == ConvPrecision::kBf16 ? 2.0 : 4.0; }
@@ -493,6 +624,23 @@ class ConvPlanner {
     void add_pass(int step, bool query, bool backward) {
         const int count = query ? plan_.request.query : plan_.request.support;
         const ConvNetwork& net = plan_.network;
+        add_forward_pass(step, query, count, backward);
+        if (!backward) return;
+        for (int i = net.count - 1; i > 0; --i) {
+            add_data_grad(i, step, query, count);
+            add_weight_grad(i, step, query, count);
+        }
+        if (net.by_covariance) {
+            add_first_gradient(step, query, count);
+        } else {
+            add_raw_grad(step, query, count);
+            add_weight_grad(0, step, query, count);
+        }
+        add_update(step, query, count);
+    }
+
+    void add_forward_pass(int step, bool query, int count, bool backward) {
+        const ConvNetwork& net = plan_.network;
         const double filters = plan_.shape.filters;
         for (int i = 0; i < net.count; ++i) {
             if (i == 0 && net.by_covariance) {
@@ -510,19 +658,87 @@ class ConvPlanner {
             all((raw ? area(count, last.height, last.width, last.filters) : features) * stored() + features * 4.0 +
                 (backward ? 2.0 : 1.0) * net.ways * net.pixels * filters * 4.0));
         plan_.launches.back().grid_y = 1;
-        if (!backward) return;
-        for (int i = net.count - 1; i > 0; --i) {
-            add_data_grad(i, step, query, count);
-            add_weight_grad(i, step, query, count);
+    }
+
+    // v <- v - H (rate v), with v the gradient with respect to the parameters behind the step.
+    void add_differentiated(int step) {
+        const ConvNetwork& net = plan_.network;
+        const int count = plan_.request.support, last = net.count - 1;
+        part_ = ConvPart::kTangent;
+        const double packed = static_cast<double>(net.head_bias + net.ways);
+        add(ConvKernel::kDirection, -1, step, false, 1 + weight_blocks(), 1, 256, update_bytes(), all(packed),
+            all(8.0 * packed));
+        part_ = ConvPart::kAgain;
+        add_forward_pass(step, false, count, true);
+        part_ = ConvPart::kTangent;
+        for (int i = 0; i < net.count; ++i) {
+            if (!has_raw(i)) {
+                add_first_tangent(step, count);
+                continue;
+            }
+            add_forward(i, step, false, count, true);
+            add_tangent(ConvKernel::kTangentSums, i, step, count);
+            add_tangent(ConvKernel::kTangentActivate, i, step, count);
+        }
+        const double features = static_cast<double>(count) * net.pixels * net.filters;
+        add(ConvKernel::kTangentHead, last, step, false, tasks_, 1, kConvHeadThreads, 0,
+            all(features * net.ways * 12.0), all(features * (8.0 + 2.0 * stored())));
+        plan_.launches.back().grid_y = 1;
+        if (has_raw(last)) add_tangent(ConvKernel::kTangentGradSums, last, step, count);
+        for (int i = last; i > 0; --i) {
+            part_ = ConvPart::kAgain;
+            add_data_grad(i, step, false, count);
+            part_ = ConvPart::kTangent;
+            add_tangent(ConvKernel::kTangentRawGrad, i, step, count);
+            add_data_grad(i, step, false, count);
+            add_weight_grad(i, step, false, count);
+            if (has_raw(i - 1)) add_tangent(ConvKernel::kTangentGradSums, i - 1, step, count);
         }
         if (net.by_covariance) {
-            add_first_gradient(step, query, count);
+            part_ = ConvPart::kAgain;
+            add_first_gradient(step, false, count);
+            part_ = ConvPart::kTangent;
+            add_first_gradient(step, false, count);
         } else {
-            add_raw_grad(step, query, count);
-            add_weight_grad(0, step, query, count);
+            add_tangent(ConvKernel::kTangentRawGrad, 0, step, count);
+            add_weight_grad(0, step, false, count);
         }
-        add_update(step, query, count);
+        add_update(step, false, count);
     }
+
+    void add_first_tangent(int step, int count) {
+        const ConvBlock& block = plan_.blocks[0];
+        const ConvTiles tiles = first_tiles(block, count);
+        const std::int64_t floats = tiles.tile_images * tiles.halo_height * tiles.halo_width * block.in_channels;
+        const double used = activation_values(0, count);
+        add(ConvKernel::kFirstTangent, 0, step, false, tiles.slices, ceil_div(block.filters, 32), kConvThreads,
+            floats * 4, all(used * 4.0 * kConvTaps * block.in_channels),
+            all(area(count, block.in_height, block.in_width, block.in_channels) * 4.0 + used * (stored() + 1.0)));
+    }
+
+    // A kernel between the products. Its shared memory: the constants of each filter, and the sums of its threads.
+    void add_tangent(ConvKernel kernel, int i, int step, int count) {
+        const ConvBlock& block = plan_.blocks[i];
+        const bool sums = kernel == ConvKernel::kTangentSums, activates = kernel == ConvKernel::kTangentActivate;
+        const bool grad_sums = kernel == ConvKernel::kTangentGradSums;
+        const bool of_raw = sums || kernel == ConvKernel::kTangentRawGrad;
+        const std::int64_t positions = of_raw ? raw_positions(block, count) : act_positions(block, count);
+        const int constants = sums        ? kConvRawMoments
+                              : activates ? kConvActivateTangents
+                              : grad_sums ? kConvTangents
+                                          : kConvRawGradTangents;
+        const double raw = raw_bytes(i, count), act = activation_values(i, count);
+        double bytes = 2.0 * raw;
+        if (activates) bytes += act * (stored() + 1.0);
+        if (grad_sums) bytes += act * (2.0 * stored() + 1.0);
+        if (of_raw && !sums) bytes += raw + act * (2.0 * stored() + 1.0);
+        add(kernel, i, step, false, tangent_slices(positions, block.filters), 1, kConvThreads,
+            std::int64_t{constants} * block.filters * 4 + (sums || grad_sums ? kConvTangentScratch * 4 : 0),
+            all(static_cast<double>(positions) * block.filters * 10.0), all(bytes));
+    }
+
+    // The derivative of a product is the sum of two, but for the images, which do not depend on the parameters.
+    int products_at(int i) const { return part_ == ConvPart::kTangent && i > 0 ? 2 : 1; }
 
     void add_first(int step, bool query, int count) {
         const ConvBlock& block = plan_.blocks[0];
@@ -537,7 +753,8 @@ class ConvPlanner {
 
     double products(int i, int count) const {
         const ConvBlock& block = plan_.blocks[i];
-        return area(count, block.height, block.width, block.filters) * 2.0 * kConvTaps * block.in_channels;
+        return products_at(i) * area(count, block.height, block.width, block.filters) * 2.0 * kConvTaps *
+               block.in_channels;
     }
 
     double weight_bytes(int i) const { return 4.0 * kConvTaps * plan_.blocks[i].in_channels * plan_.blocks[i].filters; }
@@ -558,9 +775,11 @@ class ConvPlanner {
         const ConvBlock& block = plan_.blocks[i];
         const ConvTiles tiles = forward_tiles(block, count);
         const int columns = conv_columns(block.filters);
-        double bytes = weight_bytes(i) + raw_bytes(i, count);
+        double bytes = products_at(i) * weight_bytes(i) + raw_bytes(i, count);
         if (i == 0) {
             bytes += area(count, block.in_height, block.in_width, block.in_channels) * 4.0;
+        } else if (part_ == ConvPart::kTangent) {
+            bytes += 2.0 * activation_values(i - 1, count) * stored();
         } else if (has_raw(i - 1)) {
             bytes += raw_bytes(i - 1, count);
             if (keep) bytes += activation_values(i - 1, count) * (stored() + 1.0);
@@ -576,9 +795,13 @@ class ConvPlanner {
         const ConvBlock& block = plan_.blocks[i];
         const ConvTiles tiles = data_grad_tiles(block, count);
         const int columns = conv_columns(block.in_channels);
-        double bytes = weight_bytes(i) + 2.0 * raw_bytes(i, count);  // z read, dz stored
-        bytes += activation_values(i, count) * (stored() + 1.0) + activation_values(i - 1, count) * stored();
-        if (has_raw(i - 1)) bytes += raw_bytes(i - 1, count) + activation_values(i - 1, count);
+        // z read, dz stored; or dz and its derivative read.
+        double bytes = products_at(i) * weight_bytes(i) + 2.0 * raw_bytes(i, count);
+        bytes += activation_values(i - 1, count) * stored();
+        if (part_ != ConvPart::kTangent) {
+            bytes += activation_values(i, count) * (stored() + 1.0);
+            if (has_raw(i - 1)) bytes += raw_bytes(i - 1, count) + activation_values(i - 1, count);
+        }
         add(ConvKernel::kDataGrad, i, step, query, tiles.slices, ceil_div(block.in_channels, columns), kConvThreads,
             std::int64_t{data_grad_memory(tiles, block.stride, block.in_channels, block.filters, columns).end} * 4,
             all(products(i, count)), all(bytes));
@@ -593,7 +816,7 @@ class ConvPlanner {
         add(ConvKernel::kWeightGrad, i, step, query, tiles.slices,
             3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvThreads,
             std::int64_t{weight_grad_memory(tiles, block.stride, columns).end} * 4, all(products(i, count)),
-            all(input + raw_bytes(i, count) + tiles.slices * weight_bytes(i)));
+            all(products_at(i) * (input + raw_bytes(i, count)) + tiles.slices * weight_bytes(i)));
     }
 
     void add_first_gradient(int step, bool query, int count) {
@@ -629,8 +852,11 @@ class ConvPlanner {
         if (net.by_covariance) {
             bytes += 4.0 * first_tiles(plan_.blocks[0], count).slices * (1.0 + kConvTaps * net.channels) * net.filters;
         }
-        add(query ? ConvKernel::kMetaAccumulate : ConvKernel::kSignUpdate, -1, step, query,
-            2 + smaller(64, larger(1, ceil_div(elements, 256))), 1, 256, update_bytes(), all(bytes / 4.0), all(bytes));
+        const ConvKernel kernel = part_ == ConvPart::kTangent ? ConvKernel::kSubtract
+                                  : query                     ? ConvKernel::kMetaAccumulate
+                                                              : ConvKernel::kSignUpdate;
+        add(kernel, -1, step, query, 2 + smaller(64, larger(1, ceil_div(elements, 256))), 1, 256, update_bytes(),
+            all(bytes / 4.0), all(bytes));
     }
 };
 

@@ -32,8 +32,6 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
     found = read(problem.model)
     if isinstance(found, str):
         return found
-    if problem.method == "maml" and on_cuda:
-        return "its kernels on CUDA do not differentiate through the steps"
     if problem.method == "maml" and problem.sharpness is not None:
         return "its kernels do not differentiate through sharpness-aware steps"
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
@@ -119,7 +117,7 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
         index = problem.device.index or 0
         plan = native.plan_conv_meta_step(
             shape, **sizes, steps=steps, precision=problem.precision, multiprocessors=native.multiprocessors(index),
-            wants_grads="grads" in tensors, wants_adapted="adapted" in tensors,
+            wants_grads="grads" in tensors, wants_adapted="adapted" in tensors, method=method,
         )  # fmt: skip
         # Held until the call returns; after that, torch's allocator reuses it in stream order only.
         tensors["workspace"] = torch.empty(plan["workspace_bytes"], dtype=torch.uint8, device=problem.device)

@@ -43,14 +43,23 @@ LAUNCHES = (
 BLOCKS = {
     "compact_sign_step_kernel": 256,
     "conv_data_grad_kernel": 128,
+    "conv_direction_kernel": 256,
     "conv_first_grad_kernel": 128,
     "conv_first_kernel": 128,
+    "conv_first_tangent_kernel": 128,
     "conv_forward_kernel": 128,
     "conv_head_kernel": 1024,
     "conv_meta_accumulate_kernel": 256,
     "conv_pack_kernel": 256,
     "conv_raw_grad_kernel": 128,
+    "conv_remember_kernel": 256,
     "conv_sign_update_kernel": 256,
+    "conv_subtract_kernel": 256,
+    "conv_tangent_activate_kernel": 128,
+    "conv_tangent_grad_sums_kernel": 128,
+    "conv_tangent_head_kernel": 1024,
+    "conv_tangent_raw_grad_kernel": 128,
+    "conv_tangent_sums_kernel": 128,
     "conv_unpack_kernel": 256,
     "conv_weight_grad_kernel": 128,
     "patch_moments_kernel": 256,
@@ -62,7 +71,14 @@ BLOCKS = {
 }
 MLP = {"mlp_meta_step_kernel", "mlp_second_order_kernel"}
 # Kernels that sum the covariance of patches in double: once per meta-step, or only for block 1's few weights.
-IN_DOUBLE = {"conv_meta_accumulate_kernel", "conv_pack_kernel", "conv_sign_update_kernel", "patch_moments_kernel"}
+IN_DOUBLE = {
+    "conv_direction_kernel",
+    "conv_meta_accumulate_kernel",
+    "conv_pack_kernel",
+    "conv_sign_update_kernel",
+    "conv_subtract_kernel",
+    "patch_moments_kernel",
+}
 # Kernels with operands in shared memory and registers: two blocks of four warps keep the tensor cores busy.
 ON_TENSOR_CORES = {"conv_data_grad_kernel", "conv_forward_kernel", "conv_weight_grad_kernel"}
 # Limits of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB. Each block takes
@@ -152,7 +168,8 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
         "readout": "flatten", "conv_bias": True, "eps": [1e-5] * 4,
     }  # fmt: skip
     precision = arguments[0] if name in ON_TENSOR_CORES else "fp32"
-    plan = C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, name != "conv_raw_grad_kernel")
+    by_covariance = name != "conv_raw_grad_kernel"
+    plan = C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, by_covariance, method="maml")
     return max(int(one["shared_bytes"]) for one in plan["launches"] if f"{one['kernel']}_kernel" == name)
 
 

@@ -34,7 +34,8 @@ SECOND = "kernels/mlp_second_order.cuh"
 COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
     f"kernels/conv_{name}.cuh" for name in ("common", "forward", "data_grad", "weight_grad", "first", "head", "update")
 )
-CONV_PLAN = "plan/conv_meta_step.h"
+TANGENTS, BACKWARDS = "kernels/conv_tangents.cuh", "kernels/conv_second_order.cuh"
+CONV_PLAN, CONV_LAUNCH = "plan/conv_meta_step.h", "launch/conv_meta_step.cu"
 BARRIER = "block_barrier();"
 
 MUTATIONS = [
@@ -281,11 +282,87 @@ MUTATIONS = [
     Mutation("conv: loss of the sum", HEAD, "block_sum(loss, scratch) / count", "block_sum(loss, scratch)"),
     Mutation("conv: rate of the bias", HEAD, "load(p.lr + tensor)", "load(p.lr)"),
     Mutation("conv: centre not the mean", UPDATE, "sums.get(filter) * static_cast<float>(load(&moments->mean[i]));\n        const float inner", "0.0f;\n        const float inner"),
-    Mutation("conv: constants of the weights before", UPDATE, "if (kStep && p.next_moments.base != nullptr)", "if (false && p.next_moments.base != nullptr)"),
+    Mutation("conv: constants of the weights before", UPDATE, "if (kTake == ConvTake::kMove && p.next_moments.base != nullptr)", "if (false && p.next_moments.base != nullptr)"),
     Mutation("conv: mask not looked at", UPDATE, "if (load(p.adapt + tensor) == 0) return false;", ""),
     Mutation("conv: beta takes gamma's rate", UPDATE, "places.theta_beta + filter, tensor + 1, dbeta", "places.theta_beta + filter, tensor, dbeta"),
     Mutation("conv: a slice left out", COMMON, "for (int slice = 0; slice < slices; ++slice) sum +=", "for (int slice = 0; slice + (slices > 1) < slices; ++slice) sum +="),
     Mutation("conv: workspace of one task", CONV_PLAN, "at += tasks * array.stride;", "at += array.stride;"),
+    # Their second order: every barrier, every term of the product rule, every place.
+    *(
+        Mutation(f"second: barrier where {comment[:40].strip()}", file, f"{BARRIER}  // {comment}", f"// {comment}", "race: |uninitialised: ")
+        for file, comment in (
+            (TANGENTS, "all have read the tile before"),
+            (TANGENTS, "the tile is there"),
+            (TANGENTS, "the constants are there\n}"),
+            (TANGENTS, "the constants are there\n    const Stored"),
+            (TANGENTS, "all threads' sums are there"),
+            (BACKWARDS, "w._i (G w)_i are there"),
+            (BACKWARDS, "the direction and the constants"),
+            (BACKWARDS, "sum dy, sum dy (patch"),
+            (BACKWARDS, "they are centred"),
+            (BACKWARDS, "dgamma and dgamma. are there"),
+            (BACKWARDS, "f. is there"),
+            (BACKWARDS, "l. is there"),
+            (BACKWARDS, "q. is there"),
+        )
+    ),
+    Mutation("second: input of the first product", FORWARD, "product == 0 ? row_of(p.below", "product >= 0 ? row_of(p.below"),
+    Mutation("second: weights of the first product", FORWARD, "row_of(p.second_weights, task)", "row_of(p.weights, task)"),
+    Mutation("second: dz of the first product", BACK, "row_of(p.second_raw_grad, task)", "row_of(p.raw_grad, task)"),
+    Mutation("second: dz and the first weights", BACK, "row_of(p.second_weights, task)", "row_of(p.weights, task)"),
+    Mutation("second: patch of the first product", WEIGHT, "row_of(p.second_input, task)", "row_of(p.input, task)"),
+    Mutation("second: patch and the first dz", WEIGHT, "product == 0 ? row_of(p.layer", "product >= 0 ? row_of(p.layer"),
+    Mutation("second: one product", BACK, "p.second_raw_grad.base == nullptr ? 1 : 2", "1"),
+    Mutation("second: a step that moves again", HEAD, "p.pass == ConvPass::kStep || p.pass == ConvPass::kGradient", "p.pass != ConvPass::kForward"),
+    Mutation("second: shares without the largest", HEAD, "image) * p.ways + way, share);", "image) * p.ways + way, share * sum);"),
+    Mutation("second: the result is added to", UPDATE, "load(result) - gradient", "load(result) + gradient"),
+    Mutation("second: block 1, the loser's patch", TANGENTS, "at.y * 2 + choice / 2 % 2", "at.y * 2 + choice % 2"),
+    Mutation("second: block 1, mean.", TANGENTS, "(raw_tangent - mean_tangent)", "raw_tangent"),
+    Mutation("second: block 1, r.", TANGENTS, "gamma * load(&tangent->stretch[filter])", "0.0f"),
+    Mutation("second: block 1, beta.", TANGENTS, "(raw - mean) + beta_tangent", "(raw - mean)"),
+    Mutation("second: block 1, ReLU", TANGENTS, "choice >= kConvActive ? value : 0.0f", "value"),
+    Mutation("second: positions of all slices", TANGENTS, "std::int64_t{gridDim.x} * groups;", "groups;"),
+    Mutation("second: row of a window", TANGENTS, "image * block.height + y * block.window", "image * block.height + y"),
+    Mutation("second: winner's column", TANGENTS, "place / 2} * block.width + place % 2", "place / 2} * block.width"),
+    Mutation("second: xhat. without r.", TANGENTS, " - xhat * stretch(channel)", ""),
+    Mutation("second: mean of z.", TANGENTS, "sum_of_slices(sums, slices, 2 * filters) / count", "0.0f"),
+    Mutation("second: sum of xhat z.", TANGENTS, "xhat * tangent.at[i];", "tangent.at[i];"),
+    Mutation("second: sums of a group lost", TANGENTS, "for (int g = 0; g < groups; ++g) sum +=", "for (int g = 1; g < groups; ++g) sum +="),
+    Mutation("second: y. without gamma.", TANGENTS, "xhat * norm.own(1, c) + ", ""),
+    Mutation("second: y. without r.", TANGENTS, "gamma_tangent - gamma * stretch);\n        norm.memory.set(6", "gamma_tangent);\n        norm.memory.set(6"),
+    Mutation("second: dgamma. without xhat.", TANGENTS, " + dy.at[i] * moved", ""),
+    Mutation("second: dz. without gamma. r + gamma r.", TANGENTS, "norm.own(1, c) * inner + ", ""),
+    Mutation("second: dz. without r.", TANGENTS, "inverse * (gamma_tangent - gamma * stretch)", "inverse * gamma_tangent"),
+    Mutation("second: e. without dbeta.", TANGENTS, "dy_tangent.at[i] - norm.own(4, c)", "dy_tangent.at[i]"),
+    Mutation("second: e. without xhat.", TANGENTS, "xhat_tangent * norm.own(3, c) + ", ""),
+    Mutation("second: e. without dgamma.", TANGENTS, " + xhat * norm.own(5, c)", ""),
+    Mutation("second: dropped row gets a gradient", TANGENTS, "window_y < block.act_height && window_x", "window_y <= block.act_height && window_x"),
+    Mutation("second: a weight not kept", BACKWARDS, "store(kept + i, load(weights + i));", "if (i > 0) store(kept + i, load(weights + i));"),
+    Mutation("second: weights of the first step", CONV_LAUNCH, "kept.base += one.step * conv_packed(plan_.network);", ""),
+    Mutation("second: steps in their order", CONV_PLAN, "for (int step = request.steps - 1; step >= 0; --step) add_differentiated(step);", "for (int step = 0; step < request.steps; ++step) add_differentiated(step);"),
+    Mutation("second: beta has gamma's rate", BACKWARDS, "(place >= block.beta ? 1 : 0)", "0"),
+    Mutation("second: the classifier has its bias's rate", BACKWARDS, "return net.tensors - 2;", "return net.tensors - 1;"),
+    Mutation("second: direction without rates", BACKWARDS, "load(p.lr + tensor) * load(p.grads", "load(p.grads"),
+    Mutation("second: what does not adapt has a direction", BACKWARDS, "if (load(p.adapt + tensor) != 0) {", "if (true) {"),
+    Mutation("second: r. of one r", BACKWARDS, "inverse * inverse * covariance", "inverse * covariance"),
+    Mutation("second: mean. of the weights", BACKWARDS, "static_cast<double>(load(direction + i * filters + filter))", "static_cast<double>(load(weights + i * filters + filter))"),
+    Mutation("second: block 1, sums not centred", BACKWARDS, " - tangents.get(filter) * mean", ""),
+    Mutation("second: block 1, dgamma. without r.", BACKWARDS, "moved - own * load(&of_norm->stretch[filter])", "moved"),
+    Mutation("second: block 1, dgamma. without B.", BACKWARDS, " + weight * tangents.get(at)", ""),
+    Mutation("second: block 1, dW. without G W.", BACKWARDS, " * dense + dgamma * dense_tangent", " * dense"),
+    Mutation("second: block 1, dW. without gamma.", BACKWARDS, "(gamma_tangent - gamma * stretch) * inner + ", ""),
+    Mutation("second: block 1, dgamma. without its r.", BACKWARDS, "dgamma_tangent - dgamma * stretch", "dgamma_tangent"),
+    Mutation("second: l. without V f.", BACKWARDS, "sum += load(features_tangent + row + i) * load(weights + way + i);", ""),
+    Mutation("second: l. without c.", BACKWARDS, "sum + load(row_of(p.direction, task) + p.bias + item % p.ways)", "sum"),
+    Mutation("second: q. of the sum", BACKWARDS, "* sum / count", "* sum"),
+    Mutation("second: softmax without shares", BACKWARDS, "load(shares + first + way) * (", "("),
+    Mutation("second: df. without V.", BACKWARDS, " + load(scores + score) * load(direction + at)", ""),
+    Mutation("second: df. of the sum", BACKWARDS, "if (!flat) gradient /= pixels;", ""),
+    Mutation("second: f. of the sum", BACKWARDS, "flat ? value : value / pixels", "value"),
+    Mutation("second: dV. without f.", BACKWARDS, "product += load(scores + score) * load(features_tangent + feature);", ""),
+    Mutation("second: classifier in the features' order", BACKWARDS, "i % p.filters * p.pixels + i / p.filters : i", "i : i"),
+    Mutation("second: classifier not looked at", BACKWARDS, "nonfinite |= is_nonfinite(value);", ""),
+    Mutation("second: blocks not looked at", BACKWARDS, "if (nonfinite) raise_flag(p.update.nonfinite + task);", ""),
 ]  # fmt: skip
 
 
@@ -296,6 +373,8 @@ UNCHANGED = 0
 def group_of(mutation: Mutation) -> str:
     if mutation.file == CORES:
         return "sums"
+    if mutation.name.startswith("second: "):
+        return "second"
     return "conv" if "conv_" in mutation.file else "flat"
 
 
@@ -381,7 +460,7 @@ def test_a_place_that_no_switch_fits_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["flat", "conv", "sums"])
+@pytest.mark.parametrize("group", ["flat", "conv", "second", "sums"])
 def test_unchanged_sources_pass(outcomes, group):
     outcome = outcomes[UNCHANGED, group]
     assert outcome.code == 0, outcome.said[-2000:]

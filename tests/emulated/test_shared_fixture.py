@@ -52,9 +52,10 @@ def test_every_family_is_launched_on_the_emulated_gpu(launched, make, state, exp
         assert launched == []
 
 
-def test_convolutional_networks_are_served_as_on_cuda(launched):
+@pytest.mark.parametrize(("method", "steps"), [("sign-maml", 0), ("maml", 1)])
+def test_convolutional_networks_are_served_as_on_cuda(launched, method, steps):
     model, data = nets.conv4(filters=8, size=8, layers=2), nets.image_tasks(tasks=2, size=8, dtype=torch.float32)
-    options = {"inner_lr": 0.01, "inner_steps": 0}
+    options = {"inner_lr": 0.01, "inner_steps": steps, "method": method}
     with backends.selected("emulated"):
         doubled = [value.double() if value.is_floating_point() else value for value in data]
         families = signmaml_ext.explain(copy.deepcopy(model).double(), *doubled).families["emulated"]

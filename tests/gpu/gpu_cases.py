@@ -63,13 +63,15 @@ def networks(native: ModuleType, device: str, chosen: Sequence[conv_cases.Net] =
     """Conv-N of 8, 32 and 64 filters, in each precision, by the covariance of its patches and directly.
 
     These are launches of the native call, without a CUDA graph. A plain step is compared, because a sign that flips
-    near zero moves a parameter by the whole rate. Of the sign step, the share of right directions is checked.
+    near zero moves a parameter by the whole rate. Of the sign step, the share of right directions is checked. Then the
+    gradient through a plain step is compared.
     """
     for net in chosen:
         data = conv_cases.draw(net)
         there = data.to(device)
         theta = torch.cat([p.reshape(-1) for p in data.params])
         exact = conv_cases.definition(net, data, steps=1, method="fo-maml")
+        second_order = conv_cases.definition(net, data, steps=1, method="maml")
         assert exact.grads is not None
         alive = torch.cat([
             torch.full((torch.Size(shape).numel(),), not dead)
@@ -90,6 +92,10 @@ def networks(native: ModuleType, device: str, chosen: Sequence[conv_cases.Net] =
                 moves = (signed.adapted.cpu() - theta)[:, alive]
                 towards = (moves.sign() == (exact.adapted - theta.double()).sign()[:, alive]).double().mean()
                 assert towards > 1 - FAR[precision], (*kind, float(towards))
+                through = conv_cases.run(native, net, there, method="maml", **options)
+                assert through.grads is not None and not through.nonfinite.any(), kind
+                off = apart(through.grads, second_order.grads)
+                assert off < 2 * FAR[precision], (*kind, off)
 
 
 def meta_steps(device: torch.device, own: bool) -> None:
@@ -107,6 +113,7 @@ def meta_steps(device: torch.device, own: bool) -> None:
             {"method": "maml"},
         ),
         (lambda: nets.conv4(filters=8), nets.image_tasks, {}),
+        (lambda: nets.conv4(filters=8), nets.image_tasks, {"method": "maml"}),
     ]
     if not own:
         cases += [(nets.Tied, nets.vector_tasks, {"task_state": "int8"}), (nets.conv4, nets.image_tasks, {})]

@@ -37,6 +37,11 @@ KERNELS = (
     "conv_pack_kernel",  # does not match conv_unpack_kernel
     "conv_unpack_kernel",
     "conv_sign_update_kernel",
+    "conv_remember_kernel",
+    "conv_direction_kernel",
+    "conv_first_tangent_kernel",
+    "conv_tangent_",
+    "conv_subtract_kernel",
 )
 
 _SUMMARY = {"racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)")}

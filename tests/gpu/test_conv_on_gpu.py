@@ -60,8 +60,9 @@ def test_lower_precisions(precision, bound):
     assert max(conv_cases.errors(OFFICIAL, found.grads, exact.grads)) < bound
 
 
+@pytest.mark.parametrize("method", ["fo-maml", "maml"])
 @pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
-def test_small_cases_of_the_emulator(by_covariance):
+def test_small_cases_of_the_emulator(by_covariance, method):
     """Whole trajectories of plain gradient steps, with one rate per tensor and step, and a mask."""
     for net in (
         Net(channels=2, height=9, width=11),
@@ -72,7 +73,7 @@ def test_small_cases_of_the_emulator(by_covariance):
         count = len(net.tensors)
         options = {
             "steps": 2,
-            "method": "fo-maml",
+            "method": method,
             "lr": torch.rand(2, count, generator=torch.Generator().manual_seed(1)) * 0.1,
             "adapt": [i % 4 != 2 for i in range(count)],
         }
@@ -85,21 +86,33 @@ def test_small_cases_of_the_emulator(by_covariance):
 
 def test_the_emulated_gpu_and_this_one_agree_on_faults():
     emulated_cases.conv_faults(C, "cuda")
+    emulated_cases.conv_second_order_faults(C, "cuda")
 
 
+@pytest.mark.parametrize("name", ["official", "128 filters, odd", "72 filters"])
+def test_exact_maml_is_as_exact_as_torchs_double_backward(name):
+    net, options = NETS[name], {"steps": 1, "lr": 0.01, "method": "maml"}
+    apart = []
+    for data in conv_cases.draw_tasks(net):
+        found = conv_cases.run(C, net, data.to("cuda"), **options)
+        apart.append(conv_cases.task_errors(net, found, *conv_cases.peers(net, data, **options)))
+    conv_cases.assert_within_twice_torch(net, torch.cat(apart))
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "maml"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("name", ["official", "omniglot"])
-def test_bitwise_repeatable_on_any_stream_and_in_any_company(name, precision):
+def test_bitwise_repeatable_on_any_stream_and_in_any_company(name, precision, method):
     net = NETS[name]
     data = conv_cases.draw(net).to("cuda")
-    first = conv_cases.run(C, net, data, steps=3, precision=precision)
+    first = conv_cases.run(C, net, data, steps=3, precision=precision, method=method)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        again = conv_cases.run(C, net, data, steps=3, precision=precision)
+        again = conv_cases.run(C, net, data, steps=3, precision=precision, method=method)
     stream.synchronize()
-    alone = conv_cases.run(C, net, data.tasks(slice(2, 3)), steps=3, precision=precision)
-    chunks = conv_cases.run(C, net, data, steps=3, precision=precision, workspace_limit=1)
+    alone = conv_cases.run(C, net, data.tasks(slice(2, 3)), steps=3, precision=precision, method=method)
+    chunks = conv_cases.run(C, net, data, steps=3, precision=precision, workspace_limit=1, method=method)
     for field in ("grads", "adapted", "logits", "query_loss"):
         of_first = getattr(first, field)
         assert torch.equal(of_first, getattr(again, field)), field
@@ -133,7 +146,7 @@ def test_on_another_device_than_the_current_one():
     assert torch.equal(found.grads.cpu(), expected.grads.cpu()) and torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
 def test_served_by_the_public_call(method):
     """The conv family serves a learn2learn-style Conv4 and gives the same losses as the reference."""
     torch.manual_seed(0)

@@ -90,9 +90,9 @@ shapes = st.builds(
 
 
 @settings(deadline=None)
-@given(shapes, st.sampled_from(["fp32", "tf32", "bf16"]), st.booleans())
-def test_every_shape_has_a_sound_plan(net, precision, by_covariance):
-    found = plan(net, 2, precision, by_covariance=by_covariance)
+@given(shapes, st.sampled_from(["fp32", "tf32", "bf16"]), st.booleans(), st.sampled_from(["sign-maml", "maml"]))
+def test_every_shape_has_a_sound_plan(net, precision, by_covariance, method):
+    found = plan(net, 2, precision, by_covariance=by_covariance, method=method)
     end = 0
     for array in sorted(found["workspace"], key=lambda array: array["offset"]):
         assert array["offset"] == end and array["offset"] % 256 == 0, "arrays touch and are aligned"
@@ -105,14 +105,52 @@ def test_every_shape_has_a_sound_plan(net, precision, by_covariance):
         assert 0 <= one["shared_bytes"] <= SHARED_BYTES, one
         assert one["flops"] >= 0 and one["bytes"] > 0
     products = [one for one in found["launches"] if one["kernel"] == "conv_forward"]
-    assert len(products) == 3 * (net.blocks - by_covariance)
+    passes = 3 if method == "sign-maml" else 7  # two steps and the query set; each step again, and its derivative
+    assert len(products) == passes * (net.blocks - by_covariance)
+
+
+def test_exact_maml_goes_back_through_every_step():
+    """The passes of each step again, and beside them their derivatives: 9 N - 1 launches."""
+    first_order, found = plan(OFFICIAL, 3), plan(OFFICIAL, 3, method="maml")
+    kept = [one for one in found["launches"] if one["kernel"] == "conv_remember"]
+    forward = [one for one in found["launches"] if one["part"] == "pass" and one not in kept]
+    assert forward == first_order["launches"] and [one["step"] for one in kept] == [0, 1, 2]
+    back = [one for one in found["launches"] if one["part"] != "pass"]
+    assert [one["step"] for one in back] == [2] * 35 + [1] * 35 + [0] * 35
+    assert [one["kernel"].removeprefix("conv_") + "*" * (one["part"] == "again") for one in back[:35]] == [
+        "direction", "first*", "forward*", "forward*", "forward*", "head*", "first_tangent",
+        "forward", "tangent_sums", "tangent_activate", "forward", "tangent_sums", "tangent_activate",
+        "forward", "tangent_sums", "tangent_activate", "tangent_head", "tangent_grad_sums",
+        "data_grad*", "tangent_raw_grad", "data_grad", "weight_grad", "tangent_grad_sums",
+        "data_grad*", "tangent_raw_grad", "data_grad", "weight_grad", "tangent_grad_sums",
+        "data_grad*", "tangent_raw_grad", "data_grad", "weight_grad", "first_grad*", "first_grad", "subtract",
+    ]  # fmt: skip
+    # Eight convolutions a layer where a step has three, but for block 1.
+    of_step = sum(one["flops"] for one in first_order["launches"] if one["step"] == 0)
+    assert 2 < sum(one["flops"] for one in back) / 3 / of_step < 8 / 3
+
+
+def test_only_kept_weights_grow_with_the_steps_of_maml():
+    plans = {steps: plan(OFFICIAL, steps, method="maml") for steps in (1, 2, 5, 25)}
+    kept = {
+        steps: next(array["stride"] for array in found["workspace"] if array["name"] == "history")
+        for steps, found in plans.items()
+    }
+    others = {found["workspace_bytes"] - OFFICIAL.tasks * kept[steps] for steps, found in plans.items()}
+    assert len(others) == 1 and others.pop() < 128 * 2**20
+    packed = 32_776  # all parameters but the convolutions' biases, rounded up to a multiple of four
+    assert kept == {steps: -(-steps * packed * 4 // 256) * 256 for steps in kept}
+    without = plan(OFFICIAL, 5, method="maml", wants_grads=False)
+    assert without == plan(OFFICIAL, 5, wants_grads=False)
 
 
 @pytest.mark.parametrize("blocks", [5, 6])
 def test_deep_networks(blocks):
     for halving in ("max", "stride"):
         net = Net(blocks=blocks, channels=3, filters=64, height=96, width=84, halving=halving, support=25, query=75)
-        assert len(plan(net, 1)["launches"]) == 3 + 2 * (3 * blocks + 1)
+        launches = 3 + 2 * (3 * blocks + 1)
+        assert len(plan(net, 1)["launches"]) == launches
+        assert len(plan(net, 1, method="maml")["launches"]) == launches + 1 + 9 * blocks - 1
 
 
 def test_explain_prints_the_plan_as_a_model():
@@ -129,7 +167,9 @@ def test_explain_prints_the_plan_as_a_model():
     kernels = [line.split()[0] for line in text.splitlines() if " x " in line and "threads" not in line]
     # The inner steps have the same launches, so the second one is not printed.
     assert kernels == [one["kernel"] for one in launches if one["step"] != 1]
-    exact = signmaml_ext.explain(model, *data, inner_steps=2, method="maml", plan=True).plan
-    assert exact == "plan: there is one for steps of first order only, and the method is 'maml'"
+    back = str(signmaml_ext.explain(model, *data, inner_steps=2, method="maml", plan=True)).partition("back through")[2]
+    assert "conv_forward (*)" in back and "conv_tangent_head" in back and "kept weights" not in text
+    counted = signmaml_ext.explain(model, *data, inner_steps=2, task_state="int8", plan=True).plan
+    assert counted is not None and counted.startswith("plan: there is one for Conv-N networks only, and task_state")
     other = signmaml_ext.explain(nets.mlp(), plan=True).plan
     assert other == "plan: there is one for Conv-N networks only, and it has no 2d convolution"

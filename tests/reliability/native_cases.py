@@ -356,7 +356,15 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
             shape, size(), size(), size(), bytes_, size()
         ),
         "plan_conv_meta_step": lambda: native.plan_conv_meta_step(
-            shape, size(), size(), size(), choose((0, 1, 3, -1, 50)), choose(WORDS), size(), workspace_limit=size()
+            shape,
+            size(),
+            size(),
+            size(),
+            choose((0, 1, 3, -1, 50)),
+            choose(WORDS),
+            size(),
+            workspace_limit=size(),
+            method=choose(("sign-maml", "maml")),
         ),
         "conv_meta_step_cpu": lambda: native.conv_meta_step_cpu(
             nothing,

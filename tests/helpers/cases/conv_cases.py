@@ -182,6 +182,31 @@ def gradient(
     return loss.detach(), grads, logits.detach()
 
 
+def differentiated(
+    net: Net, data: Data, task: int, rates: Tensor, adapt: list[bool], precision: str = "fp32"
+) -> list[Tensor]:
+    """The gradient of a task's query loss with respect to theta, through all steps: torch's double backward."""
+
+    def loss_of(params: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = forward(net, params, x[task].to(rates.dtype), precision)
+        return reference.cross_entropy(logits.to(rates.dtype), y[task])
+
+    theta = [p.to(rates.dtype).requires_grad_() for p in data.params]
+    moves = [moved and not dead for moved, dead in zip(adapt, net.dead, strict=True)]
+    phi = list(theta)
+    for of_step in rates:
+        loss = loss_of(phi, data.support_x, data.support_y)
+        g = torch.autograd.grad(loss, phi, create_graph=True, allow_unused=True)
+        phi = [p - rate * each if move else p for p, rate, each, move in zip(phi, of_step, g, moves, strict=True)]
+    loss = loss_of(phi, data.query_x, data.query_y)
+    found = torch.autograd.grad(loss, theta, allow_unused=True)
+    return [
+        torch.zeros_like(p) if dead or g is None else g.detach()
+        for p, g, dead in zip(theta, found, net.dead, strict=True)
+    ]
+
+
 def definition(
     net: Net,
     data: Data,
@@ -208,6 +233,8 @@ def definition(
                     flag |= not bool(each.isfinite().all())
                     phi[i] = p - rates[step, i] * (reference.sign(each) if method == "sign-maml" else each)
         loss, g, logits = gradient(net, phi, data.query_x[t].to(dtype), data.query_y[t], precision)
+        if method == "maml":
+            g = differentiated(net, data, t, rates, adapt, precision)
         flag |= not bool(loss.isfinite()) or not all(bool(each.isfinite().all()) for each in g)
         losses.append(torch.stack(of_task) if of_task else loss.new_empty(0))
         queries.append(loss)
@@ -274,8 +301,8 @@ def prepare(
     theta = torch.cat([p.reshape(-1) for p in data.params]).to(device)
     rates = torch.as_tensor(lr, dtype=torch.float32).expand(steps, len(net.tensors)).contiguous().to(device)
     plan = native.plan_conv_meta_step(
-        net.shape, tasks, net.support, query, steps, precision, 2, by_covariance=by_covariance,
-        workspace_limit=workspace_limit,
+        net.shape, tasks, net.support, query, steps, precision, 2, wants_grads=wants_grads,
+        by_covariance=by_covariance, workspace_limit=workspace_limit, method=method,
     )  # fmt: skip
 
     def unwritten(*shape: int) -> Tensor:
@@ -331,13 +358,14 @@ def errors(net: Net, found: Tensor, exact: Tensor) -> list[float]:
     return [float((f - e).norm() / e.norm().clamp(min=1e-30)) for f, e in pairs]
 
 
-def peers(net: Net, data: Data, precision: str = "fp32") -> tuple[Result, Result]:
-    """PyTorch's results without a step: in float64, and in this precision.
+def peers(net: Net, data: Data, precision: str = "fp32", **options: Any) -> tuple[Result, Result]:
+    """PyTorch's results in float64 and in this precision: without a step, unless the options are others.
 
     TF32 operands are rounded by hand, because a CPU has no such products, and summed in float32; bf16 uses autocast.
     """
-    exact = definition(net, data, steps=0)
-    return exact, definition(net, data, steps=0, dtype=torch.float32, precision=precision)
+    options = {"steps": 0, **options}
+    exact = definition(net, data, **options)
+    return exact, definition(net, data, **options, dtype=torch.float32, precision=precision)
 
 
 def task_errors(net: Net, found: Result, exact: Result, peer: Result) -> Tensor:
@@ -355,13 +383,21 @@ def task_errors(net: Net, found: Result, exact: Result, peer: Result) -> Tensor:
 
 
 def errors_of_tasks(
-    native: ModuleType, net: Net, draws: Iterable[Data], precision: str = "fp32", **options: Any
+    native: ModuleType,
+    net: Net,
+    draws: Iterable[Data],
+    precision: str = "fp32",
+    *,
+    by_covariance: bool = True,
+    **options: Any,
 ) -> Tensor:
-    """`task_errors` of the kernels before the sign, of the tasks of all draws, beside PyTorch in the same precision."""
+    """`task_errors` of the kernels, of the tasks of all draws, beside PyTorch in the same precision: before the sign,
+    unless the options are others."""
+    options = {"steps": 0, **options}
     of_draws = []
     for data in draws:
-        found = run(native, net, data, steps=0, precision=precision, **options)
-        of_draws.append(task_errors(net, found, *peers(net, data, precision)))
+        found = run(native, net, data, precision=precision, by_covariance=by_covariance, **options)
+        of_draws.append(task_errors(net, found, *peers(net, data, precision, **options)))
     return torch.cat(of_draws)
 
 

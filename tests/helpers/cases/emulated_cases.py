@@ -406,6 +406,85 @@ def conv_faults(native: ModuleType, device: str = "cpu") -> None:
     assert found.grads[2].isnan().any() and found.support_loss[0].isnan().tolist() == [True, False, False]
 
 
+def conv_second_order(native: ModuleType, net: conv_cases.Net, *, by_covariance: bool = True, **options: Any) -> None:
+    """maml with a rate for every tensor and step, of which some do not adapt, against torch's double backward."""
+    data, count = conv_cases.draw(net), len(net.tensors)
+    rates = 0.02 + 0.05 * torch.rand(2, count, generator=torch.Generator().manual_seed(1))
+    options = {"steps": 2, "lr": rates, "method": "maml", **options}
+    found = conv_cases.run(native, net, data, by_covariance=by_covariance, **options)
+    exact = conv_cases.definition(net, data, **options)
+    for name in ("grads", "adapted"):
+        errors = conv_cases.errors(net, getattr(found, name), getattr(exact, name))
+        assert max(errors) < 1e-5, (name, errors)
+    torch.testing.assert_close(found.support_loss.double(), exact.support_loss, rtol=1e-5, atol=1e-5)
+    assert found.nonfinite.tolist() == exact.nonfinite.tolist()
+
+
+def conv_second_order_bits(native: ModuleType, net: conv_cases.Net, precision: str) -> None:
+    """maml in any precision, in both forms of block 1, is as near to float64 as that precision's operands allow."""
+    data = conv_cases.draw(net)
+    options = {"steps": 1, "lr": 0.02, "method": "maml"}
+    exact = conv_cases.definition(net, data, **options)
+    for by_covariance in (True, False):
+        found = conv_cases.run(native, net, data, precision=precision, by_covariance=by_covariance, **options)
+        errors = torch.tensor(conv_cases.errors(net, found.grads, exact.grads))
+        assert errors.median() < {"fp32": 1e-5, "tf32": 0.02, "bf16": 0.2}[precision], (
+            precision,
+            by_covariance,
+            errors,
+        )
+
+
+def conv_second_order_faults(native: ModuleType, device: str = "cpu") -> None:
+    """Tasks that are not finite are flagged, also where only the second order overflows; a neighbour keeps its bits."""
+    net = conv_cases.Net(tasks=3, height=5, width=6, support=2, query=2, conv_bias=False)
+    data, options = conv_cases.draw(net).to(device), {"steps": 2, "lr": 0.05, "method": "maml"}
+    healthy = conv_cases.run(native, net, data, **options)
+    for break_, flags in (
+        (lambda broken: broken.support_y[0].fill_(net.ways), [True, False, False]),
+        (lambda broken: broken.query_x[2, 0, 0].fill_(torch.nan), [False, False, True]),
+    ):
+        broken = copy.deepcopy(data)
+        break_(broken)
+        found = conv_cases.run(native, net, broken, **options)
+        assert found.nonfinite.tolist() == flags, found.nonfinite
+        for task, flag in enumerate(flags):
+            assert flag == bool(found.grads[task].isnan().any())
+            assert flag or torch.equal(found.grads[task], healthy.grads[task])
+    for part in ("classifier", "blocks"):
+        net, data, options = conv_overflowing(part)
+        found = conv_cases.run(native, net, data.to(device), **options)
+        assert found.adapted.isfinite().all() and found.query_loss.isfinite().all(), part
+        assert found.nonfinite.tolist() == [True], part
+
+
+def conv_overflowing(part: str) -> tuple[conv_cases.Net, conv_cases.Data, dict[str, Any]]:
+    """A task that is finite but for the second order, which overflows in the gradient of the classifier's weight, or of
+    the blocks alone.
+
+    Of one image with both labels and equal logits, the classifier's bias has the gradient 0. So it does not move,
+    whatever its rate; but the query gradient times a huge rate is a huge direction.
+    """
+    net = conv_cases.Net(tasks=1, ways=2, height=5, width=6, support=2, query=2, readout="mean", conv_bias=False)
+    data = conv_cases.draw(net)
+    data.support_x[:, 1] = data.support_x[:, 0]
+    data.support_y[:], data.query_y[:] = torch.tensor([0, 1]), 0
+    weight, gamma = data.params[-2], data.params[-4]
+    weight.zero_()
+    data.params[-1].zero_()
+    if part == "classifier":
+        gamma *= 100  # the features
+    else:
+        for tensor in data.params[-5:-2]:  # filters 0 and 1 have the same features
+            tensor[1] = tensor[0]
+        data.params[-3][:2] += 1  # and some that ReLU passes
+        weight[0, 0] = weight[1, 1] = 100.0
+    rates = torch.zeros(1, len(net.tensors))
+    rates[0, -1] = 3.4e38
+    adapt = [False] * (len(net.tensors) - 1) + [True]
+    return net, data, {"steps": 1, "lr": rates, "adapt": adapt, "method": "maml"}
+
+
 def run_conv(native: ModuleType, seeds: int = 1) -> None:
     """The cases of the convolution kernels; the quick ones come first, because they find most errors."""
     Net = conv_cases.Net
@@ -429,6 +508,24 @@ def run_conv(native: ModuleType, seeds: int = 1) -> None:
         many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
         conv_meta_step(native, many, steps=0)
         conv_meta_step(native, replace(many, blocks=1), steps=0, by_covariance=False)
+
+
+def run_second(native: ModuleType, seeds: int = 1) -> None:
+    """The cases of convolutional networks whose steps are differentiated; the quick ones come first."""
+    Net = conv_cases.Net
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        native.configure(seed=seed, blocks_alive=2 + seed, multiprocessors=1)
+        conv_second_order(native, Net(channels=2, height=9, width=11, tasks=2, support=2, query=2))
+        adapt = [i % 4 != 2 for i in range(13)]
+        odd = Net(blocks=3, channels=3, height=9, width=11, halving="stride", readout="mean", tasks=1, conv_bias=False)
+        conv_second_order(native, odd, by_covariance=False, adapt=adapt[:11])
+        conv_second_order(native, Net(blocks=1, tasks=1, height=5, width=8, conv_bias=False))
+        # Several chunks of channels and slices of tiles; then a thread block that processes several tiles in turn.
+        conv_second_order(native, Net(filters=40, height=6, width=7, tasks=1, support=9, query=2))
+        many = Net(1, halving="stride", height=20, width=22, readout="mean", tasks=1, support=66, query=2)
+        conv_second_order(native, many, steps=1, lr=0.05)
+        conv_second_order_faults(native)
 
 
 def run_flat(native: ModuleType, seeds: int = 2) -> None:
@@ -519,6 +616,7 @@ def run_kernels(native: ModuleType) -> None:
         for net in OF_EVERY_KIND:
             for by_covariance in (True, False):
                 conv_precision(native, net, precision, by_covariance)
+            conv_second_order_bits(native, net, precision)
         # Block 1 of every number of channels, by the covariance of its patches.
         for channels in (1, 2, 3):
             conv_precision(native, conv_cases.Net(1, channels=channels, query=9), precision, by_covariance=True)
@@ -531,7 +629,7 @@ def run_sums(native: ModuleType) -> None:
         tensor_core_sums(native, architecture)
 
 
-GROUPS = {"flat": run_flat, "conv": run_conv, "sums": run_sums, "kernels": run_kernels}
+GROUPS = {"flat": run_flat, "conv": run_conv, "second": run_second, "sums": run_sums, "kernels": run_kernels}
 
 
 if __name__ == "__main__":
