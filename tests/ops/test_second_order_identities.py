@@ -209,15 +209,21 @@ def test_the_hessian_is_symmetric(backend: str, kind: str, by: str) -> None:
 # ---- rates ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("adapts", ["all", "last layer"])
 @pytest.mark.parametrize("rates_of", ["step", "tensor and step", "element and step"])
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("backend", ANY_RATES)
-def test_the_gradient_of_a_rate_is_the_slope_of_the_query_loss(backend: str, kind: str, rates_of: str) -> None:
+def test_the_gradient_of_a_rate_is_the_slope_of_the_query_loss(
+    backend: str, kind: str, rates_of: str, adapts: str
+) -> None:
     """By central differences, in each step's rate that matters most, and for all rates of a parameter at once."""
     case = NETWORKS[kind](2)
     model, batch, options = case
+    names = [name for name, _ in model.named_parameters()][0 if adapts == "all" else -2 :]
     rates = draw(model, rates_of)
-    steps: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": "maml"}
+    if isinstance(rates, dict):
+        rates = {name: rates[name] for name in names}
+    steps: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": "maml", "adapt": names}
     require(backend, case, **steps)
     on(backend, model, batch, options | steps)
     size, trivial = 1e-6, 0
