@@ -5,13 +5,15 @@
     (mutant(3) ? (VARIANT 3) : (ORIGINAL))        if (mutant(3)) { VARIANT 3 } else { ORIGINAL }
 
 `Runner` runs the cases on a mutant in a separate process, forked from one that has already loaded torch and the module:
-`mutants.py MODULE`, which reads one line of JSON per mutant.
+`mutants.py MODULE CASES`, which reads one line of JSON per mutant. CASES is a module of helpers/cases/, whose `GROUPS`
+are functions of the native module.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import re
@@ -20,9 +22,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import pytest
 
 # Included by every changed file.
 HEADER = "mutants.h"
@@ -34,6 +41,9 @@ inline __attribute__((visibility("default"))) int {SELECTOR} = 0;
 }}
 inline bool mutant(int number) {{ return number == {SELECTOR}; }}
 """
+
+
+UNCHANGED = 0
 
 
 class Mutation(NamedTuple):
@@ -275,6 +285,14 @@ def write(source: Path, mutations: Sequence[Mutation]) -> None:
         path.write_text(f'#include "{HEADER}"\n{combine(path.read_text(), of_file)}')
 
 
+def assert_every_variant_is_the_mutant(text: str, mutations: Mapping[int, Mutation]) -> None:
+    """Each variant selected from the combined file equals the file with that one mutation."""
+    for chosen in (UNCHANGED, *mutations):
+        found = combine(text, mutations, lambda text, variants, _, chosen=chosen: variants.get(chosen, text))
+        expected = text if chosen == UNCHANGED else mutate(text, mutations[chosen])
+        assert "".join(found.split()) == "".join(expected.split())
+
+
 # ---- running the cases -----------------------------------------------------------------------------------------------
 
 
@@ -293,9 +311,9 @@ class Outcome(NamedTuple):
 class Runner:
     """Runs the cases on one mutant at a time; one runner per processor works in parallel."""
 
-    def __init__(self, module: Path) -> None:
+    def __init__(self, module: Path, cases: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(module)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, str(module), cases], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, number: int, group: str) -> Outcome:
@@ -310,27 +328,70 @@ class Runner:
         self._process.stdout.close()
 
 
+class Outcomes:
+    """Outcomes of the chosen mutants, by number and group, which run in parallel in the background."""
+
+    def __init__(self, module: Path, cases: str, chosen: Sequence[tuple[int, str]]) -> None:
+        workers = min(len(os.sched_getaffinity(0)), len(chosen))
+        self._runners = [Runner(module, cases) for _ in range(workers)]
+        self._idle: SimpleQueue[Runner] = SimpleQueue()
+        for runner in self._runners:
+            self._idle.put(runner)
+        self._pool = ThreadPoolExecutor(workers)
+        self._found: dict[tuple[int, str], Future[Outcome]] = {
+            each: self._pool.submit(self._run, *each) for each in chosen
+        }
+
+    def _run(self, number: int, group: str) -> Outcome:
+        runner = self._idle.get()
+        try:
+            return runner.run(number, group)
+        finally:
+            self._idle.put(runner)
+
+    def __getitem__(self, which: tuple[int, str]) -> Outcome:
+        return self._found[which].result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for runner in self._runners:
+            runner.close()
+
+
+def chosen_of(
+    items: Sequence[pytest.Item], file: str, numbers: Mapping[str, int], group_of: Callable[[Mutation], str]
+) -> list[tuple[int, str]]:
+    """Mutants and groups that the collected tests of a file ask for by `mutation` and `group`, in their order."""
+    chosen = []
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.path == Path(file) and "mutation" in values:
+            chosen.append((numbers[values["mutation"].name], group_of(values["mutation"])))
+        elif item.path == Path(file) and "group" in values:
+            chosen.append((UNCHANGED, values["group"]))
+    return chosen
+
+
 SECONDS = 300  # limit per mutant; then a signal ends it, which does not count as caught
 
 
-def _in_child(path: str, number: int, group: str) -> None:
+def _in_child(path: str, cases: str, number: int, group: str) -> None:
     """Runs in the forked process: selects the mutant and runs the cases. An error ends the process."""
-    from helpers.cases import emulated_cases
     from helpers.devices import emulated
 
     signal.alarm(SECONDS)
     ctypes.c_int.in_dll(ctypes.CDLL(path), SELECTOR).value = number
-    emulated_cases.GROUPS[group](emulated.load(Path(path)))
+    importlib.import_module(f"helpers.cases.{cases}").GROUPS[group](emulated.load(Path(path)))
 
 
-def _serve(path: str) -> None:
+def _serve(path: str, cases: str) -> None:
     import traceback
 
     import torch
 
-    from helpers.cases import emulated_cases  # noqa: F401 (imported once, before the forks)
     from helpers.devices import emulated
 
+    importlib.import_module(f"helpers.cases.{cases}")  # once, before the forks
     torch.set_num_threads(1)  # other threads do not survive a fork
     emulated.load(Path(path))
     gc.freeze()  # so that collections in forked processes do not copy shared pages
@@ -343,7 +404,7 @@ def _serve(path: str) -> None:
                 os.dup2(said.fileno(), 2)
                 code = 1
                 try:
-                    _in_child(path, number, group)
+                    _in_child(path, cases, number, group)
                     code = 0
                 except BaseException:
                     traceback.print_exc()
@@ -357,4 +418,4 @@ def _serve(path: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -7,18 +7,15 @@ process.
 # ruff: noqa: E501 (a table reads better with one line per case)
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import pytest
 
 from emulated import mutants
-from emulated.mutants import Mutation, Outcome, Runner
+from emulated.mutants import UNCHANGED, Mutation, Outcomes
 from helpers.devices import emulated
 
 SIGN, META, PLATFORM, SELF = (
@@ -367,7 +364,6 @@ MUTATIONS = [
 
 
 NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)}
-UNCHANGED = 0
 
 
 def group_of(mutation: Mutation) -> str:
@@ -378,36 +374,6 @@ def group_of(mutation: Mutation) -> str:
     return "conv" if "conv_" in mutation.file else "flat"
 
 
-class Outcomes:
-    """Outcomes of the chosen mutants, which run in parallel in the background."""
-
-    def __init__(self, module: Path, chosen: list[tuple[int, str]]) -> None:
-        workers = min(len(os.sched_getaffinity(0)), len(chosen))
-        self._runners = [Runner(module) for _ in range(workers)]
-        self._idle: SimpleQueue[Runner] = SimpleQueue()
-        for runner in self._runners:
-            self._idle.put(runner)
-        self._pool = ThreadPoolExecutor(workers)
-        self._found: dict[tuple[int, str], Future[Outcome]] = {
-            each: self._pool.submit(self._run, *each) for each in chosen
-        }
-
-    def _run(self, number: int, group: str) -> Outcome:
-        runner = self._idle.get()
-        try:
-            return runner.run(number, group)
-        finally:
-            self._idle.put(runner)
-
-    def __getitem__(self, which: tuple[int, str]) -> Outcome:
-        return self._found[which].result()
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        for runner in self._runners:
-            runner.close()
-
-
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
     """Outcomes of the mutants that this session's tests ask for."""
@@ -415,21 +381,11 @@ def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
     emulated.copy_sources(folder / "source")
     mutants.write(folder / "source", MUTATIONS)
     emulated.configure(folder / "source", folder / "build", flags="-O0")
-    found = Outcomes(emulated.compile_module(folder / "build"), chosen_of(request.session.items))
+    module = emulated.compile_module(folder / "build")
+    chosen = mutants.chosen_of(request.session.items, __file__, NUMBERS, group_of)
+    found = Outcomes(module, "emulated_cases", chosen)
     yield found
     found.close()
-
-
-def chosen_of(items: list[pytest.Item]) -> list[tuple[int, str]]:
-    """Mutants and groups that the collected tests of this file ask for, in their order."""
-    chosen = []
-    for item in items:
-        values = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.path == Path(__file__) and "mutation" in values:
-            chosen.append((NUMBERS[values["mutation"].name], group_of(values["mutation"])))
-        elif item.path == Path(__file__) and "group" in values:
-            chosen.append((UNCHANGED, values["group"]))
-    return chosen
 
 
 def test_names_are_unique():
@@ -439,13 +395,9 @@ def test_names_are_unique():
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
 def test_every_variant_is_the_mutant(file):
-    """Each variant selected from the combined file equals the file with that one mutation."""
     text = (emulated.ROOT / "csrc" / file).read_text()
     of_file = {NUMBERS[mutation.name]: mutation for mutation in MUTATIONS if mutation.file == file}
-    for chosen in (UNCHANGED, *of_file):
-        found = mutants.combine(text, of_file, lambda text, variants, _, chosen=chosen: variants.get(chosen, text))
-        expected = text if chosen == UNCHANGED else mutants.mutate(text, of_file[chosen])
-        assert "".join(found.split()) == "".join(expected.split())
+    mutants.assert_every_variant_is_the_mutant(text, of_file)
 
 
 def test_a_place_that_no_switch_fits_is_refused():

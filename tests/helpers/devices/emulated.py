@@ -59,10 +59,10 @@ def configure(source: Path, build: Path, *variables: str, flags: str = "-O1") ->
     run([*command, f"-DSIGNMAML_EMULATED_FLAGS={flags}", *(f"-D{variable}" for variable in variables)])
 
 
-def compile_module(build: Path) -> Path:
+def compile_module(build: Path, name: str = "_emulated") -> Path:
     """Builds what has changed and returns the path of the module."""
-    run(["cmake", "--build", str(build), "--target", "_emulated"])
-    (module,) = build.glob("_emulated*.so")
+    run(["cmake", "--build", str(build), "--target", name])
+    (module,) = build.glob(f"{name}*.so")
     return module
 
 
@@ -73,7 +73,7 @@ def run(command: list[str]) -> None:
 
 def load(path: Path) -> ModuleType:
     """Imports a native module from a file."""
-    spec = importlib.util.spec_from_file_location("_emulated", path)
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,6 +14,7 @@ LONGEST = (
     "tests/emulated/test_mutations.py",
     "tests/ptx/test_ptx.py",
     "tests/reliability/test_native.py",
+    "tests/ops/test_second_order_mutants.py",
     "tests/emulated/test_emulated_conv_errors.py",
     "tests/benchmarks/test_gpu_check.py",
     "tests/packaging/test_installs.py",

@@ -1,0 +1,109 @@
+"""Exact MAML on the CPU by a native module other than the package's own, against torch's double backward in float64.
+
+Every case has two steps, a rate for every tensor or element and step, and raises if a result is wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers.cases import perceptrons
+from signmaml.models import Conv4
+from signmaml_ext import _loader, conv, mlp, reference
+from signmaml_ext.problem import Problem
+
+STEPS = 2
+
+
+def rates_of(model: nn.Module, adapt: list[str] | None, *, learnable: bool, elements: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, value in model.named_parameters():
+        rate = 0.02 + 0.1 * torch.rand(STEPS, *(value.shape if elements else [1] * value.ndim), dtype=value.dtype)
+        if adapt is None or name in adapt:
+            found[name] = rate.requires_grad_(learnable)
+    return found
+
+
+def check(native: ModuleType, family: ModuleType, problem: Problem) -> None:
+    assert family.why_not(problem) is None
+    found, expected = family.meta_gradients(problem, native), reference.meta_gradients(problem)
+    for own, others in ((found.params, expected.params), (found.rates, expected.rates)):
+        assert own.keys() == others.keys()
+        for name, value in others.items():
+            if value is not None:
+                assert (own[name] - value).norm() <= 1e-10 * value.norm() + 1e-13, name
+
+
+def convolutional(
+    native: ModuleType,
+    pooling: str = "max",
+    *,
+    channels: int = 2,
+    layers: int = 2,
+    adapt: list[str] | None = None,
+    learnable: bool = False,
+    elements: bool = False,
+) -> None:
+    size, ways = 9, 3  # pooling drops the last row and column
+    model = Conv4(ways=ways, channels=channels, filters=8, image_size=size, pooling=pooling, layers=layers).double()
+    for name, value in model.named_parameters():
+        if "normalize" in name:  # scales of both signs: pooling takes the largest and the smallest value
+            nn.init.normal_(value, std=0.7)
+    sets = []
+    for count in (4, 3):
+        sets.append(torch.randn(2, count, channels, size, size, dtype=torch.float64) + 0.4)
+        sets.append(torch.randint(ways, (2, count)))
+    rates = rates_of(model, adapt, learnable=learnable, elements=elements)
+    options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": "maml", "adapt": adapt}
+    check(native, conv, perceptrons.problem_of(model, tuple(sets), loss="cross_entropy", **options))
+
+
+def perceptron(
+    native: ModuleType,
+    activation: type[nn.Module],
+    loss: str,
+    *,
+    adapt: list[str] | None = None,
+    learnable: bool = False,
+    elements: bool = False,
+) -> None:
+    widths = (3, 6, 5, 2)
+    model = perceptrons.network(widths, activation).double()
+    data = perceptrons.tasks_for(widths, loss, 3, 5, 3, torch.float64)
+    rates = rates_of(model, adapt, learnable=learnable, elements=elements)
+    options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": "maml", "adapt": adapt}
+    check(native, mlp, perceptrons.problem_of(model, data, loss=loss, **options))
+
+
+def run_conv(native: ModuleType) -> None:
+    """The quick cases that find most errors come first."""
+    _loader.C = native  # what is not the package's own module runs its CUDA kernels
+    torch.manual_seed(0)
+    convolutional(native, channels=1)
+    convolutional(native, "stride", channels=1)
+    convolutional(native, "stride")
+    convolutional(native, adapt=["classifier.weight", "classifier.bias"])
+    convolutional(native, adapt=["features.1.conv.weight", "features.0.normalize.bias"], learnable=True)
+    convolutional(native, adapt=["features.0.conv.bias"], learnable=True)  # which does not move
+    convolutional(native, elements=True, learnable=True)
+    for pooling, layers in (("max", 3), ("stride", 1), ("stride", 3)):
+        convolutional(native, pooling, layers=layers)
+
+
+def run_mlp(native: ModuleType) -> None:
+    """The quick cases that find most errors come first."""
+    _loader.C = native
+    torch.manual_seed(0)
+    for loss, activation in itertools.product(("mse", "cross_entropy"), (nn.Tanh, nn.ReLU)):
+        perceptron(native, activation, loss)
+    for adapt in (["1.bias"], ["3.weight"], ["1.weight", "5.bias"]):
+        perceptron(native, nn.Tanh, "mse", adapt=adapt, learnable=True)
+    perceptron(native, nn.ReLU, "cross_entropy", learnable=True, elements=True)
+
+
+GROUPS = {"conv": run_conv, "mlp": run_mlp}
