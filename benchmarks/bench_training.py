@@ -5,11 +5,13 @@ of the validation of `signmaml train`, on the same tasks for all methods. Exampl
 
   python benchmarks/bench_training.py --preset omniglot --data-root DIR --methods sign-maml fo-maml maml --seconds 60
       the trade-off on two CPU cores: each method trains for 60 seconds, in which its learning rate falls to 0
+      (`--methods sign-maml sharp-sign-maml fo-maml maml alpha-maml` for the relatives, too)
   python benchmarks/bench_training.py --iterations 60000 --data-root DIR
       the official run of Sign-MAML (mini-ImageNet, T = 8, K = 5), for a GPU
 
 The inner rates of fo-maml and maml are the preset's rate times 0.1 / 0.0035 and 0.14 / 0.0035, the ratios in the
-official code. `--set NAME=VALUE` changes any other field of the configuration, such as data=fc100. `--images random`
+official code. sharp-sign-maml takes both steps of Sharp-MAML with sign steps, alpha-maml is maml whose two rates adapt
+online. `--set NAME=VALUE` changes any other field of the configuration, such as data=fc100. `--images random`
 trains on noise of mini-ImageNet's size: the time per iteration needs no data set, and nothing can be learned.
 """
 
@@ -35,6 +37,12 @@ from signmaml.trainer import MetaTrainer
 from signmaml.values import parse_word
 
 RATES = {"sign-maml": 1.0, "fo-maml": 0.1 / 0.0035, "maml": 0.14 / 0.0035}
+# What a method's name on the command line means.
+METHODS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in RATES},
+    "sharp-sign-maml": {"method": "sign-maml", "sharpness_lower": 0.05, "sharpness_upper": 0.05},
+    "alpha-maml": {"method": "maml", "adapt_rates": "alpha-maml"},
+}
 TARGETS = (0.7, 0.8, 0.9)
 # mini-ImageNet's: classes of each split, images of each class.
 CLASSES, IMAGES_OF_CLASS = {"train": 64, "val": 16, "test": 20}, 600
@@ -117,7 +125,7 @@ def measure(
         config = config.replace(iterations=iterations)
     if validations:
         config = config.replace(validate_every=max(1, config.iterations // validations))
-    print(f"{config.method}: {config.iterations} iterations", flush=True)
+    print(f"  {config.iterations} iterations", flush=True)
     trainer, ended = train(config, images)
     reached = {
         str(target): next((p["seconds"] for p in trainer.curve if p.get("accuracy", 0) >= target), None)
@@ -138,7 +146,7 @@ def measure(
         "test": ended.to_dict()["test"],
         "config": kept,
     }
-    print(f"{config.method}: {result['ms_per_iteration']:.2f} ms an iteration, test {result['test']}", flush=True)
+    print(f"  {result['ms_per_iteration']:.2f} ms an iteration, test {result['test']}", flush=True)
     return result
 
 
@@ -153,12 +161,18 @@ def settings(words: list[str]) -> dict[str, Any]:
     return found
 
 
+def configuration(base: TrainConfig, method: str) -> TrainConfig:
+    """The base configuration, which is that of sign-maml, with a method's own fields and rate."""
+    fields = METHODS[method]
+    return base.replace(**fields, inner_lr=base.inner_lr * RATES[fields["method"]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="official")
     parser.add_argument("--data-root", help="where the data set lies; default: the cache folder")
     parser.add_argument("--images", choices=["random"], help="noise of mini-ImageNet's size, instead of a data set")
-    parser.add_argument("--methods", nargs="+", choices=list(RATES), default=["sign-maml"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["sign-maml"])
     parser.add_argument("--iterations", type=int, help="of each method; default: the preset's")
     parser.add_argument("--seconds", type=float, help="training time of each method, instead of --iterations")
     parser.add_argument("--validations", type=int, default=12, help="points of a curve; 0: as the preset says")
@@ -184,7 +198,8 @@ def main() -> None:
     )
     result["runs"] = {}
     for method in arguments.methods:
-        config = base.replace(method=method, inner_lr=base.inner_lr * RATES[method])
+        print(f"{method}:", flush=True)
+        config = configuration(base, method)
         result["runs"][method] = measure(
             config, arguments.seconds, arguments.validations, tuple(arguments.targets), images
         )

@@ -15,7 +15,7 @@ if [ -n "$omniglot" ]; then
   "$python" benchmarks/record_run.py --out "$results/omniglot_5w1s.json" --curves "$results/omniglot_curves.png" \
     --shown "signmaml train --preset omniglot --data-root DIR" -- --preset omniglot --data-root "$omniglot"
   "$python" benchmarks/bench_training.py --preset omniglot --data-root "$omniglot" \
-    --methods sign-maml fo-maml maml --seconds 60 --out "$results"
+    --methods sign-maml sharp-sign-maml fo-maml maml alpha-maml --seconds 60 --out "$results"
 fi
 "$python" benchmarks/report.py --results "$results" --plots "$results"
 "$python" benchmarks/report.py --results "$results"

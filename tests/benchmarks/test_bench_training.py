@@ -41,6 +41,17 @@ def test_a_budget_of_time_and_a_curve(method):
     assert result["seconds_to"] == {"0.5": None} and result["test"]["loss"] > 0
 
 
+def test_every_method_has_a_configuration_and_a_rate_of_its_own():
+    import bench_training
+
+    base = bench_training.TrainConfig(**{**bench_training.PRESETS["omniglot"], "method": "sign-maml"})
+    found = {method: bench_training.configuration(base, method) for method in bench_training.METHODS}
+    assert found["sign-maml"] == base
+    assert found["sharp-sign-maml"].inner_lr == base.inner_lr and found["sharp-sign-maml"].sharpness_upper > 0
+    assert found["alpha-maml"] == found["maml"].replace(adapt_rates="alpha-maml")
+    assert len(set(map(str, found.values()))) == len(found)
+
+
 def test_random_images_have_the_classes_of_mini_imagenet():
     import bench_training
 

@@ -252,7 +252,7 @@ MUTATIONS = [
     Mutation("conv: dropped row gets a gradient", COMMON, "window_y < block.act_height && window_x", "window_y <= block.act_height && window_x"),
     Mutation("conv: dense part forgotten", COMMON, "- xhat * norm.get(4 * filters + c)", ""),
     Mutation("conv: halo one too far", FORWARD, "const int y = place.y * block.stride - 1 + row, x", "const int y = place.y * block.stride + row, x"),
-    Mutation("conv: tail of channels", FORWARD, "first += kConvChunk", "first += channels"),
+    Mutation("conv: tail of channels", FORWARD, "chunk < products * chunks;", "chunk < products;"),
     Mutation("conv: activation not kept", FORWARD, "row <= tiles.tile_height * block.stride", "row < tiles.tile_height * block.stride"),
     Mutation("conv: tiles joined without weights", FORWARD, "mean += distance * of_tile / both;", "mean += distance / 2;"),
     Mutation("conv: tap flipped", BACK, "2 - tap / 3, 2 - tap % 3", "tap / 3, 2 - tap % 3"),
@@ -303,7 +303,7 @@ MUTATIONS = [
             (BACKWARDS, "q. is there"),
         )
     ),
-    Mutation("second: input of the first product", FORWARD, "product == 0 ? row_of(p.below", "product >= 0 ? row_of(p.below"),
+    Mutation("second: input of the first product", FORWARD, "Stored* input = second ?", "Stored* input = !second ?"),
     Mutation("second: weights of the first product", FORWARD, "row_of(p.second_weights, task)", "row_of(p.weights, task)"),
     Mutation("second: dz of the first product", BACK, "row_of(p.second_raw_grad, task)", "row_of(p.raw_grad, task)"),
     Mutation("second: dz and the first weights", BACK, "row_of(p.second_weights, task)", "row_of(p.weights, task)"),
