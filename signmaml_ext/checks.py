@@ -199,7 +199,7 @@ def _check_inner_rule(
         return None
     for name, value in vars(rule).items():
         if value and not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
-            refuse("inner_rule", f"a {name} that {dtype} holds, like the parameters", rule)
+            refuse("inner_rule", f"{name} within the range of {dtype}, like the parameters", rule)
     if task_state == "int8" and rule.weight_decay > 0:
         refuse("task_state", f"'full' with {rule} (counts hold no weight decay)", repr(task_state))
     if compile:

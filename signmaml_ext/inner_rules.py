@@ -23,7 +23,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 
@@ -251,7 +250,7 @@ def _root(square: Tensor) -> Tensor:
     beta2 of 0, or squares that underflow), u has a kink like |g|, and 0 lies between the root's two slopes.
     """
     is_zero = square == 0
-    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).sqrt())
+    return square.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
 
 
 def _check(rule: InnerRule, **below: float) -> None:

@@ -633,6 +633,9 @@ def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
     params = run.problem.params
     alone = {} if run.batched else {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     theta = alone or {name: leaf(p) for name, p in params.items()}
+    if not alone and run.problem.inner_rule is not None and run.problem.inner_rule.weight_decay > 0:
+        # Memory of their own: what a forward writes for one task (max_norm) must not be what decays for the others.
+        theta |= {name: theta[name].detach().contiguous().requires_grad_() for name in run.problem.adapted}
     return theta, {key: leaf(rate) for key, rate in run.problem.rates.learnable().items()}
 
 
