@@ -175,7 +175,7 @@ def inner_rule(config: TrainConfig) -> InnerRule | None:
         "signum": Signum(momentum, decay),
         "lion": Lion(momentum, weight_decay=decay),
         "momentum": Momentum(momentum, weight_decay=decay),
-        "adam": Adam(momentum, weight_decay=decay),
+        "adam": Adam(momentum, eps=1e-8 if config.inner_eps is None else config.inner_eps, weight_decay=decay),
     }
     return rules[config.inner_rule]
 

@@ -88,6 +88,9 @@ class TrainConfig:
     inner_momentum: float | None = _option(
         None, "weight of earlier gradients in inner_rule (lion, adam: beta1), below 1; none: 0.9", least=0
     )
+    inner_eps: float | None = _option(
+        None, "eps of inner_rule adam; none: 1e-8, but method maml wants about 1e-3", above=0
+    )
     inner_weight_decay: float = _option(
         0.0, "decoupled weight decay (lambda): an inner step scales parameters by 1 - inner_lr lambda", least=0
     )
@@ -176,6 +179,8 @@ class TrainConfig:
             raise ValueError(f"inner_momentum: expected none with inner_rule 'plain', found {self.inner_momentum!r}")
         if self.inner_momentum is not None and self.inner_momentum >= 1:
             raise ValueError(f"inner_momentum: expected a number below 1, found {self.inner_momentum!r}")
+        if self.inner_eps is not None and self.inner_rule != "adam":
+            raise ValueError(f"inner_eps: expected none with inner_rule {self.inner_rule!r}, found {self.inner_eps!r}")
 
     def _check_adapted_rates(self) -> None:
         hyper = {name: getattr(self, name) for name in ("inner_hyper_lr", "outer_hyper_lr")}

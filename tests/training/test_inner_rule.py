@@ -23,6 +23,7 @@ CONFIGURED: list[tuple[dict[str, Any], InnerRule | None]] = [
     ({"inner_rule": "lion", "inner_momentum": 0.8, "inner_weight_decay": 0.1}, Lion(0.8, weight_decay=0.1)),
     ({"method": "fo-maml", "inner_rule": "momentum", "inner_momentum": 0.0}, Momentum(0.0)),
     ({"method": "maml", "inner_rule": "adam", "inner_weight_decay": 0.1}, Adam(weight_decay=0.1)),
+    ({"method": "maml", "inner_rule": "adam", "inner_eps": 1e-3}, Adam(eps=1e-3)),
 ]
 
 
@@ -90,6 +91,8 @@ def test_a_run_that_is_resumed_keeps_its_rule(tmp_path: Path) -> None:
         ({"inner_momentum": 0.5}, "inner_momentum: expected none with inner_rule 'plain', found 0.5"),
         ({"inner_rule": "lion", "inner_momentum": 1.0}, "inner_momentum: expected a number below 1, found 1.0"),
         ({"inner_rule": "lion", "inner_momentum": -0.1}, "inner_momentum: expected a number >= 0, found -0.1"),
+        ({"inner_rule": "lion", "inner_eps": 1e-3}, "inner_eps: expected none with inner_rule 'lion', found 0.001"),
+        ({"method": "maml", "inner_rule": "adam", "inner_eps": 0}, "inner_eps: expected a number > 0, found 0"),
         ({"inner_weight_decay": -1.0}, "inner_weight_decay: expected a number >= 0, found -1.0"),
     ],
 )  # fmt: skip
