@@ -8,17 +8,24 @@ from ._loader import VERSION as __version__  # first: a broken installation gets
 from .api import adapt, evaluate, explain, meta_step
 from .dispatch import Explanation
 from .graphs import GraphRefused
+from .inner_rules import Adam, InnerRule, Lion, Momentum, Plain, Signum
 from .ops import compact_sign_step_, meta_accumulate_, sign_step_
 from .results import CompactParams, EvaluateResult, MetaStepResult
 from .sharpness import Sharpness, perturbed
 
 __all__ = [
+    "Adam",
     "CompactParams",
     "EvaluateResult",
     "Explanation",
     "GraphRefused",
+    "InnerRule",
+    "Lion",
     "MetaStepResult",
+    "Momentum",
+    "Plain",
     "Sharpness",
+    "Signum",
     "__version__",
     "adapt",
     "compact_sign_step_",

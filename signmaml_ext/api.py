@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import conv, dispatch, graphs, mlp, modes, threads
 from .checks import check_compiled_order, check_problem
 from .dispatch import Explanation
+from .inner_rules import InnerRule
 from .inputs import Inputs, Output
 from .losses import Loss
 from .problem import Problem, Rate
@@ -39,6 +40,7 @@ def meta_step(
     graph: bool | None = None,
     task_state: str = "full",
     sharpness: Sharpness | float | None = None,
+    inner_rule: InnerRule | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -127,6 +129,15 @@ def meta_step(
             norms. `support_loss` is still the loss at phi, and both passes of a step use the same dropout masks.
             "sign-maml" stays exact; "maml" differentiates through eps. None or radius 0: plain steps. The upper step is
             `signmaml_ext.perturbed`.
+        inner_rule: What a step makes of its gradient and the task's earlier ones, and by how much it shrinks what was
+            there: `Plain` (weight decay alone), for "sign-maml" `Signum` or `Lion`, for "fo-maml" and "maml" `Momentum`
+            or `Adam`. Every task and every call starts from an empty memory. The rate scales the step and the decay, so
+            phi <- (1 - alpha * lambda) * phi - alpha * step. "sign-maml" stays exact, with the factors
+            1 - alpha * lambda in its meta-gradient and in those of its rates; "fo-maml" takes gradients for constants
+            and keeps those factors; "maml" differentiates through all of it. A parameter that the loss does not reach
+            stays as it is. With `sharpness` the rule gets the gradient at phi + eps. Rules run in plain PyTorch, so
+            ``compile=True`` and the native backends are refused; ``task_state="int8"`` serves rules without decay.
+            None: plain steps.
         output: Which part of what the model returns is the prediction: a key or an attribute ("logits"), a number, or a
             callable `(returned) -> tensor`. None: all of it, which must be one tensor for a named loss.
         batching: How tasks run that no whole-meta-step kernel serves. "together": under torch.vmap; a module that vmap
@@ -187,6 +198,7 @@ def meta_step(
         graph=graph,
         task_state=task_state,
         sharpness=sharpness,
+        inner_rule=inner_rule,
         batching=batching,
         compile=compile,
         output=output,
@@ -226,6 +238,7 @@ def evaluate(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     sharpness: Sharpness | float | None = None,
+    inner_rule: InnerRule | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -265,6 +278,7 @@ def evaluate(
         zero_dead_bias=zero_dead_bias,
         task_state=task_state,
         sharpness=sharpness,
+        inner_rule=inner_rule,
         batching=batching,
         compile=compile,
         output=output,
@@ -299,6 +313,7 @@ def adapt(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     sharpness: Sharpness | float | None = None,
+    inner_rule: InnerRule | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -343,6 +358,7 @@ def adapt(
         zero_dead_bias=zero_dead_bias,
         task_state=task_state,
         sharpness=sharpness,
+        inner_rule=inner_rule,
         batching=batching,
         compile=compile,
         output=output,
@@ -372,6 +388,7 @@ def explain(
     zero_dead_bias: bool = True,
     task_state: str = "full",
     sharpness: Sharpness | float | None = None,
+    inner_rule: InnerRule | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -418,6 +435,7 @@ def explain(
         zero_dead_bias=zero_dead_bias,
         task_state=task_state,
         sharpness=sharpness,
+        inner_rule=inner_rule,
         batching=batching,
         compile=compile,
         output=output,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import inputs, losses
+from .inner_rules import RULES, InnerRule, Plain
 from .inputs import Inputs, Output
 from .losses import Loss
 from .problem import (
@@ -78,6 +79,7 @@ def check_problem(
     graph: bool | None = None,
     task_state: str = "full",
     sharpness: Sharpness | float | None = None,
+    inner_rule: InnerRule | None = None,
     batching: str = "auto",
     compile: bool = False,
     output: Output | None = None,
@@ -124,6 +126,7 @@ def check_problem(
     adapted = _check_adapt(model, params, adapt)
     rates = _check_rates(inner_lr, {name: params[name] for name in adapted}, steps, device, dtype)
     _check_task_state(task_state, method, rates, params)
+    rule = _check_inner_rule(inner_rule, method, task_state, compile, dtype)
     if not with_query and batch_norm == "support" and task_state == "int8":
         refuse("task_state", "'full' with batch_norm 'support' (counts hold no statistics)", repr(task_state))
 
@@ -159,6 +162,7 @@ def check_problem(
         graph=graph,
         task_state=task_state,
         sharpness=_check_sharpness(sharpness),
+        inner_rule=rule,
         batching=batching,
         output=output,
         compile=compile,
@@ -176,6 +180,31 @@ def _check_sharpness(sharpness: Sharpness | float | None) -> Sharpness | None:
     else:
         found = Sharpness(sharpness)
     return found if found is not None and found.rho > 0 else None
+
+
+def _check_inner_rule(
+    rule: InnerRule | None, method: str, task_state: str, compile: bool, dtype: torch.dtype
+) -> InnerRule | None:
+    """None where steps are plain and nothing decays."""
+    if rule is None:
+        return None
+    if not isinstance(rule, RULES):
+        names = ", ".join(kind.__name__ for kind in RULES)
+        found = f"the class {rule.__name__} itself" if isinstance(rule, type) else describe(rule)
+        refuse("inner_rule", f"None or a rule of signmaml_ext ({names}), such as Plain()", found, TypeError)
+    if method not in rule.methods:
+        fitting = [kind.__name__ for kind in RULES if method in kind.methods]
+        refuse("inner_rule", f"one of {', '.join(fitting)} for method {method!r}", rule)
+    if isinstance(rule, Plain) and rule.weight_decay == 0:
+        return None
+    for name, value in vars(rule).items():
+        if value and not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
+            refuse("inner_rule", f"{name} within the range of {dtype}, like the parameters", rule)
+    if task_state == "int8" and rule.weight_decay > 0:
+        refuse("task_state", f"'full' with {rule} (counts hold no weight decay)", repr(task_state))
+    if compile:
+        refuse("compile", f"False with {rule} (rules run in plain PyTorch, which compiles nothing)", "True")
+    return rule
 
 
 def check_compiled_order(problem: Problem) -> None:

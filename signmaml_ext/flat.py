@@ -40,7 +40,12 @@ def why_not(problem: Problem, device_type: str) -> str | None:
         return "its steps are no part of the graph, and 'maml' differentiates through them"
     if len({parameter.dtype for parameter in problem.params.values()}) > 1:
         return "the parameters have several dtypes"
-    return None
+    return None if problem.inner_rule is None else no_rule(problem)
+
+
+def no_rule(problem: Problem) -> str:
+    """Why native steps do not serve a problem with a rule."""
+    return f"its steps are plain, and inner_rule is {problem.inner_rule}"
 
 
 def meta_gradients(problem: Problem) -> MetaGradients:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _loader, ops
 from .checks import check_labels
-from .flat import constant
+from .flat import constant, no_rule
 from .inputs import Inputs, only
 from .problem import Problem
 from .recognition import Spec as AnySpec
@@ -86,6 +86,8 @@ def why_not(
         sharp: Whether it serves sharpness-aware steps.
         counted: Whether it serves steps that are counted.
     """
+    if problem.inner_rule is not None:
+        return no_rule(problem)
     if not isinstance(problem.support_x, Tensor):
         return "the model has several inputs"
     if problem.output is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
+from .inner_rules import InnerRule
 from .inputs import Inputs, Output
 from .losses import Loss
 from .sharpness import Sharpness
@@ -143,6 +144,7 @@ class Problem:
         keyed: Whether forward passes that run task by task draw from their own streams; False inside a graph.
         task_state: One of `TASK_STATES`.
         sharpness: How gradients of inner steps are perturbed; None: not at all.
+        inner_rule: What steps make of the gradients; None: plain steps without weight decay.
         batching: One of `BATCHINGS`.
         output: Which part of the model's output is the prediction; None: all of it.
         compile: Whether torch.compile compiles the passes that torch computes.
@@ -169,6 +171,7 @@ class Problem:
     keyed: bool = True
     task_state: str = "full"
     sharpness: Sharpness | None = None
+    inner_rule: InnerRule | None = None
     batching: str = "auto"
     output: Output | None = None
     compile: bool = False

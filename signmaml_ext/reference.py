@@ -31,6 +31,7 @@ from .checks import (
     describe,
     refuse,
 )
+from .inner_rules import Memory
 from .inputs import Inputs
 from .losses import Loss, accuracy, cross_entropy, takes_targets
 from .norms import SupportStatistics
@@ -547,8 +548,9 @@ def inner_loop(
     problem = run.problem
     second_order = problem.method == "maml"
     x, y = inputs.take(problem.support_x, tasks), problem.support_y[tasks]
-    compact = problem.task_state == "int8"
+    compact, rule = problem.task_state == "int8", problem.inner_rule
     phi, losses = dict(theta), []
+    memory: dict[str, Memory | None] = {}
     counts = {name: torch.zeros_like(theta[name], dtype=torch.int8) for name in problem.adapted} if compact else {}
 
     def rate_of(name: str, step: int) -> float | Tensor:
@@ -572,17 +574,25 @@ def inner_loop(
             loss, _ = run.loss_and_prediction(there, x, y, first_task=tasks.start, step=step)
             gradients = gradients_of(loss, place, create_graph=second_order)
             nonfinite |= ~(loss.detach().isfinite() & _all_finite_by_task(run, gradients, nonfinite))
+        if rule is not None and rule.weight_decay > 0:
+            # A gradient of exactly 0 is one, so its parameter decays.
+            gradients |= {name: torch.zeros_like(value) for name, value in moving.items() if name not in wanted}
         for name, gradient in gradients.items():
             if gradient is None:
                 continue
+            rate, kept = rate_of(name, step), phi[name]
+            if rule is not None:
+                own = gradient if second_order else gradient.detach()
+                gradient, memory[name] = rule.combine(own, memory.get(name))
+                if rule.weight_decay > 0:
+                    kept = (1 - rate * rule.weight_decay) * kept
             if compact:
-                rate = rate_of(name, step)
                 counts[name], phi[name] = compact_sign_step(counts[name], theta[name], gradient.detach(), rate)
                 continue
             direction = sign(gradient) if problem.method == "sign-maml" else gradient
             if not second_order:
                 direction = direction.detach()
-            phi[name] = phi[name] - rate_of(name, step) * direction
+            phi[name] = kept - rate * direction
     if not losses:
         return phi, torch.empty(0, y.shape[0], dtype=problem.dtype, device=problem.device), counts
     return phi, torch.stack(losses), counts
@@ -623,6 +633,9 @@ def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
     params = run.problem.params
     alone = {} if run.batched else {name: p.detach().clone().requires_grad_() for name, p in params.items()}
     theta = alone or {name: leaf(p) for name, p in params.items()}
+    if not alone and run.problem.inner_rule is not None and run.problem.inner_rule.weight_decay > 0:
+        # Memory of their own: what a forward writes for one task (max_norm) must not be what decays for the others.
+        theta |= {name: theta[name].detach().contiguous().requires_grad_() for name in run.problem.adapted}
     return theta, {key: leaf(rate) for key, rate in run.problem.rates.learnable().items()}
 
 

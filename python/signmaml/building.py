@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from signmaml_ext import Sharpness
+from signmaml_ext import Adam, InnerRule, Lion, Momentum, Plain, Sharpness, Signum
 
 from .config import TrainConfig
 from .episodes import Sampler, draw
@@ -161,7 +161,23 @@ def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], T
         "nonfinite": config.nonfinite,
         "batch_norm": config.batch_norm,
         "sharpness": sharpness(config, config.sharpness_lower),
+        "inner_rule": inner_rule(config),
     }
+
+
+def inner_rule(config: TrainConfig) -> InnerRule | None:
+    """The rule of inner steps as configured; None for plain steps."""
+    if config.takes_plain_steps():
+        return None
+    momentum, decay = 0.9 if config.inner_momentum is None else config.inner_momentum, config.inner_weight_decay
+    rules: dict[str, InnerRule] = {
+        "plain": Plain(decay),
+        "signum": Signum(momentum, decay),
+        "lion": Lion(momentum, weight_decay=decay),
+        "momentum": Momentum(momentum, weight_decay=decay),
+        "adam": Adam(momentum, eps=1e-8 if config.inner_eps is None else config.inner_eps, weight_decay=decay),
+    }
+    return rules[config.inner_rule]
 
 
 def sharpness(config: TrainConfig, rho: float) -> Sharpness | None:

@@ -113,8 +113,9 @@ def settle_threads(config: TrainConfig) -> None:
     known = data.DATASETS.get(config.data)
     side = config.image_size or (known.image_size if known else None)
     small = config.data == "sinusoid" or (side is not None and side <= 32)
-    # No kernel differentiates through sharpness-aware steps.
-    in_torch = config.backend == "torch" or (config.method == "maml" and config.sharpness_lower > 0)
+    # No kernel differentiates through sharpness-aware steps, or knows rules.
+    sharp = config.method == "maml" and config.sharpness_lower > 0
+    in_torch = config.backend == "torch" or sharp or not config.takes_plain_steps()
     if small and in_torch and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 

@@ -20,6 +20,14 @@ from .values import Kind, Rule, converted, kind_of
 METHODS = ("sign-maml", "fo-maml", "maml")
 MAX_FILE_BYTES, MAX_FILE_DEPTH = 2**20, 20  # limits for a configuration file
 LEARNED_RATES = ("none", "scalar", "per-step", "per-layer", "per-layer-per-step", "per-parameter")
+# The inner rules, and the methods whose steps they make.
+INNER_RULES = {
+    "plain": METHODS,
+    "signum": ("sign-maml",),
+    "lion": ("sign-maml",),
+    "momentum": ("fo-maml", "maml"),
+    "adam": ("fo-maml", "maml"),
+}
 ADAPTED_RATES = ("none", "alpha-maml", "multiplicative")
 
 
@@ -70,6 +78,21 @@ class TrainConfig:
     learn_inner_lr: str = _option("none", "meta-learn inner rates, starting at inner_lr", choices=LEARNED_RATES)
     adapt: tuple[str, ...] | None = _option(
         None, "name patterns of the parameters that the inner loop moves (ANIL: classifier); none: all"
+    )
+
+    inner_rule: str = _option(
+        "plain",
+        "what inner steps move along; signum and lion for sign-maml, momentum and adam for the others",
+        choices=tuple(INNER_RULES),
+    )
+    inner_momentum: float | None = _option(
+        None, "weight of earlier gradients in inner_rule (lion, adam: beta1), below 1; none: 0.9", least=0
+    )
+    inner_eps: float | None = _option(
+        None, "eps of inner_rule adam; none: 1e-8, but method maml wants about 1e-3", above=0
+    )
+    inner_weight_decay: float = _option(
+        0.0, "decoupled weight decay (lambda): an inner step scales parameters by 1 - inner_lr lambda", least=0
     )
 
     sharpness_lower: float = _option(
@@ -143,7 +166,21 @@ class TrainConfig:
             raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
         if self.adapt is not None and not self.adapt:
             raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
+        self._check_inner_rule()
         self._check_adapted_rates()
+
+    def _check_inner_rule(self) -> None:
+        if self.method not in INNER_RULES[self.inner_rule]:
+            fitting = ", ".join(repr(rule) for rule, methods in INNER_RULES.items() if self.method in methods)
+            raise ValueError(
+                f"inner_rule: expected one of {fitting} for method {self.method!r}, found {self.inner_rule!r}"
+            )
+        if self.inner_momentum is not None and self.inner_rule == "plain":
+            raise ValueError(f"inner_momentum: expected none with inner_rule 'plain', found {self.inner_momentum!r}")
+        if self.inner_momentum is not None and self.inner_momentum >= 1:
+            raise ValueError(f"inner_momentum: expected a number below 1, found {self.inner_momentum!r}")
+        if self.inner_eps is not None and self.inner_rule != "adam":
+            raise ValueError(f"inner_eps: expected none with inner_rule {self.inner_rule!r}, found {self.inner_eps!r}")
 
     def _check_adapted_rates(self) -> None:
         hyper = {name: getattr(self, name) for name in ("inner_hyper_lr", "outer_hyper_lr")}
@@ -163,6 +200,10 @@ class TrainConfig:
             raise ValueError(
                 f"inner_hyper_lr: expected 0 with inner_steps 0 (no step uses inner_lr), found {self.inner_hyper_lr!r}"
             )
+
+    def takes_plain_steps(self) -> bool:
+        """Whether inner steps have neither a rule nor weight decay."""
+        return self.inner_rule == "plain" and self.inner_weight_decay == 0
 
     def adapts_inner_lr(self) -> bool:
         """Whether training changes the inner rate online."""
@@ -255,6 +296,7 @@ _WORDS = {
     "amp": ("precision",), "dtype": ("precision",), "output": ("out",), "output_dir": ("out",), "save_dir": ("out",),
     "log_dir": ("out",), "random_seed": ("seed",), "eval_every": ("validate_every",),
     "save_every": ("checkpoint_every",), "optimizer": ("outer_optimizer",), "alpha_maml": ("adapt_rates",),
+    "momentum": ("inner_momentum",), "weight_decay": ("inner_weight_decay",), "inner_optimizer": ("inner_rule",),
     "hypergrad_lr": ("inner_hyper_lr", "outer_hyper_lr"), "hyper_lr": ("inner_hyper_lr", "outer_hyper_lr"),
 }  # fmt: skip
 
@@ -263,7 +305,8 @@ def nearest(word: str) -> tuple[str, ...]:
     """The fields that an unknown word may mean: by its meaning in other programs, else by similar spelling."""
     known = [entry.name for entry in dataclasses.fields(TrainConfig) if entry.name != word]
     word = word.replace("-", "_")
-    return _WORDS.get(word) or tuple(difflib.get_close_matches(word, known, n=1))
+    swapped = tuple(name for name in known if sorted(name) == sorted(word))  # letters in another order
+    return _WORDS.get(word) or swapped or tuple(difflib.get_close_matches(word, known, n=1))
 
 
 def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:

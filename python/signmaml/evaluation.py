@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
-from signmaml_ext import Sharpness
+from signmaml_ext import InnerRule, Plain, Sharpness
 
 from .distributed import Group
 from .episodes import Episodes, EpisodeSampler, Sampler, draw, draw_tasks
@@ -42,6 +42,7 @@ class StepArguments(TypedDict):
     backend: str
     precision: str
     sharpness: Sharpness | float | None
+    inner_rule: InnerRule | None
 
 
 class EvaluationArguments(StepArguments):
@@ -77,6 +78,7 @@ class Evaluation:
         backend: Backend that computed it.
         precision: "fp32", "tf32" or "bf16".
         sharpness: How inner gradients were perturbed, in words; "none" if they were not.
+        inner_rule: The rule of the inner steps, in words; "none" for plain steps.
     """
 
     metric: str
@@ -100,6 +102,7 @@ class Evaluation:
     backend: str
     precision: str
     sharpness: str = "none"
+    inner_rule: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; a number that is not finite becomes None."""
@@ -120,12 +123,14 @@ class Evaluation:
             setting = f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class"
         rate = self.inner_lr if isinstance(self.inner_lr, str) else f"{self.inner_lr:g}"
         rotated = ", rotated classes" if self.rotations else ""
-        sharp = "" if self.sharpness == "none" else f" with sharpness {self.sharpness}"
+        extras = [] if self.inner_rule == "none" else [self.inner_rule]
+        extras += [] if self.sharpness == "none" else [f"sharpness {self.sharpness}"]
+        steps = f" with {' and '.join(extras)}" if extras else ""
         # Statistics of the query set use all its images at once.
         transductive = " (transductive)" if self.batch_norm == "batch" else ""
         seed = "" if self.seed is None else f", seed {self.seed}"
         return (
-            f"{setting}, {self.data}/{self.split}{rotated}; {self.method}{sharp}, {self.test_steps} test steps, "
+            f"{setting}, {self.data}/{self.split}{rotated}; {self.method}{steps}, {self.test_steps} test steps, "
             f"inner_lr {rate}, BatchNorm on {self.batch_norm} statistics{transductive}; {self.tasks} tasks{seed}, "
             f"backend {self.backend}, {self.precision}"
         )
@@ -157,6 +162,7 @@ def evaluate(
     backend: str = "auto",
     precision: str = "fp32",
     sharpness: Sharpness | float | None = None,
+    inner_rule: InnerRule | None = None,
     seed: int = 0,
     rotations: bool = False,
     normalize: str = "zero-one",
@@ -174,7 +180,7 @@ def evaluate(
         shots: Support examples per class, likewise (default 1).
         queries: Query examples per class, likewise (default 15).
         tasks: Number of tasks, >= 1; with one task there is no interval.
-        inner_lr: As in `signmaml_ext.evaluate`, like the following arguments down to `sharpness`.
+        inner_lr: As in `signmaml_ext.evaluate`, like the following arguments down to `inner_rule`.
         inner_steps: Inner steps of every task.
         method: "sign-maml", "fo-maml" or "maml".
         loss: None: cross-entropy for int64 labels, the mean squared error for anything else.
@@ -184,6 +190,7 @@ def evaluate(
         backend: "auto", "cuda", "cpu" or "torch".
         precision: "fp32", "tf32" or "bf16".
         sharpness: How inner gradients are perturbed; None: not at all.
+        inner_rule: What inner steps make of their gradients, and weight decay; None: plain steps.
         seed: Seed of the tasks drawn from an `ImageSet`, >= 0.
         rotations: As in `EpisodeSampler`; for an `ImageSet`.
         normalize: Likewise.
@@ -246,6 +253,7 @@ def evaluate(
         backend=backend,
         precision=precision,
         sharpness=sharpness,
+        inner_rule=inner_rule,
     )
 
 
@@ -315,6 +323,7 @@ def evaluate_sampler(
         backend=result.backend,
         precision=arguments["precision"],
         sharpness=_in_words(arguments["sharpness"]),
+        inner_rule="none" if arguments["inner_rule"] in (None, Plain()) else str(arguments["inner_rule"]),
     )
     group.bytes_of_first(json.dumps(dataclasses.asdict(evaluation)).encode())
     return evaluation

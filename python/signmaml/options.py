@@ -11,7 +11,8 @@ from .values import parse_word
 # Fields of TrainConfig that an evaluation may override.
 EVALUATION_FIELDS = (
     "data", "data_root", "ways", "shots", "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
-    "sharpness_lower", "sharpness_norm", "sharpness_adaptive",
+    "sharpness_lower", "sharpness_norm", "sharpness_adaptive", "inner_rule", "inner_momentum", "inner_eps",
+    "inner_weight_decay",
     "precision", "backend", "seed", "device",
 )  # fmt: skip
 

@@ -231,6 +231,7 @@ class MetaTrainer:
         sizes = [f"{split} {s.size_in_words()}" for split, s in samplers.items() if isinstance(s, EpisodeSampler)]
         learned = "" if config.learn_inner_lr == "none" else f" (learned, {config.learn_inner_lr})"
         sharp = [f"sharp    {_sharpness_in_words(config)}"] if config.sharpness_lower or config.sharpness_upper else []
+        rule = [] if config.takes_plain_steps() else [f"rule     {building.inner_rule(config)}"]
         adapted = "" if config.adapt_rates == "none" else f", rates adapted online ({config.adapt_rates})"
         optimizer = type(self.optimizer).__name__
         return "\n".join(
@@ -241,6 +242,7 @@ class MetaTrainer:
                 f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
                 f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, "
                 f"{optimizer} {config.outer_lr:g} {config.schedule}{adapted}",
+                *rule,
                 *sharp,
                 *str(self.explanation).replace("backend: ", "backend  ").splitlines(),
                 f"device   {building.device_name(self.device)}",

@@ -59,6 +59,8 @@ BAD = {
     "inner_steps negative": ({"inner_steps": -1}, ValueError, "inner_steps: expected an integer >= 0, found -1"),
     "inner_steps float": ({"inner_steps": 2.0}, TypeError, "inner_steps: expected an integer >= 0, found float 2.0"),
     "inner_steps bool": ({"inner_steps": True}, TypeError, "inner_steps: expected an integer"),
+    "inner_rule type": ({"inner_rule": "adam"}, TypeError, r"inner_rule: expected None or a rule of signmaml_ext \(Plain, Signum, .*found str 'adam'"),
+    "inner_rule of another method": ({"inner_rule": signmaml_ext.Adam()}, ValueError, r"inner_rule: expected one of Plain, Signum, Lion for method 'sign-maml', found Adam\("),
     "seed": ({"seed": -1}, ValueError, "seed: expected an integer >= 0"),
     "zero_dead_bias": ({"zero_dead_bias": 1}, TypeError, "zero_dead_bias: expected True or False"),
     "adapt": ({"adapt": ["classifier.*"]}, ValueError, r"adapt: expected patterns that match trainable parameters \(0.weight, .*found 'classifier"),

@@ -15,6 +15,7 @@ from torch import nn
 import signmaml_ext
 from helpers.cases import nets
 from helpers.programs import toy_run
+from signmaml_ext import Adam
 
 ROOT = Path(__file__).resolve().parents[2]
 # Functions that create on the default device.
@@ -48,6 +49,7 @@ CASES = {
     "flat, int8": (nets.Tied, nets.vector_tasks, {"task_state": "int8"}),
     "reference": (nets.Recurrent, nets.image_tasks, {"backend": "torch"}),
     "maml": (nets.mlp, nets.vector_tasks, {"method": "maml"}),
+    "maml, Adam": (nets.mlp, nets.vector_tasks, {"method": "maml", "inner_rule": Adam(weight_decay=0.1)}),
     "dropout, one by one": (nets.FunctionalDropout, nets.vector_tasks, {"batching": "one-by-one", "seed": 3}),
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from helpers.cases import libraries, nets
 from signmaml.models import MLP, Conv4
-from signmaml_ext import adapt, evaluate, explain, meta_step
+from signmaml_ext import Signum, adapt, evaluate, explain, meta_step
 
 NETS = {
     "Conv4": (lambda: Conv4(3, 1, 8, 16), 1, 16),
@@ -111,6 +111,7 @@ CALLS = {
     "a callable loss": (
         lambda: Conv4(3, 1, 8, 16), {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "this is a callable"
     ),
+    "an inner rule": (lambda: Conv4(3, 1, 8, 16), {"inner_rule": Signum()}, r"inner_rule is Signum\("),
     "bf16": (lambda: Conv4(3, 1, 8, 16).float(), {"precision": "bf16"}, "computes in fp32 there"),
     "running statistics": (libraries.MiniImagenetCNN, {"batch_norm": "running"}, "batch_norm is 'running'"),
     "noise in dead biases": (lambda: Conv4(3, 1, 8, 16), {"zero_dead_bias": False}, "zero_dead_bias=False"),

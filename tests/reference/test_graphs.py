@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers.cases import nets
 from helpers.cases.perceptrons import problem_of
 from helpers.devices.replaying import ReplayingRecorder, ReplayingRecording, stand_in
-from signmaml_ext import graphs, meta_step, modes
+from signmaml_ext import Signum, graphs, meta_step, modes
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}
 USUAL = {"loss": "cross_entropy", "backend": "auto"}  # as meta_step has them
@@ -139,6 +139,7 @@ CHANGES_OF_THE_CALL = {
     "the head alone": lambda model: {"adapt": ["4.*"]},
     "another policy": lambda model: {"nonfinite": "skip"},
     "another backend": lambda model: {"backend": "torch"},
+    "an inner rule": lambda model: {"inner_rule": Signum(weight_decay=0.1)},
     "tasks as int8": lambda model: {"task_state": "int8"},
     "noise of dead biases": lambda model: {"zero_dead_bias": False},
 }

@@ -82,6 +82,8 @@ def test_own_models_and_data_are_not_mistaken_for_the_configured_ones(tmp_path: 
         ({}, {"sharpness_lower": 0.1}, 3),
         ({}, {"sharpness_upper": 0.1, "method": "maml"}, 3),
         ({}, {"sharpness_lower": 0.1, "method": "maml"}, 1),
+        ({}, {"inner_rule": "lion"}, 1),
+        ({}, {"inner_weight_decay": 0.1}, 1),
         ({}, {"backend": "torch", "image_size": 84}, 3),
         ({}, {"data": "mini_imagenet", "backend": "torch"}, 3),
         ({"OMP_NUM_THREADS": "3"}, {"backend": "torch"}, 3),

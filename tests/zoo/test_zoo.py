@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
-from helpers.cases import definition
-from signmaml_ext import compiled
+from helpers.cases import definition, rules
+from signmaml_ext import InnerRule, Lion, Momentum, Plain, Signum, compiled
 from zoo.cases import CASES, METHODS, Case
 
 pytestmark = [
@@ -39,15 +39,24 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
     assert all(torch.equal(now["values"][name], value) for name, value in before["values"].items())
 
 
-def check(case: Case, method: str, batching: str, backend: str, sharpness: float = 0.0) -> None:
+def check(
+    case: Case,
+    method: str,
+    batching: str,
+    backend: str,
+    sharpness: float = 0.0,
+    rule: InnerRule | None = None,
+    vector: rules.Vector | None = None,
+) -> None:
     model, data = case.model(), case.data()
     like = case.twin(case.model()) if case.twin else model
     expected, query_loss, support_loss = definition.meta_gradient(
-        like, data, **OPTIONS, method=method, sharpness=sharpness, **case.options
-    )
+        like, data, **OPTIONS, method=method, sharpness=sharpness, vector=vector,
+        weight_decay=0.0 if rule is None else rule.weight_decay, **case.options,
+    )  # fmt: skip
     before = state_of(model)
     options = {**OPTIONS, "method": method, "batching": batching, "backend": backend, **case.options}
-    options["sharpness"] = sharpness
+    options |= {"sharpness": sharpness, "inner_rule": rule}
     if batching == "together" and case.together is not None:
         with pytest.raises(ValueError, match=f"batching: .*found 'together': .*{case.together}"):
             signmaml_ext.meta_step(model, *data, **options)
@@ -99,6 +108,23 @@ def test_sharpness_aware_steps(number: int) -> None:
     """The methods take turns."""
     case, method = list(CASES.values())[number], METHODS[number % len(METHODS)]
     check(case, method if method in case.methods else "sign-maml", "auto", "auto", sharpness=0.1)
+
+
+RULES: dict[str, list[tuple[InnerRule, rules.Vector]]] = {
+    "sign-maml": [(Signum(0.8), rules.signum(0.8)), (Lion(0.8, 0.6, 0.5), rules.lion(0.8, 0.6))],
+    "fo-maml": [(Momentum(0.8), rules.momentum(0.8)), (Plain(0.5), rules.plain())],
+    "maml": [(Momentum(0.8, True, 0.5), rules.momentum(0.8, True)), (Plain(0.5), rules.plain())],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_inner_rules(number: int) -> None:
+    """The methods and their rules take turns. Adam is left out: it steps along rounding noise."""
+    case, method = list(CASES.values())[number], METHODS[number % len(METHODS)]
+    method = method if method in case.methods else "sign-maml"
+    rule, vector = RULES[method][number // len(METHODS) % 2]
+    check(case, method, "auto", "auto", rule=rule, vector=vector)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from helpers.cases import rules
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 
 
@@ -29,12 +31,14 @@ def meta_gradient(
     adapt: list[str] | None = None,
     second_order_sign: bool = False,
     sharpness: float = 0.0,
+    vector: rules.Vector | None = None,
+    weight_decay: float = 0.0,
 ) -> tuple[dict[str, Tensor | None], Tensor, Tensor]:
     """Mean meta-gradient by name, query losses `[T]`, support losses `[K, T]`; None for parameters that no loss uses.
 
     BatchNorm normalises by the current set, in training and evaluation; each forward starts from the model's buffers.
     `second_order_sign` differentiates through the sign, whose derivative is 0. `sharpness` is the radius of the lower
-    step of Sharp-MAML.
+    step of Sharp-MAML, `vector` what an inner rule steps along, and `weight_decay` its lambda.
     """
     keep_history = method == "maml" or second_order_sign
     criterion = LOSSES[loss] if isinstance(loss, str) else loss
@@ -46,8 +50,9 @@ def meta_gradient(
     with sdpa_kernel(SDPBackend.MATH) if keep_history else nullcontext():
         for task in zip(*data, strict=True):
             gradients, query, support = _task(
-                model, task, adapted, inner_lr, inner_steps, method == "sign-maml", keep_history, criterion, sharpness
-            )
+                model, task, adapted, inner_lr, inner_steps, method == "sign-maml", keep_history, criterion, sharpness,
+                vector or rules.plain(), weight_decay,
+            )  # fmt: skip
             for name, gradient in gradients.items():
                 if gradient is not None:
                     gradient, previous = gradient.to_dense(), sums[name]
@@ -69,11 +74,15 @@ def _task(
     keep_history: bool,
     loss: Callable[[Tensor, Tensor], Tensor],
     sharpness: float,
+    vector: rules.Vector,
+    weight_decay: float,
 ) -> tuple[dict[str, Tensor | None], Tensor, list[Tensor]]:
     support_x, support_y, query_x, query_y = data
     learner = _copy(model)
     theta = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     phi, losses = dict(theta), []
+    seen: dict[str, list[Tensor]] = {name: [] for name in adapted}
+    factors = dict.fromkeys(theta, 1.0)  # of d phi / d theta, where the steps have no history
     for step in range(steps):
         if step > 0:
             # With a history, each step gets its own copy of the module, whose parameters are tensors with a history:
@@ -96,15 +105,19 @@ def _task(
             found = [dict(zip(at, sharp, strict=True)).get(name) for name in adapted]
         for name, gradient in zip(adapted, found, strict=True):
             if gradient is not None:
-                gradient = gradient.to_dense()  # sparse embeddings have sparse gradients
-                direction = gradient.sign() if by_sign else gradient
-                moved = phi[name] - rate * direction
+                seen[name].append(gradient.to_dense())  # sparse embeddings have sparse gradients
+                along = vector(seen[name])
+                direction = along.sign() if by_sign else along
+                factors[name] *= 1 - rate * weight_decay
+                moved = (1 - rate * weight_decay) * phi[name] - rate * direction
                 phi[name] = moved if keep_history else moved.detach().requires_grad_()
     learner = _with(model, phi, keep_history)
     if not keep_history:
         theta = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     error = loss(learner(query_x), query_y)
     found = torch.autograd.grad(error, list(theta.values()), allow_unused=True)
+    if not keep_history:
+        found = [None if g is None else g * factors[name] for name, g in zip(theta, found, strict=True)]
     return dict(zip(theta, found, strict=True)), error.detach(), losses
 
 
