@@ -307,6 +307,11 @@ class Outcome(NamedTuple):
         """The last line: the error's message."""
         return self.said.strip().splitlines()[-1] if self.said.strip() else f"signal {-self.code}"
 
+    def assert_caught(self) -> None:
+        """The cases found the mutant, and did not just take too long."""
+        assert self.code != 0, "the mutant passed every case"
+        assert self.code != -signal.SIGALRM, f"the cases did not end within {SECONDS} s"
+
 
 class Runner:
     """Runs the cases on one mutant at a time; one runner per processor works in parallel."""

@@ -11,6 +11,7 @@ import torch
 from helpers.cases import conv_cases, emulated_cases, nets
 from helpers.cases.conv_cases import Net
 from helpers.devices import emulated
+from helpers.devices.emulated import by_seed
 from signmaml_ext import conv, reference
 from signmaml_ext.checks import check_problem
 
@@ -18,11 +19,6 @@ from signmaml_ext.checks import check_problem
 @pytest.fixture(scope="module")
 def native() -> ModuleType:
     return emulated.load(emulated.build_once())
-
-
-def by_seed(native: ModuleType, seed: int) -> None:
-    """Runs threads in a random order, for some seeds with several blocks at once."""
-    native.configure(seed=seed, blocks_alive=1 + seed % 3, multiprocessors=2)
 
 
 NETS = {

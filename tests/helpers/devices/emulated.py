@@ -113,6 +113,11 @@ def build_once() -> Path:
     return kept / module.name
 
 
+def by_seed(native: ModuleType, seed: int) -> None:
+    """Runs threads in a random order, for some seeds with several blocks at once."""
+    native.configure(seed=seed, blocks_alive=1 + seed % 3, multiprocessors=2)
+
+
 # For modules with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZER_OPTIONS = {
     # Leaks are not checked: Python itself does not free everything on exit.
