@@ -52,7 +52,7 @@ PEERS = (
     "jax_",
     "tuned_torch",
 )
-BASE, BEST_TORCH = "sequential loop", "hand-tuned PyTorch"
+BASE, BEST_TORCH, OURS = "sequential loop", "hand-tuned PyTorch", "signmaml_ext"
 CHECKED_TASKS = 2
 FLOAT64_TOLERANCE, FLOAT32_TOLERANCE, STEPS_TOLERANCE = 1e-9, 0.02, 0.25
 
@@ -77,7 +77,7 @@ def implementations() -> list[Implementation]:
     for backend in reversed(signmaml_ext.dispatch.BACKENDS):
         found.append(
             Implementation(
-                f"signmaml_ext, {backend}",
+                f"{OURS}, {backend}",
                 functools.partial(ours.why_not, backend=backend),
                 functools.partial(ours.prepare, backend=backend),
             )
@@ -187,7 +187,7 @@ def measure(
                 if checker is not None:
                     drifts[name] = checker.drift(prepared[name])
             except Exception as error:  # a peer on untested versions may raise anything
-                if name.startswith("signmaml_ext") or name == BASE:
+                if name.startswith(OURS) or name == BASE:
                     raise
                 prepared.pop(name, None)
                 reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:120]}"
@@ -198,9 +198,13 @@ def measure(
 
     product, n = harness.matrix_product(device)
     runs = {"matrix product": product} | {name: step.run for name, step in prepared.items()}
+    with_signs = sign_steps(problem, [each for each in wanted if each.name in prepared])
+    runs |= with_signs
     comparison = harness.compare(runs, seconds=seconds, device=device, least=least)
     flops = WORKLOADS[workload].flops(tasks, steps, method)
     matrix_flops = counts.matrix_flops(n)
+    peers = [name for name in prepared if name != BASE and not name.startswith(OURS)]
+    best_peer = min(peers, key=lambda name: comparison.timing(name).median, default="")
     rows: dict[str, Any] = {}
     for name, step in prepared.items():
         share = [
@@ -212,9 +216,12 @@ def measure(
             "gflops": comparison.rate(name, flops),
             "share_of_matrix": Summary.of(share),
         }
-        for key, base in (("speedup", BASE), ("speedup_over_best_torch", BEST_TORCH)):
+        bases = {"speedup": BASE, "speedup_over_best_torch": BEST_TORCH, "speedup_over_best_peer": best_peer}
+        for key, base in bases.items():
             if base in prepared:
                 row[key] = comparison.ratio(name, base)
+        if (signs := f"{name}, sign-maml") in with_signs:
+            row["times_sign_maml"] = comparison.ratio(signs, name)
         if name in drifts:
             row["drift"] = float(f"{drifts[name]:.2g}")
         if step.note:
@@ -230,11 +237,21 @@ def measure(
         "method": method,
         "gflop": float(f"{flops / 1e9:.4g}"),
         "matrix_gflops": comparison.rate("matrix product", matrix_flops),
+        "best_peer": best_peer,
         "implementations": rows,
         "skipped": skipped,
     }
     print(as_table(workload, point), flush=True)
     return point
+
+
+def sign_steps(problem: Problem, wanted: Sequence[Implementation]) -> dict[str, Callable[[], Any]]:
+    """This package's meta-steps of sign-maml, with which those of another method are compared."""
+    if problem.method == "sign-maml":
+        return {}
+    signs = replace(problem, method="sign-maml")
+    ours_alone = [each for each in wanted if each.name.startswith(OURS) and each.why_not(signs) is None]
+    return {f"{each.name}, sign-maml": each.prepare(signs).run for each in ours_alone}
 
 
 def as_table(workload: str, point: Mapping[str, Any]) -> str:
@@ -350,7 +367,7 @@ def main() -> None:
         return
     wanted = implementations()
     if arguments.growth:
-        few = (BASE, BEST_TORCH, "torch.func vmap", "signmaml_ext")
+        few = (BASE, BEST_TORCH, "torch.func vmap", OURS)
         wanted = [each for each in wanted if each.name.startswith(few)]
     if arguments.only:
         wanted = [each for each in wanted if any(part in each.name for part in arguments.only)]
@@ -362,10 +379,11 @@ def main() -> None:
     for workload in arguments.workload:
         result: dict[str, Any] = {**harness.stamp(device), "workload": workload}
         result["method"] = arguments.method
+        # report.py makes tables of the results of one kind, so another method is another kind.
         suffix = "" if arguments.method == "sign-maml" else f"_{arguments.method}"
         if arguments.growth:
             points = growth(workload, device, arguments.seconds, wanted, with_memory, arguments.method)
-            result |= {"benchmark": "growth", "points": points}
+            result |= {"benchmark": f"growth{suffix}", "points": points}
         else:
             points = [
                 measure(
@@ -383,9 +401,10 @@ def main() -> None:
                 for tasks in arguments.tasks or [WORKLOADS[workload].tasks]
                 for steps in arguments.steps
             ]
-            result |= {"benchmark": "meta_step", "points": points}
+            result |= {"benchmark": f"meta_step{suffix}", "points": points}
         if arguments.out:
-            harness.write(arguments.out / f"{result['benchmark']}_{workload}{suffix}_{device.type}.json", result)
+            kind = "growth" if arguments.growth else "meta_step"
+            harness.write(arguments.out / f"{kind}_{workload}{suffix}_{device.type}.json", result)
 
 
 if __name__ == "__main__":

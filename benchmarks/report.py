@@ -184,14 +184,38 @@ def ratios(results: Sequence[Result]) -> str:
         backend, row = best_of_ours(point)
         cells = [letter, backend]
         for key in ("speedup", "speedup_over_best_torch"):
-            ratio = row.get(key)
-            shown = [number(ratio[part]) for part in ("median", "low", "high")] if ratio else []
-            cells.append(f"{shown[0]} ({shown[1]} to {shown[2]})" if shown else "-")
+            cells.append(with_quartiles(row[key]) if key in row else "-")
         memory, loop = row.get("memory_mib"), point["implementations"].get(BASE, {}).get("memory_mib")
         cells.append(f"{memory / loop:.2f}" if memory and loop and loop > 0 else "-")
         rows.append(cells)
     header = ["", "backend", "x the loop (quartiles)", "x hand-tuned PyTorch (quartiles)", "memory / the loop's"]
     return table(header, rows)
+
+
+def second_order(results: Sequence[Result]) -> str:
+    """The fastest backend of this package against the loop, the fastest peer and its own sign-maml, with quartiles."""
+    rows = []
+    for letter, point in of_all(results).items():
+        backend, row = best_of_ours(point)
+        cells = [letter, backend, f"{number(row['time_ms']['median'])} ms"]
+        for key in ("speedup", "speedup_over_best_peer", "times_sign_maml"):
+            cells.append(with_quartiles(row[key]) if key in row else "-")
+        cells[4] += f", {point['best_peer']}" if point["best_peer"] else ""
+        rows.append(cells)
+    header = [
+        "",
+        "backend",
+        "one meta-step",
+        "x the loop (quartiles)",
+        "x the fastest peer",
+        "time / that of sign-maml",
+    ]
+    return table(header, rows)
+
+
+def with_quartiles(ratio: Mapping[str, float]) -> str:
+    """A ratio's median and quartiles."""
+    return f"{number(ratio['median'])} ({number(ratio['low'])} to {number(ratio['high'])})"
 
 
 def skipped(results: Sequence[Result]) -> str:
@@ -372,6 +396,24 @@ def zoo_compiled(results: list[dict[str, Any]]) -> str:
     return table([*header, "first call, code cached on disk"], lines)
 
 
+# ---- learnable rates -----------------------------------------------------------------------------------------------
+
+
+def rates(results: Sequence[Result]) -> str:
+    """One row per workload and method: a meta-step with a constant rate, and how much longer learnable ones take."""
+    found = [row for result in results for row in result["results"]]
+    kinds = list(found[0]["ratio"])
+    rows = [
+        [
+            f"{row['workload']}, {row['method']}",
+            f"{number(row['ms']['median'])} ms",
+            *(f"{row['ratio'][kind]['median']:.2f}" for kind in kinds),
+        ]
+        for row in found
+    ]
+    return table(["", "constant rate", *kinds], rows)
+
+
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +535,15 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "meta-steps, counted operations": ("meta_step", counted_rates),
     "meta-steps, left out": ("meta_step", skipped),
     "meta-steps, where": ("meta_step", where),
+    "meta-steps of maml": ("meta_step_maml", second_order),
+    "meta-steps of maml by implementation": ("meta_step_maml", meta_steps),
+    "meta-steps of maml, memory": ("meta_step_maml", memories),
+    "meta-steps of maml, left out": ("meta_step_maml", skipped),
+    "meta-steps of maml, where": ("meta_step_maml", where),
+    "growth of maml": ("growth_maml", growth),
+    "growth of maml, where": ("growth_maml", where),
+    "rates": ("rates", rates),
+    "rates, where": ("rates", where),
     "growth": ("growth", growth),
     "growth, where": ("growth", where),
     "training": ("training", training),

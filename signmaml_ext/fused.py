@@ -119,8 +119,8 @@ def why_not(
 def _varies_within(problem: Problem) -> str | None:
     """A parameter whose elements have rates of their own; None if there is none."""
     for name in problem.adapted if problem.steps and problem.rates.tensors() else ():
-        rate = problem.rates.at(0, name, problem.params[name][None], {})
-        if isinstance(rate, Tensor) and rate.numel() != 1:
+        rate = problem.rates.at_all_steps(name, problem.params[name].ndim, {})
+        if isinstance(rate, Tensor) and rate[0].numel() != 1:
             return name
     return None
 
@@ -135,8 +135,10 @@ def step_options(problem: Problem, tensors: Mapping[str, Tensor]) -> tuple[dict[
     Returns:
         Arguments of its plan, and those of the call, which are more.
     """
+    by_step = problem.rates.vary_by_step(problem.params)
     of_plan = {
-        "rates_by_element": tensors["lr"].numel() > problem.steps * tensors["adapt"].numel(),
+        "rates_by_element": tensors["lr"].numel() > (problem.steps if by_step else 1) * tensors["adapt"].numel(),
+        "rates_by_step": by_step,
         "learns_rates": "mean" in tensors and tensors["mean"].numel() > tensors["theta"].numel(),
         "counts_steps": problem.task_state == "int8",
         "sharpness_rho": 0.0 if problem.sharpness is None else problem.sharpness.rho,
@@ -171,7 +173,7 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
     else:
         learnable = problem.rates.learnable()
         leaves = {key: rate.detach().clone().requires_grad_() for key, rate in learnable.items()}
-        table = _rates(problem, spec.names, leaves)
+        table = _rates(problem, spec.names, leaves, problem.rates.vary_by_step(problem.params))
         mean = parameters[0].new_empty(size + (table.numel() if leaves else 0))
         parts = [_run(problem, spec, native, call, {"mean": mean}, table.detach())]
         live_tasks = _live(problem, parts[0]["nonfinite"])
@@ -296,6 +298,7 @@ def _run(
     tasks, dtype, device = problem.tasks, problem.dtype, problem.device
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in _parameters(problem, spec.names)])
     classifies = problem.loss == "cross_entropy"
+    by_step = on_cuda(problem, native) or problem.rates.vary_by_step(problem.params)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -318,7 +321,7 @@ def _run(
     arguments = {
         **(gradients or {}),
         "theta": theta,
-        "lr": _rates(problem, spec.names, {}) if rates is None else rates,
+        "lr": _rates(problem, spec.names, {}, by_step) if rates is None else rates,
         "adapt": constant(tuple(name in problem.adapted for name in spec.names), torch.bool, device),
         **_set("support", problem.support_x, problem.support_y, classifies),
         **_set("query", problem.query_x, problem.query_y, classifies),
@@ -327,34 +330,38 @@ def _run(
     return results
 
 
-def _rates(problem: Problem, names: tuple[str, ...], leaves: Mapping[str, Tensor]) -> Tensor:
-    """The rates of every tensor of the network at every step; 0 for those that do not adapt.
+def _rates(problem: Problem, names: tuple[str, ...], leaves: Mapping[str, Tensor], by_step: bool) -> Tensor:
+    """The rates of every tensor of the network; 0 for those that do not adapt.
 
     Args:
         problem: The call.
         names: The tensors, in the order of theta.
         leaves: Learnable rates by key, to which the result has a graph.
+        by_step: Whether the result has a row for each of the K steps, or one for all of them.
 
     Returns:
-        `[K * tensors]`, or `[K * P]` where the elements of a parameter have rates of their own.
+        `[rows * tensors]`, or `[rows * P]` where the elements of a parameter have rates of their own.
     """
-    if problem.steps == 0:
+    rows = problem.steps if by_step else min(problem.steps, 1)
+    if rows == 0:
         return constant((), problem.dtype, problem.device)
     if not problem.rates.tensors():
         once = tuple(problem.rates.number(name) if name in problem.adapted else 0.0 for name in names)
-        return constant(once * problem.steps, problem.dtype, problem.device)
-    of_task = {key: rate[None] for key, rate in leaves.items()}
+        return constant(once * rows, problem.dtype, problem.device)
+    if "" in problem.rates.values:
+        adapts = constant(tuple(float(name in problem.adapted) for name in names), problem.dtype, problem.device)
+        rate = problem.rates.at_all_steps("", 1, leaves)
+        assert isinstance(rate, Tensor)
+        return (rate.to(problem.dtype).expand(rows, 1) * adapts).reshape(-1)
     by_element = _varies_within(problem) is not None
-    zero = torch.zeros((), dtype=problem.dtype, device=problem.device)
-    values = []
-    for step in range(problem.steps):
-        for name, parameter in zip(names, _parameters(problem, names), strict=True):
-            rate: Tensor | float = 0.0
-            if name in problem.adapted:
-                rate = problem.rates.at(step, name, parameter[None], of_task)
-            value = zero + rate
-            values.append((value.expand(1, *parameter.shape) if by_element else value).reshape(-1))
-    return torch.cat(values)
+    columns = []
+    for name, parameter in zip(names, _parameters(problem, names), strict=True):
+        shape = parameter.shape if by_element else [1] * parameter.ndim
+        value = problem.rates.at_all_steps(name, parameter.ndim, leaves) if name in problem.adapted else 0.0
+        if not isinstance(value, Tensor):
+            value = torch.full((), value, dtype=problem.dtype, device=problem.device)
+        columns.append(value.to(problem.dtype).expand(rows, *shape).reshape(rows, -1))
+    return torch.cat(columns, 1).reshape(-1)
 
 
 def _set(which: str, x: Inputs | None, y: Tensor | None, classifies: bool) -> dict[str, Tensor]:

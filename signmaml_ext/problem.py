@@ -65,6 +65,34 @@ class StepRates:
             return value.ndim == 1 and value.numel() != 1
         return value.ndim == parameter_ndim + 1
 
+    def vary_by_step(self, params: Mapping[str, Tensor]) -> bool:
+        """Whether any rate differs between steps.
+
+        Args:
+            params: The parameters `[*shape]` that `values` names.
+        """
+        return any(self.varies_by_step(key, params[key].ndim if key else 0) for key in self.values)
+
+    def at_all_steps(self, name: str, parameter_ndim: int, leaves: Mapping[str, Tensor]) -> Rate:
+        """The rate of one parameter at every step.
+
+        Args:
+            name: Name of the parameter.
+            parameter_ndim: Number of its axes.
+            leaves: Learnable rates by key, to which the result has a graph; all others are taken from `values`.
+
+        Returns:
+            A float, or a tensor `[steps or 1, ...]` that broadcasts to `[steps, *parameter.shape]`.
+        """
+        key = "" if "" in self.values else name
+        value = self.values[key]
+        if not isinstance(value, Tensor):
+            return value
+        value = leaves[key] if key in leaves else value.detach()
+        if key == "":
+            return value.reshape(-1, *[1] * parameter_ndim)
+        return value[(None,) * (parameter_ndim + 1 - value.ndim)]
+
     def at(self, step: int, name: str, parameter: Tensor, leaves: Mapping[str, Tensor]) -> Rate:
         """The rate of one parameter at one step.
 

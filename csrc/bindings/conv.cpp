@@ -196,13 +196,14 @@ ConvUnit conv_unit(int scalar_bytes) {
 }
 
 py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int query, int scalar_bytes, int threads,
-                  int steps, const std::string& method, bool rates_by_element, bool learns_rates, double sharpness_rho,
-                  bool counts_steps, bool with_blocks) {
+                  int steps, const std::string& method, bool rates_by_element, bool rates_by_step, bool learns_rates,
+                  double sharpness_rho, bool counts_steps, bool with_blocks) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
     const SharpnessOptions sharpness = sharpness_of(sharpness_rho, "l2", false, of_steps);
-    const ConvSizes sizes{tasks,     support,     query, steps, of_steps, {rates_by_element, learns_rates},
+    const ConvSizes sizes{tasks,     support,     query,
+                          steps,     of_steps,    {rates_by_element, rates_by_step, learns_rates},
                           sharpness, counts_steps};
     check_cpu_call(shape, sizes, threads);
     const ConvUnit unit = conv_unit(scalar_bytes);
@@ -237,12 +238,13 @@ void run_cpu(const Addresses& addresses, const ConvShape& shape, const ConvSizes
 
 void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support, int query,
                         int steps, const std::string& method, bool is_double, int threads, bool skip_nonfinite,
-                        bool rates_by_element, bool learns_rates, double sharpness_rho,
+                        bool rates_by_element, bool rates_by_step, bool learns_rates, double sharpness_rho,
                         const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
     const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps);
-    const ConvSizes sizes{tasks,     support,     query, steps, of_steps, {rates_by_element, learns_rates},
+    const ConvSizes sizes{tasks,     support,     query,
+                          steps,     of_steps,    {rates_by_element, rates_by_step, learns_rates},
                           sharpness, counts_steps};
     check_cpu_call(shape, sizes, threads);
     if (is_double) {
@@ -350,12 +352,12 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
 void define_conv(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_conv_meta_step_cpu", &plan_cpu, "shape"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
-          "sharpness_rho"_a = 0.0, "counts_steps"_a = false, "with_blocks"_a = false);
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "rates_by_step"_a = true,
+          "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "counts_steps"_a = false, "with_blocks"_a = false);
     m.def("conv_meta_step_cpu", &conv_meta_step_cpu, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
-          "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2",
-          "sharpness_adaptive"_a = false, "counts_steps"_a = false);
+          "rates_by_element"_a = false, "rates_by_step"_a = true, "learns_rates"_a = false, "sharpness_rho"_a = 0.0,
+          "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false, "counts_steps"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
           "workspace_limit"_a = 0, "method"_a = "sign-maml");

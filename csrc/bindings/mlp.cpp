@@ -124,12 +124,14 @@ MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t s
 
 py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
                   int scalar_bytes, int threads, std::int64_t steps, const std::string& method, bool rates_by_element,
-                  bool learns_rates, double sharpness_rho, bool counts_steps) {
+                  bool rates_by_step, bool learns_rates, double sharpness_rho, bool counts_steps) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
     const Method of_steps = method_of(method);
-    const MlpCpuSteps how{
-        {rates_by_element, learns_rates}, sharpness_of(sharpness_rho, "l2", false, of_steps), counts_steps, nullptr};
+    const MlpCpuSteps how{{rates_by_element, rates_by_step, learns_rates},
+                          sharpness_of(sharpness_rho, "l2", false, of_steps),
+                          counts_steps,
+                          nullptr};
     if (counts_steps) check_counted(of_steps, steps);
     check_sizes(shape, tasks, support, query, steps);
     check_at_least_one("threads", threads);
@@ -150,11 +152,11 @@ void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& 
 void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
                        const std::string& loss, std::int64_t tasks, int support, int query, int steps,
                        const std::string& method, bool is_double, int threads, bool skip_nonfinite,
-                       bool rates_by_element, bool learns_rates, double sharpness_rho,
+                       bool rates_by_element, bool rates_by_step, bool learns_rates, double sharpness_rho,
                        const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const MlpShape shape = shape_of(widths, activation, loss);
     const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
-    const MlpCpuSteps how{{rates_by_element, learns_rates},
+    const MlpCpuSteps how{{rates_by_element, rates_by_step, learns_rates},
                           sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method),
                           counts_steps,
                           address_in<std::int8_t>(addresses, "counts")};
@@ -236,12 +238,12 @@ void define_mlp(py::module_& m) {
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "multiprocessors"_a, "steps"_a = 0, "method"_a = "sign-maml");
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
-          "sharpness_rho"_a = 0.0, "counts_steps"_a = false);
+          "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "rates_by_step"_a = true,
+          "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "counts_steps"_a = false);
     m.def("mlp_meta_step_cpu", &mlp_meta_step_cpu, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
           "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "threads"_a, "skip_nonfinite"_a = false,
-          "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2",
-          "sharpness_adaptive"_a = false, "counts_steps"_a = false);
+          "rates_by_element"_a = false, "rates_by_step"_a = true, "learns_rates"_a = false, "sharpness_rho"_a = 0.0,
+          "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false, "counts_steps"_a = false);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,

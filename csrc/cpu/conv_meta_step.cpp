@@ -81,6 +81,7 @@ class ConvTeam {
                 // A row may have to wait for tasks before, so it is taken late, unless rates' gradients go there.
                 Scalar* row = p_.rates.learnable ? row_of(task) : nullptr;
                 Scalar* rate_grads = row == nullptr ? nullptr : row + p_.parameters;
+                if (rate_grads != nullptr) std::fill_n(rate_grads, columns() - p_.parameters, Scalar(0));
                 if (second_order_) second_order_->through_the_steps(task, rate_grads);
                 if (row == nullptr) row = row_of(task);
                 passes_.give(row, /*grads=*/true);
@@ -107,7 +108,7 @@ class ConvTeam {
     Scalar* row_of(std::int64_t task) { return mean_.wanted() ? mean_.rows(task) : p_.grads + task * columns(); }
     bool wants_gradient() const { return p_.grads != nullptr || mean_.wanted(); }
     std::int64_t columns() const { return gradient_columns(p_.parameters, conv_tensors(p_.shape), p_.steps, p_.rates); }
-    const Scalar* rates(std::int64_t step) const { return p_.lr + step * conv_tensors(p_.shape); }
+    const Scalar* rates(std::int64_t step) const { return p_.lr + p_.rates.row(step) * conv_tensors(p_.shape); }
 
     const ConvMetaStepParams<Scalar>& p_;
     OrderedMean<Scalar>& mean_;

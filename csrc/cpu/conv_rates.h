@@ -50,7 +50,7 @@ class ConvRates {
             count(step);
             return nonfinite;
         }
-        const Scalar* lr = p_.lr + step * p_.parameters;
+        const Scalar* lr = rates(step);
         const Scalar* from = direction(step);
         Scalar* phi = row(layout_.parameters);
         each_adapted([&](int, const Tensor& tensor) {
@@ -68,20 +68,16 @@ class ConvRates {
         }
     }
 
-    // The gradients of a step's rates, from the derivative of the query loss in the parameters after it.
+    // Adds the gradients of a step's rates, from the derivative of the query loss in the parameters after it.
     void gradients(std::int64_t step, const Scalar* adjoint, Scalar* all) const {
         const Scalar* along = direction(step);
-        if (p_.rates.by_element) {
-            Scalar* to = std::fill_n(all + step * p_.parameters, p_.parameters, Scalar(0)) - p_.parameters;
-            each_adapted([&](int, const Tensor& tensor) {
-                for (std::int64_t i = tensor.first; i < tensor.first + tensor.size; ++i) to[i] = -adjoint[i] * along[i];
-            });
-            return;
-        }
-        const std::int64_t count = conv_tensors(p_.shape);
-        Scalar* to = std::fill_n(all + step * count, count, Scalar(0)) - count;
+        Scalar* to = all + p_.rates.row(step) * of_row();
         each_adapted([&](int number, const Tensor& tensor) {
-            to[number] = -stages_.dot(adjoint + tensor.first, along + tensor.first, tensor.size);
+            if (p_.rates.by_element) {
+                for (std::int64_t i = tensor.first; i < tensor.first + tensor.size; ++i) to[i] -= adjoint[i] * along[i];
+            } else {
+                to[number] -= stages_.dot(adjoint + tensor.first, along + tensor.first, tensor.size);
+            }
         });
     }
 
@@ -90,7 +86,7 @@ class ConvRates {
 
     // A row <- the step's rates times it, 0 where nothing adapts.
     void scale(std::int64_t step, Scalar* to) const {
-        const Scalar* lr = p_.lr + step * p_.parameters;
+        const Scalar* lr = rates(step);
         for (int number = 0; number < conv_tensors(p_.shape); ++number) {
             const Tensor& tensor = tensors_.all[number];
             const bool adapts = p_.adapt[number] != 0;
@@ -107,7 +103,7 @@ class ConvRates {
         Scalar* counts = row(layout_.parameters);
         Scalar* phi = adjoint();
         const bool by_element = p_.rates.by_element;
-        const Scalar* lr = p_.lr + step * (by_element ? p_.parameters : conv_tensors(p_.shape));
+        const Scalar* lr = rates(step);
         each_adapted([&](int number, const Tensor& tensor) {
             for (std::int64_t i = tensor.first; i < tensor.first + tensor.size; ++i) {
                 counts[i] += from[i];
@@ -116,6 +112,9 @@ class ConvRates {
         });
         passes_.pack(passes_.task(), phi);
     }
+
+    std::int64_t of_row() const { return p_.rates.of_row(p_.parameters, conv_tensors(p_.shape)); }
+    const Scalar* rates(std::int64_t step) const { return p_.lr + p_.rates.row(step) * of_row(); }
 
     Scalar* row(std::int64_t place) const { return passes_.task().at(place); }
     // Kept for every step if the rates have gradients.

@@ -44,7 +44,7 @@ class ConvSecondOrder {
 
     // The gradients of all parameters <- those through the steps. They are the query loss's own, at the parameters
     // after the last step.
-    // rate_grads: [as lr] <- the gradients of the rates; null: not wanted
+    // rate_grads: [as lr], to which the gradients of the rates are added; null: not wanted
     void through_the_steps(std::int64_t task, Scalar* rate_grads) {
         rate_grads_ = rate_grads;
         bool adapts = false, blocks_adapt = false;
@@ -52,14 +52,7 @@ class ConvSecondOrder {
             adapts = true;
             blocks_adapt |= is_of_a_block(span);
         });
-        if (!adapts) {  // or nothing that moves: a convolution's bias
-            if (rate_grads == nullptr) return;
-            std::fill_n(rates_->adjoint(), p_.parameters, Scalar(0));
-            for (std::int64_t step = 0; step < p_.steps; ++step) {
-                rates_->gradients(step, rates_->adjoint(), rate_grads);
-            }
-            return;
-        }
+        if (!adapts) return;  // or nothing that moves: a convolution's bias
         each_span(
             [&](const ConvSpan& span) { std::copy_n(own().at(span.gradient), span.count, adjoint() + span.row); });
         passes_.take_images(p_.support, task);
@@ -163,7 +156,7 @@ class ConvSecondOrder {
             passes_.pack(tangents_, rates_->adjoint());
             return;
         }
-        const Scalar* lr = p_.lr + step * conv_tensors(p_.shape);
+        const Scalar* lr = p_.lr + p_.rates.row(step) * conv_tensors(p_.shape);
         each_span([&](const ConvSpan& span) {
             Scalar* direction = passes_.clear(moved(span.parameter), span.count);
             if (p_.adapt[span.tensor] != 0) {

@@ -58,7 +58,7 @@ struct ConvMetaStepParams {
     const Scalar* theta;  // [P] Scalar, in the order above
     ConvSet<Scalar> support;
     ConvSet<Scalar> query;
-    const Scalar* lr;           // [K, tensors] Scalar, of each parameter tensor at each step; or as `rates` says
+    const Scalar* lr;           // [K, tensors] Scalar, of each parameter tensor at each step; else as `rates` says
     const std::uint8_t* adapt;  // [tensors] bool as bytes: which of them the inner loop moves
     Scalar* support_loss;       // [K, T] Scalar
     Scalar* query_loss;         // [T] Scalar; null without a query set

@@ -34,7 +34,7 @@ struct MlpMetaStepParams {
     const Scalar* theta;  // [P] Scalar: layer by layer weight [out, in], then bias [out]
     MlpSet<Scalar> support;
     MlpSet<Scalar> query;
-    const Scalar* lr;           // [K, 2 * layers] Scalar: of weight and bias of each layer
+    const Scalar* lr;  // [K, 2 * layers] Scalar: of weight and bias of each layer; on the CPU as RateOptions say
     const std::uint8_t* adapt;  // [2 * layers] bool as bytes: which of them the inner loop moves
     Scalar* support_loss;       // [K, T] Scalar
     Scalar* query_loss;         // [T] Scalar; null without a query set

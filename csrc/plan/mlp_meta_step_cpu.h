@@ -37,8 +37,9 @@ struct MlpCpuLayout {
     bool stores_gradients;                    // a step first stores its gradient, instead of moving by it as it is made
     std::int64_t start;                       // [parameters] before the step, where it stores its gradient
     std::int64_t counts;                      // [parameters], of sign steps
-    std::int64_t directions;                  // [steps, parameters], if rates have gradients
-    std::int64_t rate_grads;                  // [steps, tensors or parameters]: those
+    std::int64_t direction_rows;              // 1: of the step at hand, or of all together
+    std::int64_t directions;                  // [rows, parameters]
+    std::int64_t rate_grads;                  // as the rates
     std::int64_t columns;                     // of a row of meta-gradients
     std::int64_t size;
 };
@@ -90,12 +91,15 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t suppor
     }
     layout.columns = mlp_columns(shape, steps, how.rates);
     layout.start = at;
-    layout.stores_gradients = how.rates.by_element || how.rates.learnable || how.sharpness.rho > 0 || how.counted;
+    layout.stores_gradients = how.sharpness.rho > 0 || how.counted;
     if (layout.stores_gradients && steps > 0) at += mlp_parameters(shape);
     layout.counts = at;
     if (how.counted) at += mlp_parameters(shape);
     layout.directions = at;
-    if (how.rates.learnable && query > 0) at += steps * mlp_parameters(shape);
+    const bool keeps = how.rates.learnable && query > 0;
+    const bool apart = how.rates.by_step || method != Method::kSignMaml;  // sums of signs alone are exact
+    if (keeps || how.rates.by_element) layout.direction_rows = keeps && apart ? steps : smaller(1, steps);
+    at += layout.direction_rows * mlp_parameters(shape);
     layout.rate_grads = at;
     if (query > 0) at += layout.columns - mlp_parameters(shape);
     layout.size = at;

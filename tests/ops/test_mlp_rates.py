@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers.cases.perceptrons import network, problem_of, tasks_for
 from signmaml_ext import Sharpness, adapt, evaluate, explain, mlp, reference
+from signmaml_ext._loader import C
 from signmaml_ext.problem import Problem
 from signmaml_ext.results import MetaGradients
 
@@ -122,6 +123,24 @@ def test_bitwise_the_same_for_any_number_of_threads(method, kind):
     for other in found[1:]:
         for own, first in ((other.params, found[0].params), (other.rates, found[0].rates)):
             assert all(torch.equal(own[key], first[key]) for key in first)
+
+
+def test_memory_for_rates():
+    """Sign steps that share their rates share a row of directions too. Sums of gradients would round."""
+
+    def room(steps: int, **options: Any) -> int:
+        plan = C.plan_mlp_meta_step_cpu([1, 40, 40, 1], 16, 10, 10, 4, 1, steps=steps, **options)
+        return int(plan["workspace_scalars"]) // int(plan["lanes"])
+
+    row, tensors = 1761, 6
+    assert room(11) == room(1)
+    assert room(11, learns_rates=True, rates_by_step=False) == room(1, learns_rates=True, rates_by_step=False)
+    assert room(11, learns_rates=True) - room(1, learns_rates=True) == 10 * (row + tensors)
+    for_elements = {"learns_rates": True, "rates_by_element": True}
+    assert room(11, **for_elements) - room(11, **for_elements, rates_by_step=False) == 20 * row
+    for method, path in (("fo-maml", 0), ("maml", 10 * row)):
+        of_method = {"method": method, "learns_rates": True, "rates_by_step": False}
+        assert room(11, **of_method) - room(1, **of_method) == path + 10 * row
 
 
 @pytest.mark.slow

@@ -41,13 +41,12 @@ class Group {
             if (differentiates_) keep_parameters(step);
             const V loss = pass(p_.support, at(layout_.parameters), nullptr, nullptr);
             give(p_.support_loss + step * p_.tasks + first_, loss);
-            const Scalar* lr = rates(step);
             if (layout_.stores_gradients) {
                 step_by_stored_gradient(step);
             } else if (p_.method == Method::kSignMaml) {
-                backward<Purpose::kSignStep>(p_.support.count, lr, /*all=*/false);
+                descend<Purpose::kSignStep>(step);
             } else {
-                backward<Purpose::kPlainStep>(p_.support.count, lr, /*all=*/false);
+                descend<Purpose::kPlainStep>(step);
             }
         }
         if (p_.adapted != nullptr) {
@@ -248,17 +247,38 @@ class Group {
 
     // ---- backward ----
 
-    // From the output's delta down. Steps move the parameters; for kGradient each is replaced by its gradient, which is
-    // safe because a layer's weights are read for the last time just before. `all`: also what no step moves.
+    // Moves the parameters by their gradients as these are made.
     template <Purpose kPurpose>
-    void backward(std::int64_t count, const Scalar* lr, bool all) {
+    void descend(int step) {
+        const StepRates<S> how{rates(step), directions(step), adds_directions(step)};
+        if (how_.rates.by_element) {
+            backward<kPurpose, Rates::kElementKept>(p_.support.count, how, /*all=*/false);
+        } else if (layout_.direction_rows > 0) {
+            backward<kPurpose, Rates::kTensorKept>(p_.support.count, how, /*all=*/false);
+        } else {
+            backward<kPurpose>(p_.support.count, how, /*all=*/false);
+        }
+    }
+
+    // From the output's delta down. Steps move the parameters; for kGradient each is replaced by its gradient, which is
+    // safe because a layer's weights are read for the last time just before. `step` has the rates of all tensors and
+    // the place of all directions. `all`: also what no step moves.
+    template <Purpose kPurpose, Rates kRates = Rates::kTensor>
+    void backward(std::int64_t count, const StepRates<S>& step, bool all) {
+        const auto of_tensor = [&](int tensor, std::int64_t place) -> StepRates<S> {
+            if constexpr (kRates == Rates::kElementKept) return {step.of + place, step.kept + place, step.adds};
+            if constexpr (kRates == Rates::kTensorKept) return {step.of + tensor, step.kept + place, step.adds};
+            return {step.of == nullptr ? nullptr : step.of + tensor, nullptr, false};
+        };
         for (int layer = last() - 1; layer >= 0; --layer) {
+            const V* deltas = at(layout_.delta[(layer + 1) % 2]);
             if (layer > 0) data_grad(count, layer, at(layout_.parameters));
             if (all || moves_weight(layer)) {
-                weight_grad<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer]);
+                move_weight<kPurpose, kRates>(deltas, at(layout_.activation[layer]), count, layer,
+                                              of_tensor(2 * layer, layout_.weight[layer]));
             }
             if (all || moves_bias(layer)) {
-                bias_gradient<kPurpose>(count, layer, kPurpose == Purpose::kGradient ? Scalar(0) : lr[2 * layer + 1]);
+                move_bias<kPurpose, kRates>(deltas, count, layer, of_tensor(2 * layer + 1, layout_.bias[layer]));
             }
         }
     }
@@ -271,21 +291,22 @@ class Group {
         V* here = at(layout_.parameters);
         V* start = at(layout_.start);
         for (std::int64_t i = 0; i < p_.parameters; ++i) start[i] = here[i];
-        backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
+        backward<Purpose::kGradient>(p_.support.count, {}, /*all=*/false);
         if (how_.sharpness.rho > 0) {
             climb();
             pass(p_.support, here, nullptr, nullptr);
-            backward<Purpose::kGradient>(p_.support.count, nullptr, /*all=*/false);
+            backward<Purpose::kGradient>(p_.support.count, {}, /*all=*/false);
         }
         const bool by_sign = p_.method == Method::kSignMaml;
         const bool keeps = how_.rates.learnable && p_.query.count > 0;
         V* counts = at(layout_.counts);
-        V* kept = at(layout_.directions + (keeps ? step * p_.parameters : 0));
+        V* kept = directions(step);
+        const bool adds = adds_directions(step);
         const Scalar* lr = rates(step);
         each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
             for (std::int64_t i = first; i < behind; ++i) {
                 const V direction = by_sign ? sign_of<S>(here[i]) : here[i];
-                if (keeps) kept[i] = direction;
+                if (keeps) kept[i] = adds ? kept[i] + direction : direction;
                 if (how_.counted) {
                     counts[i] += direction;
                     here[i] = S::all(p_.theta[i]) - rate(lr, tensor, i) * counts[i];
@@ -307,38 +328,49 @@ class Group {
         }
     }
 
-    const Scalar* rates(int step) const {
-        const std::int64_t of_step = how_.rates.by_element ? p_.parameters : 2 * p_.shape.layers;
-        return p_.lr + step * of_step;
+    const Scalar* rates(int step) const { return p_.lr + how_.rates.row(step) * rates_of_row(); }
+
+    std::int64_t rates_of_row() const { return how_.rates.of_row(p_.parameters, 2 * p_.shape.layers); }
+
+    // Where a step's directions go.
+    V* directions(int step) const {
+        return at(layout_.directions + (layout_.direction_rows > 1 ? step * p_.parameters : 0));
     }
+
+    // Signs of steps that share their rates are summed, as each has its product with the same derivative.
+    bool adds_directions(int step) const { return step > 0 && layout_.direction_rows == 1 && how_.rates.learnable; }
 
     // Of a step's rates, that of a parameter.
     Scalar rate(const Scalar* lr, int tensor, std::int64_t parameter) const {
         return lr[how_.rates.by_element ? parameter : tensor];
     }
 
-    // With v, which is in the parameters' place, the derivative of the query loss in the parameters after the step, the
-    // gradient of a rate is -<v, direction> over what shares it.
-    void rate_gradients(int step) const {
-        const bool by_element = how_.rates.by_element;
-        const std::int64_t of_step = by_element ? p_.parameters : 2 * p_.shape.layers;
-        const V* along = at(layout_.directions + step * p_.parameters);
+    // Adds those of the steps [begin, end). With v, which is in the parameters' place, the derivative of the query loss
+    // in the parameters after each of these steps, the gradient of a rate is -<v, direction> over what shares it.
+    void rate_gradients(int begin, int end) const {
         const V* adjoint = at(layout_.parameters);
-        V* to = at(layout_.rate_grads + step * of_step);
-        for (std::int64_t i = 0; i < of_step; ++i) to[i] = V{};
+        // A run of v stays in the first cache for all steps, and sums of sums round less than one long sum.
+        constexpr std::int64_t kTogether = 128;
         each_moving([&](int tensor, std::int64_t first, std::int64_t behind) {
-            if (by_element) {
-                for (std::int64_t i = first; i < behind; ++i) to[i] = -(adjoint[i] * along[i]);
-                return;
-            }
-            // Sums of sums round less than one long sum.
-            constexpr std::int64_t kSum = 128;
-            for (std::int64_t begin = first; begin < behind; begin += kSum) {
-                V sum{};
-                for (std::int64_t i = begin; i < least(begin + kSum, behind); ++i) sum += adjoint[i] * along[i];
-                to[tensor] -= sum;
+            for (std::int64_t from = first; from < behind; from += kTogether) {
+                const std::int64_t to = least(from + kTogether, behind);
+                for (int step = begin; step < end; ++step) {
+                    const V* along = directions(step);
+                    V* gradients = at(layout_.rate_grads + how_.rates.row(step) * rates_of_row());
+                    if (how_.rates.by_element) {
+                        for (std::int64_t i = from; i < to; ++i) gradients[i] -= adjoint[i] * along[i];
+                    } else {
+                        gradients[tensor] -= product_of(adjoint + from, along + from, to - from);
+                    }
+                }
             }
         });
+    }
+
+    static V product_of(const V* a, const V* b, std::int64_t count) {
+        V sum{};
+        for (std::int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+        return sum;
     }
 
     // What moves <- its start plus the perturbation along its gradient.
@@ -403,35 +435,28 @@ class Group {
         }
     }
 
-    template <Purpose kPurpose>
-    void weight_grad(std::int64_t count, int layer, Scalar lr) {
-        move_weight<kPurpose>(at(layout_.delta[(layer + 1) % 2]), at(layout_.activation[layer]), count, layer, lr);
-    }
-
-    template <Purpose kPurpose>
-    void bias_gradient(std::int64_t count, int layer, Scalar lr) {
-        move_bias<kPurpose>(at(layout_.delta[(layer + 1) % 2]), count, layer, lr);
-    }
-
-    template <Purpose kPurpose>
-    void move_weight(const V* deltas, const V* inputs_of, std::int64_t count, int layer, Scalar lr) {
+    template <Purpose kPurpose, Rates kRates = Rates::kTensor>
+    void move_weight(const V* deltas, const V* inputs_of, std::int64_t count, int layer, const StepRates<S>& rates) {
         const std::int64_t inputs = width(layer), outputs = width(layer + 1);
-        move<kPurpose>({{deltas, 1, outputs}, {inputs_of, inputs, 1}, nullptr, outputs, inputs, count},
-                       layout_.weight[layer], lr);
+        move<kPurpose, kRates>({{deltas, 1, outputs}, {inputs_of, inputs, 1}, nullptr, outputs, inputs, count},
+                               layout_.weight[layer], rates);
     }
 
-    template <Purpose kPurpose>
-    void move_bias(const V* deltas, std::int64_t count, int layer, Scalar lr) {
+    template <Purpose kPurpose, Rates kRates = Rates::kTensor>
+    void move_bias(const V* deltas, std::int64_t count, int layer, const StepRates<S>& rates) {
         const std::int64_t outputs = width(layer + 1);
         const V one = S::all(1);
-        move<kPurpose>({{deltas, 1, outputs}, {&one, 0, 0}, nullptr, outputs, 1, count}, layout_.bias[layer], lr);
+        move<kPurpose, kRates>({{deltas, 1, outputs}, {&one, 0, 0}, nullptr, outputs, 1, count}, layout_.bias[layer],
+                               rates);
     }
 
     // Parameters at `place` by their gradients, the results of `product`.
-    template <Purpose kPurpose>
-    void move(const Product<V>& product, std::int64_t place, Scalar lr) {
+    template <Purpose kPurpose, Rates kRates>
+    void move(const Product<V>& product, std::int64_t place, const StepRates<S>& rates) {
+        using Mover = Move<S, kPurpose, kRates>;
+        const V lr = Mover::kSteps && !Mover::kByElement ? S::all(*rates.of) : V{};
         each(product.items(), product.work(), [&](std::int64_t begin, std::int64_t end) {
-            Move<S, kPurpose> own{at(place), product.columns, S::all(lr), M{}};
+            Mover own{at(place), product.columns, rates, lr, M{}};
             product.compute(begin, end, own);
             flag(own.top);
         });
@@ -453,11 +478,12 @@ class Group {
             give_rows(p_.predictions + first_ * count, layout_.activation[last()], count, count);
         }
         if (grads_ == nullptr) return;
-        backward<Purpose::kGradient>(p_.query.count, nullptr, /*all=*/true);
+        backward<Purpose::kGradient>(p_.query.count, {}, /*all=*/true);
+        for (std::int64_t i = p_.parameters; i < layout_.columns; ++i) at(layout_.rate_grads)[i - p_.parameters] = V{};
         if (differentiates_) {
             differentiate_steps();
-        } else {
-            for (int step = 0; how_.rates.learnable && step < p_.steps; ++step) rate_gradients(step);
+        } else if (how_.rates.learnable) {
+            rate_gradients(0, static_cast<int>(layout_.direction_rows));
         }
         const std::int64_t columns = layout_.columns;
         give_rows(grads_, layout_.parameters, p_.parameters, columns);
@@ -474,7 +500,7 @@ class Group {
         const std::int64_t count = p_.support.count;
         for (int step = p_.steps - 1; step >= 0; --step) {
             const V* before = at(layout_.path + step * p_.parameters);
-            if (how_.rates.learnable) rate_gradients(step);
+            if (how_.rates.learnable) rate_gradients(step, step + 1);
             aim(step);
             V* of_output = at(layout_.delta_tangent[last() % 2]);
             pass(p_.support, before, nullptr, of_output);
@@ -594,12 +620,12 @@ class Group {
     // Subtracts a layer's part of H u from the gradient.
     void correct(std::int64_t count, int layer) {
         const V* derived = at(layout_.delta_tangent[(layer + 1) % 2]);
-        move_weight<Purpose::kCorrection>(derived, at(layout_.activation[layer]), count, layer, Scalar(0));
+        move_weight<Purpose::kCorrection>(derived, at(layout_.activation[layer]), count, layer, {});
         if (has_tangent(layer)) {
             move_weight<Purpose::kCorrection>(at(layout_.delta[(layer + 1) % 2]), at(layout_.tangent[layer]), count,
-                                              layer, Scalar(0));
+                                              layer, {});
         }
-        move_bias<Purpose::kCorrection>(derived, count, layer, Scalar(0));
+        move_bias<Purpose::kCorrection>(derived, count, layer, {});
     }
 
     const MlpMetaStepParams<Scalar>& p_;

@@ -136,41 +136,72 @@ struct Derive {
 
 enum class Purpose { kSignStep, kPlainStep, kGradient, kCorrection };
 
+// What a step by a gradient needs beside the gradient: the rate of the tensor alone; that and a place for the
+// direction; or, beside such a place, a rate for each element.
+enum class Rates { kTensor, kTensorKept, kElementKept };
+
+// The rates of a step and where its directions go.
+template <typename S>
+struct StepRates {
+    const typename S::Scalar* of;  // one for the tensor, or [rows, columns]
+    typename S::Vector* kept;      // [rows, columns]; null for kTensor
+    bool adds;                     // to what is kept
+};
+
 // Moves parameters by their gradients, or stores the gradients in their place, or, for kCorrection, subtracts the
 // results from gradients that are there.
-template <typename S, Purpose kPurpose>
+template <typename S, Purpose kPurpose, Rates kRates = Rates::kTensor>
 struct Move {
     using V = typename S::Vector;
     using M = typename S::Mask;
+    using Scalar = typename S::Scalar;
+    static constexpr bool kSteps = kPurpose == Purpose::kSignStep || kPurpose == Purpose::kPlainStep;
+    static constexpr bool kByElement = kSteps && kRates == Rates::kElementKept;
+    static constexpr bool kKeeps = kSteps && kRates != Rates::kTensor;
 
     V* parameters;  // [rows, columns]
     std::int64_t columns;
-    V lr;
+    StepRates<S> rates;
+    V lr;   // of the tensor
     M top;  // the largest magnitude seen, as bits: infinities and NaNs are the largest
 
     struct Own {
         V* to;
         std::int64_t columns;
+        const Scalar* of_element;
+        V* kept;
+        bool adds;
         V lr;
         M top;
 
         void operator()(int c, V gradient) {
             if constexpr (kPurpose == Purpose::kCorrection) gradient = to[c] - gradient;
-            const M magnitude = reinterpret_cast<M>(gradient) & Bits<typename S::Scalar>::kMagnitude;
+            const M magnitude = reinterpret_cast<M>(gradient) & Bits<Scalar>::kMagnitude;
             top = magnitude > top ? magnitude : top;
-            if constexpr (kPurpose == Purpose::kSignStep) {
-                to[c] -= lr * sign_of<S>(gradient);
-            } else if constexpr (kPurpose == Purpose::kPlainStep) {
-                to[c] -= lr * gradient;
+            if constexpr (kSteps) {
+                const V direction = kPurpose == Purpose::kSignStep ? sign_of<S>(gradient) : gradient;
+                if constexpr (kKeeps) kept[c] = adds ? kept[c] + direction : direction;
+                to[c] -= (kByElement ? S::all(of_element[c]) : lr) * direction;
             } else {
                 to[c] = gradient;
             }
         }
-        void next_row() { to += columns; }
+        void next_row() {
+            to += columns;
+            if constexpr (kByElement) of_element += columns;
+            if constexpr (kKeeps) kept += columns;
+        }
     };
 
     Own begin(std::int64_t row, std::int64_t column) const {
-        return {parameters + row * columns + column, columns, lr, top};
+        const std::int64_t first = row * columns + column;
+        return {parameters + first,
+                columns,
+                kByElement ? rates.of + first : nullptr,
+                kKeeps ? rates.kept + first : nullptr,
+                rates.adds,
+                lr,
+                top};
     }
     void end(const Own& own) { top = own.top; }
 };

@@ -1,0 +1,115 @@
+"""What learnable inner rates cost: python benchmarks/bench_rates.py [--out DIR]
+
+The meta-steps of workloads.py by the CPU kernels, each with the same constant rate and with learnable ones of every
+kind. A ratio is the time with learnable rates over that with the constant one, the median of the ratios within rounds.
+Before anything is timed, a case must serve the parameters' gradient bit for bit as with the constant rate (a rate that
+is learnable moves nothing else), and give every rate that moves something a gradient that is finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor, nn
+from workloads import METHODS, WORKLOADS, Problem
+
+import signmaml_ext
+
+CPU = torch.device("cpu")
+STEPS = 5
+Rates = float | Tensor | Mapping[str, Tensor]
+
+
+def rates_of(model: nn.Module, rate: float) -> dict[str, Rates]:
+    """Learnable rates of the same value, by kind."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.full(shape, rate, requires_grad=True)
+
+    tensors = dict(model.named_parameters())
+    return {
+        "one": leaf(),
+        "a step": leaf(STEPS),
+        "a tensor": {name: leaf() for name in tensors},
+        "a tensor and step": {name: leaf(STEPS, *[1] * p.ndim) for name, p in tensors.items()},
+        "an element": {name: leaf(*p.shape) for name, p in tensors.items()},
+        "an element and step": {name: leaf(STEPS, *p.shape) for name, p in tensors.items()},
+    }
+
+
+class Case:
+    """A meta-step with some rates."""
+
+    def __init__(self, problem: Problem, rates: Rates) -> None:
+        self.problem, self.rates = problem, rates
+
+    def __call__(self) -> None:
+        problem = self.problem
+        for leaf in (*problem.model.parameters(), *self.leaves()):
+            leaf.grad = None
+        options: dict[str, Any] = {"inner_lr": self.rates, "inner_steps": problem.steps, "method": problem.method}
+        signmaml_ext.meta_step(problem.model, *problem.data, **options, loss=problem.loss, backend="cpu")
+
+    def leaves(self) -> list[Tensor]:
+        """The learnable rates."""
+        if isinstance(self.rates, Mapping):
+            return list(self.rates.values())
+        return [self.rates] if isinstance(self.rates, Tensor) else []
+
+    def gradients(self) -> list[Tensor]:
+        """Those of the parameters."""
+        self()
+        return [p.grad for p in self.problem.model.parameters() if p.grad is not None]
+
+
+def measure(workload: str, method: str, seconds: float) -> dict[str, Any]:
+    """One workload and method with all kinds of rates."""
+    of_workload = WORKLOADS[workload]
+    problem = of_workload.problem(tasks=of_workload.tasks, steps=STEPS, device=CPU)
+    problem = replace(problem, method=method)
+    constant = Case(problem, problem.inner_lr)
+    cases = {kind: Case(problem, rates) for kind, rates in rates_of(problem.model, problem.inner_lr).items()}
+    expected = [value.clone() for value in constant.gradients()]
+    for kind, case in cases.items():
+        found = case.gradients()
+        same = len(found) == len(expected) and all(map(torch.equal, found, expected))
+        harness.require(same, f"{workload}, {method}, a rate for {kind}: another gradient than with a constant rate")
+        learned = [leaf.grad for leaf in case.leaves() if leaf.grad is not None]
+        harness.require(bool(learned), f"{workload}, {method}, a rate for {kind}: no rate has a gradient")
+        finite = all(bool(value.isfinite().all()) for value in learned)
+        harness.require(finite, f"{workload}, {method}, a rate for {kind}: its gradient is not finite")
+    compared = harness.compare({"constant": constant, **cases}, seconds=seconds, device=CPU, least=5)
+    return {
+        "workload": workload,
+        "method": method,
+        "ms": compared.timing("constant"),
+        "ratio": {kind: compared.ratio("constant", kind) for kind in cases},  # its time over the constant rate's
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=15, help="of timing for each workload and method")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result file (JSON)")
+    asked = parser.parse_args()
+    stamp, results = harness.stamp(CPU), []
+    for workload in asked.workload:
+        for method in asked.methods:
+            results.append(measure(workload, method, asked.seconds))
+            told = ", ".join(f"{kind} {ratio.median:.2f}" for kind, ratio in results[-1]["ratio"].items())
+            print(f"{workload}, {method}: {results[-1]['ms'].median:.1f} ms; learnable, a rate for {told}", flush=True)
+    result = {"benchmark": "rates", **stamp, "steps": STEPS, "results": results}
+    if asked.out:
+        harness.write(asked.out / "rates_cpu.json", result)
+
+
+if __name__ == "__main__":
+    main()
