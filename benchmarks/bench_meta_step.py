@@ -46,6 +46,7 @@ PEERS = (
     "learn2learn_",
     "higher_",
     "torchopt_",
+    "parallel_metalearn_",
     "vmap",
     "vmap_graph",
     "compiled",

@@ -1,4 +1,7 @@
-"""TorchOpt: a functional optimiser chained from two transformations, the sign and the rate."""
+"""TorchOpt: its functional SGD, whose updates autograd can differentiate.
+
+The sign is a transformation of its own, chained before SGD.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,10 @@ from workloads import LOSSES, Problem
 from peers import Step, missing
 
 NAME = "TorchOpt"
-SUMMARY = "a chain of TorchOpt's functional transformations, one task after the other"
+SUMMARY = "TorchOpt's functional transformations, one task after the other"
 
 
 def why_not(problem: Problem) -> str | None:
-    if problem.method != "sign-maml":
-        return f"not written for {problem.method} yet"
     return missing("torchopt")
 
 
@@ -27,8 +28,11 @@ def prepare(problem: Problem) -> Step:
     def sign_update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
         return torchopt.pytree.tree_map(torch.sign, updates), state
 
-    sign = torchopt.base.GradientTransformation(lambda params: torchopt.base.EmptyState(), sign_update)
-    optimizer = torchopt.chain(sign, torchopt.sgd(lr=problem.inner_lr))
+    second_order = problem.method == "maml"
+    optimizer = torchopt.sgd(lr=problem.inner_lr, moment_requires_grad=second_order)
+    if problem.method == "sign-maml":
+        sign = torchopt.base.GradientTransformation(lambda params: torchopt.base.EmptyState(), sign_update)
+        optimizer = torchopt.chain(sign, optimizer)
     loss = LOSSES[problem.loss]
 
     def run() -> dict[str, Tensor]:
@@ -36,17 +40,20 @@ def prepare(problem: Problem) -> Step:
         theta = dict(problem.model.named_parameters())
         mean: dict[str, Tensor] = {}
         for task in range(problem.tasks):
-            phi = {name: p.detach().clone().requires_grad_() for name, p in theta.items()}
+            start = {name: p.detach().clone().requires_grad_() for name, p in theta.items()}
+            phi = start
             state = optimizer.init(phi)
             for _ in range(problem.steps):
                 error = loss(functional_call(problem.model, phi, (support_x[task],)), support_y[task])
-                grads = dict(zip(phi, torch.autograd.grad(error, list(phi.values())), strict=True))
-                updates, state = optimizer.update(grads, state, inplace=False)
+                found = torch.autograd.grad(error, list(phi.values()), create_graph=second_order)
+                updates, state = optimizer.update(dict(zip(phi, found, strict=True)), state, inplace=False)
                 phi = torchopt.apply_updates(phi, updates, inplace=False)
-                phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
+                if not second_order:
+                    phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
             error = loss(functional_call(problem.model, phi, (query_x[task],)), query_y[task])
-            grads = torch.autograd.grad(error / problem.tasks, list(phi.values()))
-            for name, gradient in zip(phi, grads, strict=True):
+            of = start if second_order else phi
+            grads = torch.autograd.grad(error / problem.tasks, list(of.values()))
+            for name, gradient in zip(of, grads, strict=True):
                 mean[name] = mean[name] + gradient if name in mean else gradient
         return mean
 

@@ -61,8 +61,8 @@ def meta_step(problem: Problem, chunk: int) -> Gradients:
     return mean
 
 
-def _second_order(problem: Problem, theta: Gradients, chunk: int) -> Gradients:
-    """The mean of vmap(grad) of a whole task, whose inner steps are themselves calls of grad."""
+def task_meta_gradients(problem: Problem) -> Callable[[Gradients, Tensor, Tensor, Tensor, Tensor], Gradients]:
+    """The second-order gradient of one task: grad of a function whose inner steps are themselves calls of grad."""
     gradient, loss = task_gradients(problem), LOSSES[problem.loss]
 
     def task(start: Gradients, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
@@ -72,7 +72,11 @@ def _second_order(problem: Problem, theta: Gradients, chunk: int) -> Gradients:
             phi = {name: value - problem.inner_lr * grads[name] for name, value in phi.items()}
         return loss(functional_call(problem.model, phi, (query_x,)), query_y)
 
-    gradients = vmap(grad(task), in_dims=(None, 0, 0, 0, 0))
+    return grad(task)
+
+
+def _second_order(problem: Problem, theta: Gradients, chunk: int) -> Gradients:
+    gradients = vmap(task_meta_gradients(problem), in_dims=(None, 0, 0, 0, 0))
     mean: Gradients = {}
     for first in range(0, problem.tasks, chunk):
         for name, found in gradients(theta, *(d[first : first + chunk] for d in problem.data)).items():
