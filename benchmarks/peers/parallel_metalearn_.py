@@ -2,10 +2,14 @@
 
 The model and the loss are wrapped as its notes on new tasks ask, and the sign is an inner optimiser derived from its
 SGD. The outer optimiser gets a rate of 0, because a step always ends with an update.
+
+Under vmap, maml needs its own BatchNorm. With torch's, the meta-gradient on B is wrong by 8e-4 of its norm in float64;
+first order and the loop over tasks are exact with either.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -33,15 +37,32 @@ def prepare(problem: Problem) -> Step:
     return fastest(steps)
 
 
+def _with_its_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of the model, because its translator of models fails on BatchNorm in version 0.5.6."""
+    from metalearn.nn_models.basic_layers import BatchNorm
+
+    copied = copy.deepcopy(model)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                own = BatchNorm(child.num_features, child.eps, track_running_stats=False).to(child.weight)
+                own.load_state_dict(child.state_dict())
+                setattr(module, name, own)
+    return copied
+
+
 def _step(problem: Problem, **options: Any) -> Step:
     from metalearn.algorithms import MAML
     from metalearn.inner_optimizers import InnerSGD
     from metalearn.loss import BaseLoss
 
+    one_by_one = options.get("backend") == "sequential"
+    model = problem.model if one_by_one or problem.method != "maml" else _with_its_batch_norm(problem.model)
+
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = problem.model
+            self.model = model
 
         def forward(self, x: Tensor, **_: Any) -> dict[str, Any]:
             return {"logits": self.model(x), "buffers": {}}
@@ -83,6 +104,6 @@ def _step(problem: Problem, **options: Any) -> Step:
 
     def run() -> dict[str, Tensor]:
         algorithm.step(iter([problem.data]))
-        return {name: p.grad for name, p in problem.model.named_parameters()}
+        return {name: p.grad for name, p in model.named_parameters()}
 
     return Step(run)
