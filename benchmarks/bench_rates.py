@@ -2,8 +2,8 @@
 
 The meta-steps of workloads.py by the CPU kernels, each with the same constant rate and with learnable ones of every
 kind. A ratio is the time with learnable rates over that with the constant one, the median of the ratios within rounds.
-Before anything is timed, a case must give the parameters' gradient as the constant rate does: by sign steps bit for bit,
-else to 0.02 of its norm, because a step with a rate for each element rounds on its own and ReLU may then decide
+Before anything is timed, a case must give the parameters' gradient as the constant rate does: by sign steps bit for
+bit, else to 0.02 of its norm, because a step with a rate for each element rounds on its own and ReLU may then decide
 otherwise. And every rate that moves something must get a gradient that is finite.
 """
 

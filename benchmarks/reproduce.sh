@@ -10,7 +10,11 @@ python=${PYTHON:-python3}
 for workload in A B C D; do
   "$python" benchmarks/bench_meta_step.py --workload "$workload" --out "$results"
   "$python" benchmarks/bench_meta_step.py --workload "$workload" --growth --seconds 5 --out "$results"
+  "$python" benchmarks/bench_meta_step.py --workload "$workload" --method maml --seconds 20 --out "$results"
 done
+"$python" benchmarks/bench_meta_step.py --workload A --growth --method maml --seconds 1 \
+  --only 'sequential loop' 'signmaml_ext, cpu' --out "$results"
+"$python" benchmarks/bench_rates.py --out "$results"
 if [ -n "$omniglot" ]; then
   "$python" benchmarks/record_run.py --out "$results/omniglot_5w1s.json" --curves "$results/omniglot_curves.png" \
     --shown "signmaml train --preset omniglot --data-root DIR" -- --preset omniglot --data-root "$omniglot"

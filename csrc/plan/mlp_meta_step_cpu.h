@@ -40,6 +40,7 @@ struct MlpCpuLayout {
     std::int64_t direction_rows;              // 1: of the step at hand, or of all together
     std::int64_t directions;                  // [rows, parameters]
     std::int64_t rate_grads;                  // as the rates
+    std::int64_t rates_of_step;               // from a step's rates to the next one's; 0: all steps have the same
     std::int64_t columns;                     // of a row of meta-gradients
     std::int64_t size;
 };
@@ -101,6 +102,7 @@ constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t suppor
     if (keeps || how.rates.by_element) layout.direction_rows = keeps && apart ? steps : smaller(1, steps);
     at += layout.direction_rows * mlp_parameters(shape);
     layout.rate_grads = at;
+    layout.rates_of_step = how.rates.by_step ? how.rates.of_row(mlp_parameters(shape), 2 * shape.layers) : 0;
     if (query > 0) at += layout.columns - mlp_parameters(shape);
     layout.size = at;
     return layout;

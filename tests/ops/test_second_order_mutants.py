@@ -1,4 +1,5 @@
-"""Proof that the cases of exact MAML on the CPU see what they should: stages that are broken in one way each.
+"""Proof that the cases of exact MAML and of learnable rates on the CPU see what they should: stages that are broken in
+one way each.
 
 All mutants are in one build of a copy of the sources, see emulated/mutants.py. It has one instruction set, which is
 enough: the sources are the same for all.
@@ -17,13 +18,14 @@ from helpers.devices import emulated
 
 STEPS, TANGENTS, FIRST = "cpu/conv_second_order.h", "cpu/isa/conv/tangents.h", "cpu/isa/conv/first_tangents.h"
 GROUP, RESULTS = "cpu/isa/mlp/group.h", "cpu/isa/mlp/results.h"
+RATES, PLAN = "cpu/conv_rates.h", "plan/mlp_meta_step_cpu.h"
 LEFT_OUT = ""
 
 MUTATIONS = [
     # Convolutional networks: back through the steps.
     Mutation("parameters of another step", STEPS, "std::copy_n(remembered(step) + span.row", "std::copy_n(remembered(p_.steps - 1) + span.row"),
     Mutation("steps in their order", STEPS, "take_direction(step);\n            passes_.forward(p_.support, task, /*features_stale=*/true);", "take_direction(p_.steps - 1 - step);\n            passes_.forward(p_.support, task, /*features_stale=*/true);"),
-    Mutation("rates of another step", STEPS, "p_.lr + step * conv_tensors(p_.shape)", "p_.lr"),
+    Mutation("rates of another step", STEPS, "p_.lr + p_.rates.row(step) * conv_tensors(p_.shape)", "p_.lr"),
     Mutation("rate of another tensor", STEPS, "lr[span.tensor]", "lr[0]"),
     Mutation("H u is added", STEPS, "Scalar(-1), product", "Scalar(1), product"),
     Mutation("rates of elements left out", STEPS, "rates_->scale(step, rates_->adjoint());", LEFT_OUT),
@@ -86,7 +88,7 @@ MUTATIONS = [
     Mutation("first dW without covariance W.", FIRST, " - slope[c] * dense_tangent[c]", LEFT_OUT),
     # Multilayer perceptrons.
     Mutation("mlp: parameters of another step", GROUP, "const V* before = at(layout_.path + step * p_.parameters)", "const V* before = at(layout_.path)"),
-    Mutation("mlp: no gradients of rates", GROUP, "if (how_.rates.learnable) rate_gradients(step);\n            aim", "aim"),
+    Mutation("mlp: no gradients of rates", GROUP, "if (how_.rates.learnable) rate_gradients(step, step + 1);\n            aim", "aim"),
     Mutation("mlp: rates of another step", GROUP, "const Scalar* lr = rates(step);\n        const V* from", "const Scalar* lr = rates(0);\n        const V* from"),
     Mutation("mlp: rates left out", GROUP, "to[i] = rate(lr, tensor, i) * from[i]", "to[i] = from[i]"),
     Mutation("mlp: output without c.", GROUP, "moves_bias(layer) ? at(layout_.direction + layout_.bias[layer]) : nullptr", "nullptr"),
@@ -99,19 +101,37 @@ MUTATIONS = [
     Mutation("mlp: V. of what does not move", GROUP, "if (!moves_weight(layer)) return;", LEFT_OUT),
     Mutation("mlp: delta of another layer", GROUP, "derive(through(at(layout_.delta_tangent[(layer + 1) % 2]), weights", "derive(through(at(layout_.delta_tangent[layer % 2]), weights"),
     Mutation("mlp: curvature overwritten", GROUP, "weights, count, layer), layer, derived, curved);", "weights, count, layer), layer, derived, false);"),
-    Mutation("mlp: correction without x.", GROUP, "move_weight<Purpose::kCorrection>(at(layout_.delta[(layer + 1) % 2]), at(layout_.tangent[layer]), count,\n                                              layer, Scalar(0));", LEFT_OUT),
-    Mutation("mlp: correction without the bias", GROUP, "move_bias<Purpose::kCorrection>(derived, count, layer, Scalar(0));", LEFT_OUT),
+    Mutation("mlp: correction without x.", GROUP, "move_weight<Purpose::kCorrection>(at(layout_.delta[(layer + 1) % 2]), at(layout_.tangent[layer]), count,\n                                              layer, {});", LEFT_OUT),
+    Mutation("mlp: correction without the bias", GROUP, "move_bias<Purpose::kCorrection>(derived, count, layer, {});", LEFT_OUT),
     Mutation("mlp: H u is added", RESULTS, "gradient = to[c] - gradient;", "gradient = to[c] + gradient;"),
     Mutation("mlp: half the curvature", RESULTS, "-2 * value * tangent[c] * sum", "-value * tangent[c] * sum"),
     Mutation("mlp: ReLU passes everything", RESULTS, "sum = at[c] <= zero ? zero : sum;", LEFT_OUT),
     Mutation("mlp: slope of tanh left out", RESULTS, "sum = sum * (1 - at[c] * at[c]);", LEFT_OUT),
+    # Rates, which steps may share.
+    Mutation("rates of the first step for all", RATES, "return p_.lr + p_.rates.row(step) * of_row();", "return p_.lr;"),
+    Mutation("gradients of the first step's rates", RATES, "Scalar* to = all + p_.rates.row(step) * of_row();", "Scalar* to = all;"),
+    Mutation("a shared rate's gradient of the last step", RATES, "to[number] -= stages_.dot", "to[number] = -stages_.dot"),
+    Mutation("an element's shared rate's gradient of the last step", RATES, "to[i] -= adjoint[i] * along[i]", "to[i] = -adjoint[i] * along[i]"),
+    Mutation("mlp: a rate's gradient has the other sign", GROUP, "gradients[tensor] -= product_of", "gradients[tensor] += product_of"),
+    Mutation("mlp: an element's rate's gradient of the last step", GROUP, "gradients[i] -= adjoint[i] * along[i];", "gradients[i] = -(adjoint[i] * along[i]);"),
+    Mutation("mlp: gradients of the first step's rates", GROUP, "at(layout_.rate_grads + step * layout_.rates_of_step)", "at(layout_.rate_grads)"),
+    Mutation("mlp: rates of the first step for all", GROUP, "return p_.lr + step * layout_.rates_of_step;", "return p_.lr;"),
+    Mutation("mlp: shared rates are another step's", PLAN, "how.rates.by_step ? how.rates.of_row", "true ? how.rates.of_row"),
+    Mutation("mlp: directions are not summed", GROUP, "return step > 0 && layout_.direction_rows == 1 && how_.rates.learnable;", "return false;"),
+    Mutation("mlp: the first direction is summed too", GROUP, "return step > 0 && layout_.direction_rows", "return layout_.direction_rows"),
+    Mutation("mlp: directions of all steps in one place", GROUP, "layout_.direction_rows > 1 ? step * p_.parameters : 0", "0"),
+    Mutation("mlp: gradients kept as directions", RESULTS, "kept[c] + direction : direction;", "kept[c] + gradient : gradient;"),
+    Mutation("mlp: an element moves by its row's first rate", RESULTS, "S::all(of_element[c])", "S::all(of_element[0])"),
+    Mutation("mlp: rates of the first row of elements", RESULTS, "if constexpr (kByElement) of_element += columns;", LEFT_OUT),
+    Mutation("mlp: directions of all rows in the first", RESULTS, "if constexpr (kKeeps) kept += columns;", LEFT_OUT),
+    Mutation("mlp: a run of products", GROUP, "from += kTogether", "from += kTogether - 1"),
 ]  # fmt: skip
 
 NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)}
 
 
 def group_of(mutation: Mutation) -> str:
-    return "mlp" if mutation.file in (GROUP, RESULTS) else "conv"
+    return "mlp" if mutation.file in (GROUP, RESULTS, PLAN) else "conv"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Exact MAML on the CPU by a native module other than the package's own, against torch's double backward in float64.
+"""Exact MAML and learnable rates on the CPU by a native module other than the package's own, against the reference in
+float64.
 
-Every case has two steps, a rate for every tensor or element and step, and raises if a result is wrong.
+Every case has two steps, a rate for every tensor or element, and step or not, and raises if a result is wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from signmaml_ext.problem import Problem
 STEPS = 2
 
 
-def rates_of(model: nn.Module, adapt: list[str] | None, *, learnable: bool, elements: bool) -> dict[str, Tensor]:
+def rates_of(
+    model: nn.Module, adapt: list[str] | None, *, learnable: bool, elements: bool, by_step: bool
+) -> dict[str, Tensor]:
     found = {}
     for name, value in model.named_parameters():
-        rate = 0.02 + 0.1 * torch.rand(STEPS, *(value.shape if elements else [1] * value.ndim), dtype=value.dtype)
+        shape = tuple(value.shape) if elements else (1,) * value.ndim
+        rate = 0.02 + 0.1 * torch.rand((STEPS, *shape) if by_step else shape, dtype=value.dtype)
         if adapt is None or name in adapt:
             found[name] = rate.requires_grad_(learnable)
     return found
@@ -48,6 +52,8 @@ def convolutional(
     adapt: list[str] | None = None,
     learnable: bool = False,
     elements: bool = False,
+    by_step: bool = True,
+    method: str = "maml",
 ) -> None:
     size, ways = 9, 3  # pooling drops the last row and column
     model = Conv4(ways=ways, channels=channels, filters=8, image_size=size, pooling=pooling, layers=layers).double()
@@ -58,8 +64,8 @@ def convolutional(
     for count in (4, 3):
         sets.append(torch.randn(2, count, channels, size, size, dtype=torch.float64) + 0.4)
         sets.append(torch.randint(ways, (2, count)))
-    rates = rates_of(model, adapt, learnable=learnable, elements=elements)
-    options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": "maml", "adapt": adapt}
+    rates = rates_of(model, adapt, learnable=learnable, elements=elements, by_step=by_step)
+    options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": method, "adapt": adapt}
     check(native, conv, perceptrons.problem_of(model, tuple(sets), loss="cross_entropy", **options))
 
 
@@ -71,12 +77,14 @@ def perceptron(
     adapt: list[str] | None = None,
     learnable: bool = False,
     elements: bool = False,
+    by_step: bool = True,
+    method: str = "maml",
 ) -> None:
     widths = (3, 6, 5, 2)
     model = perceptrons.network(widths, activation).double()
     data = perceptrons.tasks_for(widths, loss, 3, 5, 3, torch.float64)
-    rates = rates_of(model, adapt, learnable=learnable, elements=elements)
-    options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": "maml", "adapt": adapt}
+    rates = rates_of(model, adapt, learnable=learnable, elements=elements, by_step=by_step)
+    options: dict[str, Any] = {"inner_lr": rates, "inner_steps": STEPS, "method": method, "adapt": adapt}
     check(native, mlp, perceptrons.problem_of(model, data, loss=loss, **options))
 
 
@@ -91,6 +99,8 @@ def run_conv(native: ModuleType) -> None:
     convolutional(native, adapt=["features.1.conv.weight", "features.0.normalize.bias"], learnable=True)
     convolutional(native, adapt=["features.0.conv.bias"], learnable=True)  # which does not move
     convolutional(native, elements=True, learnable=True)
+    for method, elements in itertools.product(("sign-maml", "fo-maml", "maml"), (False, True)):
+        convolutional(native, elements=elements, learnable=True, by_step=False, method=method)
     for pooling, layers in (("max", 3), ("stride", 1), ("stride", 3)):
         convolutional(native, pooling, layers=layers)
 
@@ -104,6 +114,9 @@ def run_mlp(native: ModuleType) -> None:
     for adapt in (["1.bias"], ["3.weight"], ["1.weight", "5.bias"]):
         perceptron(native, nn.Tanh, "mse", adapt=adapt, learnable=True)
     perceptron(native, nn.ReLU, "cross_entropy", learnable=True, elements=True)
+    for method, elements in itertools.product(("sign-maml", "fo-maml", "maml"), (False, True)):
+        for by_step in (False, True):
+            perceptron(native, nn.Tanh, "mse", learnable=True, elements=elements, by_step=by_step, method=method)
 
 
 GROUPS = {"conv": run_conv, "mlp": run_mlp}

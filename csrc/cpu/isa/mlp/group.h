@@ -328,9 +328,7 @@ class Group {
         }
     }
 
-    const Scalar* rates(int step) const { return p_.lr + how_.rates.row(step) * rates_of_row(); }
-
-    std::int64_t rates_of_row() const { return how_.rates.of_row(p_.parameters, 2 * p_.shape.layers); }
+    const Scalar* rates(int step) const { return p_.lr + step * layout_.rates_of_step; }
 
     // Where a step's directions go.
     V* directions(int step) const {
@@ -356,7 +354,7 @@ class Group {
                 const std::int64_t to = least(from + kTogether, behind);
                 for (int step = begin; step < end; ++step) {
                     const V* along = directions(step);
-                    V* gradients = at(layout_.rate_grads + how_.rates.row(step) * rates_of_row());
+                    V* gradients = at(layout_.rate_grads + step * layout_.rates_of_step);
                     if (how_.rates.by_element) {
                         for (std::int64_t i = from; i < to; ++i) gradients[i] -= adjoint[i] * along[i];
                     } else {
