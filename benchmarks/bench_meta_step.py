@@ -9,9 +9,9 @@ compute the right meta-gradient:
      to the float64 result. (At the full rate, a rounding error near g = 0 flips a whole step and the flips cascade: on
      A every implementation, the sequential loop included, is 0.1 to 0.6 from float64; a hundredth of the rate leaves
      about 0.03 of the change.)
-     The other methods have no sign to flip: with the timed K, T and rate, equal to the float64 result to 0.02, or
-     to twice the distance of the sequential loop itself, which on C a ReLU or a winner of the pooling that rounds to
-     the other side takes 0.03 away.
+     The other methods have no sign to flip: with the timed K, T and rate, equal to the float64 result to 0.1. (A ReLU
+     or a winner of the pooling that rounds to the other side takes an implementation 0.01 to 0.04 away on A and C,
+     whichever it is. What is computed at all, check 1 sees.)
   4. in the timed call itself: its distance from float64 is printed as "drift" and must be below 1, the distance of
      unrelated gradients.
 Then all run interleaved in one process. The speed-up is the median of the ratios within a round. The rate counts the
@@ -57,7 +57,7 @@ PEERS = (
 )
 BASE, BEST_TORCH, OURS = "sequential loop", "hand-tuned PyTorch", "signmaml_ext"
 CHECKED_TASKS = 2
-FLOAT64_TOLERANCE, FLOAT32_TOLERANCE, STEPS_TOLERANCE = 1e-9, 0.02, 0.25
+FLOAT64_TOLERANCE, FLOAT32_TOLERANCE, STEPS_TOLERANCE, PLAIN_TOLERANCE = 1e-9, 0.02, 0.25, 0.1
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,6 @@ class Checker:
         self.whole = flat(base.meta_step(problem.to(torch.float64)), problem)
         self.slow = replace(problem, inner_lr=problem.inner_lr / 100)
         self.expected_slow = flat(base.meta_step(self.slow.to(torch.float64)), problem)
-        self.float32_tolerance = FLOAT32_TOLERANCE
-        if problem.method != "sign-maml":
-            of_loop = distance(flat(base.meta_step(problem), problem), self.whole)
-            self.float32_tolerance = max(FLOAT32_TOLERANCE, 2 * of_loop)
         joint = flat(base.meta_step(problem.with_steps(0).to(torch.float64)), problem)
         self.steps_change = distance(joint, self.expected_slow)
 
@@ -138,7 +134,7 @@ class Checker:
             ("float32, K = 0", self.few.with_steps(0), self.expected_joint, FLOAT32_TOLERANCE),
             ("float32, small steps", self.slow, self.expected_slow, STEPS_TOLERANCE * self.steps_change)
             if self.problem.method == "sign-maml"
-            else ("float32", self.problem, self.whole, self.float32_tolerance),
+            else ("float32", self.problem, self.whole, PLAIN_TOLERANCE),
         )
         for what, problem, expected, tolerance in cases:
             if problem is self.few_float64 and implementation.why_not(problem) is not None:
