@@ -18,7 +18,7 @@ from helpers.devices import emulated
 
 STEPS, TANGENTS, FIRST = "cpu/conv_second_order.h", "cpu/isa/conv/tangents.h", "cpu/isa/conv/first_tangents.h"
 GROUP, RESULTS = "cpu/isa/mlp/group.h", "cpu/isa/mlp/results.h"
-RATES, PLAN = "cpu/conv_rates.h", "plan/mlp_meta_step_cpu.h"
+RATES = "cpu/conv_rates.h"
 LEFT_OUT = ""
 
 MUTATIONS = [
@@ -116,7 +116,6 @@ MUTATIONS = [
     Mutation("mlp: an element's rate's gradient of the last step", GROUP, "gradients[i] -= adjoint[i] * along[i];", "gradients[i] = -(adjoint[i] * along[i]);"),
     Mutation("mlp: gradients of the first step's rates", GROUP, "at(layout_.rate_grads + step * layout_.rates_of_step)", "at(layout_.rate_grads)"),
     Mutation("mlp: rates of the first step for all", GROUP, "return p_.lr + step * layout_.rates_of_step;", "return p_.lr;"),
-    Mutation("mlp: shared rates are another step's", PLAN, "how.rates.by_step ? how.rates.of_row", "true ? how.rates.of_row"),
     Mutation("mlp: directions are not summed", GROUP, "return step > 0 && layout_.direction_rows == 1 && how_.rates.learnable;", "return false;"),
     Mutation("mlp: the first direction is summed too", GROUP, "return step > 0 && layout_.direction_rows", "return layout_.direction_rows"),
     Mutation("mlp: directions of all steps in one place", GROUP, "layout_.direction_rows > 1 ? step * p_.parameters : 0", "0"),
@@ -124,14 +123,13 @@ MUTATIONS = [
     Mutation("mlp: an element moves by its row's first rate", RESULTS, "S::all(of_element[c])", "S::all(of_element[0])"),
     Mutation("mlp: rates of the first row of elements", RESULTS, "if constexpr (kByElement) of_element += columns;", LEFT_OUT),
     Mutation("mlp: directions of all rows in the first", RESULTS, "if constexpr (kKeeps) kept += columns;", LEFT_OUT),
-    Mutation("mlp: a run of products", GROUP, "from += kTogether", "from += kTogether - 1"),
 ]  # fmt: skip
 
 NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)}
 
 
 def group_of(mutation: Mutation) -> str:
-    return "mlp" if mutation.file in (GROUP, RESULTS, PLAN) else "conv"
+    return "mlp" if mutation.file in (GROUP, RESULTS) else "conv"
 
 
 @pytest.fixture(scope="module")
