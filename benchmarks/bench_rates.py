@@ -17,6 +17,7 @@ from typing import Any
 
 import harness
 import torch
+from bench_meta_step import FLOAT32_TOLERANCE, distance, flat
 from torch import Tensor, nn
 from workloads import METHODS, WORKLOADS, Problem
 
@@ -24,7 +25,6 @@ import signmaml_ext
 
 CPU = torch.device("cpu")
 STEPS = 5
-TOLERANCE = 0.02
 Rates = float | Tensor | Mapping[str, Tensor]
 
 
@@ -64,16 +64,11 @@ class Case:
             return list(self.rates.values())
         return [self.rates] if isinstance(self.rates, Tensor) else []
 
-    def gradients(self) -> list[Tensor]:
-        """Those of the parameters."""
+    def gradient(self) -> Tensor:
+        """That of all parameters, as one vector."""
         self()
-        return [p.grad for p in self.problem.model.parameters() if p.grad is not None]
-
-
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Norm of the difference relative to the norm of what is expected."""
-    off = torch.cat([(own - other).flatten() for own, other in zip(found, expected, strict=True)])
-    return float(off.norm() / torch.cat([value.flatten() for value in expected]).norm())
+        found = {name: p.grad for name, p in self.problem.model.named_parameters() if p.grad is not None}
+        return flat(found, self.problem)
 
 
 def measure(workload: str, method: str, seconds: float) -> dict[str, Any]:
@@ -83,11 +78,10 @@ def measure(workload: str, method: str, seconds: float) -> dict[str, Any]:
     problem = replace(problem, method=method)
     constant = Case(problem, problem.inner_lr)
     cases = {kind: Case(problem, rates) for kind, rates in rates_of(problem.model, problem.inner_lr).items()}
-    expected = [value.clone() for value in constant.gradients()]
+    expected = constant.gradient()
     for kind, case in cases.items():
-        found = case.gradients()
-        far = distance(found, expected)
-        near = far == 0 if method == "sign-maml" else far < TOLERANCE
+        far = distance(case.gradient(), expected)
+        near = far == 0 if method == "sign-maml" else far < FLOAT32_TOLERANCE
         harness.require(near, f"{workload}, {method}, a rate for {kind}: another gradient than with a constant rate")
         learned = [leaf.grad for leaf in case.leaves() if leaf.grad is not None]
         harness.require(bool(learned), f"{workload}, {method}, a rate for {kind}: no rate has a gradient")

@@ -173,7 +173,7 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
     else:
         learnable = problem.rates.learnable()
         leaves = {key: rate.detach().clone().requires_grad_() for key, rate in learnable.items()}
-        table = _rates(problem, spec.names, leaves, problem.rates.vary_by_step(problem.params))
+        table = _rates(problem, spec.names, leaves, native)
         mean = parameters[0].new_empty(size + (table.numel() if leaves else 0))
         parts = [_run(problem, spec, native, call, {"mean": mean}, table.detach())]
         live_tasks = _live(problem, parts[0]["nonfinite"])
@@ -298,7 +298,6 @@ def _run(
     tasks, dtype, device = problem.tasks, problem.dtype, problem.device
     theta = torch.cat([parameter.detach().reshape(-1) for parameter in _parameters(problem, spec.names)])
     classifies = problem.loss == "cross_entropy"
-    by_step = on_cuda(problem, native) or problem.rates.vary_by_step(problem.params)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -321,7 +320,7 @@ def _run(
     arguments = {
         **(gradients or {}),
         "theta": theta,
-        "lr": _rates(problem, spec.names, {}, by_step) if rates is None else rates,
+        "lr": _rates(problem, spec.names, {}, native) if rates is None else rates,
         "adapt": constant(tuple(name in problem.adapted for name in spec.names), torch.bool, device),
         **_set("support", problem.support_x, problem.support_y, classifies),
         **_set("query", problem.query_x, problem.query_y, classifies),
@@ -330,18 +329,21 @@ def _run(
     return results
 
 
-def _rates(problem: Problem, names: tuple[str, ...], leaves: Mapping[str, Tensor], by_step: bool) -> Tensor:
+def _rates(problem: Problem, names: tuple[str, ...], leaves: Mapping[str, Tensor], native: ModuleType) -> Tensor:
     """The rates of every tensor of the network; 0 for those that do not adapt.
+
+    There is a row for each of the K steps, or, on the CPU, one for all steps if they share their rates.
 
     Args:
         problem: The call.
         names: The tensors, in the order of theta.
         leaves: Learnable rates by key, to which the result has a graph.
-        by_step: Whether the result has a row for each of the K steps, or one for all of them.
+        native: The module of the kernels.
 
     Returns:
         `[rows * tensors]`, or `[rows * P]` where the elements of a parameter have rates of their own.
     """
+    by_step = on_cuda(problem, native) or problem.rates.vary_by_step(problem.params)
     rows = problem.steps if by_step else min(problem.steps, 1)
     if rows == 0:
         return constant((), problem.dtype, problem.device)
