@@ -1,6 +1,6 @@
-"""What learnable inner rates cost: python benchmarks/bench_rates.py [--out DIR]
+"""What learnable inner rates cost: python benchmarks/bench_rates.py [--device cuda] [--out DIR]
 
-The meta-steps of workloads.py by the CPU kernels, each with the same constant rate and with learnable ones of every
+The meta-steps of workloads.py by the kernels, each with the same constant rate and with learnable ones of every
 kind. A ratio is the time with learnable rates over that with the constant one, the median of the ratios within rounds.
 Before anything is timed, a case must give the parameters' gradient as the constant rate does: by sign steps bit for
 bit, else to 0.02 of its norm, because a step with a rate for each element rounds on its own and ReLU may then decide
@@ -23,7 +23,6 @@ from workloads import METHODS, WORKLOADS, Problem
 
 import signmaml_ext
 
-CPU = torch.device("cpu")
 STEPS = 5
 Rates = float | Tensor | Mapping[str, Tensor]
 
@@ -31,10 +30,12 @@ Rates = float | Tensor | Mapping[str, Tensor]
 def rates_of(model: nn.Module, rate: float) -> dict[str, Rates]:
     """Learnable rates of the same value, by kind."""
 
-    def leaf(*shape: int) -> Tensor:
-        return torch.full(shape, rate, requires_grad=True)
-
     tensors = dict(model.named_parameters())
+    device = next(iter(tensors.values())).device
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.full(shape, rate, requires_grad=True, device=device)
+
     return {
         "one": leaf(),
         "a step": leaf(STEPS),
@@ -56,7 +57,7 @@ class Case:
         for leaf in (*problem.model.parameters(), *self.leaves()):
             leaf.grad = None
         options: dict[str, Any] = {"inner_lr": self.rates, "inner_steps": problem.steps, "method": problem.method}
-        signmaml_ext.meta_step(problem.model, *problem.data, **options, loss=problem.loss, backend="cpu")
+        signmaml_ext.meta_step(problem.model, *problem.data, **options, loss=problem.loss, backend=problem.device.type)
 
     def leaves(self) -> list[Tensor]:
         """The learnable rates."""
@@ -71,10 +72,10 @@ class Case:
         return flat(found, self.problem)
 
 
-def measure(workload: str, method: str, seconds: float) -> dict[str, Any]:
+def measure(workload: str, method: str, seconds: float, device: torch.device) -> dict[str, Any]:
     """One workload and method with all kinds of rates."""
     of_workload = WORKLOADS[workload]
-    problem = of_workload.problem(tasks=of_workload.tasks, steps=STEPS, device=CPU)
+    problem = of_workload.problem(tasks=of_workload.tasks, steps=STEPS, device=device)
     problem = replace(problem, method=method)
     constant = Case(problem, problem.inner_lr)
     cases = {kind: Case(problem, rates) for kind, rates in rates_of(problem.model, problem.inner_lr).items()}
@@ -87,7 +88,7 @@ def measure(workload: str, method: str, seconds: float) -> dict[str, Any]:
         harness.require(bool(learned), f"{workload}, {method}, a rate for {kind}: no rate has a gradient")
         finite = all(bool(value.isfinite().all()) for value in learned)
         harness.require(finite, f"{workload}, {method}, a rate for {kind}: its gradient is not finite")
-    compared = harness.compare({"constant": constant, **cases}, seconds=seconds, device=CPU, least=5)
+    compared = harness.compare({"constant": constant, **cases}, seconds=seconds, device=device, least=5)
     return {
         "workload": workload,
         "method": method,
@@ -100,18 +101,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=15, help="of timing for each workload and method")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result file (JSON)")
     asked = parser.parse_args()
-    stamp, results = harness.stamp(CPU), []
+    device = torch.device(asked.device)
+    stamp, results = harness.stamp(device), []
     for workload in asked.workload:
         for method in asked.methods:
-            results.append(measure(workload, method, asked.seconds))
+            results.append(measure(workload, method, asked.seconds, device))
             told = ", ".join(f"{kind} {ratio.median:.2f}" for kind, ratio in results[-1]["ratio"].items())
             print(f"{workload}, {method}: {results[-1]['ms'].median:.1f} ms; learnable, a rate for {told}", flush=True)
     result = {"benchmark": "rates", **stamp, "steps": STEPS, "results": results}
     if asked.out:
-        harness.write(asked.out / "rates_cpu.json", result)
+        harness.write(asked.out / f"rates_{device.type}.json", result)
 
 
 if __name__ == "__main__":

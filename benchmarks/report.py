@@ -401,15 +401,15 @@ def zoo_compiled(results: list[dict[str, Any]]) -> str:
 
 def rates(results: Sequence[Result]) -> str:
     """One row per workload and method: a meta-step with a constant rate, and how much longer learnable ones take."""
-    found = [row for result in results for row in result["results"]]
-    kinds = list(found[0]["ratio"])
+    found = [(result["device_type"], row) for result in results for row in result["results"]]
+    kinds = list(found[0][1]["ratio"])
     rows = [
         [
-            f"{row['workload']}, {row['method']}",
+            f"{row['workload']}, {row['method']}" + (", CUDA" if device == "cuda" else ""),
             f"{number(row['ms']['median'])} ms",
             *(f"{row['ratio'][kind]['median']:.2f}" for kind in kinds),
         ]
-        for row in found
+        for device, row in found
     ]
     return table(["", "constant rate", *kinds], rows)
 

@@ -145,6 +145,12 @@ def plan_conv_meta_step(
     by_covariance: bool = True,
     workspace_limit: int = 0,
     method: str = "sign-maml",
+    rates_by_element: bool = False,
+    learns_rates: bool = False,
+    sharpness_rho: float = 0.0,
+    sharpness_norm: str = "l2",
+    sharpness_adaptive: bool = False,
+    counts_steps: bool = False,
 ) -> dict[str, Any]: ...
 def conv_meta_step_cuda(
     addresses: dict[str, int],
@@ -160,6 +166,12 @@ def conv_meta_step_cuda(
     stream: int,
     by_covariance: bool = True,
     workspace_limit: int = 0,
+    rates_by_element: bool = False,
+    learns_rates: bool = False,
+    sharpness_rho: float = 0.0,
+    sharpness_norm: str = "l2",
+    sharpness_adaptive: bool = False,
+    counts_steps: bool = False,
 ) -> None: ...
 def conv_meta_step_cpu(
     addresses: dict[str, int],

@@ -71,10 +71,6 @@ def why_not(
     problem: Problem,
     names: tuple[str, ...],
     precisions: tuple[str, ...] = ("fp32",),
-    *,
-    any_rates: bool = False,
-    sharp: bool = False,
-    counted: bool = False,
 ) -> str | None:
     """Why no fused family serves this problem, whatever its layers; None if one may.
 
@@ -82,9 +78,6 @@ def why_not(
         problem: The call.
         names: Parameters that the family's layers use.
         precisions: The precisions that it computes in.
-        any_rates: Whether it serves rates that are learnable or vary within a parameter.
-        sharp: Whether it serves sharpness-aware steps.
-        counted: Whether it serves steps that are counted.
     """
     if problem.inner_rule is not None:
         return no_rule(problem)
@@ -92,8 +85,6 @@ def why_not(
         return "the model has several inputs"
     if problem.output is not None:
         return "output= selects from what the model returns"
-    if problem.task_state != "full" and not counted:
-        return f"task_state {problem.task_state!r} is served by the flat-buffer operators"
     if problem.precision not in precisions:
         return f"it computes in {' or '.join(precisions)} there, and precision is {problem.precision!r}"
     parameters = _parameters(problem, names)
@@ -105,27 +96,47 @@ def why_not(
         return "parameters and inputs have several dtypes"
     if not dtypes <= set(ops.SCALARS):
         return f"it computes in float32 or float64, and the model is {dtypes.pop()}"
-    if problem.rates.learnable() and not any_rates:
-        return "inner_lr requires grad, which the pure PyTorch backend serves"
-    if not any_rates and (name := _varies_within(problem)) is not None:
-        return f"inner_lr varies within parameter {name!r}"
-    if problem.sharpness is not None and not sharp:
-        return "its steps are not sharpness-aware there"
+    if problem.method == "maml" and problem.sharpness is not None:
+        return "its kernels do not differentiate through sharpness-aware steps"
     if torch.is_autocast_enabled(problem.device.type):
         return "torch.autocast is on around the call"
     return None
 
 
-def _varies_within(problem: Problem) -> str | None:
-    """A parameter whose elements have rates of their own; None if there is none."""
+def varies_within(problem: Problem) -> bool:
+    """Whether elements of one parameter have rates of their own."""
     for name in problem.adapted if problem.steps and problem.rates.tensors() else ():
         rate = problem.rates.at_all_steps(name, problem.params[name].ndim, {})
         if isinstance(rate, Tensor) and rate[0].numel() != 1:
-            return name
-    return None
+            return True
+    return False
 
 
-def step_options(problem: Problem, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+def step_options(problem: Problem, *, learns_rates: bool) -> dict[str, Any]:
+    """What a native call on CUDA needs to know of its steps beside their number and method.
+
+    Rates have a row for every step there.
+
+    Args:
+        problem: The call.
+        learns_rates: Whether it gives the gradients of its rates.
+    """
+    return {
+        "rates_by_element": varies_within(problem),
+        "learns_rates": learns_rates,
+        "counts_steps": problem.task_state == "int8",
+        **_sharpness_options(problem),
+    }
+
+
+def _sharpness_options(problem: Problem) -> dict[str, Any]:
+    how = problem.sharpness
+    if how is None:
+        return {}
+    return {"sharpness_rho": how.rho, "sharpness_norm": how.norm, "sharpness_adaptive": how.adaptive}
+
+
+def step_options_on_cpu(problem: Problem, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a native call on the CPU needs to know of its steps beside their number and method.
 
     Args:
@@ -143,10 +154,7 @@ def step_options(problem: Problem, tensors: Mapping[str, Tensor]) -> tuple[dict[
         "counts_steps": problem.task_state == "int8",
         "sharpness_rho": 0.0 if problem.sharpness is None else problem.sharpness.rho,
     }
-    if problem.sharpness is None:
-        return of_plan, of_plan
-    norm = {"sharpness_norm": problem.sharpness.norm, "sharpness_adaptive": problem.sharpness.adaptive}
-    return of_plan, {**of_plan, **norm}
+    return of_plan, {**of_plan, **_sharpness_options(problem)}
 
 
 def _parameters(problem: Problem, names: tuple[str, ...]) -> list[Tensor]:
@@ -167,19 +175,19 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
     parameters = _parameters(problem, spec.names)
     sizes = [parameter.numel() for parameter in parameters]
     size = sum(sizes)
-    rates: dict[str, Tensor | None] = {}
+    leaves = {key: rate.detach().clone().requires_grad_() for key, rate in problem.rates.learnable().items()}
+    table = _rates(problem, spec.names, leaves, native)
+    learned = table.numel() if leaves else 0
     if on_cuda(problem, native):
-        mean, live_tasks, parts = _mean_of_chunks(problem, spec, native, call, size)
+        means, live_tasks, parts = _mean_of_chunks(problem, spec, native, call, size, table, learned)
     else:
-        learnable = problem.rates.learnable()
-        leaves = {key: rate.detach().clone().requires_grad_() for key, rate in learnable.items()}
-        table = _rates(problem, spec.names, leaves, native)
-        mean = parameters[0].new_empty(size + (table.numel() if leaves else 0))
+        mean = parameters[0].new_empty(size + learned)
+        means = [mean[:size], mean[size:]]
         parts = [_run(problem, spec, native, call, {"mean": mean}, table.detach())]
         live_tasks = _live(problem, parts[0]["nonfinite"])
-        moving = [name for name in problem.adapted if name not in spec.unmoved]
-        rates = _rate_gradients(leaves, table, mean[size:], moving)
-    by_name = dict(zip(spec.names, mean[:size].split(sizes), strict=True))
+    moving = [name for name in problem.adapted if name not in spec.unmoved]
+    rates = _rate_gradients(leaves, table, means[-1], moving)
+    by_name = dict(zip(spec.names, means[0].split(sizes), strict=True))
     return MetaGradients(
         params={name: by_name[name].view(parameter.shape) for name, parameter in problem.params.items()},
         rates=rates,
@@ -192,26 +200,41 @@ def meta_gradients(problem: Problem, spec: Spec | str, native: ModuleType, call:
 
 
 def _mean_of_chunks(
-    problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], size: int
-) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
-    """The mean gradient `[P]`, the number of tasks in it, and the other results chunk by chunk."""
-    chunk = max(1, CHUNK_BYTES // (size * problem.dtype.itemsize))
+    problem: Problem, spec: Spec, native: ModuleType, call: Call[Spec], size: int, table: Tensor, learned: int
+) -> tuple[list[Tensor], Tensor, list[dict[str, Tensor]]]:
+    """The mean gradient `[P]`, then that of rates that learn; the number of tasks in it; the other results by chunk.
+
+    Args:
+        size: P.
+        table: The rates at every step.
+        learned: Their number if they have gradients, else 0.
+    """
+    chunk = max(1, CHUNK_BYTES // ((size + learned) * problem.dtype.itemsize))
     parts, means, lives = [], [], []
     for first in range(0, problem.tasks, chunk):
         tasks = min(chunk, problem.tasks - first)
-        of_chunk = torch.zeros(size, dtype=problem.dtype, device=problem.device)
-        grads = torch.empty(tasks, size, dtype=problem.dtype, device=problem.device)
+        rows = {"grads": torch.empty(tasks, size, dtype=problem.dtype, device=problem.device)}
+        if learned:
+            rows["rate_grads"] = torch.empty(tasks, learned, dtype=problem.dtype, device=problem.device)
         whole = tasks == problem.tasks
-        part = _run(problem if whole else _tasks(problem, first, tasks), spec, native, call, {"grads": grads})
-        ops.meta_accumulate_(of_chunk, grads, nonfinite=part["nonfinite"], skip_nonfinite=problem.nonfinite == "skip")
+        part = _run(problem if whole else _tasks(problem, first, tasks), spec, native, call, rows, table.detach())
+        of_chunk = []
+        for of_tasks in rows.values():
+            of_chunk.append(torch.zeros(of_tasks.shape[1], dtype=problem.dtype, device=problem.device))
+            ops.meta_accumulate_(
+                of_chunk[-1], of_tasks, nonfinite=part["nonfinite"], skip_nonfinite=problem.nonfinite == "skip"
+            )
         parts.append(part)
         means.append(of_chunk)
         lives.append(_live(problem, part["nonfinite"]))
     if len(parts) == 1:
         return means[0], lives[0], parts
     live_tasks = torch.stack(lives).sum()
-    mean = torch.stack([m * live for m, live in zip(means, lives, strict=True)]).sum(0) / live_tasks.clamp(min=1)
-    return mean, live_tasks, parts
+    joined = [
+        torch.stack([m * live for m, live in zip(of_chunks, lives, strict=True)]).sum(0) / live_tasks.clamp(min=1)
+        for of_chunks in zip(*means, strict=True)
+    ]
+    return joined, live_tasks, parts
 
 
 def _live(problem: Problem, flags: Tensor) -> Tensor:
@@ -355,7 +378,7 @@ def _rates(problem: Problem, names: tuple[str, ...], leaves: Mapping[str, Tensor
         rate = problem.rates.at_all_steps("", 1, leaves)
         assert isinstance(rate, Tensor)
         return (rate.to(problem.dtype).expand(rows, 1) * adapts).reshape(-1)
-    by_element = _varies_within(problem) is not None
+    by_element = varies_within(problem)
     columns = []
     for name, parameter in zip(names, _parameters(problem, names), strict=True):
         shape = parameter.shape if by_element else [1] * parameter.ndim

@@ -29,9 +29,11 @@ def table(problem: Problem) -> str:
     found = conv.read(problem.model)
     assert not isinstance(found, str)
     sizes = fused.sizes_of(problem)
+    options = fused.step_options(problem, learns_rates=bool(problem.rates.learnable()))
     plan = _loader.C.plan_conv_meta_step(
-        conv.shape_of(problem, found), *sizes.values(), problem.steps, problem.precision, 1, method=problem.method
-    )
+        conv.shape_of(problem, found), *sizes.values(), problem.steps, problem.precision, 1, method=problem.method,
+        **options,
+    )  # fmt: skip
     launches: list[Launch] = plan["launches"]
     chunks = -(-problem.tasks // plan["chunk"])
     lines = [
@@ -42,7 +44,9 @@ def table(problem: Problem) -> str:
         f"{sum(seconds(one, problem.precision) for one in launches) * chunks * 1e3:.3f} ms",
         f"  workspace {plan['workspace_bytes'] / 2**20:.1f} MiB for {plan['chunk']} of {problem.tasks} tasks at once, "
         + (
-            "of which only kept weights grow with the steps" if _goes_back(launches) else "whatever the number of steps"
+            f"of which only {kept} with the steps"
+            if (kept := _kept(problem, launches))
+            else "whatever the number of steps"
         ),
         f"  {'kernel':<{_NAME}}{'block':>6}{'grid':>14}{'threads':>8}{'KiB':>6}{'MFLOP':>9}{'MB':>8}"
         f"{'modelled us':>12}",
@@ -63,16 +67,25 @@ def _total(launches: Sequence[Launch], what: str) -> float:
     return sum(one[what] for one in launches)
 
 
-def _goes_back(launches: Sequence[Launch]) -> bool:
-    return any(one["part"] != "pass" for one in launches)
+def _kept(problem: Problem, launches: Sequence[Launch]) -> str:
+    """What a task keeps of every step, as the start of a sentence."""
+    goes_back = any(one["part"] == "again" for one in launches)
+    kept = [*(["weights"] if goes_back else []), *(["directions"] if problem.rates.learnable() else [])]
+    return f"kept {' and '.join(kept)} grow" if kept else ""
 
 
 def _parts(launches: Sequence[Launch], steps: int) -> list[tuple[str, list[Launch]]]:
     """The launches in order; only the first of the inner steps, which are all alike."""
+    climbs = any(one["part"] == "raised" for one in launches)
     groups = [
         ("before", [one for one in launches if one["step"] < 0 and one["kernel"] != "conv_unpack"]),
-        (f"inner step (one of {steps}, all alike)", _of_a_step(launches, steps, "pass")),
+        (
+            f"inner step (one of {steps}, all alike)"
+            + (": its passes, then those at the sharpest place nearby (^)" if climbs else ""),
+            _of_a_step(launches, steps, "pass", "raised"),
+        ),
         ("query pass", [one for one in launches if one["step"] == steps]),
+        ("gradients of the rates", [one for one in launches if one["kernel"] == "conv_rate_grads"][:1]),
         (
             f"back through a step (one of {steps}, all alike): its passes again (*), and their derivatives",
             _of_a_step(launches, steps, "again", "tangent"),
@@ -83,13 +96,14 @@ def _parts(launches: Sequence[Launch], steps: int) -> list[tuple[str, list[Launc
 
 
 def _of_a_step(launches: Sequence[Launch], steps: int, *parts: str) -> list[Launch]:
-    return [one for one in launches if one["step"] == 0 < steps and one["part"] in parts]
+    of_step = [one for one in launches if one["step"] == 0 < steps and one["part"] in parts]
+    return [one for one in of_step if one["kernel"] != "conv_rate_grads"]
 
 
 def _row(one: Launch, precision: str) -> str:
     block = "" if one["block_of_network"] < 0 else str(one["block_of_network"] + 1)
     grid = " x ".join(str(extent) for extent in one["grid"])
-    name = one["kernel"] + (" (*)" if one["part"] == "again" else "")
+    name = one["kernel"] + {"again": " (*)", "raised": " (^)"}.get(one["part"], "")
     return (
         f"  {name:<{_NAME}}{block:>6}{grid:>14}{one['threads']:>8}{one['shared_bytes'] / 1024:>6.1f}"
         f"{one['flops'] / 1e6:>9.1f}{one['bytes'] / 1e6:>8.2f}{seconds(one, precision) * 1e6:>12.2f}"

@@ -155,6 +155,7 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     p.logits = scalars("logits");
     p.adapted = scalars("adapted");
     p.grads = scalars("grads");
+    p.rate_grads = scalars("rate_grads");
     p.nonfinite = address_in<std::uint8_t>(addresses, "nonfinite");
     p.workspace = address_in<void>(addresses, "workspace");
     p.tasks = sizes.tasks;
@@ -266,14 +267,20 @@ ConvPrecision conv_precision_of(const std::string& precision) {
 // The number of multiprocessors is not used: what a task computes must not depend on it.
 py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int query, int steps,
                    const std::string& precision, int multiprocessors, bool wants_grads, bool wants_adapted,
-                   bool by_covariance, std::int64_t workspace_limit, const std::string& method) {
+                   bool by_covariance, std::int64_t workspace_limit, const std::string& method, bool rates_by_element,
+                   bool learns_rates, double sharpness_rho, const std::string& sharpness_norm, bool sharpness_adaptive,
+                   bool counts_steps) {
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {}, {}, false};
+    const Method of_steps = method_of(method);
+    const StepOptions how{{rates_by_element, /*by_step=*/true, learns_rates},
+                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps),
+                          counts_steps};
+    const ConvSizes sizes{tasks, support, query, steps, of_steps, how.rates, how.sharpness, counts_steps};
     sizes.check();
     check_memory(shape, sizes);
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
-    const ConvRequest request{tasks, support, query, steps, wants_grads, wants_adapted, sizes.method};
+    const ConvRequest request{tasks, support, query, steps, wants_grads, wants_adapted, of_steps, how};
     const ConvPlan plan =
         plan_conv_meta_step(shape, request, conv_precision_of(precision), by_covariance, workspace_limit);
     py::list launches;
@@ -318,23 +325,31 @@ void declare(const ConvMetaStepParams<float>& p, const ConvPlan& plan) {
     add("support_labels", p.support.labels, support, 8, false);
     add("query_x", p.query.x, query * image, 4, false);
     add("query_labels", p.query.labels, query, 8, false);
-    add("lr", p.lr, p.steps * tensors, 4, false);
+    const std::int64_t rates = p.steps * p.rates.of_row(p.parameters, tensors);
+    add("lr", p.lr, rates, 4, false);
     add("adapt", p.adapt, tensors, 1, false);
     add("support_loss", p.support_loss, p.steps * p.tasks, 4, true);
     add("query_loss", p.query_loss, p.tasks, 4, true);
     add("query_accuracy", p.query_accuracy, p.tasks, 4, true);
     add("logits", p.logits, query * p.shape.ways, 4, true);
     add("adapted", p.adapted, p.tasks * p.parameters, 4, true);
+    add("counts", p.counts, p.tasks * p.parameters, 1, true);
     add("grads", p.grads, p.tasks * p.parameters, 4, true);
+    add("rate_grads", p.rate_grads, p.tasks * rates, 4, true);
     add("nonfinite", p.nonfinite, p.tasks, 1, true);
 }
 #endif
 
 void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, std::int64_t tasks, int support,
                          int query, int steps, const std::string& method, const std::string& precision, int device,
-                         std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit) {
+                         std::uintptr_t stream, bool by_covariance, std::int64_t workspace_limit, bool rates_by_element,
+                         bool learns_rates, double sharpness_rho, const std::string& sharpness_norm,
+                         bool sharpness_adaptive, bool counts_steps) {
     const ConvShape shape = conv_shape_of(entries);
-    const ConvSizes sizes{tasks, support, query, steps, method_of(method), {}, {}, false};
+    const Method of_steps = method_of(method);
+    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps);
+    const RateOptions rates{rates_by_element, /*by_step=*/true, learns_rates};
+    const ConvSizes sizes{tasks, support, query, steps, of_steps, rates, sharpness, counts_steps};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);
@@ -360,11 +375,13 @@ void define_conv(py::module_& m) {
           "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false, "counts_steps"_a = false);
     m.def("plan_conv_meta_step", &plan_cuda, "shape"_a, "tasks"_a, "support"_a, "query"_a, "steps"_a, "precision"_a,
           "multiprocessors"_a, "wants_grads"_a = true, "wants_adapted"_a = false, "by_covariance"_a = true,
-          "workspace_limit"_a = 0, "method"_a = "sign-maml");
+          "workspace_limit"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "learns_rates"_a = false,
+          "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false, "counts_steps"_a = false);
 #ifdef SIGNMAML_WITH_CUDA
     m.def("conv_meta_step_cuda", &conv_meta_step_cuda, "addresses"_a, "shape"_a, py::kw_only(), "tasks"_a, "support"_a,
           "query"_a, "steps"_a, "method"_a, "precision"_a, "device"_a, "stream"_a, "by_covariance"_a = true,
-          "workspace_limit"_a = 0);
+          "workspace_limit"_a = 0, "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0,
+          "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false, "counts_steps"_a = false);
 #endif
 }
 

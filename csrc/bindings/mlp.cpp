@@ -60,20 +60,27 @@ void check_sizes(const MlpShape& shape, std::int64_t tasks, std::int64_t support
     check_product("tasks, query, widths", {tasks, larger(query, 1), kMlpLayers * std::int64_t{kMlpWidest}});
     check_product("tasks, parameters", {tasks, mlp_parameters(shape), std::int64_t{sizeof(double)}});
     check_product("tasks, steps, parameters",
-                  {larger(tasks, 1), steps, mlp_parameters(shape), 4 * std::int64_t{sizeof(double)}});
+                  {larger(tasks, 1), steps, mlp_parameters(shape), 8 * std::int64_t{sizeof(double)}});
     check_product("support, query", {support});
     check_product("support, query", {query});
 }
 
 py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t support, std::int64_t query,
-              int scalar_bytes, int multiprocessors, std::int64_t steps, const std::string& method) {
+              int scalar_bytes, int multiprocessors, std::int64_t steps, const std::string& method,
+              bool rates_by_element, bool learns_rates, double sharpness_rho, const std::string& sharpness_norm,
+              bool sharpness_adaptive, bool counts_steps) {
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
     check_scalar_bytes(scalar_bytes);
     check_at_least_one("multiprocessors", multiprocessors);
     check_sizes(shape, tasks, support, query, steps);
+    const Method of_steps = method_of(method);
+    const StepOptions how{{rates_by_element, /*by_step=*/true, learns_rates},
+                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps),
+                          counts_steps};
+    if (counts_steps) check_counted(of_steps, steps);
     const MlpPlan plan =
-        plan_mlp_meta_step(shape, tasks, support, query, steps, method_of(method), scalar_bytes, multiprocessors);
+        plan_mlp_meta_step(shape, tasks, support, query, steps, of_steps, how, scalar_bytes, multiprocessors);
     return py::dict("threads"_a = plan.threads, "in_shared"_a = plan.in_shared, "teams"_a = plan.teams,
                     "shared_bytes"_a = plan.shared_bytes, "workspace_scalars"_a = plan.workspace_scalars,
                     "parameters"_a = mlp_parameters(shape));
@@ -101,6 +108,8 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
     p.predictions = scalars("predictions");
     p.adapted = scalars("adapted");
     p.grads = scalars("grads");
+    p.rate_grads = scalars("rate_grads");
+    p.counts = address_in<std::int8_t>(addresses, "counts");
     p.nonfinite = address_in<std::uint8_t>(addresses, "nonfinite");
     p.workspace = scalars("workspace");
     p.tasks = sizes.tasks;
@@ -192,25 +201,30 @@ void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars)
     add("query_x", p.query.x, query * in, scalar, false);
     add("query_target", p.query.target, query * out, scalar, false);
     add("query_labels", p.query.labels, query, 8, false);
-    add("lr", p.lr, std::int64_t{p.steps} * 2 * p.shape.layers, scalar, false);
+    const std::int64_t rates = p.steps * p.how.rates.of_row(p.parameters, 2 * p.shape.layers);
+    add("lr", p.lr, rates, scalar, false);
     add("adapt", p.adapt, 2 * p.shape.layers, 1, false);
     add("support_loss", p.support_loss, p.steps * p.tasks, scalar, true, true);
     add("query_loss", p.query_loss, p.tasks, scalar, true, true);
     add("query_accuracy", p.query_accuracy, p.tasks, scalar, true, true);
     add("predictions", p.predictions, query * out, scalar, true, true);
     add("adapted", p.adapted, p.tasks * p.parameters, scalar, true, true);
+    add("counts", p.counts, p.tasks * p.parameters, 1, true, true);
     add("grads", p.grads, p.tasks * p.parameters, scalar, true, true);
+    add("rate_grads", p.rate_grads, p.tasks * rates, scalar, true, true);
     add("nonfinite", p.nonfinite, p.tasks, 1, true);
     add("workspace", p.workspace, workspace_scalars, scalar, true, true);
 }
 #endif
 
 template <typename Scalar>
-void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int device,
-            std::uintptr_t stream) {
-    const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
+void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, const StepOptions& how,
+            int device, std::uintptr_t stream) {
+    MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
+    params.how = how;
+    params.rho = static_cast<Scalar>(how.sharpness.rho);
 #ifdef SIGNMAML_EMULATION
-    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizes.steps, sizes.method,
+    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizes.steps, sizes.method, how,
                                        sizeof(Scalar), multiprocessors(device))
                         .workspace_scalars);
 #endif
@@ -220,13 +234,19 @@ void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& s
 
 void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
                         const std::string& loss, std::int64_t tasks, int support, int query, int steps,
-                        const std::string& method, bool is_double, int device, std::uintptr_t stream) {
+                        const std::string& method, bool is_double, int device, std::uintptr_t stream,
+                        bool rates_by_element, bool learns_rates, double sharpness_rho,
+                        const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const MlpShape shape = shape_of(widths, activation, loss);
     const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
+    const StepOptions how{{rates_by_element, /*by_step=*/true, learns_rates},
+                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method),
+                          counts_steps};
+    if (counts_steps) check_counted(sizes.method, steps);
     if (is_double) {
-        launch<double>(addresses, shape, sizes, device, stream);
+        launch<double>(addresses, shape, sizes, how, device, stream);
     } else {
-        launch<float>(addresses, shape, sizes, device, stream);
+        launch<float>(addresses, shape, sizes, how, device, stream);
     }
 }
 #endif  // SIGNMAML_WITH_CUDA
@@ -236,7 +256,9 @@ void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widt
 void define_mlp(py::module_& m) {
     using py::literals::operator""_a;
     m.def("plan_mlp_meta_step", &plan, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
-          "multiprocessors"_a, "steps"_a = 0, "method"_a = "sign-maml");
+          "multiprocessors"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false,
+          "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2", "sharpness_adaptive"_a = false,
+          "counts_steps"_a = false);
     m.def("plan_mlp_meta_step_cpu", &plan_cpu, "widths"_a, "tasks"_a, "support"_a, "query"_a, "scalar_bytes"_a,
           "threads"_a, "steps"_a = 0, "method"_a = "sign-maml", "rates_by_element"_a = false, "rates_by_step"_a = true,
           "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "counts_steps"_a = false);
@@ -247,7 +269,9 @@ void define_mlp(py::module_& m) {
 #ifdef SIGNMAML_WITH_CUDA
     m.def("multiprocessors", &multiprocessors, "device"_a);
     m.def("mlp_meta_step_cuda", &mlp_meta_step_cuda, "addresses"_a, "widths"_a, "activation"_a, "loss"_a, "tasks"_a,
-          "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "device"_a, "stream"_a);
+          "support"_a, "query"_a, "steps"_a, "method"_a, "is_double"_a, "device"_a, "stream"_a,
+          "rates_by_element"_a = false, "learns_rates"_a = false, "sharpness_rho"_a = 0.0, "sharpness_norm"_a = "l2",
+          "sharpness_adaptive"_a = false, "counts_steps"_a = false);
 #endif
 }
 

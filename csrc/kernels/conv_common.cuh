@@ -17,6 +17,29 @@ __device__ inline T* row_of(const PerTask<T>& array, std::int64_t task) {
     return reinterpret_cast<T*>(reinterpret_cast<Byte*>(array.base) + task * array.stride);
 }
 
+// Whether a rule asks for the place in theta of what it moves.
+__device__ inline bool reads_theta_place(const ConvStepRule& rule) {
+    return rule.by_element || rule.counts.base != nullptr;
+}
+
+// Moves the parameter at `place` of a task's weights, which is that of theta's element `theta` of tensor `tensor`.
+__device__ inline void move_by(const ConvStepRule& rule, std::int64_t task, std::int64_t place, std::int64_t theta,
+                               int tensor, float gradient) {
+    const float direction = rule.by_sign ? sign(gradient) : gradient;
+    if (rule.kept.base != nullptr) store(row_of(rule.kept, task) + place, direction);
+    if (rule.weights.base == nullptr) return;
+    float* weight = row_of(rule.weights, task) + place;
+    const float rate = load(rule.lr + (rule.by_element ? theta : tensor));
+    if (rule.counts.base == nullptr) {
+        store(weight, stepped(load(weight), rate, direction));
+        return;
+    }
+    float* count = row_of(rule.counts, task) + place;  // a NaN stays one until the counts are given
+    const float counted = load(count) + direction;
+    store(count, counted);
+    store(weight, stepped(load(rule.theta + theta), rate, counted));
+}
+
 // ---- numbers as stored in memory: float, or bf16 as its 16 bits
 
 __device__ inline float as_float(float value) { return value; }

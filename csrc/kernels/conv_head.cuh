@@ -183,8 +183,7 @@ struct ConvHead {
         if (p.pass == ConvPass::kGradient) {
             store(p.grads + task * p.parameters + theta_place, gradient);
         } else {
-            const float direction = p.by_sign ? sign(gradient) : gradient;
-            store(weights() + place, stepped(load(weights() + place), load(p.lr + tensor), direction));
+            move_by(p.rule, task, place, theta_place, tensor, gradient);
         }
         return is_nonfinite(gradient);
     }
@@ -192,7 +191,7 @@ struct ConvHead {
     __device__ bool take_all() const {
         const int filters = p.layer.block.filters;
         bool nonfinite = false;
-        if (p.pass == ConvPass::kGradient || load(p.adapt) != 0) {
+        if (p.pass == ConvPass::kGradient || load(p.rule.adapt + p.tensor) != 0) {
             walk(static_cast<int>(threadIdx.x), kConvHeadThreads, p.ways, width(), [&](int way, int i) {
                 float gradient = 0.0f;
                 for (int image = 0; image < p.layer.count; ++image) {
@@ -200,19 +199,20 @@ struct ConvHead {
                                 load(features() + static_cast<std::int64_t>(image) * width() + i);
                 }
                 // torch flattens filter by filter; features are stored pixel by pixel here.
-                const bool permuted = p.pass == ConvPass::kGradient && p.readout == Readout::kFlatten;
+                const bool permuted =
+                    p.readout == Readout::kFlatten && (p.pass == ConvPass::kGradient || reads_theta_place(p.rule));
                 const int flattened = permuted ? i % filters * pixels() + i / filters : i;
                 nonfinite |=
-                    take(p.weight + way * width() + i, p.theta_weight + way * width() + flattened, gradient, 0);
+                    take(p.weight + way * width() + i, p.theta_weight + way * width() + flattened, gradient, p.tensor);
             });
         }
-        if (p.pass == ConvPass::kGradient || load(p.adapt + 1) != 0) {
+        if (p.pass == ConvPass::kGradient || load(p.rule.adapt + p.tensor + 1) != 0) {
             for (int way = threadIdx.x; way < p.ways; way += kConvHeadThreads) {
                 float gradient = 0.0f;
                 for (int image = 0; image < p.layer.count; ++image) {
                     gradient += load(scores() + static_cast<std::int64_t>(image) * p.ways + way);
                 }
-                nonfinite |= take(p.bias + way, p.theta_weight + p.ways * width() + way, gradient, 1);
+                nonfinite |= take(p.bias + way, p.theta_weight + p.ways * width() + way, gradient, p.tensor + 1);
             }
         }
         return nonfinite;

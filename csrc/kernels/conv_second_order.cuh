@@ -26,17 +26,6 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_remember_kernel(const
     }
 }
 
-// The index of a packed element's tensor in theta.
-__device__ inline int theta_tensor(const ConvNetwork& net, std::int64_t place) {
-    if (place >= net.head_bias) return net.tensors - 1;
-    if (place >= net.head_weight) return net.tensors - 2;
-    int number = net.count - 1;
-    while (place < net.blocks[number].weight) --number;
-    const ConvOffsets& block = net.blocks[number];
-    if (place >= block.gamma) return gamma_tensor(net, number) + (place >= block.beta ? 1 : 0);
-    return block.tensor;
-}
-
 // Derivatives of what first_norm computes: mean. = W. m, and r. = -r stretch with stretch = r^2 (W. G W^T). Called by
 // all threads of a block.
 __device__ inline void first_tangent(const ConvMoments* moments, const float* weights, const float* direction,
@@ -60,8 +49,10 @@ __device__ inline void first_tangent(const ConvMoments* moments, const float* we
 __device__ inline void set_direction(const ConvDirectionParams& p, std::int64_t task, std::int64_t place) {
     const int tensor = theta_tensor(p.network, place);
     float value = 0.0f;
-    if (load(p.adapt + tensor) != 0) {
-        value = load(p.lr + tensor) * load(p.grads + task * p.network.parameters + theta_place(p.network, place));
+    if (load(p.rule.adapt + tensor) != 0) {
+        const std::int64_t theta = theta_place(p.network, place);
+        const float rate = load(p.rule.lr + (p.rule.by_element ? theta : tensor));
+        value = rate * load(p.grads + task * p.network.parameters + theta);
     }
     store(row_of(p.direction, task) + place, value);
 }

@@ -2,7 +2,7 @@
 //   conv_pack             copies theta to every task's weights; computes the patches' mean and covariance from slices
 //   conv_sign_update      adds the slices' partial gradients in order, takes the sign, updates the weight
 //   conv_meta_accumulate  the same sums for the query pass, written as a task's row of meta-gradients in theta's order
-//   conv_unpack           copies every task's weights back to theta's order
+//   conv_unpack           copies every task's weights, or the counts of its steps, back to theta's order
 // Within a task, thread block 0 owns the parameters of the network's block 1 (by covariance), thread block 1 all other
 // BatchNorm parameters, and the others the remaining convolution weights, one element per thread. Launched by
 // launch_conv_meta_step.
@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "kernels/conv_common.cuh"
+#include "params/compact_sign_step.h"
 
 namespace signmaml {
 
@@ -130,13 +131,15 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_pack_kernel(const Con
     const std::int64_t task = blockIdx.y;
     const ConvNetwork& net = p.network;
     float* weights = row_of(p.weights, task);
+    const auto put = [&](std::int64_t i) {
+        store(weights + i, load(p.theta + theta_place(net, i)));
+        if (p.counts.base != nullptr) store(row_of(p.counts, task) + i, 0.0f);
+    };
     // Thread block 0 packs the convolution weights of the network's block 1 and computes what depends on them; the
     // others pack the rest.
     const ConvOffsets& first = net.blocks[0];
     if (blockIdx.x == 0) {
-        for (std::int64_t i = threadIdx.x; i < first.gamma; i += kConvUpdateThreads) {
-            store(weights + i, load(p.theta + theta_place(net, i)));
-        }
+        for (std::int64_t i = threadIdx.x; i < first.gamma; i += kConvUpdateThreads) put(i);
         if (!net.by_covariance) return;
         if (p.support_slices > 0) {
             join_moments(row_of(p.support_sums, task), p.support_slices, net.channels, row_of(p.support, task));
@@ -152,7 +155,7 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_pack_kernel(const Con
     const std::int64_t threads = std::int64_t{gridDim.x - 1} * kConvUpdateThreads;
     for (std::int64_t i = first.gamma + std::int64_t{blockIdx.x - 1} * kConvUpdateThreads + threadIdx.x; i < end;
          i += threads) {
-        store(weights + i, load(p.theta + theta_place(net, i)));
+        put(i);
     }
 }
 
@@ -160,16 +163,23 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_unpack_kernel(const C
     const std::int64_t task = blockIdx.y;
     const ConvNetwork& net = p.network;
     const float* weights = row_of(p.weights, task);
-    float* row = p.adapted + task * net.parameters;
+    const std::int64_t row = task * net.parameters;
     const std::int64_t first = std::int64_t{blockIdx.x} * kConvUpdateThreads + threadIdx.x;
     const std::int64_t threads = std::int64_t{gridDim.x} * kConvUpdateThreads;
+    const auto give = [&](std::int64_t place, float value) {
+        if (p.counts == nullptr) {
+            store(p.adapted + row + place, value);
+        } else {
+            store(p.counts + row + place, static_cast<std::int8_t>(value == value ? value : kNanCount));
+        }
+    };
     for (std::int64_t i = first; i < net.head_bias + net.ways; i += threads) {
-        store(row + theta_place(net, i), load(weights + i));
+        give(theta_place(net, i), load(weights + i));
     }
     if (!net.conv_bias) return;
     for (std::int64_t i = first; i < net.count * net.filters; i += threads) {  // biases never change
         const std::int64_t place = net.blocks[i / net.filters].theta_bias + i % net.filters;
-        store(row + place, load(p.theta + place));
+        give(place, p.counts == nullptr ? load(p.theta + place) : 0.0f);
     }
 }
 
@@ -186,10 +196,8 @@ __device__ inline bool take(const ConvUpdateParams& p, std::int64_t task, std::i
         store(result, value);
         return is_nonfinite(value);
     }
-    if (load(p.adapt + tensor) == 0) return false;
-    float* weight = row_of(p.weights, task) + place;
-    const float direction = p.by_sign ? sign(gradient) : gradient;
-    store(weight, stepped(load(weight), load(p.lr + tensor), direction));
+    if (load(p.rule.adapt + tensor) == 0) return false;
+    move_by(p.rule, task, place, theta, tensor, gradient);
     return is_nonfinite(gradient);
 }
 
@@ -209,7 +217,7 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
     const ConvMoments* moments = row_of(p.moments, task);
     const ConvFirstNorm* norm = row_of(p.norm, task);
     const float* partials = row_of(p.first_partials, task);
-    float* weights = row_of(p.weights, task);
+    const float* weights = row_of(p.weights, task);
     bool nonfinite = false;
 
     const std::int64_t of_slice = std::int64_t{1 + values} * filters;
@@ -254,8 +262,8 @@ __device__ inline bool take_first(const ConvUpdateParams& p, std::int64_t task) 
     }
     if (kTake == ConvTake::kMove && p.next_moments.base != nullptr) {
         block_barrier();  // the weights have moved
-        first_norm(row_of(p.next_moments, task), weights + places.weight, net.channels, filters, p.eps,
-                   row_of(p.norm, task));
+        first_norm(row_of(p.next_moments, task), row_of(p.rule.weights, task) + places.weight, net.channels, filters,
+                   p.eps, row_of(p.norm, task));
     }
     return nonfinite;
 }
@@ -315,6 +323,17 @@ __device__ inline void update(const ConvUpdateParams& p) {
         nonfinite = take_weights<kTake>(p, task, static_cast<int>(blockIdx.x) - 2, static_cast<int>(gridDim.x) - 2);
     }
     if (nonfinite) raise_flag(p.nonfinite + task);
+}
+
+// The index of a packed element's tensor in theta.
+__device__ inline int theta_tensor(const ConvNetwork& net, std::int64_t place) {
+    if (place >= net.head_bias) return net.tensors - 1;
+    if (place >= net.head_weight) return net.tensors - 2;
+    int number = net.count - 1;
+    while (place < net.blocks[number].weight) --number;
+    const ConvOffsets& block = net.blocks[number];
+    if (place >= block.gamma) return gamma_tensor(net, number) + (place >= block.beta ? 1 : 0);
+    return block.tensor;
 }
 
 __global__ void __launch_bounds__(kConvUpdateThreads) conv_sign_update_kernel(const ConvUpdateParams p) {

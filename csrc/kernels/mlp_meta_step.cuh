@@ -21,6 +21,8 @@ __device__ inline float exp_of(float x) { return expf(x); }
 __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float log_of(float x) { return logf(x); }
 __device__ inline double log_of(double x) { return log(x); }
+__device__ inline float root_of(float x) { return sqrtf(x); }
+__device__ inline double root_of(double x) { return sqrt(x); }
 
 // The threads that work on one task: a block, whose barrier is cheap if it is one warp.
 template <bool kWarp>
@@ -41,10 +43,18 @@ struct Team {
 template <typename Scalar>
 inline constexpr int kMlpVector = 16 / static_cast<int>(sizeof(Scalar));
 
+// What steps do beside moving by a rate for each tensor.
+enum class MlpSteps {
+    kPlain,
+    kAny,   // an element may have a rate of its own, and directions may be kept
+    kKept,  // likewise, and the gradients of a step are kept before anything moves
+};
+
 // One task's memory and its layout. Rows are padded to whole vectors; the padding of weights and activations is zero.
-template <typename Scalar, bool kWarp, bool kInShared>
+template <typename Scalar, bool kWarp, bool kInShared, MlpSteps kSteps = MlpSteps::kPlain>
 struct MlpTask {
     static constexpr int kVector = kMlpVector<Scalar>;
+    static constexpr bool kAnyStep = kSteps != MlpSteps::kPlain;
     using Values = Vector<Scalar, kVector>;
     // Vectors of the depth that are loaded at once. Doubles, and addresses beyond shared memory, take two registers
     // each: more of them, or the largest tile, would spill.
@@ -56,6 +66,8 @@ struct MlpTask {
     Scalar* memory;
     std::int64_t task;
     Scalar poison;  // 0, or NaN once this thread has seen NaN or infinity
+    // Unless kPlain: where a step's directions go, or its gradients, in the order and rows of the weights; or null.
+    Scalar* kept;
 
     __device__ Scalar* weight(int layer) const { return memory + layout.weight[layer]; }
     __device__ Scalar* bias(int layer) const { return memory + layout.bias[layer]; }
@@ -64,6 +76,22 @@ struct MlpTask {
     __device__ int width(int layer) const { return p.shape.widths[layer]; }
     // Scalars from one row to the next of the weights that read this layer, and of its activations and deltas.
     __device__ int row(int layer) const { return static_cast<int>(layout.row[layer]); }
+
+    // Where a layer's weight, [out, in], is in theta; its bias follows.
+    __device__ std::int64_t theta_weight(int layer) const {
+        std::int64_t place = 0;
+        for (int below = 0; below < layer; ++below) place += (std::int64_t{width(below)} + 1) * width(below + 1);
+        return place;
+    }
+
+    // Of a step's rates, those of a layer's weight, and of its bias.
+    __device__ const Scalar* rates_of_weight(int layer, const Scalar* lr) const {
+        return lr + (kAnyStep && p.how.rates.by_element ? theta_weight(layer) : 2 * layer);
+    }
+    __device__ const Scalar* rates_of_bias(int layer, const Scalar* lr) const {
+        const std::int64_t weights = std::int64_t{width(layer)} * width(layer + 1);
+        return kAnyStep && p.how.rates.by_element ? rates_of_weight(layer, lr) + weights : lr + 2 * layer + 1;
+    }
 
     // Calls `visit(row, column)` for this thread's share of a table.
     template <typename Visit>
@@ -309,9 +337,9 @@ struct MlpTask {
             }
             if (!kStep || load(p.adapt + 2 * layer) != 0) {
                 if (path<4, kVector>(outputs, width(layer)) <= path<1, kVector>(outputs, width(layer))) {
-                    weight_gradient<kStep, 4>(layer, count, lr + 2 * layer);
+                    weight_gradient<kStep, 4>(layer, count, rates_of_weight(layer, lr));
                 } else {
-                    weight_gradient<kStep, 1>(layer, count, lr + 2 * layer);
+                    weight_gradient<kStep, 1>(layer, count, rates_of_weight(layer, lr));
                 }
             }
             if (!kStep || load(p.adapt + 2 * layer + 1) != 0) {
@@ -320,8 +348,10 @@ struct MlpTask {
                     for (int example = 0; example < count; ++example) {
                         gradient += load(delta(layer + 1) + example * row(layer + 1) + o);
                     }
-                    const Scalar rate = kStep ? load(lr + 2 * layer + 1) : Scalar(0);
+                    const bool by_element = kAnyStep && p.how.rates.by_element;
+                    const Scalar rate = kStep ? load(rates_of_bias(layer, lr) + (by_element ? o : 0)) : Scalar(0);
                     notice(gradient);
+                    if (kAnyStep && kept != nullptr) store(kept + (bias(layer) - weight(0)) + o, to_keep(gradient));
                     store(bias(layer) + o, taken<kStep>(load(bias(layer) + o), gradient, rate));
                 }
             }
@@ -397,13 +427,21 @@ struct MlpTask {
             for (int o = 0; o < kOutputs; ++o) {
                 if (first + o >= outputs) break;
                 Values values = load<Scalar, kVector>(weights);
+                [[maybe_unused]] Values directions;
 #pragma unroll
                 for (int v = 0; v < kVector; ++v) {
                     // The gradient of padding is zero but where a delta is not finite; padding stays zero.
-                    const Scalar gradient = vector * kVector + v < inputs ? sums[o].at[v] : Scalar(0);
+                    const int input = vector * kVector + v;
+                    const Scalar gradient = input < inputs ? sums[o].at[v] : Scalar(0);
                     notice(gradient);
-                    values.at[v] = taken<kStep>(values.at[v], gradient, rate);
+                    Scalar own = rate;
+                    if (kAnyStep && kStep && p.how.rates.by_element && input < inputs) {
+                        own = load(lr + std::int64_t{first + o} * inputs + input);
+                    }
+                    if (kAnyStep) directions.at[v] = to_keep(gradient);
+                    values.at[v] = taken<kStep>(values.at[v], gradient, own);
                 }
+                if (kAnyStep && kept != nullptr) store<Scalar, kVector>(kept + (weights - weight(0)), directions);
                 store<Scalar, kVector>(weights, values);
                 weights += row(layer);
             }
@@ -419,7 +457,17 @@ struct MlpTask {
     template <bool kStep>
     __device__ Scalar taken(Scalar value, Scalar gradient, Scalar rate) const {
         if (!kStep) return gradient;
-        return stepped(value, rate, p.method == Method::kSignMaml ? sign(gradient) : gradient);
+        if (kSteps == MlpSteps::kKept) return value;
+        return stepped(value, rate, direction(gradient));
+    }
+
+    __device__ Scalar to_keep(Scalar gradient) const {
+        return kSteps == MlpSteps::kKept ? gradient : direction(gradient);
+    }
+
+    // In which a step moves a parameter.
+    __device__ Scalar direction(Scalar gradient) const {
+        return p.method == Method::kSignMaml ? sign(gradient) : gradient;
     }
 
     __device__ void run() {
@@ -473,7 +521,7 @@ __global__ void __launch_bounds__(kWarp ? 32 : kMlpBlock, kWarp ? 16 : 2)
     }
     team.barrier();  // the padding is zero before anyone writes beside it
     for (std::int64_t task = blockIdx.x; task < p.tasks; task += gridDim.x) {
-        MlpTask<Scalar, kWarp, kInShared> work{p, layout, team, memory, task, Scalar(0)};
+        MlpTask<Scalar, kWarp, kInShared> work{p, layout, team, memory, task, Scalar(0), nullptr};
         work.run();
     }
 }

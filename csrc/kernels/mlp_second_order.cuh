@@ -1,19 +1,25 @@
-// A whole meta-step of small networks by exact MAML in one launch: the steps and the query gradient v as in
-// mlp_meta_step.cuh, then, from the last step to the first, v <- v - H u with u = rate * v of what the step moved.
+// A whole meta-step of small networks in one launch, by exact MAML, with rates that learn or belong to elements, with
+// sharpness-aware steps or with steps that are counted: the steps and the query gradient v as in mlp_meta_step.cuh,
+// then for exact MAML, from the last step to the first, v <- v - H u with u = rate * v of what the step moved.
 //   H u is the derivative of the support gradient in the direction u: forward and backward of the step once more, each
 //   beside its derivative (tangent):  z' = W a' + U a + ub;  d' below = act'(a) (d' W + d U) + act''(a) a' (d W)
+// The gradient of a rate is -<v, direction of its step> over what shares it, with v of after that step.
+// A sharpness-aware step takes its gradient at w + eps, with eps by the gradient at w (see conv_sharpness.cuh).
 // A team owns a task as there; what the second order needs is in its part of the workspace. A thread owns whole sums.
 // Launched by launch_mlp_second_order. Readable twin: meta_gradients in signmaml_ext/reference.py.
 #pragma once
 
 #include "kernels/mlp_meta_step.cuh"
+#include "params/compact_sign_step.h"
 
 namespace signmaml {
 
 // A team of one warp takes a block's barriers too: kernels of its own would cost more to compile than they would gain.
-template <typename Scalar, bool kInShared>
-struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared> {
-    using Base = MlpTask<Scalar, false, kInShared>;
+// kKeeps: the gradients of a step are kept before anything moves; no such step is differentiated. Apart, because all in
+// one would have more in registers than there are.
+template <typename Scalar, bool kInShared, bool kKeeps>
+struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared, kKeeps ? MlpSteps::kKept : MlpSteps::kAny> {
+    using Base = MlpTask<Scalar, false, kInShared, kKeeps ? MlpSteps::kKept : MlpSteps::kAny>;
     using Values = typename Base::Values;
     using Base::activation;
     using Base::bias;
@@ -36,11 +42,22 @@ struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared> {
 
     const MlpSecondOrderLayout& places;
     Scalar* second;  // the team's part of the workspace
+    bool of_maml;    // there is a query gradient, which goes back through the steps
 
     // The weights and biases, as they lie in the task's memory; places in `path`, u and v count from here.
     __device__ Scalar* parameters() const { return weight(0); }
     __device__ std::int64_t of_weight(int layer) const { return layout.weight[layer] - layout.weight[0]; }
     __device__ std::int64_t of_bias(int layer) const { return layout.bias[layer] - layout.weight[0]; }
+    // A step's rates.
+    __device__ const Scalar* rates(int step) const { return p.lr + step * rates_of_step(); }
+    __device__ std::int64_t rates_of_step() const { return p.how.rates.by_element ? p.parameters : 2 * p.shape.layers; }
+    __device__ bool differentiates() const { return !kKeeps && of_maml; }
+    __device__ bool climbs() const { return p.rho > Scalar(0); }
+    __device__ Scalar* directions(int step) const { return second + places.kept + step * places.parameters; }
+    __device__ Scalar* ascent() const { return second + places.ascent; }
+    __device__ Scalar* start() const { return second + places.start; }
+    __device__ Scalar* counts() const { return second + places.counts; }
+    __device__ Scalar* squares() const { return second + places.squares; }
     __device__ Scalar* path(int step) const { return second + places.path + step * places.parameters; }
     __device__ Scalar* direction() const { return second + places.direction; }
     __device__ Scalar* gradient() const { return second + places.gradient; }
@@ -58,13 +75,127 @@ struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared> {
         }
     }
 
-    // Part of u; 0 for what does not move.
-    __device__ void aim(std::int64_t place, std::int64_t count, const Scalar* rate, const std::uint8_t* adapt) const {
-        const bool moves = load(adapt) != 0;
-        const Scalar by = moves ? load(rate) : Scalar(0);
-        for (std::int64_t i = team.rank(); i < count; i += team.size()) {
-            store(direction() + place + i, moves ? by * load(gradient() + place + i) : Scalar(0));
+    // Calls `visit(tensor, place, place in theta)` for this thread's share of all parameters, or of what the steps
+    // move.
+    template <bool kAll = false, typename Visit>
+    __device__ void each_parameter(const Visit& visit) const {
+        for (int layer = 0; layer < p.shape.layers; ++layer) {
+            const int inputs = width(layer), outputs = width(layer + 1);
+            const std::int64_t theta = this->theta_weight(layer), theta_bias = theta + std::int64_t{outputs} * inputs;
+            if (kAll || load(p.adapt + 2 * layer) != 0) {
+                share(outputs, inputs, [&](int o, int i) {
+                    visit(2 * layer, of_weight(layer) + std::int64_t{o} * row(layer) + i,
+                          theta + std::int64_t{o} * inputs + i);
+                });
+            }
+            if (kAll || load(p.adapt + 2 * layer + 1) != 0) {
+                share(1, outputs, [&](int, int o) { visit(2 * layer + 1, of_bias(layer) + o, theta_bias + o); });
+            }
         }
+    }
+
+    // A step by the gradients in `ascent`.
+    __device__ void move_by_kept_gradient(int step) const {
+        each_parameter([&](int tensor, std::int64_t place, std::int64_t theta) {
+            const Scalar along = Base::direction(load(ascent() + place));
+            const Scalar rate = load(rates(step) + (p.how.rates.by_element ? theta : tensor));
+            if (p.how.rates.learnable) store(directions(step) + place, along);
+            if (!p.how.counted) {
+                store(parameters() + place, stepped(load(start() + place), rate, along));
+                return;
+            }
+            const Scalar counted = load(counts() + place) + along;  // a NaN stays one until the counts are given
+            store(counts() + place, counted);
+            store(parameters() + place, stepped(load(p.theta + theta), rate, counted));
+        });
+        team.barrier();  // the parameters have moved
+    }
+
+    // What a parameter's gradient is multiplied by before its norm is taken.
+    __device__ Scalar ascent_scale(Scalar value) const {
+        if (!p.how.sharpness.adaptive) return Scalar(1);
+        return value < Scalar(0) ? -value : value;
+    }
+
+    // To the sharpest place near the parameters. What does not move has no gradient in `ascent`, but 0.
+    __device__ void climb() {
+        const bool by_sign = p.how.sharpness.norm == SharpnessNorm::kLinf;
+        Scalar factor = p.rho;
+        if (!by_sign) {
+            // As many sums as the largest team has threads, so that their order is that of every team.
+            for (int sum = team.rank(); sum < kMlpBlock; sum += team.size()) {
+                Scalar total = Scalar(0);
+                for (std::int64_t place = sum; place < places.parameters; place += kMlpBlock) {
+                    const Scalar scaled = ascent_scale(load(parameters() + place)) * load(ascent() + place);
+                    total += scaled * scaled;
+                }
+                store(squares() + sum, total);
+            }
+            team.barrier();  // the sums are there; all have read the parameters that now move
+            factor /= root_of(this->sum(squares(), kMlpBlock)) + static_cast<Scalar>(kSharpnessTiny);
+        }
+        each_parameter([&](int, std::int64_t place, std::int64_t) {
+            const Scalar value = load(parameters() + place), gradient = load(ascent() + place);
+            const Scalar scale = ascent_scale(value);
+            store(start() + place, value);
+            store(parameters() + place, value + factor * (scale * (by_sign ? sign(gradient) : scale * gradient)));
+        });
+        team.barrier();  // the parameters have moved before they are read
+    }
+
+    // As give_parameters.
+    __device__ void give_counts() const {
+        each_parameter<true>([&](int, std::int64_t place, std::int64_t theta) {
+            const Scalar count = load(counts() + place);
+            store(p.counts + task * p.parameters + theta, static_cast<std::int8_t>(count == count ? count : kNanCount));
+        });
+    }
+
+    // Part of u, [rows, columns] with its padding; 0 for what does not move.
+    __device__ void aim(std::int64_t place, int rows, int columns, int padded, const Scalar* rate,
+                        const std::uint8_t* adapt) const {
+        const bool moves = load(adapt) != 0;
+        share(rows, padded, [&](int r, int c) {
+            const std::int64_t at = place + std::int64_t{r} * padded + c;
+            Scalar value = Scalar(0);
+            if (moves && c < columns) {
+                value =
+                    load(rate + (p.how.rates.by_element ? std::int64_t{r} * columns + c : 0)) * load(gradient() + at);
+            }
+            store(direction() + at, value);
+        });
+    }
+
+    // The gradients of a step's rates, with v of after it.
+    __device__ void rate_gradients(int step, const Scalar* v) const {
+        Scalar* to = p.rate_grads + (task * p.steps + step) * rates_of_step();
+        for (int layer = 0; layer < p.shape.layers; ++layer) {
+            const int inputs = width(layer), outputs = width(layer + 1);
+            rate_gradient(to, 2 * layer, of_weight(layer), outputs, inputs, row(layer), v, directions(step));
+            if (p.how.rates.by_element) to += std::int64_t{outputs} * inputs;
+            rate_gradient(to, 2 * layer + 1, of_bias(layer), 1, outputs, outputs, v, directions(step));
+            if (p.how.rates.by_element) to += outputs;
+        }
+    }
+
+    // Those of a tensor, [rows, columns] with its padding, which is zero. A warp sums a tensor's products.
+    __device__ void rate_gradient(Scalar* to, int tensor, std::int64_t place, int rows, int columns, int padded,
+                                  const Scalar* v, const Scalar* along) const {
+        const bool moves = load(p.adapt + tensor) != 0;
+        if (p.how.rates.by_element) {
+            share(rows, columns, [&](int r, int c) {
+                const std::int64_t at = place + std::int64_t{r} * padded + c;
+                store(to + std::int64_t{r} * columns + c, moves ? -(load(v + at) * load(along + at)) : Scalar(0));
+            });
+            return;
+        }
+        const int warp = team.rank() / 32, warps = team.size() / 32;
+        if (tensor % warps != warp) return;
+        Scalar sum = Scalar(0);
+        const std::int64_t count = moves ? std::int64_t{rows} * padded : 0;
+        for (std::int64_t i = lane(); i < count; i += 32) sum += load(v + place + i) * load(along + place + i);
+        sum = warp_sum(sum);
+        if (lane() == 0) store(to + tensor, -sum);
     }
 
     // The derivative of a layer's output, from that of its inputs. Neighbouring threads take neighbouring outputs.
@@ -255,9 +386,10 @@ struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared> {
         copy(parameters(), path(step));
         for (int layer = 0; layer < layers; ++layer) {
             const std::int64_t which = 2 * layer;
-            const Scalar* lr = p.lr + step * 2 * layers + which;
-            aim(of_weight(layer), std::int64_t{width(layer + 1)} * row(layer), lr, p.adapt + which);
-            aim(of_bias(layer), width(layer + 1), lr + 1, p.adapt + which + 1);
+            const int outputs = width(layer + 1);
+            aim(of_weight(layer), outputs, width(layer), row(layer), this->rates_of_weight(layer, rates(step)),
+                p.adapt + which);
+            aim(of_bias(layer), 1, outputs, outputs, this->rates_of_bias(layer, rates(step)), p.adapt + which + 1);
         }
         team.barrier();  // weights, examples and u are there before the first layer reads them
         this->forward(count);
@@ -275,33 +407,77 @@ struct MlpSecondOrderTask : MlpTask<Scalar, false, kInShared> {
         }
     }
 
+    // With kKept a step has its passes twice if the first ones only look where to climb.
+    __device__ void take_steps() {
+        bool looks = kKeeps && climbs();
+#pragma unroll 1
+        for (int step = 0; step < p.steps;) {
+            if (differentiates()) copy(path(step), parameters());
+            this->forward(p.support.count);
+            const Scalar loss = this->loss_and_delta(p.support, nullptr);
+            const bool first = !kKeeps || looks == climbs();
+            if (team.rank() == 0 && first) store(p.support_loss + step * p.tasks + task, loss);
+            this->kept = kKeeps ? ascent() : p.how.rates.learnable ? directions(step) : nullptr;
+            this->template backward<true>(p.support.count, rates(step));
+            if (kKeeps && looks) {
+                climb();
+                looks = false;
+                continue;
+            }
+            if (kKeeps) move_by_kept_gradient(step);
+            looks = kKeeps && climbs();
+            ++step;
+        }
+    }
+
     __device__ void run() {
         this->take_parameters();
         this->take_examples(p.support);
-        team.barrier();  // weights and examples are there before they are copied and read
-        for (int step = 0; step < p.steps; ++step) {
-            copy(path(step), parameters());
-            this->forward(p.support.count);
-            const Scalar loss = this->loss_and_delta(p.support, nullptr);
-            if (team.rank() == 0) store(p.support_loss + step * p.tasks + task, loss);
-            this->template backward<true>(p.support.count, p.lr + step * 2 * p.shape.layers);
+        if (kKeeps && p.how.counted) {
+            each_parameter<true>([&](int, std::int64_t place, std::int64_t) { store(counts() + place, Scalar(0)); });
         }
+        team.barrier();  // weights and examples are there before they are copied and read
+        take_steps();
+        this->kept = nullptr;
         if (p.adapted != nullptr) this->give_parameters(p.adapted);
-        this->evaluate();
+        if (kKeeps && p.counts != nullptr) give_counts();
+        if (p.query.count > 0) {
+            this->evaluate();
+            if (p.grads != nullptr) go_back();
+        }
+        if (is_nonfinite(this->poison)) raise_flag(p.nonfinite + task);
+    }
+
+    // From the query loss to the gradients.
+    __device__ void go_back() {
         this->template backward<false>(p.query.count, nullptr);
+        if (!differentiates()) {
+            this->give_parameters(p.grads);
+            if (!p.how.rates.learnable) return;
+            for (int step = 0; step < p.steps; ++step) rate_gradients(step, parameters());
+            team.barrier();  // all have read the gradient before the next task's weights take its place
+            return;
+        }
         copy(gradient(), parameters());
         this->take_examples(p.support);
         team.barrier();  // the gradient is copied before the weights take its place and before u reads it
-        for (int step = p.steps - 1; step >= 0; --step) differentiate_step(step);
+        for (int step = p.steps - 1; step >= 0; --step) {
+            if (p.how.rates.learnable) rate_gradients(step, gradient());
+            differentiate_step(step);
+        }
         copy(parameters(), gradient());
         team.barrier();  // the meta-gradient is there before it is given
         this->give_parameters(p.grads);
-        if (is_nonfinite(this->poison)) raise_flag(p.nonfinite + task);
     }
 };
 
-template <typename Scalar, bool kInShared>
-__global__ void __launch_bounds__(kMlpBlock, 2)
+// Blocks of a multiprocessor that registers must be enough for. Doubles and addresses beyond shared memory take two
+// each: on sm_80 a step that is differentiated would spill three of them.
+template <typename Scalar, bool kInShared, bool kKeeps>
+inline constexpr int kMlpResident = kInShared || kKeeps || sizeof(Scalar) == 4 ? 2 : 1;
+
+template <typename Scalar, bool kInShared, bool kKeeps>
+__global__ void __launch_bounds__(kMlpBlock, kMlpResident<Scalar, kInShared, kKeeps>)
     mlp_second_order_kernel(const MlpMetaStepParams<Scalar> p, const MlpLayout layout,
                             const MlpSecondOrderLayout places) {
     const Shared<Scalar> own(0, kInShared ? layout.size : 1);
@@ -309,6 +485,7 @@ __global__ void __launch_bounds__(kMlpBlock, 2)
     Scalar* of_team = p.workspace + std::int64_t{blockIdx.x} * (of_task + places.size);
     Scalar* memory = kInShared ? own.address(0) : of_team;
     const Team<false> team{};
+    const bool of_maml = p.method == Method::kMaml && p.grads != nullptr && p.query.count > 0 && p.steps > 0;
     const auto clear = [&](Scalar* from, std::int64_t count) {
         for (std::int64_t i = team.rank() * kMlpVector<Scalar>; i < count; i += team.size() * kMlpVector<Scalar>) {
             store<Scalar, kMlpVector<Scalar>>(from + i, {});
@@ -316,10 +493,11 @@ __global__ void __launch_bounds__(kMlpBlock, 2)
     };
     clear(memory, layout.size);
     clear(of_team + of_task, places.direction);
+    clear(of_team + of_task + places.kept, places.start - places.kept);
     team.barrier();  // the padding of all rows is zero before anyone writes beside it
     for (std::int64_t task = blockIdx.x; task < p.tasks; task += gridDim.x) {
-        MlpSecondOrderTask<Scalar, kInShared> work{
-            {p, layout, team, memory, task, Scalar(0)}, places, of_team + of_task};
+        MlpSecondOrderTask<Scalar, kInShared, kKeeps> work{
+            {p, layout, team, memory, task, Scalar(0), nullptr}, places, of_team + of_task, of_maml};
         work.run();
     }
 }

@@ -1,6 +1,8 @@
 #include "kernels/conv_first.cuh"
 #include "kernels/conv_head.cuh"
+#include "kernels/conv_rates.cuh"
 #include "kernels/conv_second_order.cuh"
+#include "kernels/conv_sharpness.cuh"
 #include "kernels/conv_tangents.cuh"
 #include "kernels/conv_update.cuh"
 #include "launch/conv_products.cuh"
@@ -78,6 +80,7 @@ class ConvRun {
     // The weights that a launch's passes see; on the way back through the steps, those before its step.
     PerTask<float> weights(const ConvLaunch& one) const {
         if (one.part == ConvPart::kPass) return array<float>(plan_.workspace.weights);
+        if (one.part == ConvPart::kRaised) return array<float>(plan_.workspace.raised);
         PerTask<float> kept = array<float>(plan_.workspace.history);
         kept.base += one.step * conv_packed(plan_.network);
         return kept;
@@ -137,6 +140,10 @@ class ConvRun {
             case ConvKernel::kTangentRawGrad:
                 return between(one, "conv_tangent_raw_grad_kernel", conv_tangent_raw_grad_kernel<Stored>);
             case ConvKernel::kSubtract: return subtract(one);
+            case ConvKernel::kRateGrads: return rate_gradients(one);
+            case ConvKernel::kClimbSquares:
+                return go("conv_climb_squares_kernel", conv_climb_squares_kernel, one, climb_params());
+            case ConvKernel::kClimb: return go("conv_climb_kernel", conv_climb_kernel, one, climb_params());
         }
     }
 
@@ -179,11 +186,19 @@ class ConvRun {
         }
         params.starts_with_query = p_.steps == 0;
         params.eps = plan_.blocks[0].eps;
+        if (p_.counts_steps) params.counts = array<float>(space.counts);
         go("conv_pack_kernel", conv_pack_kernel, one, params);
     }
 
     void unpack(const ConvLaunch& one) const {
-        const ConvUnpackParams params{p_.theta, weights(), p_.adapted + first_ * p_.parameters, plan_.network};
+        const std::int64_t first = first_ * p_.parameters;
+        ConvUnpackParams params{p_.theta, weights(), nullptr, nullptr, plan_.network};
+        if (p_.counts != nullptr) {
+            params.weights = array<const float>(plan_.workspace.counts);
+            params.counts = p_.counts + first;
+        } else {
+            params.adapted = p_.adapted + first;
+        }
         go("conv_unpack_kernel", conv_unpack_kernel, one, params);
     }
 
@@ -219,7 +234,7 @@ class ConvRun {
     }
 
     void raw_grad_of_first(const ConvLaunch& one) const {
-        const ConvRawGradParams<Stored> params{weights(), layer(one, 0)};
+        const ConvRawGradParams<Stored> params{read_only(weights(one)), layer(one, 0)};
         go("conv_raw_grad_kernel", conv_raw_grad_kernel<Stored>, one, params);
     }
 
@@ -319,8 +334,8 @@ class ConvRun {
             params.shares = array<float>(plan_.workspace.shares);
             params.pass = ConvPass::kAgain;
         } else {
-            params.lr = p_.lr + std::int64_t{one.step} * net.tensors + net.tensors - 2;
-            params.adapt = p_.adapt + net.tensors - 2;
+            if (one.part == ConvPart::kRaised) params.loss = nullptr;  // the loss of the step is known
+            params.rule = rule(one);
             params.pass = ConvPass::kStep;
         }
         params.nonfinite = p_.nonfinite + first_;
@@ -333,7 +348,7 @@ class ConvRun {
         params.by_width = divisor_of(last.act_width, std::int64_t{last.act_height} * last.act_width);
         params.readout = p_.shape.readout;
         params.source_is_raw = has_raw(net.count - 1);
-        params.by_sign = p_.method == Method::kSignMaml;
+        params.tensor = net.tensors - 2;
         launch("conv_head_kernel", conv_head_kernel<Stored>, dim3(static_cast<unsigned>(tasks_)), one.threads,
                one.shared_bytes, stream_, params);
     }
@@ -362,19 +377,81 @@ class ConvRun {
             params.moments = moments(one.query);
             params.norm = array<ConvFirstNorm>(space.norm);
             const bool last = one.step + 1 == p_.steps;
-            if (!one.query && !(last && p_.query.count == 0)) {
+            if (!one.query && !only_looks(one) && !(last && p_.query.count == 0)) {
                 params.next_moments = moments(last);
             }
             params.eps = plan_.blocks[0].eps;
         }
-        if (!one.query) {
-            params.lr = p_.lr + std::int64_t{one.step} * net.tensors;
-            params.adapt = p_.adapt;
-        }
+        if (!one.query) params.rule = rule(one);
         params.grads = p_.grads == nullptr ? nullptr : p_.grads + first_ * p_.parameters;
         params.nonfinite = p_.nonfinite + first_;
-        params.by_sign = p_.method == Method::kSignMaml;
         return params;
+    }
+
+    // Whether a launch is of the passes that find where to climb: their gradients are kept, and nothing moves.
+    bool only_looks(const ConvLaunch& one) const {
+        return plan_.request.how.climbs() && one.part == ConvPart::kPass && !one.query;
+    }
+
+    ConvStepRule rule(const ConvLaunch& one) const {
+        const ConvWorkspace& space = plan_.workspace;
+        const std::int64_t of_step = p_.rates.of_row(p_.parameters, plan_.network.tensors);
+        ConvStepRule rule{};
+        rule.lr = p_.lr + one.step * of_step;
+        rule.adapt = p_.adapt;
+        rule.by_element = p_.rates.by_element;
+        if (only_looks(one)) {
+            rule.kept = array<float>(space.ascent);
+            return rule;
+        }
+        rule.weights = array<float>(space.weights);
+        rule.by_sign = p_.method == Method::kSignMaml;
+        if (plan_.request.learns_rates()) rule.kept = directions(one.step);
+        if (p_.counts_steps) {
+            rule.counts = array<float>(space.counts);
+            rule.theta = p_.theta;
+        }
+        return rule;
+    }
+
+    ConvClimbParams climb_params() const {
+        const ConvWorkspace& space = plan_.workspace;
+        ConvClimbParams params{};
+        params.weights = weights();
+        params.gradient = array<const float>(space.ascent);
+        params.raised = array<float>(space.raised);
+        params.squares = array<double>(space.squares);
+        params.network = plan_.network;
+        params.adapt = p_.adapt;
+        if (plan_.network.by_covariance) {
+            params.moments = moments(/*query=*/false);
+            params.norm = array<ConvFirstNorm>(space.norm);
+        }
+        params.eps = plan_.blocks[0].eps;
+        params.sharpness = p_.sharpness;
+        params.slices = static_cast<int>(conv_weight_blocks(plan_.network));
+        return params;
+    }
+
+    PerTask<float> directions(int step) const {
+        PerTask<float> kept = array<float>(plan_.workspace.directions);
+        kept.base += step * conv_packed(plan_.network);
+        return kept;
+    }
+
+    void rate_gradients(const ConvLaunch& one) const {
+        const ConvNetwork& net = plan_.network;
+        const std::int64_t of_step = p_.rates.of_row(p_.parameters, net.tensors);
+        ConvRateGradsParams params{};
+        params.kept = read_only(directions(one.step));
+        params.packed = conv_packed(net);
+        params.network = net;
+        params.grads = p_.grads + first_ * p_.parameters;
+        params.adapt = p_.adapt;
+        params.row = p_.steps * of_step;
+        params.rate_grads = p_.rate_grads + first_ * params.row + one.step * of_step;
+        params.by_element = p_.rates.by_element;
+        go("conv_rate_grads_kernel", conv_rate_grads_kernel, one, params);
     }
 
     // ---- exact MAML
@@ -398,8 +475,7 @@ class ConvRun {
             params.tangent = array<ConvFirstTangent>(space.tangents.norm);
         }
         params.grads = p_.grads + first_ * p_.parameters;
-        params.lr = p_.lr + std::int64_t{one.step} * plan_.network.tensors;
-        params.adapt = p_.adapt;
+        params.rule = rule(one);
         params.eps = plan_.blocks[0].eps;
         go("conv_direction_kernel", conv_direction_kernel, one, params);
     }

@@ -16,12 +16,15 @@ auto mlp_kernel_for(bool in_shared) {
 template <typename Scalar>
 void launch_mlp_meta_step(const MlpMetaStepParams<Scalar>& params, int device, void* stream) {
     if (params.tasks == 0) return;
-    if (params.grads != nullptr && mlp_differentiated(params.method, params.query.count, params.steps) > 0) {
+    // Without a gradient no step is differentiated.
+    const std::int64_t asked = params.grads != nullptr ? params.query.count : 0;
+    if (mlp_is_second_order(params.method, asked, params.steps, params.how)) {
         return launch_mlp_second_order(params, device, stream);
     }
     const DeviceScope scope(device);
-    const MlpPlan plan = plan_mlp_meta_step(params.shape, params.tasks, params.support.count, params.query.count,
-                                            params.steps, params.method, sizeof(Scalar), multiprocessors(device));
+    const MlpPlan plan =
+        plan_mlp_meta_step(params.shape, params.tasks, params.support.count, params.query.count, params.steps,
+                           params.method, params.how, sizeof(Scalar), multiprocessors(device));
     const MlpLayout layout = mlp_layout(params.shape, larger(params.support.count, params.query.count), plan.threads);
     const auto kernel = plan.threads == 32 ? mlp_kernel_for<Scalar, true>(plan.in_shared)
                                            : mlp_kernel_for<Scalar, false>(plan.in_shared);

@@ -215,6 +215,18 @@ struct ConvRawGradParams {
 
 // ---- head, weights
 
+// How steps move parameters. Everything of a task is packed like its weights.
+struct ConvStepRule {
+    const float* lr;            // of this step: [tensors], or [P] in theta's order if `by_element`
+    const std::uint8_t* adapt;  // [tensors]
+    PerTask<float> weights;     // what moves; null: nothing, the directions alone are wanted
+    PerTask<float> kept;        // directions of the step; or null
+    PerTask<float> counts;      // of sign steps, whose weights are theta - lr * counts; or null
+    const float* theta;         // if there are counts
+    bool by_element;
+    bool by_sign;  // directions are signs of the gradients
+};
+
 template <typename Stored>
 struct ConvHeadParams {
     ConvLayer<Stored> layer;  // the last block
@@ -223,21 +235,20 @@ struct ConvHeadParams {
     PerTask<float> scores;    // [count, ways]: logits, then their gradient
     PerTask<float> shares;    // [count, ways]: softmax of the logits, for kAgain
     const std::int64_t* labels;
-    float* loss;              // [T]; null for kAgain, as it is known
-    float* accuracy;          // [T]; may be null
-    float* logits;            // [T, count, ways]; may be null
-    float* grads;             // [T, P] for kGradient
-    std::uint8_t* nonfinite;  // [T]
-    const float* lr;          // for kStep: rates of the classifier's weight and bias at this step
-    const std::uint8_t* adapt;
+    float* loss;                // [T]; null for kAgain, as it is known
+    float* accuracy;            // [T]; may be null
+    float* logits;              // [T, count, ways]; may be null
+    float* grads;               // [T, P] for kGradient
+    std::uint8_t* nonfinite;    // [T]
+    ConvStepRule rule;          // for kStep
     std::int64_t weight, bias;  // places in a task's weights
     std::int64_t theta_weight;  // place in a row of grads; the bias follows
+    std::int32_t tensor;        // index of the weight among theta's tensors; the bias follows
     std::int64_t parameters;    // P
     std::int32_t ways;
     Divisor by_width;  // of a pixel's number by the width of the activation
     Readout readout;
     bool source_is_raw;  // else the last block is block 1, and its activation is stored
-    bool by_sign;
     ConvPass pass;
 };
 
@@ -272,12 +283,14 @@ struct ConvPackParams {
     std::int32_t support_slices, query_slices;  // 0: no such set
     bool starts_with_query;                     // without inner steps the constants are those of the query set
     float eps;                                  // of block 1
+    PerTask<float> counts;                      // of steps, which start at 0; or null
 };
 
 struct ConvUnpackParams {
     const float* theta;
     PerTask<const float> weights;
-    float* adapted;  // [T, P]
+    float* adapted;       // [T, P]; or null
+    std::int8_t* counts;  // [T, P], from steps counted in place of the weights, -128 for NaN; or null
     ConvNetwork network;
 };
 
@@ -294,11 +307,37 @@ struct ConvUpdateParams {
     PerTask<const ConvMoments> moments, next_moments;  // of this pass and the next; null after the last
     PerTask<ConvFirstNorm> norm;
     float eps;
-    const float* lr;            // [tensors] of this step
+    ConvStepRule rule;        // for steps
+    float* grads;             // [T, P] for kGradient
+    std::uint8_t* nonfinite;  // [T]
+};
+
+// Gradients of rates, from the directions of their steps and the gradients with respect to the parameters after them.
+struct ConvRateGradsParams {
+    PerTask<const float> kept;  // [steps, packed], from the first of these steps on
+    std::int64_t packed;        // floats of a step's directions
+    ConvNetwork network;
+    const float* grads;         // [T, P]
     const std::uint8_t* adapt;  // [tensors]
-    float* grads;               // [T, P] for kGradient
-    std::uint8_t* nonfinite;    // [T]
-    bool by_sign;
+    float* rate_grads;          // [T, K, tensors], or [T, K, P] if `by_element`, from the first of these steps on
+    std::int64_t row;           // floats of a task's rates
+    bool by_element;
+};
+
+// ---- sharpness-aware steps: the place at which a step's gradient is taken
+
+struct ConvClimbParams {
+    PerTask<const float> weights;   // where the step starts
+    PerTask<const float> gradient;  // there, packed likewise, of what adapts
+    PerTask<float> raised;          // the weights at the sharpest place nearby
+    PerTask<double> squares;        // [slices]: of the gradient's norm
+    ConvNetwork network;
+    const std::uint8_t* adapt;           // [tensors]
+    PerTask<const ConvMoments> moments;  // of the support set; this and the next two only by covariance
+    PerTask<ConvFirstNorm> norm;         // at the raised weights
+    float eps;                           // of block 1
+    SharpnessOptions sharpness;
+    std::int32_t slices;
 };
 
 // ---- exact MAML: the steps' derivatives in one direction (a dot in comments)
@@ -325,10 +364,9 @@ struct ConvDirectionParams {
     PerTask<const ConvMoments> moments;  // of the support set; this and the next two only by covariance
     PerTask<ConvFirstNorm> norm;
     PerTask<ConvFirstTangent> tangent;
-    const float* grads;         // [T, P]
-    const float* lr;            // [tensors] of this step
-    const std::uint8_t* adapt;  // [tensors]
-    float eps;                  // of block 1
+    const float* grads;  // [T, P]
+    ConvStepRule rule;
+    float eps;  // of block 1
 };
 
 template <typename Stored>

@@ -66,16 +66,16 @@ struct ConvMetaStepParams {
     Scalar* logits;             // [T, Q, ways] Scalar; may be null
     Scalar* adapted;            // [T, P] Scalar, the parameters after the inner loop; may be null
     Scalar* grads;              // [T, P] Scalar, meta-gradients, longer as `rates` says; may be null
+    Scalar* rate_grads;         // [T, K, tensors or P] Scalar, on CUDA, where rows of grads are not longer
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
     void* workspace;            // of the size that the plan gives
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
     Method method;
-    RateOptions rates;           // the CPU backend's; elsewhere by tensor, and constant
-    SharpnessOptions sharpness;  // the CPU backend's; elsewhere none
-    // The CPU backend's: parameters are theta - rate * counts of sign steps, whose rates are the same in every step.
-    bool counts_steps;
+    RateOptions rates;  // on CUDA always by step
+    SharpnessOptions sharpness;
+    bool counts_steps;    // parameters are theta - rate * counts of sign steps, whose rates are the same in every step
     std::int8_t* counts;  // [T, P] int8, -128 for NaN; may be null
     ConvShape shape;
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "params/method.h"
+#include "params/step_options.h"
 
 namespace signmaml {
 
@@ -34,7 +35,7 @@ struct MlpMetaStepParams {
     const Scalar* theta;  // [P] Scalar: layer by layer weight [out, in], then bias [out]
     MlpSet<Scalar> support;
     MlpSet<Scalar> query;
-    const Scalar* lr;  // [K, 2 * layers] Scalar: of weight and bias of each layer; on the CPU as RateOptions say
+    const Scalar* lr;           // [K, 2 * layers] Scalar: of weight and bias of each layer; else as its options say
     const std::uint8_t* adapt;  // [2 * layers] bool as bytes: which of them the inner loop moves
     Scalar* support_loss;       // [K, T] Scalar
     Scalar* query_loss;         // [T] Scalar; null without a query set
@@ -42,12 +43,16 @@ struct MlpMetaStepParams {
     Scalar* predictions;        // [T, Q, out] Scalar; may be null
     Scalar* adapted;            // [T, P] Scalar; may be null
     Scalar* grads;              // [T, P] Scalar, meta-gradients; may be null
+    Scalar* rate_grads;         // [T, K, 2 * layers or P] Scalar, if the rates are learnable; on CUDA
+    std::int8_t* counts;        // [T, P] int8, of steps, -128 for NaN; may be null; on CUDA
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
     Scalar* workspace;          // [teams, memory of one] Scalar; null where shared memory is enough
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
     Method method;
+    StepOptions how;  // on CUDA; the CPU backend has MlpCpuSteps
+    Scalar rho;       // of its sharpness
     MlpShape shape;
 };
 
@@ -63,7 +68,7 @@ struct MlpLayout {
     std::int32_t warps_log2;  // of a team
 };
 
-// Places in what a team has for differentiating steps, in scalars. There everything has the rows and the order that it
+// Places in what a team has beside the task's memory, in scalars. There everything has the rows and the order that it
 // has in the task's memory. No place is in a table: nvcc would copy that to the stack.
 struct MlpSecondOrderLayout {
     std::int64_t tangents;    // derivatives of the activations; the examples have none
@@ -71,6 +76,11 @@ struct MlpSecondOrderLayout {
     std::int64_t direction;   // [parameters], in which the support gradient is differentiated
     std::int64_t gradient;    // [parameters], what becomes the meta-gradient
     std::int64_t path;        // [steps, parameters], before each step
+    std::int64_t kept;        // [steps, parameters], directions of the steps, for the gradients of their rates
+    std::int64_t ascent;      // [parameters], the gradient of a step that is kept before anything moves
+    std::int64_t start;       // [parameters], from which a sharpness-aware step climbs
+    std::int64_t counts;      // [parameters], of steps that are counted
+    std::int64_t squares;     // [kMlpBlock], sums for the norm of the gradient
     std::int64_t parameters;  // from the first weight to the last bias
     std::int64_t size;
 };

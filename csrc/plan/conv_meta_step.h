@@ -18,6 +18,10 @@
 // moved: the convolutions' are sums of two products in the same kernels, the rest is in kernels/conv_tangents.cuh.
 // Eight convolutions a layer and step, and 9 N - 1 launches, 35 for Conv4. No tape: beside the weights only one step's
 // arrays.
+// A sharpness-aware step makes its passes twice: the first one's gradients are kept, conv_climb raises the weights by
+// them, and the second one's gradients, at the raised weights, move the weights themselves.
+// Rates that are learnable keep the directions of all steps. One launch behind the query pass, or for exact MAML one a
+// step, makes their gradients: see kernels/conv_rates.cuh.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +29,7 @@
 
 #include "params/conv_kernels.h"
 #include "params/conv_meta_step.h"
+#include "params/step_options.h"
 #include "plan/math.h"
 
 namespace signmaml {
@@ -298,6 +303,9 @@ enum class ConvKernel : std::int32_t {
     kTangentGradSums,
     kTangentRawGrad,
     kSubtract,
+    kRateGrads,
+    kClimbSquares,
+    kClimb,
 };
 
 constexpr const char* name_of(ConvKernel kernel) {
@@ -322,7 +330,10 @@ constexpr const char* name_of(ConvKernel kernel) {
         case ConvKernel::kTangentHead: return "conv_tangent_head";
         case ConvKernel::kTangentGradSums: return "conv_tangent_grad_sums";
         case ConvKernel::kTangentRawGrad: return "conv_tangent_raw_grad";
-        default: return "conv_subtract";
+        case ConvKernel::kSubtract: return "conv_subtract";
+        case ConvKernel::kRateGrads: return "conv_rate_grads";
+        case ConvKernel::kClimbSquares: return "conv_climb_squares";
+        default: return "conv_climb";
     }
 }
 
@@ -331,10 +342,16 @@ enum class ConvPart : std::int32_t {
     kPass = 0,     // a step, the query pass, or what lies before and after
     kAgain = 1,    // a step's own passes once more, on the way back through the steps
     kTangent = 2,  // their derivatives
+    kRaised = 3,   // a step's passes at the sharpest place nearby
 };
 
 constexpr const char* name_of(ConvPart part) {
-    return part == ConvPart::kPass ? "pass" : part == ConvPart::kAgain ? "again" : "tangent";
+    switch (part) {
+        case ConvPart::kPass: return "pass";
+        case ConvPart::kAgain: return "again";
+        case ConvPart::kTangent: return "tangent";
+        default: return "raised";
+    }
 }
 
 struct ConvLaunch {
@@ -370,7 +387,10 @@ struct ConvWorkspace {
         raw_grad;
     ConvArray raw[kConvBlocks], activation[kConvBlocks], choices[kConvBlocks], activation_grad[kConvBlocks],
         statistics[kConvBlocks], grad_sums[kConvBlocks], weight_partials[kConvBlocks];
-    ConvArray history;  // [K, conv_packed] float: the weights before each step
+    ConvArray history;                  // [K, conv_packed] float: the weights before each step
+    ConvArray directions;               // [K, conv_packed] float: of each step, for the rates' gradients
+    ConvArray ascent, raised, squares;  // of sharpness-aware steps: gradient, weights there, sums for its norm
+    ConvArray counts;                   // of steps, packed like weights, float
     ConvArray shares;
     ConvTangentArrays tangents;
     std::int64_t bytes;
@@ -380,20 +400,31 @@ struct ConvRequest {
     std::int64_t tasks;
     int support, query, steps;
     bool wants_grads;    // of the query loss
-    bool wants_adapted;  // the parameters after the inner loop
+    bool wants_adapted;  // the parameters after the inner loop, or the counts of its steps
     Method method;
+    StepOptions how;
 
-    bool differentiates_steps() const { return method == Method::kMaml && wants_grads && query > 0 && steps > 0; }
+    bool has_way_back() const { return wants_grads && query > 0 && steps > 0; }
+    bool learns_rates() const { return how.rates.learnable && has_way_back(); }
+    bool differentiates_steps() const { return method == Method::kMaml && has_way_back(); }
 };
 
 inline ConvRequest conv_request(const ConvMetaStepParams<float>& params) {
-    return {params.tasks, params.support.count,    params.query.count,
-            params.steps, params.grads != nullptr, params.adapted != nullptr,
-            params.method};
+    return {params.tasks,
+            params.support.count,
+            params.query.count,
+            params.steps,
+            params.grads != nullptr,
+            params.adapted != nullptr || params.counts != nullptr,
+            params.method,
+            {params.rates, params.sharpness, params.counts_steps}};
 }
 
 // Floats of a task's weights, so many that the next row of them begins at a multiple of 16 bytes.
 inline std::int64_t conv_packed(const ConvNetwork& net) { return ceil_div(net.head_bias + net.ways, 4) * 4; }
+
+// Thread blocks that go through all weights of a task.
+inline std::int64_t conv_weight_blocks(const ConvNetwork& net) { return smaller(16, ceil_div(net.head_bias, 256)); }
 
 // Thread blocks per task of the kernels between the products, and slices of their sums. Fewer than kConvSlices: each
 // block adds up all slices of a channel before it starts.
@@ -474,6 +505,13 @@ inline ConvWorkspace conv_workspace(const ConvPlan& plan, std::int64_t tasks) {
     if (largest_raw > 0) take(space.raw_grad, largest_raw, stored);
     take(space.features, count * net.pixels * filters, 4);
     take(space.scores, count * net.ways, 4);
+    if (plan.request.learns_rates()) take(space.directions, plan.request.steps * conv_packed(net), 4);
+    if (plan.request.how.climbs()) {
+        take(space.ascent, net.head_bias + net.ways, 4);
+        take(space.raised, net.head_bias + net.ways, 4);
+        take(space.squares, conv_weight_blocks(net), 8);
+    }
+    if (plan.request.how.counted) take(space.counts, net.head_bias + net.ways, 4);
     if (plan.request.differentiates_steps()) {
         ConvTangentArrays& tangents = space.tangents;
         take(space.history, plan.request.steps * conv_packed(net), 4);
@@ -533,6 +571,11 @@ void for_each_array(const ConvWorkspace& space, const Visit& visit) {
     }
     const ConvTangentArrays& tangents = space.tangents;
     one("history", space.history);
+    one("directions", space.directions);
+    one("ascent", space.ascent);
+    one("raised", space.raised);
+    one("squares", space.squares);
+    one("counts", space.counts);
     one("shares", space.shares);
     one("direction", tangents.direction);
     one("norm_tangent", tangents.norm);
@@ -569,11 +612,22 @@ class ConvPlanner {
                 add(ConvKernel::kRemember, -1, step, false, weight_blocks(), 1, 256, 0, 0.0, all(8.0 * packed));
             }
             add_pass(step, false, true);
+            if (request.how.climbs()) {
+                add_climb(step);
+                part_ = ConvPart::kRaised;
+                add_pass(step, false, true);
+                part_ = ConvPart::kPass;
+            }
         }
         if (request.query > 0) add_pass(request.steps, true, request.wants_grads);
         if (request.differentiates_steps()) {
-            for (int step = request.steps - 1; step >= 0; --step) add_differentiated(step);
+            for (int step = request.steps - 1; step >= 0; --step) {
+                if (request.learns_rates()) add_rate_grads(step, 1);
+                add_differentiated(step);
+            }
             part_ = ConvPart::kPass;
+        } else if (request.learns_rates()) {
+            add_rate_grads(0, request.steps);
         }
         if (request.wants_adapted) {
             add(ConvKernel::kUnpack, -1, -1, false, weight_blocks(), 1, 256, 0, 0.0, all(8.0 * packed));
@@ -585,8 +639,7 @@ class ConvPlanner {
     std::int64_t tasks_;
     ConvPart part_ = ConvPart::kPass;
 
-    // Thread blocks that copy all weights of a task.
-    std::int64_t weight_blocks() const { return smaller(16, ceil_div(plan_.network.head_bias, 256)); }
+    std::int64_t weight_blocks() const { return conv_weight_blocks(plan_.network); }
 
     std::int64_t update_bytes() const {
         return plan_.network.by_covariance
@@ -658,6 +711,25 @@ class ConvPlanner {
             all((raw ? area(count, last.height, last.width, last.filters) : features) * stored() + features * 4.0 +
                 (backward ? 2.0 : 1.0) * net.ways * net.pixels * filters * 4.0));
         plan_.launches.back().grid_y = 1;
+    }
+
+    void add_climb(int step) {
+        const double packed = static_cast<double>(plan_.network.head_bias + plan_.network.ways);
+        if (plan_.request.how.sharpness.norm == SharpnessNorm::kL2) {
+            add(ConvKernel::kClimbSquares, -1, step, false, weight_blocks(), 1, 256, 256 * 8, all(2.0 * packed),
+                all(8.0 * packed));
+        }
+        add(ConvKernel::kClimb, -1, step, false, 1 + weight_blocks(), 1, 256, update_bytes(), all(2.0 * packed),
+            all(12.0 * packed));
+    }
+
+    void add_rate_grads(int first_step, int steps) {
+        const ConvNetwork& net = plan_.network;
+        const bool by_element = plan_.request.how.rates.by_element;
+        const double packed = static_cast<double>(net.head_bias + net.ways) * steps;
+        part_ = ConvPart::kPass;
+        add(ConvKernel::kRateGrads, -1, first_step, true, by_element ? weight_blocks() : net.tensors, steps, 256,
+            by_element ? 0 : 256 * 4, all(2.0 * packed), all((by_element ? 12.0 : 8.0) * packed));
     }
 
     // v <- v - H (rate v), with v the gradient with respect to the parameters behind the step.
@@ -843,6 +915,11 @@ class ConvPlanner {
     void add_update(int step, bool query, int count) {
         const ConvNetwork& net = plan_.network;
         double bytes = 8.0 * static_cast<double>(net.head_weight);
+        if (!query && part_ != ConvPart::kTangent) {  // directions; counts, and theta
+            const ConvRequest& request = plan_.request;
+            bytes += static_cast<double>(net.head_weight) *
+                     ((request.learns_rates() ? 4.0 : 0.0) + (request.how.counted ? 12.0 : 0.0));
+        }
         std::int64_t elements = 0;
         for (int i = net.by_covariance ? 1 : 0; i < net.count; ++i) {
             const ConvBlock& block = plan_.blocks[i];

@@ -44,16 +44,30 @@ constexpr std::int64_t mlp_differentiated(Method method, std::int64_t query, std
     return method == Method::kMaml && query > 0 ? steps : 0;
 }
 
-// `layout`: of the task's memory. Without steps that are differentiated its size is 0.
-constexpr MlpSecondOrderLayout mlp_second_order_layout(const MlpLayout& layout, std::int64_t differentiated) {
+// Whether mlp_second_order_kernel makes the meta-step.
+constexpr bool mlp_is_second_order(Method method, std::int64_t query, std::int64_t steps, const StepOptions& how) {
+    return mlp_differentiated(method, query, steps) > 0 || how.rates.learnable || how.rates.by_element ||
+           how.climbs() || how.counted;
+}
+
+// `layout`: of the task's memory.
+constexpr MlpSecondOrderLayout mlp_second_order_layout(const MlpLayout& layout, Method method, std::int64_t query,
+                                                       std::int64_t steps, const StepOptions& how) {
     MlpSecondOrderLayout places{};
-    if (differentiated == 0) return places;
     places.parameters = layout.delta[0] - layout.weight[0];
-    places.deltas = places.tangents + layout.weight[0] - layout.activation[1];
-    places.direction = places.deltas + layout.losses - layout.delta[0];
-    places.gradient = places.direction + places.parameters;
-    places.path = places.gradient + places.parameters;
-    places.size = places.path + differentiated * places.parameters;
+    const std::int64_t differentiated = mlp_differentiated(method, query, steps);
+    if (differentiated > 0) {
+        places.deltas = places.tangents + layout.weight[0] - layout.activation[1];
+        places.direction = places.deltas + layout.losses - layout.delta[0];
+        places.gradient = places.direction + places.parameters;
+        places.path = places.gradient + places.parameters;
+        places.kept = places.path + differentiated * places.parameters;
+    }
+    places.ascent = places.kept + (how.rates.learnable ? steps * places.parameters : 0);
+    places.start = places.ascent + (how.climbs() || how.counted ? places.parameters : 0);
+    places.counts = places.start + (how.climbs() ? places.parameters : 0);
+    places.squares = places.counts + (how.counted ? places.parameters : 0);
+    places.size = places.squares + (how.climbs() ? kMlpBlock : 0);
     return places;
 }
 
@@ -86,10 +100,11 @@ struct MlpPlan {
     std::int64_t workspace_scalars;  // of all teams
 };
 
-// A team's part of the workspace is the task's memory, unless that is shared, and then what differentiated steps need.
+// A team's part of the workspace is the task's memory, unless that is shared, and then what differentiated steps,
+// learnable rates and steps that keep their gradients need.
 constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
-                                     std::int64_t query, std::int64_t steps, Method method, int scalar_bytes,
-                                     int multiprocessors) {
+                                     std::int64_t query, std::int64_t steps, Method method, const StepOptions& how,
+                                     int scalar_bytes, int multiprocessors) {
     std::int64_t work = 0;  // elements of the largest activation
     for (int layer = 0; layer < shape.layers; ++layer) {
         work = larger(work, larger(support, query) * shape.widths[layer + 1]);
@@ -99,10 +114,11 @@ constexpr MlpPlan plan_mlp_meta_step(const MlpShape& shape, std::int64_t tasks, 
         threads *= 2;
     const MlpLayout layout = mlp_layout(shape, larger(support, query), threads);
     const bool in_shared = layout.size * scalar_bytes <= kMlpSharedBytes;
-    const std::int64_t differentiated = mlp_differentiated(method, query, steps);
-    const std::int64_t warps = differentiated > 0 ? kMlpSecondOrderWarps : kMlpWarpsPerMultiprocessor;
+    const bool second_order = mlp_is_second_order(method, query, steps, how);
+    const std::int64_t warps = second_order ? kMlpSecondOrderWarps : kMlpWarpsPerMultiprocessor;
     const std::int64_t teams = larger(1, smaller(tasks, multiprocessors * warps / (threads / 32)));
-    const std::int64_t of_team = (in_shared ? 0 : layout.size) + mlp_second_order_layout(layout, differentiated).size;
+    const std::int64_t of_team =
+        (in_shared ? 0 : layout.size) + mlp_second_order_layout(layout, method, query, steps, how).size;
     return {threads, in_shared, teams, in_shared ? layout.size * scalar_bytes : 0, teams * of_team};
 }
 

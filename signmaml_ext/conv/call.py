@@ -32,8 +32,6 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
     found = read(problem.model)
     if isinstance(found, str):
         return found
-    if problem.method == "maml" and problem.sharpness is not None:
-        return "its kernels do not differentiate through sharpness-aware steps"
     if len(found.blocks) > MOST_BLOCKS or found.filters > MOST_FILTERS or found.filters % FILTER_UNIT:
         return (
             f"it serves up to {MOST_BLOCKS} blocks with a multiple of {FILTER_UNIT} up to {MOST_FILTERS} filters, "
@@ -48,9 +46,7 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
     if not problem.zero_dead_bias and found.blocks[0].conv_bias is not None:
         return "its convolution biases have gradient 0, and zero_dead_bias=False asks for rounding noise"
     precisions = ("fp32", "tf32", "bf16") if on_cuda else ("fp32",)
-    reason = fused.why_not(
-        problem, found.names, precisions, any_rates=not on_cuda, sharp=not on_cuda, counted=not on_cuda
-    )
+    reason = fused.why_not(problem, found.names, precisions)
     if reason is not None:
         return reason
     if on_cuda and problem.dtype == torch.float64:
@@ -115,9 +111,11 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
 
     if fused.on_cuda(problem, native):
         index = problem.device.index or 0
+        options = fused.step_options(problem, learns_rates="rate_grads" in tensors)
         plan = native.plan_conv_meta_step(
             shape, **sizes, steps=steps, precision=problem.precision, multiprocessors=native.multiprocessors(index),
-            wants_grads="grads" in tensors, wants_adapted="adapted" in tensors, method=method,
+            wants_grads="grads" in tensors, wants_adapted="adapted" in tensors or "counts" in tensors, method=method,
+            **options,
         )  # fmt: skip
         # Held until the call returns; after that, torch's allocator reuses it in stream order only.
         tensors["workspace"] = torch.empty(plan["workspace_bytes"], dtype=torch.uint8, device=problem.device)
@@ -125,10 +123,11 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: ConvSpec, n
             native.conv_meta_step_cuda(
                 fused.addresses(tensors), shape, **sizes, steps=steps, method=method,
                 precision=problem.precision, device=index, stream=fused.stream_of(problem.device),
+                **options,
             )  # fmt: skip
     else:
         threads = torch.get_num_threads()
-        of_plan, of_call = fused.step_options(problem, tensors)
+        of_plan, of_call = fused.step_options_on_cpu(problem, tensors)
         plan = native.plan_conv_meta_step_cpu(
             shape, *sizes.values(), problem.dtype.itemsize, threads, steps=steps, method=method,
             **of_plan,

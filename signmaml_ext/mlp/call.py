@@ -35,9 +35,7 @@ def why_not(problem: Problem, *, on_cuda: bool | None = None) -> str | None:
         return (
             f"it serves up to {MOST_HIDDEN_LAYERS} hidden layers of up to {WIDEST}, and the widths are {found.widths}"
         )
-    if problem.method == "maml" and problem.sharpness is not None:
-        return "its kernels do not differentiate through sharpness-aware steps"
-    reason = fused.why_not(problem, found.names, any_rates=not on_cuda, sharp=not on_cuda, counted=not on_cuda)
+    reason = fused.why_not(problem, found.names)
     if reason is not None:
         return reason
     if problem.loss == "mse" and not _targets_fit(problem, found.widths[-1]):
@@ -74,17 +72,19 @@ def native_call(problem: Problem, tensors: dict[str, Tensor], found: MlpSpec, na
         tensors["predictions"] = tensors.pop("logits")
     if fused.on_cuda(problem, native):
         index = problem.device.index or 0
+        of_steps = fused.step_options(problem, learns_rates="rate_grads" in tensors)
         plan = native.plan_mlp_meta_step(
-            found.widths, *sizes.values(), itemsize, native.multiprocessors(index), **steps
+            found.widths, *sizes.values(), itemsize, native.multiprocessors(index), **steps, **of_steps
         )
         tensors["workspace"] = tensors["theta"].new_empty(plan["workspace_scalars"])
         with Range("mlp_meta_step", problem.device):
             native.mlp_meta_step_cuda(
-                fused.addresses(tensors), *network, **options, device=index, stream=fused.stream_of(problem.device)
-            )
+                fused.addresses(tensors), *network, **options, **of_steps, device=index,
+                stream=fused.stream_of(problem.device),
+            )  # fmt: skip
     else:
         threads = torch.get_num_threads()
-        of_plan, of_call = fused.step_options(problem, tensors)
+        of_plan, of_call = fused.step_options_on_cpu(problem, tensors)
         plan = native.plan_mlp_meta_step_cpu(found.widths, *sizes.values(), itemsize, threads, **steps, **of_plan)
         workspace = plan["workspace_scalars"] * itemsize
         with fused.memory_on_cpu(tensors, workspace, plan["mean_rows"]) as addresses:

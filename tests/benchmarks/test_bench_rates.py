@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+CPU = torch.device("cpu")
 
 
 def test_every_kind_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     import bench_rates
 
-    found = bench_rates.measure("D", "sign-maml", seconds=0)
-    assert list(found["ratio"]) == list(bench_rates.rates_of(bench_rates.WORKLOADS["D"].problem(
-        tasks=1, steps=1, device=bench_rates.CPU).model, 0.1))  # fmt: skip
+    found = bench_rates.measure("D", "sign-maml", 0, CPU)
+    model = bench_rates.WORKLOADS["D"].problem(tasks=1, steps=1, device=CPU).model
+    assert list(found["ratio"]) == list(bench_rates.rates_of(model, 0.1))
     assert all(ratio.samples == 5 and ratio.median > 0 for ratio in found["ratio"].values())
 
 
@@ -26,5 +29,5 @@ def test_other_work_is_not_compared(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr(bench_rates, "rates_of", other_rates)
     with pytest.raises(SystemExit):
-        bench_rates.measure("D", "fo-maml", seconds=0)
+        bench_rates.measure("D", "fo-maml", 0, CPU)
     assert "another gradient than with a constant rate" in capsys.readouterr().err

@@ -42,6 +42,8 @@ LAUNCHES = (
 # kConvThreads, kConvHeadThreads, kConvUpdateThreads, kMomentThreads).
 BLOCKS = {
     "compact_sign_step_kernel": 256,
+    "conv_climb_kernel": 256,
+    "conv_climb_squares_kernel": 256,
     "conv_data_grad_kernel": 128,
     "conv_direction_kernel": 256,
     "conv_first_grad_kernel": 128,
@@ -51,6 +53,7 @@ BLOCKS = {
     "conv_head_kernel": 1024,
     "conv_meta_accumulate_kernel": 256,
     "conv_pack_kernel": 256,
+    "conv_rate_grads_kernel": 256,
     "conv_raw_grad_kernel": 128,
     "conv_remember_kernel": 256,
     "conv_sign_update_kernel": 256,
@@ -70,8 +73,11 @@ BLOCKS = {
     "mlp_second_order_kernel": 256,
 }
 MLP = {"mlp_meta_step_kernel", "mlp_second_order_kernel"}
-# Kernels that sum the covariance of patches in double: once per meta-step, or only for block 1's few weights.
+# Kernels that sum the covariance of patches in double, once per meta-step or only for block 1's few weights; or the
+# squares of a gradient.
 IN_DOUBLE = {
+    "conv_climb_kernel",
+    "conv_climb_squares_kernel",
     "conv_direction_kernel",
     "conv_meta_accumulate_kernel",
     "conv_pack_kernel",
@@ -149,11 +155,11 @@ def dynamic_shared_bytes(kernel: str) -> int:
         return conv_shared_bytes(name, arguments.rstrip(">").split(", "))
     if name not in MLP:
         return 0
-    scalar, *warp, in_shared = arguments.rstrip(">").split(", ")
+    scalar, *switches = arguments.rstrip(">").split(", ")
     scalar_bytes = 4 if scalar == "float" else 8
-    if in_shared == "false":
+    if switches[1 if name == "mlp_meta_step_kernel" else 0] == "false":  # not in shared memory
         return 0
-    if warp != ["true"]:
+    if name != "mlp_meta_step_kernel" or switches[0] != "true":
         return 48 * 1024  # kMlpSharedBytes, the most that a launch takes
     return int(C.plan_mlp_meta_step(*SINUSOID, scalar_bytes, 132)["shared_bytes"])
 
@@ -169,8 +175,14 @@ def conv_shared_bytes(name: str, arguments: list[str]) -> int:
     }  # fmt: skip
     precision = arguments[0] if name in ON_TENSOR_CORES else "fp32"
     by_covariance = name != "conv_raw_grad_kernel"
-    plan = C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, by_covariance, method="maml")
-    return max(int(one["shared_bytes"]) for one in plan["launches"] if f"{one['kernel']}_kernel" == name)
+    launches = [
+        one
+        for options in ({"method": "maml", "learns_rates": True}, {"sharpness_rho": 0.1})
+        for one in C.plan_conv_meta_step(shape, 8, 5, 5, 1, precision, 132, True, True, by_covariance, **options)[
+            "launches"
+        ]
+    ]
+    return max(int(one["shared_bytes"]) for one in launches if f"{one['kernel']}_kernel" == name)
 
 
 def block_of(kernel: str) -> int:

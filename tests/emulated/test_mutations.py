@@ -30,7 +30,9 @@ SECOND = "kernels/mlp_second_order.cuh"
 COMMON, FORWARD, BACK, WEIGHT, FIRST, HEAD, UPDATE = (
     f"kernels/conv_{name}.cuh" for name in ("common", "forward", "data_grad", "weight_grad", "first", "head", "update")
 )
-TANGENTS, BACKWARDS = "kernels/conv_tangents.cuh", "kernels/conv_second_order.cuh"
+TANGENTS, BACKWARDS, RATES, SHARP = (
+    f"kernels/conv_{name}.cuh" for name in ("tangents", "second_order", "rates", "sharpness")
+)
 CONV_PLAN, CONV_LAUNCH = "plan/conv_meta_step.h", "launch/conv_meta_step.cu"
 BARRIER = "block_barrier();"
 
@@ -162,16 +164,16 @@ MUTATIONS = [
         )
     ),
     Mutation("second order not cleared", SECOND, "clear(of_team + of_task, places.direction);", ""),
-    Mutation("second order in the task's memory", SECOND, "places, of_team + of_task};", "places, of_team};"),
+    Mutation("second order in the task's memory", SECOND, "places, of_team + of_task, of_maml};", "places, of_team, of_maml};"),
     Mutation("last parameters not copied", SECOND, "i < places.parameters;", "i < places.parameters - kVector;"),
     Mutation("parameters not kept", SECOND, "copy(path(step), parameters());", ""),
     Mutation("parameters of the first step", SECOND, "copy(parameters(), path(step));", "copy(parameters(), path(0));"),
     Mutation("steps in their order", SECOND, "differentiate_step(step);", "differentiate_step(p.steps - 1 - step);"),
     Mutation("query gradient given", SECOND, "copy(parameters(), gradient());", ""),
     Mutation("query examples in the sweep", SECOND, "        this->take_examples(p.support);\n        team.barrier();  // the gradient", "        team.barrier();  // the gradient"),
-    Mutation("rates of the first step", SECOND, "p.lr + step * 2 * layers + which;", "p.lr + which;"),
-    Mutation("bias aims at the weight's rate", SECOND, "lr + 1, p.adapt + which + 1);", "lr, p.adapt + which + 1);"),
-    Mutation("u is not scaled", SECOND, "moves ? by * load(", "moves ? load("),
+    Mutation("rates of the first step", SECOND, "return p.lr + step * rates_of_step();", "return p.lr;"),
+    Mutation("bias aims at the weight's rate", SECOND, "this->rates_of_bias(layer, rates(step)), p.adapt", "this->rates_of_weight(layer, rates(step)), p.adapt"),
+    Mutation("u is not scaled", SECOND, "load(rate + (p.how.rates.by_element ? std::int64_t{r} * columns + c : 0)) * load(gradient() + at)", "load(gradient() + at)"),
     Mutation("u of the bias left out", SECOND, "load(direction() + of_bias(layer) + output);", "Scalar(0);"),
     Mutation("tangents of the inputs left out", SECOND, "if (layer > 0) add_products(", "if (layer > 1) add_products("),
     Mutation("last inputs' tangents dropped", SECOND, "k < depth;", "k + kVector < depth;"),
@@ -276,10 +278,10 @@ MUTATIONS = [
     Mutation("conv: features in torch's order", HEAD, "i % filters * pixels() + i / filters : i", "i : i"),
     Mutation("conv: a wrong label unseen", HEAD, "label < 0 || label >= p.ways", "label < 0 || label > p.ways"),
     Mutation("conv: loss of the sum", HEAD, "block_sum(loss, scratch) / count", "block_sum(loss, scratch)"),
-    Mutation("conv: rate of the bias", HEAD, "load(p.lr + tensor)", "load(p.lr)"),
+    Mutation("conv: rate of the bias", HEAD, "way, gradient, p.tensor + 1);", "way, gradient, p.tensor);"),
     Mutation("conv: centre not the mean", UPDATE, "sums.get(filter) * static_cast<float>(load(&moments->mean[i]));\n        const float inner", "0.0f;\n        const float inner"),
     Mutation("conv: constants of the weights before", UPDATE, "if (kTake == ConvTake::kMove && p.next_moments.base != nullptr)", "if (false && p.next_moments.base != nullptr)"),
-    Mutation("conv: mask not looked at", UPDATE, "if (load(p.adapt + tensor) == 0) return false;", ""),
+    Mutation("conv: mask not looked at", UPDATE, "if (load(p.rule.adapt + tensor) == 0) return false;", ""),
     Mutation("conv: beta takes gamma's rate", UPDATE, "places.theta_beta + filter, tensor + 1, dbeta", "places.theta_beta + filter, tensor, dbeta"),
     Mutation("conv: a slice left out", COMMON, "for (int slice = 0; slice < slices; ++slice) sum +=", "for (int slice = 0; slice + (slices > 1) < slices; ++slice) sum +="),
     Mutation("conv: workspace of one task", CONV_PLAN, "at += tasks * array.stride;", "at += array.stride;"),
@@ -335,11 +337,11 @@ MUTATIONS = [
     Mutation("second: dropped row gets a gradient", TANGENTS, "window_y < block.act_height && window_x", "window_y <= block.act_height && window_x"),
     Mutation("second: a weight not kept", BACKWARDS, "store(kept + i, load(weights + i));", "if (i > 0) store(kept + i, load(weights + i));"),
     Mutation("second: weights of the first step", CONV_LAUNCH, "kept.base += one.step * conv_packed(plan_.network);", ""),
-    Mutation("second: steps in their order", CONV_PLAN, "for (int step = request.steps - 1; step >= 0; --step) add_differentiated(step);", "for (int step = 0; step < request.steps; ++step) add_differentiated(step);"),
-    Mutation("second: beta has gamma's rate", BACKWARDS, "(place >= block.beta ? 1 : 0)", "0"),
-    Mutation("second: the classifier has its bias's rate", BACKWARDS, "return net.tensors - 2;", "return net.tensors - 1;"),
-    Mutation("second: direction without rates", BACKWARDS, "load(p.lr + tensor) * load(p.grads", "load(p.grads"),
-    Mutation("second: what does not adapt has a direction", BACKWARDS, "if (load(p.adapt + tensor) != 0) {", "if (true) {"),
+    Mutation("second: steps in their order", CONV_PLAN, "for (int step = request.steps - 1; step >= 0; --step) {", "for (int step = 0; step < request.steps; ++step) {"),
+    Mutation("second: beta has gamma's rate", UPDATE, "(place >= block.beta ? 1 : 0)", "0"),
+    Mutation("second: the classifier has its bias's rate", UPDATE, "return net.tensors - 2;", "return net.tensors - 1;"),
+    Mutation("second: direction without rates", BACKWARDS, "rate * load(p.grads", "load(p.grads"),
+    Mutation("second: what does not adapt has a direction", BACKWARDS, "if (load(p.rule.adapt + tensor) != 0) {", "if (true) {"),
     Mutation("second: r. of one r", BACKWARDS, "inverse * inverse * covariance", "inverse * covariance"),
     Mutation("second: mean. of the weights", BACKWARDS, "static_cast<double>(load(direction + i * filters + filter))", "static_cast<double>(load(weights + i * filters + filter))"),
     Mutation("second: block 1, sums not centred", BACKWARDS, " - tangents.get(filter) * mean", ""),
@@ -359,6 +361,81 @@ MUTATIONS = [
     Mutation("second: classifier in the features' order", BACKWARDS, "i % p.filters * p.pixels + i / p.filters : i", "i : i"),
     Mutation("second: classifier not looked at", BACKWARDS, "nonfinite |= is_nonfinite(value);", ""),
     Mutation("second: blocks not looked at", BACKWARDS, "if (nonfinite) raise_flag(p.update.nonfinite + task);", ""),
+    # Rates that learn or vary within a tensor.
+    Mutation("steps: an element's rate of the first row", MLP, "load(lr + std::int64_t{first + o} * inputs + input)", "load(lr + input)"),
+    Mutation("steps: a bias's element moves by the first one's rate", MLP, "(by_element ? o : 0)", "0"),
+    Mutation("steps: a layer's rates are the first layer's", MLP, "for (int below = 0; below < layer; ++below) place +=", "for (int below = 0; below < 0; ++below) place +="),
+    Mutation("steps: a bias's elements have the weight's rates", MLP, "rates_of_weight(layer, lr) + weights", "rates_of_weight(layer, lr)"),
+    Mutation("steps: gradients kept as directions", MLP, "directions.at[v] = to_keep(gradient)", "directions.at[v] = gradient"),
+    Mutation("steps: a bias's gradient kept as its direction", MLP, "(bias(layer) - weight(0)) + o, to_keep(gradient));", "(bias(layer) - weight(0)) + o, gradient);"),
+    Mutation("steps: directions of one step kept", SECOND, "places.kept + step * places.parameters", "places.kept"),
+    Mutation("steps: directions of the query pass kept", SECOND, "this->kept = nullptr;", ""),
+    Mutation("steps: rates of the team's first task", SECOND, "(task * p.steps + step) * rates_of_step()", "step * rates_of_step()"),
+    Mutation("steps: barrier behind the rates' gradients", SECOND, "team.barrier();  // all have read the gradient", "// all have read the gradient", "race: "),
+    Mutation("steps: a rate's sign", SECOND, "store(to + tensor, -sum)", "store(to + tensor, sum)"),
+    Mutation("steps: an element's rate's sign", SECOND, "moves ? -(load(v + at)", "moves ? (load(v + at)"),
+    Mutation("steps: rates beside a bias", SECOND, "to += std::int64_t{outputs} * inputs;", "to += inputs;"),
+    Mutation("steps: half of the warps make sums", SECOND, "if (tensor % warps != warp) return;", "if (tensor % warps != warp || warp > 0) return;"),
+    Mutation("steps: an element's u by its row's first rate", SECOND, "std::int64_t{r} * columns + c : 0", "std::int64_t{r} * columns : 0"),
+    Mutation("steps: conv, barrier of the rates' sums", RATES, f"{BARRIER}  // the sums of the last round", "// the sums of the last round", "race: |uninitialised: "),
+    Mutation("steps: conv, half of the rates' sums", RATES, "int half = kConvUpdateThreads / 2", "int half = kConvUpdateThreads / 4"),
+    Mutation("steps: conv, a rate's sign", RATES, "tensor, -sums.get(0)", "tensor, sums.get(0)"),
+    Mutation("steps: conv, an element's rate's sign", RATES, "moves ? -(load", "moves ? (load"),
+    Mutation("steps: conv, rates of the first task", RATES, "p.rate_grads + task * p.row + step * net.tensors", "p.rate_grads + step * net.tensors"),
+    Mutation("steps: conv, directions of the first step", RATES, "row_of(p.kept, task) + step * p.packed", "row_of(p.kept, task)"),
+    Mutation("steps: conv, rates in the weights' order", RATES, "load(grads + theta_place(net, place)) * load", "load(grads + place) * load"),
+    Mutation("steps: conv, an element's rate in the weights' order", RATES, "store(result + theta, moves", "store(result + place, moves"),
+    Mutation("steps: conv, a bias has a gradient of its rate", RATES, "    return {0, 0};", "    return {block.gamma, block.beta};"),
+    Mutation("steps: conv, gamma's rate has beta's gradient", RATES, "return {block.gamma, block.beta};\n    if", "return {block.beta, block.beta + net.filters};\n    if"),
+    Mutation("steps: conv, an element moves by its tensor's rate", COMMON, "rule.by_element ? theta : tensor", "tensor"),
+    Mutation("steps: conv, an element goes back by its tensor's rate", BACKWARDS, "p.rule.by_element ? theta : tensor", "tensor"),
+    Mutation("steps: conv, gradients kept as directions", COMMON, "row_of(rule.kept, task) + place, direction", "row_of(rule.kept, task) + place, gradient"),
+    Mutation("steps: conv, directions of a step overwritten", CONV_LAUNCH, "kept.base += step * conv_packed(plan_.network);", ""),
+    Mutation("steps: conv, the classifier's elements in the features' order", HEAD, "(p.pass == ConvPass::kGradient || reads_theta_place(p.rule))", "p.pass == ConvPass::kGradient"),
+    Mutation("steps: conv, rates' gradients from before the step", CONV_PLAN, "if (request.learns_rates()) add_rate_grads(step, 1);\n                add_differentiated(step);", "add_differentiated(step);\n                if (request.learns_rates()) add_rate_grads(step, 1);"),
+    # Sharpness-aware steps, and steps that are counted.
+    Mutation("steps: gradients not kept but directions", MLP, "kSteps == MlpSteps::kKept ? gradient : direction(gradient)", "direction(gradient)"),
+    Mutation("steps: parameters move while gradients are kept", MLP, "if (kSteps == MlpSteps::kKept) return value;", ""),
+    Mutation("steps: a step from the raised parameters", SECOND, "stepped(load(start() + place), rate, along)", "stepped(load(parameters() + place), rate, along)"),
+    Mutation("steps: no start of a step", SECOND, "store(start() + place, value);", ""),
+    Mutation("steps: barrier of the norm's sums", SECOND, "team.barrier();  // the sums are there; all", "// the sums are there; all", "race: |uninitialised: "),
+    Mutation("steps: barrier of the raised parameters", SECOND, "team.barrier();  // the parameters have moved before", "// the parameters have moved before", "race: "),
+    Mutation("steps: barrier of the moved parameters", SECOND, "team.barrier();  // the parameters have moved\n", "\n", "race: "),
+    Mutation("steps: half of the norm's sums", SECOND, "sum < kMlpBlock; sum += team.size()", "sum < kMlpBlock / 2; sum += team.size()"),
+    Mutation("steps: eps scaled once", SECOND, "sign(gradient) : scale * gradient)", "sign(gradient) : gradient)"),
+    Mutation("steps: eps by the gradient", SECOND, "by_sign ? sign(gradient)", "by_sign ? gradient"),
+    Mutation("steps: eps downwards", SECOND, "value + factor * (scale", "value - factor * (scale"),
+    Mutation("steps: squares of the gradient", SECOND, "ascent_scale(load(parameters() + place)) * load(ascent() + place)", "load(ascent() + place)"),
+    Mutation("steps: gradients of what does not adapt", SECOND, "clear(of_team + of_task + places.kept, places.start - places.kept);", "clear(of_team + of_task + places.kept, places.ascent - places.kept);"),
+    Mutation("steps: one gradient a step", SECOND, "bool looks = kKeeps && climbs();\n#", "bool looks = false;\n#"),
+    Mutation("steps: counts go on with the next task", SECOND, "store(counts() + place, Scalar(0));", ""),
+    Mutation("steps: the last step alone counts", SECOND, "stepped(load(p.theta + theta), rate, counted)", "stepped(load(p.theta + theta), rate, along)"),
+    Mutation("steps: a count is not kept", SECOND, "store(counts() + place, counted);", ""),
+    Mutation("steps: counts in padded rows", SECOND, "p.counts + task * p.parameters + theta,", "p.counts + task * p.parameters + place,"),
+    Mutation("steps: an element moves by its tensor's rate", SECOND, "p.how.rates.by_element ? theta : tensor", "tensor"),
+    Mutation("steps: directions of such a step not kept", SECOND, "if (p.how.rates.learnable) store(directions(step) + place, along);", ""),
+    Mutation("steps: conv, barrier of the norm's sums", SHARP, f"{BARRIER}  // the sums of the last round", "// the sums of the last round", "race: |uninitialised: "),
+    Mutation("steps: conv, half of the norm's sums", SHARP, "int half = kConvUpdateThreads / 2", "int half = kConvUpdateThreads / 4"),
+    Mutation("steps: conv, norm of what does not adapt", SHARP, "if (load(p.adapt + theta_tensor(p.network, place)) == 0) continue;", ""),
+    Mutation("steps: conv, norm of one slice", SHARP, "slice < p.slices;", "slice < 1;"),
+    Mutation("steps: conv, norm of the first task", SHARP, "load(row_of(p.squares, task) + slice)", "load(row_of(p.squares, 0) + slice)"),
+    Mutation("steps: conv, squares of the gradient", SHARP, "const double scaled = scale * static_cast", "const double scaled = static_cast"),
+    Mutation("steps: conv, eps scaled once", SHARP, "sign(of_gradient) : scale * of_gradient", "sign(of_gradient) : of_gradient"),
+    Mutation("steps: conv, eps by the gradient", SHARP, "by_sign ? sign(of_gradient)", "by_sign ? of_gradient"),
+    Mutation("steps: conv, eps downwards", SHARP, "weight + eps);", "weight - eps);"),
+    Mutation("steps: conv, eps of what does not adapt", SHARP, "if (load(p.adapt + theta_tensor(net, place)) != 0) {", "if (true) {"),
+    Mutation("steps: conv, barrier of the raised weights", SHARP, f"{BARRIER}  // the raised weights", "// the raised weights", "race: |uninitialised: "),
+    Mutation("steps: conv, constants where the step starts", SHARP, "raised + first.weight, net.channels", "weights + first.weight, net.channels"),
+    Mutation("steps: conv, passes where the step starts", CONV_LAUNCH, "if (one.part == ConvPart::kRaised) return array<float>(plan_.workspace.raised);", ""),
+    Mutation("steps: conv, loss at the raised weights", CONV_LAUNCH, "if (one.part == ConvPart::kRaised) params.loss = nullptr;", ""),
+    Mutation("steps: conv, climbs by signs", CONV_LAUNCH, "rule.by_element = p_.rates.by_element;", "rule.by_element = p_.rates.by_element; rule.by_sign = p_.method == Method::kSignMaml;"),
+    Mutation("steps: conv, no climb", CONV_PLAN, "                add_climb(step);", ""),
+    Mutation("steps: conv, counts downwards", COMMON, "load(count) + direction", "load(count) - direction"),
+    Mutation("steps: conv, a count is not kept", COMMON, "store(count, counted);", ""),
+    Mutation("steps: conv, the last step alone counts", COMMON, "stepped(load(rule.theta + theta), rate, counted)", "stepped(load(rule.theta + theta), rate, direction)"),
+    Mutation("steps: conv, theta in the weights' order", COMMON, "load(rule.theta + theta)", "load(rule.theta + place)"),
+    Mutation("steps: conv, the classifier counts in the features' order", COMMON, "return rule.by_element || rule.counts.base != nullptr;", "return rule.by_element;"),
+    Mutation("steps: conv, counts not cleared", UPDATE, "if (p.counts.base != nullptr) store(row_of(p.counts, task) + i, 0.0f);", ""),
 ]  # fmt: skip
 
 
@@ -368,8 +445,8 @@ NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)
 def group_of(mutation: Mutation) -> str:
     if mutation.file == CORES:
         return "sums"
-    if mutation.name.startswith("second: "):
-        return "second"
+    if mutation.name.startswith(("second: ", "steps: ")):
+        return mutation.name.partition(":")[0]
     return "conv" if "conv_" in mutation.file else "flat"
 
 
@@ -411,7 +488,7 @@ def test_a_place_that_no_switch_fits_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["flat", "conv", "second", "sums"])
+@pytest.mark.parametrize("group", ["flat", "conv", "second", "steps", "sums"])
 def test_unchanged_sources_pass(outcomes, group):
     outcome = outcomes[UNCHANGED, group]
     assert outcome.code == 0, outcome.said[-2000:]

@@ -100,7 +100,7 @@ def networks(native: ModuleType, device: str, chosen: Sequence[conv_cases.Net] =
 
 def meta_steps(device: torch.device, own: bool) -> None:
     """Whole meta-steps by the public call, with `graph=False`."""
-    from signmaml_ext import meta_step
+    from signmaml_ext import Sharpness, meta_step
 
     cases = [
         (lambda: nets.mlp(), nets.vector_tasks, {}),
@@ -115,6 +115,13 @@ def meta_steps(device: torch.device, own: bool) -> None:
         (lambda: nets.conv4(filters=8), nets.image_tasks, {}),
         (lambda: nets.conv4(filters=8), nets.image_tasks, {"method": "maml"}),
     ]
+    for sharp in (Sharpness(1e-3), Sharpness(1e-3, "linf", adaptive=True)):
+        cases += [
+            (lambda: nets.mlp(), nets.vector_tasks, {"method": "fo-maml", "sharpness": sharp}),
+            (lambda: nets.conv4(filters=8), nets.image_tasks, {"method": "fo-maml", "sharpness": sharp}),
+        ]
+    for make, draw in ((nets.mlp, nets.vector_tasks), (lambda: nets.conv4(filters=8), nets.image_tasks)):
+        cases.append((make, draw, {"task_state": "int8"}))
     if not own:
         cases += [(nets.Tied, nets.vector_tasks, {"task_state": "int8"}), (nets.conv4, nets.image_tasks, {})]
     for make, draw, changes in cases:

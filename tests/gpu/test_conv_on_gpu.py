@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +15,7 @@ import torch
 import signmaml_ext
 from helpers.cases import conv_cases, emulated_cases, nets
 from helpers.cases.conv_cases import Data, Net, Result
+from signmaml_ext import Sharpness
 from signmaml_ext._loader import C
 
 pytestmark = [
@@ -144,6 +146,64 @@ def test_on_another_device_than_the_current_one():
     expected = conv_cases.run(C, net, data.to("cuda"))
     found = conv_cases.run(C, net, data.to("cuda:1"))
     assert torch.equal(found.grads.cpu(), expected.grads.cpu()) and torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("method", ["fo-maml", "maml"])
+@pytest.mark.parametrize("kind", ["step", "tensor and step", "element"])
+def test_rates_learn(kind, method):
+    """Their gradients are those of the reference in float64; so no sign, which may flip, is taken."""
+    torch.manual_seed(0)
+    model = nets.conv4(ways=3, channels=2, filters=8, size=9, layers=2)
+    data = nets.image_tasks(3, 3, 2, 2, 2, 9, dtype=torch.float32)
+    drawn = emulated_cases.rates_of(model, kind, 2)
+    gradients = []
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "cuda")):
+        net = copy.deepcopy(model).to(device, dtype)
+        inputs = tuple(v.to(device, dtype) if v.is_floating_point() else v.to(device) for v in data)
+        named = drawn if isinstance(drawn, dict) else {"": drawn}
+        leaves = {name: rate.detach().to(device, dtype).requires_grad_() for name, rate in named.items()}
+        options = {"inner_lr": leaves.get("", leaves), "inner_steps": 2, "method": method}
+        assert device == "cpu" or signmaml_ext.explain(net, *inputs, **options).family == "conv"
+        signmaml_ext.meta_step(net, *inputs, **options, backend="torch" if device == "cpu" else "auto")
+        gradients.append({name: leaf.grad.double().cpu() for name, leaf in leaves.items() if leaf.grad is not None})
+    exact, found = gradients
+    assert exact.keys() == found.keys()
+    for name, value in exact.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("sharpness", [Sharpness(0.05), Sharpness(0.2, "l2", adaptive=True)], ids=["plain", "adaptive"])
+def test_sharp_steps(sharpness):
+    """Gradients and losses are those of the reference in float64; no sign, which may flip, is taken."""
+    torch.manual_seed(0)
+    model = nets.conv4(ways=3, channels=2, filters=8, size=9, layers=2)
+    data = nets.image_tasks(3, 3, 2, 2, 2, 9, dtype=torch.float32)
+    options = {"inner_lr": 0.05, "inner_steps": 2, "method": "fo-maml", "sharpness": sharpness}
+    wide = tuple(v.double() if v.is_floating_point() else v for v in data)
+    exact = copy.deepcopy(model).double()
+    expected = signmaml_ext.meta_step(exact, *wide, **options, backend="torch")
+    there, moved = model.cuda(), tuple(v.cuda() for v in data)
+    assert signmaml_ext.explain(there, *moved, **options).family == "conv"
+    found = signmaml_ext.meta_step(there, *moved, **options)
+    torch.testing.assert_close(found.support_loss.double().cpu(), expected.support_loss, rtol=1e-4, atol=1e-5)
+    gradients = nets.grads(exact)
+    for name, gradient in nets.grads(there).items():
+        assert (gradient.double().cpu() - gradients[name]).norm() <= 1e-4 * gradients[name].norm() + 1e-8, name
+
+
+def test_counted_steps():
+    """The counts of sign steps are the reference's; the rate is so small that a flipped sign hardly matters."""
+    torch.manual_seed(0)
+    model = nets.conv4(ways=3, channels=2, filters=8, size=9, layers=2)
+    data = nets.image_tasks(3, 3, 2, 2, 2, 9, dtype=torch.float32)
+    options = {"inner_lr": 1e-6, "inner_steps": 4, "task_state": "int8"}
+    expected = signmaml_ext.adapt(model, *data[:2], **options, backend="torch")
+    there, moved = model.cuda(), tuple(v.cuda() for v in data)
+    assert signmaml_ext.explain(there, *moved, **options).family == "conv"
+    found = signmaml_ext.adapt(there, *moved[:2], **options)
+    for name, counts in found.counts.items():
+        if "conv.bias" not in name:
+            assert (counts.cpu() != expected.counts[name]).double().mean() < 0.02, name
 
 
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])

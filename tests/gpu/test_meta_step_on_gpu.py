@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import signmaml_ext
-from helpers.cases import nets
-from signmaml_ext import meta_step
+from helpers.cases import emulated_cases, nets
+from signmaml_ext import Sharpness, meta_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +43,54 @@ def test_equals_the_reference_on_the_cpu(case, method):
     torch.testing.assert_close(result.support_loss.cpu(), expected.support_loss, rtol=1e-9, atol=1e-9)
     for name, gradient in nets.grads(there).items():
         torch.testing.assert_close(gradient.cpu(), gradients[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
+@pytest.mark.parametrize("kind", ["step", "tensor", "element and step"])
+def test_rates_learn(kind, method):
+    model, data = nets.mlp().double(), nets.vector_tasks()
+    there, moved = on_device(model, data, "cuda")
+    drawn = emulated_cases.rates_of(model, kind, 3)
+    gradients = []
+    for net, inputs, backend in ((model, data, "torch"), (there, moved, "auto")):
+        device = inputs[0].device
+        if isinstance(drawn, dict):
+            rates = {name: r.detach().double().to(device).requires_grad_() for name, r in drawn.items()}
+            leaves = list(rates.values())
+        else:
+            rates = drawn.detach().double().to(device).requires_grad_()
+            leaves = [rates]
+        options = {"inner_lr": rates, "inner_steps": 3, "method": method}
+        assert device.type == "cpu" or signmaml_ext.explain(net, *inputs, **options).family == "mlp"
+        meta_step(net, *inputs, **options, backend=backend)
+        gradients.append([leaf.grad.cpu() for leaf in leaves])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "fo-maml", "sharpness": Sharpness(0.05)},
+        {"method": "sign-maml", "sharpness": Sharpness(0.2, "l2", adaptive=True)},
+        {"method": "sign-maml", "sharpness": Sharpness(0.01, "linf"), "task_state": "int8"},
+        {"method": "sign-maml", "task_state": "int8"},
+    ],
+    ids=["l2", "l2 adaptive", "linf, int8", "int8"],
+)
+def test_sharp_and_counted_steps(options):
+    model, data = nets.mlp().double(), nets.vector_tasks()
+    there, moved = on_device(model, data, "cuda")
+    options = {"inner_lr": 0.1, "inner_steps": 3, **options}
+    assert signmaml_ext.explain(there, *moved, **options).family == "mlp"
+    meta_step(model, *data, **options, backend="torch")
+    meta_step(there, *moved, **options)
+    gradients = nets.grads(model)
+    for name, gradient in nets.grads(there).items():
+        torch.testing.assert_close(gradient.cpu(), gradients[name], rtol=1e-9, atol=1e-9)
+    expected = signmaml_ext.adapt(model, *data[:2], **options, backend="torch")
+    for name, value in signmaml_ext.adapt(there, *moved[:2], **options).items():
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import signmaml_ext
 from helpers.cases import nets
 from helpers.cases.conv_cases import Net
+from signmaml_ext import Sharpness
 from signmaml_ext._loader import C
 
 LARGEST_GRID_X, LARGEST_GRID_YZ = 2**31 - 1, 2**16 - 1
@@ -153,6 +154,34 @@ def test_deep_networks(blocks):
         assert len(plan(net, 1, method="maml")["launches"]) == launches + 1 + 9 * blocks - 1
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_explain_prints_sharpness_aware_steps(norm):
+    model = nets.conv4(ways=5, channels=3, filters=8, size=20, layers=2)
+    data = nets.image_tasks(4, 5, 1, 1, 3, 20, dtype=torch.float32)
+    plain, sharp = (
+        str(signmaml_ext.explain(model, *data, inner_steps=2, sharpness=sharpness, plan=True))
+        for sharpness in (None, Sharpness(0.1, norm))
+    )
+    step = sharp.partition("inner step (one of 2, all alike): its passes, then those at the sharpest place nearby (^)")
+    names = [line.split()[0] for line in step[2].partition("query pass")[0].splitlines() if line.strip()]
+    raised = [line for line in step[2].splitlines() if "(^)" in line]
+    assert names.count("conv_climb") == 1 and names.count("conv_climb_squares") == (norm == "l2")
+    assert len(names) == 2 * len(raised) + (2 if norm == "l2" else 1)
+    assert "(^)" not in plain and "sharpest" not in plain
+    assert "workspace" in sharp and "whatever the number of steps" in sharp
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "maml"])
+def test_explain_prints_the_gradients_of_rates(method):
+    model = nets.conv4(ways=5, channels=3, filters=8, size=20, layers=2)
+    data = nets.image_tasks(4, 5, 1, 1, 3, 20, dtype=torch.float32)
+    rate = torch.tensor(0.01, requires_grad=True)
+    text = str(signmaml_ext.explain(model, *data, inner_lr=rate, inner_steps=2, method=method, plan=True))
+    kept = "kept weights and directions" if method == "maml" else "kept directions"
+    assert f"of which only {kept} grow with the steps" in text
+    assert text.count("conv_rate_grads") == 1 and "  gradients of the rates\n  conv_rate_grads" in text
+
+
 def test_explain_prints_the_plan_as_a_model():
     model = nets.conv4(ways=5, channels=3, filters=8, size=20, layers=2)
     data = nets.image_tasks(4, 5, 1, 1, 3, 20, dtype=torch.float32)
@@ -169,7 +198,7 @@ def test_explain_prints_the_plan_as_a_model():
     assert kernels == [one["kernel"] for one in launches if one["step"] != 1]
     back = str(signmaml_ext.explain(model, *data, inner_steps=2, method="maml", plan=True)).partition("back through")[2]
     assert "conv_forward (*)" in back and "conv_tangent_head" in back and "kept weights" not in text
-    counted = signmaml_ext.explain(model, *data, inner_steps=2, task_state="int8", plan=True).plan
-    assert counted is not None and counted.startswith("plan: there is one for Conv-N networks only, and task_state")
+    maml = signmaml_ext.explain(model, *data, inner_steps=2, method="maml", sharpness=0.1, plan=True).plan
+    assert maml is not None and maml.startswith("plan: there is one for Conv-N networks only, and its kernels do not")
     other = signmaml_ext.explain(nets.mlp(), plan=True).plan
     assert other == "plan: there is one for Conv-N networks only, and it has no 2d convolution"

@@ -13,5 +13,5 @@ from helpers.devices import emulated
 if __name__ == "__main__":
     native = emulated.load(Path(sys.argv[1]))
     emulated_cases.tensor_core_sums(native, int(sys.argv[2]))
-    for group in ("flat", "conv", "second", "kernels"):
+    for group in ("flat", "conv", "second", "steps", "kernels"):
         emulated_cases.GROUPS[group](native)

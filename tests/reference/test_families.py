@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.cases import libraries, nets
+from helpers.cases import emulated_cases, libraries, nets, perceptrons
 from signmaml.models import MLP, Conv4
-from signmaml_ext import Signum, adapt, evaluate, explain, meta_step
+from signmaml_ext import Sharpness, Signum, adapt, conv, evaluate, explain, meta_step, mlp
 
 NETS = {
     "Conv4": (lambda: Conv4(3, 1, 8, 16), 1, 16),
@@ -193,6 +193,38 @@ def test_explain_without_data_speaks_of_the_real_structure(model, family):
     assert str(found).startswith(f"backend: cpu, {family} (")
     if family == "mlp":
         assert explain(model, loss="mse").family == "mlp"
+
+
+SHARPNESS = (None, 0.05, Sharpness(0.01, "linf", adaptive=True))
+STATES = (("sign-maml", "full"), ("sign-maml", "int8"), ("fo-maml", "full"), ("maml", "full"))
+
+
+@pytest.mark.parametrize(("method", "task_state"), STATES)
+@pytest.mark.parametrize("adapted", ["all", "head", "body", "one tensor"])
+@pytest.mark.parametrize("family", [conv, mlp], ids=["conv", "mlp"])
+def test_the_kernels_serve_every_method_rate_and_step(family, adapted, method, task_state):
+    """Of a recognised network, on the CPU and on CUDA; exact MAML through sharpness-aware steps is the reference's."""
+    if family is conv:
+        model, data = Conv4(3, 1, 8, 16, layers=2), nets.image_tasks(dtype=torch.float32)
+    else:
+        model, data = perceptrons.network((4, 6, 3), nn.ReLU), nets.vector_tasks(dtype=torch.float32)
+    names = [name for name, _ in model.named_parameters()]
+    adapt = {"all": None, "head": names[-2:], "body": names[:-2], "one tensor": names[:1]}[adapted]
+    kinds = ("scalar", "tensor", "filter", "element", "step", "tensor and step", "element and step")
+    for kind in kinds[:4] if task_state == "int8" else kinds:
+        for learnable in (False, True):
+            rates = emulated_cases.rates_of(model, kind, 2, learnable=learnable)
+            if isinstance(rates, dict) and adapt is not None:
+                rates = {name: rates[name] for name in adapt}
+            for sharpness in SHARPNESS:
+                options = {"inner_lr": rates, "inner_steps": 2, "method": method, "adapt": adapt}
+                options |= {"task_state": task_state, "sharpness": sharpness}
+                found = explain(model, *data, **options)
+                problem = perceptrons.problem_of(model, data, loss="cross_entropy", **options)
+                served = method != "maml" or sharpness is None
+                name = family.__name__.rpartition(".")[2]
+                assert (found.backend, found.family) == (("cpu", name) if served else ("torch", "reference")), found
+                assert (family.why_not(problem, on_cuda=True) is None) == served
 
 
 def test_explain_names_every_family_that_does_not_serve():

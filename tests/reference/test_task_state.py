@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import signmaml_ext
 from helpers.cases import nets
 from signmaml_ext import CompactParams, adapt, compact, evaluate, meta_step
 
@@ -184,15 +183,3 @@ def test_what_counts_cannot_hold_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         meta_step(model, *data, **{**STEP, "task_state": "int8", **options})
     assert model.weight.grad is None
-
-
-def test_kernels_for_whole_meta_steps_on_a_gpu_say_that_they_keep_parameters():
-    from signmaml_ext import mlp
-    from signmaml_ext.checks import check_problem
-
-    model, data = nets.mlp().double(), nets.vector_tasks()
-    options = {"method": "sign-maml", "loss": "cross_entropy", "adapt": None, "backend": "auto", "precision": "fp32"}
-    options |= {"nonfinite": "propagate", "batch_norm": "batch", "seed": 0, "zero_dead_bias": True}
-    problem = check_problem(model, *data, **STEP, **options, task_state="int8")
-    assert mlp.why_not(problem, on_cuda=True) == "task_state 'int8' is served by the flat-buffer operators"
-    assert signmaml_ext.explain(model, *data, **STEP, task_state="int8").family == "mlp"

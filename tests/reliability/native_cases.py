@@ -339,6 +339,17 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
     widths = [choose(INTEGERS) for _ in range(choose((0, 1, 2, 3, 4, 12)))]
     size, bytes_ = (lambda: choose(INTEGERS)), choose((4, 8, 0, -4, 3))
     nothing: dict[str, int] = {}
+
+    def step_options() -> dict[str, Any]:
+        return {
+            "rates_by_element": choose((False, True)),
+            "learns_rates": choose((False, True)),
+            "sharpness_rho": choose((0.0, 0.0, 0.1, -1.0, float("nan"), float("inf"))),
+            "sharpness_norm": choose(("l2", "linf", "", "l2\0")),
+            "sharpness_adaptive": choose((False, True)),
+            "counts_steps": choose((False, True)),
+        }
+
     calls: dict[str, Callable[[], Any]] = {
         "plan_sign_step_cpu": lambda: native.plan_sign_step_cpu(size(), size(), size()),
         "plan_meta_accumulate_cpu": lambda: native.plan_meta_accumulate_cpu(size(), size(), size()),
@@ -350,7 +361,7 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
             widths, size(), size(), size(), bytes_, size(), size(), choose(WORDS)
         ),
         "plan_mlp_meta_step": lambda: native.plan_mlp_meta_step(
-            widths, size(), size(), size(), bytes_, size(), size(), choose(WORDS)
+            widths, size(), size(), size(), bytes_, size(), size(), choose(WORDS), **step_options()
         ),
         "plan_conv_meta_step_cpu": lambda: native.plan_conv_meta_step_cpu(
             shape, size(), size(), size(), bytes_, size()
@@ -365,6 +376,7 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
             size(),
             workspace_limit=size(),
             method=choose(("sign-maml", "maml")),
+            **step_options(),
         ),
         "conv_meta_step_cpu": lambda: native.conv_meta_step_cpu(
             nothing,

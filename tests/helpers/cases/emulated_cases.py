@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -19,12 +21,24 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from helpers.cases import conv_cases
+from helpers.cases import conv_cases, nets, perceptrons
+from signmaml_ext import Sharpness, conv, mlp, reference
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """An output that has not been written yet, filled with NaN."""
     return torch.full(shape, torch.nan, dtype=dtype)
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Fills memory that torch allocates, a workspace too, with NaN (bytes of 255), so that no kernel may rely on it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def misaligned(value: Tensor, elements: int) -> Tensor:
@@ -281,6 +295,35 @@ def mlp_second_order(
         torch.testing.assert_close(found.support_loss.double(), expected.support_loss, **near)
 
 
+def mlp_rates(
+    native: ModuleType, widths: tuple[int, ...], sizes: tuple[int, int, int], kind: str, method: str, *,
+    loss: str = "mse", activation: type[nn.Module] = nn.Tanh, learnable: bool = True, adapt: list[str] | None = None,
+    steps: int = 2, **others: Any,
+) -> None:  # fmt: skip
+    """Rates that learn or vary within a tensor, and other options of the steps, against the reference in float64."""
+    model = perceptrons.network(widths, activation).double()
+    data = perceptrons.tasks_for(widths, loss, *sizes, torch.float64)
+    rates = rates_of(model, kind, steps, learnable=learnable)
+    if adapt is not None and isinstance(rates, dict):
+        rates = {name: rate for name, rate in rates.items() if name in adapt}
+    options = {"inner_lr": rates, "inner_steps": steps, "method": method, "loss": loss, "adapt": adapt, **others}
+    problem = perceptrons.problem_of(model, data, **options)
+    assert mlp.why_not(problem, on_cuda=True) is None
+    found, expected = mlp.meta_gradients(problem, native), reference.meta_gradients(problem)
+    for own, theirs in ((found.params, expected.params), (found.rates, expected.rates)):
+        assert own.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert (own[name] is None) == (value is None), name
+            if value is not None:
+                torch.testing.assert_close(own[name], value, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.support_loss, expected.support_loss, rtol=1e-10, atol=1e-11)
+    adapted, truth = mlp.adapt(problem, native), reference.adapt(problem)
+    assert adapted.params.keys() == truth.params.keys()
+    for name, value in truth.params.items():
+        torch.testing.assert_close(adapted.params[name], value, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(adapted.query_loss, truth.query_loss, rtol=1e-10, atol=1e-11)
+
+
 def mlp_second_order_faults(native: ModuleType) -> None:
     """A task that is not finite leaves nothing to the next one of its team; one whose product with the Hessian
     overflows is flagged."""
@@ -418,6 +461,67 @@ def conv_second_order(native: ModuleType, net: conv_cases.Net, *, by_covariance:
         assert max(errors) < 1e-5, (name, errors)
     torch.testing.assert_close(found.support_loss.double(), exact.support_loss, rtol=1e-5, atol=1e-5)
     assert found.nonfinite.tolist() == exact.nonfinite.tolist()
+
+
+def rates_of(model: nn.Module, kind: str, steps: int, *, learnable: bool = True) -> Tensor | dict[str, Tensor]:
+    """Rates of one kind, of the model's dtype."""
+    dtype = next(model.parameters()).dtype
+    shapes: dict[str, Callable[[Tensor], tuple[int, ...]]] = {
+        "tensor": lambda p: (),
+        "tensor and step": lambda p: (steps, *[1] * p.ndim),
+        "filter": lambda p: (p.shape[0], *[1] * (p.ndim - 1)),
+        "element": lambda p: tuple(p.shape),
+        "element and step": lambda p: (steps, *p.shape),
+    }
+
+    def rate(*shape: int) -> Tensor:
+        return (0.02 + 0.1 * torch.rand(shape, dtype=dtype)).requires_grad_(learnable)
+
+    if kind in shapes:
+        return {name: rate(*shapes[kind](p)) for name, p in model.named_parameters()}
+    return rate(steps) if kind == "step" else rate()
+
+
+def conv_rates(
+    native: ModuleType, kind: str, method: str, *, learnable: bool = True, adapt: list[str] | None = None,
+    steps: int = 2, others: Mapping[str, Any] = MappingProxyType({}), **sizes: Any,
+) -> None:  # fmt: skip
+    """Rates that learn or vary within a tensor, and other options of the steps, against the float64 reference, where no
+    sign is in doubt."""
+    sizes = {"ways": 3, "channels": 2, "filters": 8, "size": 9, "layers": 2, **sizes}
+    for _ in range(20):
+        model = nets.conv4(**sizes)
+        data = nets.image_tasks(2, 3, sizes["channels"], 2, 2, sizes["size"], dtype=torch.float32)
+        rates = rates_of(model, kind, steps, learnable=learnable)
+        if adapt is not None and isinstance(rates, dict):
+            rates = {name: rate for name, rate in rates.items() if name in adapt}
+        options = {"inner_steps": steps, "method": method, "loss": "cross_entropy", "adapt": adapt, **others}
+        problem = perceptrons.problem_of(model, data, inner_lr=rates, **options)
+        wide = tuple(value.double() if value.is_floating_point() else value for value in data)
+        double = {k: r.detach().double().requires_grad_(learnable) for k, r in problem.rates.values.items()}
+        exact = perceptrons.problem_of(copy.deepcopy(model).double(), wide, inner_lr=double.get("", double), **options)
+        assert conv.why_not(problem, on_cuda=True) is None
+        with unwritten_is_nan():
+            adapted = conv.adapt(problem, native)
+        expected = reference.adapt(exact)
+        if all((adapted.params[name] - value).abs().max() < 1e-4 for name, value in expected.params.items()):
+            break
+    else:
+        raise AssertionError("no draw without a sign in doubt")
+    with unwritten_is_nan():
+        found = conv.meta_gradients(problem, native)
+    truth = reference.meta_gradients(exact)
+    assert found.nonfinite.tolist() == truth.nonfinite.tolist()
+    torch.testing.assert_close(found.support_loss.double(), truth.support_loss, rtol=1e-4, atol=1e-5)
+    for own, theirs in ((found.params, truth.params), (found.rates, truth.rates)):
+        assert own.keys() == theirs.keys()
+        # The products whose sum is a rate's gradient may cancel.
+        largest = max((value.norm() for value in theirs.values() if value is not None), default=0.0)
+        for name, value in theirs.items():
+            assert (own[name] is None) == (value is None), name
+            if value is not None:
+                bound = 2e-5 * (value.norm() + 1e-3 * largest) + 1e-9
+                assert (own[name].double() - value).norm() <= bound, (name, own[name], value)
 
 
 def conv_second_order_bits(native: ModuleType, net: conv_cases.Net, precision: str) -> None:
@@ -573,6 +677,33 @@ def run_flat(native: ModuleType, seeds: int = 2) -> None:
     compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
 
 
+def run_steps(native: ModuleType, seeds: int = 2) -> None:
+    """The cases of rates that learn or vary within a tensor, sharpness-aware steps and steps that are counted."""
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
+        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "tensor and step", "maml")  # a warp in shared memory
+        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "element and step", "maml", adapt=["3.weight", "5.bias"])
+        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "element", "sign-maml")  # a block in the workspace
+        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "step", "sign-maml")
+        mlp_rates(native, (3, 7, 5, 2), (5, 4, 3), "tensor", "fo-maml", adapt=["1.bias", "5.weight"])
+        adaptive = Sharpness(0.05, "l2", adaptive=True)
+        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "tensor and step", "sign-maml", sharpness=adaptive)
+        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "element", "fo-maml", sharpness=Sharpness(0.05))
+        counted = {"task_state": "int8", "adapt": ["1.bias", "5.weight"], "steps": 3}
+        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "filter", "sign-maml", sharpness=Sharpness(0.01, "linf"), **counted)
+        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "scalar", "sign-maml", learnable=False, task_state="int8")
+    for kind, method in (("step", "sign-maml"), ("tensor and step", "maml"), ("element", "fo-maml"),
+                         ("element and step", "maml")):  # fmt: skip
+        conv_rates(native, kind, method)
+    conv_rates(native, "tensor", "sign-maml", others={"sharpness": Sharpness(0.05, "l2", adaptive=True)})
+    conv_rates(native, "element and step", "fo-maml", others={"sharpness": Sharpness(0.05)})
+    body = [name for name, _ in nets.conv4(layers=2).named_parameters()][:-2]
+    conv_rates(native, "tensor", "fo-maml", adapt=body, others={"sharpness": Sharpness(0.05)})
+    conv_rates(native, "filter", "sign-maml", others={"sharpness": Sharpness(0.01, "linf"), "task_state": "int8"})
+    conv_rates(native, "scalar", "sign-maml", learnable=False, others={"task_state": "int8"}, steps=3)
+
+
 # Networks of 8, 32 and 64 columns of products, of every number of channels and both halvings.
 OF_EVERY_KIND = (
     conv_cases.Net(blocks=3, height=11, width=13),
@@ -629,7 +760,14 @@ def run_sums(native: ModuleType) -> None:
         tensor_core_sums(native, architecture)
 
 
-GROUPS = {"flat": run_flat, "conv": run_conv, "second": run_second, "sums": run_sums, "kernels": run_kernels}
+GROUPS = {
+    "flat": run_flat,
+    "conv": run_conv,
+    "second": run_second,
+    "steps": run_steps,
+    "sums": run_sums,
+    "kernels": run_kernels,
+}
 
 
 if __name__ == "__main__":
