@@ -2,7 +2,9 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -222,7 +224,9 @@ void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& s
             int device, std::uintptr_t stream) {
     MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
     params.how = how;
-    params.rho = static_cast<Scalar>(how.sharpness.rho);
+    // What is 0 in float was a radius to the plan, so it must be one to the kernel.
+    constexpr Scalar kSmallest = std::numeric_limits<Scalar>::min();
+    if (how.climbs()) params.rho = std::max(static_cast<Scalar>(how.sharpness.rho), kSmallest);
 #ifdef SIGNMAML_EMULATION
     declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizes.steps, sizes.method, how,
                                        sizeof(Scalar), multiprocessors(device))

@@ -239,3 +239,16 @@ def test_counts_of_a_real_pytest_whose_failures_are_printed_at_once(tmp_path):
     ]  # fmt: skip
     file.write_text("<testsuite>")
     assert "damaged" in junit_counts.lines(file)[0]
+
+
+def test_the_sanitizers_watch_every_kernel() -> None:
+    """By a part of its name, as compute-sanitizer takes it."""
+    listed = re.search(
+        r"^KERNELS = \((.*?)^\)", (ROOT / "tests/gpu/sanitizer.py").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert listed is not None
+    parts = re.findall(r'"(\w+)"', listed[1])
+    sources = "\n".join(path.read_text() for path in sorted((ROOT / "csrc" / "kernels").glob("*.cuh")))
+    kernels = set(re.findall(r"__global__ [^;{]*?\b(\w+_kernel)\(", sources))
+    assert len(kernels) > 20
+    assert {kernel for kernel in kernels if not any(part in kernel for part in parts)} == set()

@@ -116,6 +116,27 @@ def test_mlp_bits_in_any_company(native, sharpness):
             assert torch.equal(value, alone[name]), (count, name)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_mlp_radius_that_is_0_in_float(native, norm):
+    """The step is the plain one."""
+    by_seed(native, 6)
+    model, data = (
+        perceptrons.network((3, 7, 2), nn.Tanh),
+        perceptrons.tasks_for((3, 7, 2), "mse", 2, 4, 3, torch.float32),
+    )
+    plain, sharp = (
+        mlp.adapt(
+            perceptrons.problem_of(
+                model, data, inner_lr=0.1, inner_steps=2, method="fo-maml", loss="mse", sharpness=sharpness
+            ),
+            native,
+        )
+        for sharpness in (None, Sharpness(1e-60, norm))
+    )
+    assert 1e-60 > torch.tensor(1e-60).item() == 0
+    torch.testing.assert_close(sharp.params, plain.params, rtol=1e-6, atol=1e-7)
+
+
 def test_the_mlp_plan(native):
     """Room for what such steps keep, whatever their number."""
 

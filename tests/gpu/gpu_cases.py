@@ -122,15 +122,23 @@ def meta_steps(device: torch.device, own: bool) -> None:
         ]
     for make, draw in ((nets.mlp, nets.vector_tasks), (lambda: nets.conv4(filters=8), nets.image_tasks)):
         cases.append((make, draw, {"task_state": "int8"}))
+        cases += [(make, draw, {"method": method, "learns": True}) for method in ("fo-maml", "maml")]
     if not own:
         cases += [(nets.Tied, nets.vector_tasks, {"task_state": "int8"}), (nets.conv4, nets.image_tasks, {})]
     for make, draw, changes in cases:
         model, data = make(), draw(tasks=5, dtype=torch.float32)
         options = {"inner_lr": 1e-5, "inner_steps": 2, **changes}  # so small that a flipped sign hardly matters
+        learns = options.pop("learns", False)
         meta_step(model, *data, backend="torch", **{k: v for k, v in options.items() if k != "task_state"})
         expected = nets.grads(model)
         there = model.to(device)
+        if learns:  # a rate for each element
+            options["inner_lr"] = {
+                name: torch.full_like(p, options["inner_lr"]).requires_grad_() for name, p in there.named_parameters()
+            }
         meta_step(there, *(value.to(device) for value in data), graph=False, **options)
+        if learns:
+            assert all(r.grad is None or r.grad.isfinite().all() for r in options["inner_lr"].values())
         for name, gradient in nets.grads(there).items():
             # A convolution's bias has a gradient of 0, or of rounding errors only.
             if gradient is None or "conv.bias" in name:

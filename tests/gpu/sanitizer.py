@@ -42,6 +42,8 @@ KERNELS = (
     "conv_first_tangent_kernel",
     "conv_tangent_",
     "conv_subtract_kernel",
+    "conv_rate_grads_kernel",
+    "conv_climb_",
 )
 
 _SUMMARY = {"racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)")}
