@@ -295,6 +295,23 @@ def mlp_second_order(
         torch.testing.assert_close(found.support_loss.double(), expected.support_loss, **near)
 
 
+def mlp_sharp(
+    native: ModuleType, widths: tuple[int, ...], tasks: int, support: int, query: int, loss: str, dtype: torch.dtype,
+    activation: type[nn.Module] = nn.Tanh,
+) -> None:  # fmt: skip
+    """Sharpness-aware steps in one dtype, against the reference in float64; no sign is taken, which might flip."""
+    model = perceptrons.network(widths, activation).double()
+    data = perceptrons.tasks_for(widths, loss, tasks, support, query, torch.float64)
+    tested = copy.deepcopy(model).to(dtype)
+    inputs = tuple(value.to(dtype) if value.is_floating_point() else value for value in data)
+    options = {"inner_lr": 0.1, "inner_steps": 2, "method": "fo-maml", "loss": loss, "sharpness": Sharpness(0.05)}
+    found = mlp.meta_gradients(perceptrons.problem_of(tested, inputs, **options), native)
+    expected = reference.meta_gradients(perceptrons.problem_of(model, data, **options))
+    near = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for name, gradient in expected.params.items():
+        torch.testing.assert_close(found.params[name].double(), gradient, **near)
+
+
 def mlp_rates(
     native: ModuleType, widths: tuple[int, ...], sizes: tuple[int, int, int], kind: str, method: str, *,
     loss: str = "mse", activation: type[nn.Module] = nn.Tanh, learnable: bool = True, adapt: list[str] | None = None,
@@ -738,6 +755,7 @@ def run_kernels(native: ModuleType) -> None:
             ):
                 mlp_meta_step(native, *sizes, loss, dtype, activation)
                 mlp_second_order(native, *sizes, loss, dtype, activation)
+                mlp_sharp(native, *sizes, loss, dtype, activation)
         mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
     for method in ("sign-maml", "fo-maml"):
         conv_step_is_exact(native, method)
