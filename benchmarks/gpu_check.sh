@@ -26,7 +26,7 @@ declare -A parts_of=(
 # The seconds that earlier parts leave to each. The build leaves nothing, because nothing runs without it.
 declare -A kept_for=(
   [build]=150 [platform]=45 [conv]=75 [meta_step]=80 [graphs]=80 [ops]=40 [sanitizer]=60
-  [kernels]=90 [meta_step_others]=190 [sanitizer_rest]=70 [training]=90 [run]=300
+  [kernels]=90 [meta_step_others]=130 [sanitizer_rest]=70 [training]=90 [run]=300
 )
 
 call=1 out="" dry_run=0 chosen=()

@@ -265,7 +265,9 @@ def test_the_conv_plan(native):
     added = [one["name"] for one in plan(sharpness_rho=0.05)["workspace"] if one not in plain["workspace"]]
     assert {"ascent", "raised", "squares"} <= set(added)
     counted = plan(counts_steps=True)
-    assert counted["launches"] == plain["launches"]
+    alike = [{**one, "bytes": 0, "flops": 0} for one in counted["launches"]]
+    assert alike == [{**one, "bytes": 0, "flops": 0} for one in plain["launches"]]
+    assert sum(one["bytes"] for one in counted["launches"]) > sum(one["bytes"] for one in plain["launches"])
     (counts,) = [one for one in counted["workspace"] if one["name"] == "counts"]
     assert counted["workspace_bytes"] == plain["workspace_bytes"] + 2 * counts["stride"]
 

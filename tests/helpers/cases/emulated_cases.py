@@ -757,6 +757,13 @@ def run_kernels(native: ModuleType) -> None:
                 mlp_second_order(native, *sizes, loss, dtype, activation)
                 mlp_sharp(native, *sizes, loss, dtype, activation)
         mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
+        mlp_sharp(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)
+    for widths, sizes in (((3, 40, 33, 2), (12, 5, 5)), ((9, 120, 120, 3), (2, 20, 21))):  # shared memory, workspace
+        mlp_rates(native, widths, sizes, "element and step", "maml")
+        mlp_rates(native, widths, sizes, "tensor", "fo-maml", loss="cross_entropy", activation=nn.ReLU)
+        sharp = {"sharpness": Sharpness(0.01, "linf", adaptive=True), "task_state": "int8"}
+        mlp_rates(native, widths, sizes, "element", "sign-maml", **sharp)
+        mlp_rates(native, widths, sizes, "tensor", "sign-maml", sharpness=Sharpness(0.05, "l2", adaptive=True))
     for method in ("sign-maml", "fo-maml"):
         conv_step_is_exact(native, method)
     for by_covariance in (True, False):
