@@ -67,10 +67,11 @@ def test_steps_on_flat_buffers_are_rounded_as_on_the_cpu(measured):
 
 def test_occupancy_at_the_launch_configuration(measured):
     """Kernels that stream memory need 16 warps to hide its latency. Those on tensor cores need 8, because their
-    operands are already on chip. A task in shared memory needs about one warp per scheduler."""
+    operands are already on chip. A task in shared memory needs about one warp per scheduler. Exact MAML in doubles
+    beyond shared memory gets a block's 8 warps: with the registers of two blocks it would spill."""
     for name, architecture, values in rows(measured):
         least = 3 if values["dynamic_shared_bytes"] > 4096 else 16
-        if base_of(name) in resources.ON_TENSOR_CORES:
+        if base_of(name) in resources.ON_TENSOR_CORES or name == "mlp_second_order_kernel<double, false, false>":
             least = 8
         assert values["warps_resident"] >= least, (name, architecture, values)
 
