@@ -758,6 +758,17 @@ def run_kernels(native: ModuleType) -> None:
                 mlp_sharp(native, *sizes, loss, dtype, activation)
         mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
         mlp_sharp(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)
+        # Small, medium and large tiles, of a warp and of a block.
+        for sizes in (
+            ((3, 160, 2), 12, 3, 3),
+            ((3, 160, 2), 1, 3, 3),
+            ((3, 160, 2), 1, 20, 5),
+            ((3, 64, 64, 2), 1, 12, 12),
+            ((3, 60, 60, 2), 12, 10, 10),
+        ):
+            mlp_meta_step(native, *sizes, "mse", dtype)
+            mlp_second_order(native, *sizes, "mse", dtype)
+            mlp_sharp(native, *sizes, "mse", dtype)
     for widths, sizes in (((3, 40, 33, 2), (12, 5, 5)), ((9, 120, 120, 3), (2, 20, 21))):  # shared memory, workspace
         mlp_rates(native, widths, sizes, "element and step", "maml")
         mlp_rates(native, widths, sizes, "tensor", "fo-maml", loss="cross_entropy", activation=nn.ReLU)
