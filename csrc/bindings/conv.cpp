@@ -100,9 +100,7 @@ struct ConvSizes {
     std::int64_t tasks;
     int support, query, steps;
     Method method;
-    RateOptions rates;
-    SharpnessOptions sharpness;
-    bool counts_steps;
+    StepOptions how;
 
     void check() const {
         constexpr int kMost = std::numeric_limits<int>::max();
@@ -111,10 +109,9 @@ struct ConvSizes {
         check_range("query", query, 0, kMost);
         check_range("steps", steps, 0, kMost);
         if (steps > 0) check_range("support", support, 1, kMost);
-        if (counts_steps) check_counted(method, steps);
     }
 
-    ConvKept kept() const { return conv_kept(method, rates, sharpness.rho > 0, counts_steps, steps, query); }
+    ConvKept kept() const { return conv_kept(method, how.rates, how.climbs(), how.counted, steps, query); }
 };
 
 // Throws for sizes so large that a plan's int64 byte counts could overflow. No machine has that much memory.
@@ -162,9 +159,7 @@ ConvMetaStepParams<Scalar> conv_params_of(const Addresses& addresses, const Conv
     p.parameters = conv_parameters(shape);
     p.steps = sizes.steps;
     p.method = sizes.method;
-    p.rates = sizes.rates;
-    p.sharpness = sizes.sharpness;
-    p.counts_steps = sizes.counts_steps;
+    p.how = sizes.how;
     p.counts = address_in<std::int8_t>(addresses, "counts");
     p.shape = shape;
     return p;
@@ -202,10 +197,9 @@ py::dict plan_cpu(const py::dict& entries, std::int64_t tasks, int support, int 
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
-    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, "l2", false, of_steps);
-    const ConvSizes sizes{tasks,     support,     query,
-                          steps,     of_steps,    {rates_by_element, rates_by_step, learns_rates},
-                          sharpness, counts_steps};
+    const StepOptions how = step_options_of({rates_by_element, rates_by_step, learns_rates}, sharpness_rho, "l2", false,
+                                            counts_steps, of_steps, steps);
+    const ConvSizes sizes{tasks, support, query, steps, of_steps, how};
     check_cpu_call(shape, sizes, threads);
     const ConvUnit unit = conv_unit(scalar_bytes);
     const ConvCpuPlan plan =
@@ -243,10 +237,9 @@ void conv_meta_step_cpu(const Addresses& addresses, const py::dict& entries, std
                         const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
-    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps);
-    const ConvSizes sizes{tasks,     support,     query,
-                          steps,     of_steps,    {rates_by_element, rates_by_step, learns_rates},
-                          sharpness, counts_steps};
+    const StepOptions how = step_options_of({rates_by_element, rates_by_step, learns_rates}, sharpness_rho,
+                                            sharpness_norm, sharpness_adaptive, counts_steps, of_steps, steps);
+    const ConvSizes sizes{tasks, support, query, steps, of_steps, how};
     check_cpu_call(shape, sizes, threads);
     if (is_double) {
         run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
@@ -273,10 +266,9 @@ py::dict plan_cuda(const py::dict& entries, std::int64_t tasks, int support, int
     using py::literals::operator""_a;
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
-    const StepOptions how{{rates_by_element, /*by_step=*/true, learns_rates},
-                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps),
-                          counts_steps};
-    const ConvSizes sizes{tasks, support, query, steps, of_steps, how.rates, how.sharpness, counts_steps};
+    const StepOptions how = step_options_of({rates_by_element, /*by_step=*/true, learns_rates}, sharpness_rho,
+                                            sharpness_norm, sharpness_adaptive, counts_steps, of_steps, steps);
+    const ConvSizes sizes{tasks, support, query, steps, of_steps, how};
     sizes.check();
     check_memory(shape, sizes);
     check_range("multiprocessors", multiprocessors, 1, std::numeric_limits<int>::max());
@@ -325,7 +317,7 @@ void declare(const ConvMetaStepParams<float>& p, const ConvPlan& plan) {
     add("support_labels", p.support.labels, support, 8, false);
     add("query_x", p.query.x, query * image, 4, false);
     add("query_labels", p.query.labels, query, 8, false);
-    const std::int64_t rates = p.steps * p.rates.of_row(p.parameters, tensors);
+    const std::int64_t rates = p.steps * p.how.rates.of_row(p.parameters, tensors);
     add("lr", p.lr, rates, 4, false);
     add("adapt", p.adapt, tensors, 1, false);
     add("support_loss", p.support_loss, p.steps * p.tasks, 4, true);
@@ -347,9 +339,9 @@ void conv_meta_step_cuda(const Addresses& addresses, const py::dict& entries, st
                          bool sharpness_adaptive, bool counts_steps) {
     const ConvShape shape = conv_shape_of(entries);
     const Method of_steps = method_of(method);
-    const SharpnessOptions sharpness = sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps);
-    const RateOptions rates{rates_by_element, /*by_step=*/true, learns_rates};
-    const ConvSizes sizes{tasks, support, query, steps, of_steps, rates, sharpness, counts_steps};
+    const StepOptions how = step_options_of({rates_by_element, /*by_step=*/true, learns_rates}, sharpness_rho,
+                                            sharpness_norm, sharpness_adaptive, counts_steps, of_steps, steps);
+    const ConvSizes sizes{tasks, support, query, steps, of_steps, how};
     sizes.check();
     const ConvPrecision of_products = conv_precision_of(precision);
     const ConvMetaStepParams<float> params = conv_params_of<float>(addresses, shape, sizes);

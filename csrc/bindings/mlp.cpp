@@ -77,10 +77,8 @@ py::dict plan(const std::vector<int>& widths, std::int64_t tasks, std::int64_t s
     check_at_least_one("multiprocessors", multiprocessors);
     check_sizes(shape, tasks, support, query, steps);
     const Method of_steps = method_of(method);
-    const StepOptions how{{rates_by_element, /*by_step=*/true, learns_rates},
-                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, of_steps),
-                          counts_steps};
-    if (counts_steps) check_counted(of_steps, steps);
+    const StepOptions how = step_options_of({rates_by_element, /*by_step=*/true, learns_rates}, sharpness_rho,
+                                            sharpness_norm, sharpness_adaptive, counts_steps, of_steps, steps);
     const MlpPlan plan =
         plan_mlp_meta_step(shape, tasks, support, query, steps, of_steps, how, scalar_bytes, multiprocessors);
     return py::dict("threads"_a = plan.threads, "in_shared"_a = plan.in_shared, "teams"_a = plan.teams,
@@ -92,6 +90,7 @@ struct MlpSizes {
     std::int64_t tasks;
     int support, query, steps;
     Method method;
+    StepOptions how;
 };
 
 template <typename Scalar>
@@ -118,12 +117,13 @@ MlpMetaStepParams<Scalar> as_params(const Addresses& addresses, const MlpShape& 
     p.parameters = mlp_parameters(shape);
     p.steps = sizes.steps;
     p.method = sizes.method;
+    p.how = sizes.how;
     p.shape = shape;
     return p;
 }
 
 MlpCpuPlan plan_on_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support, std::int64_t query,
-                       std::int64_t steps, Method method, const MlpCpuSteps& how, int scalar_bytes, int threads) {
+                       std::int64_t steps, Method method, const StepOptions& how, int scalar_bytes, int threads) {
     const auto plan_for = [&](const auto& stages) {
         return plan_mlp_meta_step_cpu(shape, tasks, support, query, steps, method, how, scalar_bytes, stages.wide.lanes,
                                       stages.narrow.lanes, threads);
@@ -139,11 +139,8 @@ py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64
     using py::literals::operator""_a;
     const MlpShape shape = shape_of(widths, "relu", "mse");
     const Method of_steps = method_of(method);
-    const MlpCpuSteps how{{rates_by_element, rates_by_step, learns_rates},
-                          sharpness_of(sharpness_rho, "l2", false, of_steps),
-                          counts_steps,
-                          nullptr};
-    if (counts_steps) check_counted(of_steps, steps);
+    const StepOptions how = step_options_of({rates_by_element, rates_by_step, learns_rates}, sharpness_rho, "l2", false,
+                                            counts_steps, of_steps, steps);
     check_sizes(shape, tasks, support, query, steps);
     check_at_least_one("threads", threads);
     const MlpCpuPlan plan = plan_on_cpu(shape, tasks, support, query, steps, of_steps, how, scalar_bytes, threads);
@@ -152,12 +149,12 @@ py::dict plan_cpu(const std::vector<int>& widths, std::int64_t tasks, std::int64
 }
 
 template <typename Scalar>
-void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, const MlpCpuSteps& how,
-             bool skip_nonfinite, int threads) {
+void run_cpu(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, bool skip_nonfinite,
+             int threads) {
     const MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
     const auto mean = mean_of<Scalar>(addresses, sizes.query, params.grads, skip_nonfinite);
     const py::gil_scoped_release unlocked;
-    cpu::mlp_meta_step(params, how, mean, threads);
+    cpu::mlp_meta_step(params, mean, threads);
 }
 
 void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& widths, const std::string& activation,
@@ -166,17 +163,15 @@ void mlp_meta_step_cpu(const Addresses& addresses, const std::vector<int>& width
                        bool rates_by_element, bool rates_by_step, bool learns_rates, double sharpness_rho,
                        const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const MlpShape shape = shape_of(widths, activation, loss);
-    const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
-    const MlpCpuSteps how{{rates_by_element, rates_by_step, learns_rates},
-                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method),
-                          counts_steps,
-                          address_in<std::int8_t>(addresses, "counts")};
-    if (counts_steps) check_counted(sizes.method, steps);
+    const Method of_steps = method_of(method);
+    const StepOptions how = step_options_of({rates_by_element, rates_by_step, learns_rates}, sharpness_rho,
+                                            sharpness_norm, sharpness_adaptive, counts_steps, of_steps, steps);
+    const MlpSizes sizes{tasks, support, query, steps, of_steps, how};
     if (threads < 1) throw std::invalid_argument("threads: expected at least 1, found " + std::to_string(threads));
     if (is_double) {
-        run_cpu<double>(addresses, shape, sizes, how, skip_nonfinite, threads);
+        run_cpu<double>(addresses, shape, sizes, skip_nonfinite, threads);
     } else {
-        run_cpu<float>(addresses, shape, sizes, how, skip_nonfinite, threads);
+        run_cpu<float>(addresses, shape, sizes, skip_nonfinite, threads);
     }
 }
 
@@ -220,16 +215,15 @@ void declare(const MlpMetaStepParams<Scalar>& p, std::int64_t workspace_scalars)
 #endif
 
 template <typename Scalar>
-void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, const StepOptions& how,
-            int device, std::uintptr_t stream) {
+void launch(const Addresses& addresses, const MlpShape& shape, const MlpSizes& sizes, int device,
+            std::uintptr_t stream) {
     MlpMetaStepParams<Scalar> params = as_params<Scalar>(addresses, shape, sizes);
-    params.how = how;
     // What is 0 in float was a radius to the plan, so it must be one to the kernel.
     constexpr Scalar kSmallest = std::numeric_limits<Scalar>::min();
-    if (how.climbs()) params.rho = std::max(static_cast<Scalar>(how.sharpness.rho), kSmallest);
+    if (params.how.climbs()) params.rho = std::max(static_cast<Scalar>(params.how.sharpness.rho), kSmallest);
 #ifdef SIGNMAML_EMULATION
-    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizes.steps, sizes.method, how,
-                                       sizeof(Scalar), multiprocessors(device))
+    declare(params, plan_mlp_meta_step(shape, sizes.tasks, sizes.support, sizes.query, sizes.steps, sizes.method,
+                                       sizes.how, sizeof(Scalar), multiprocessors(device))
                         .workspace_scalars);
 #endif
     const py::gil_scoped_release unlocked;
@@ -242,15 +236,14 @@ void mlp_meta_step_cuda(const Addresses& addresses, const std::vector<int>& widt
                         bool rates_by_element, bool learns_rates, double sharpness_rho,
                         const std::string& sharpness_norm, bool sharpness_adaptive, bool counts_steps) {
     const MlpShape shape = shape_of(widths, activation, loss);
-    const MlpSizes sizes{tasks, support, query, steps, method_of(method)};
-    const StepOptions how{{rates_by_element, /*by_step=*/true, learns_rates},
-                          sharpness_of(sharpness_rho, sharpness_norm, sharpness_adaptive, sizes.method),
-                          counts_steps};
-    if (counts_steps) check_counted(sizes.method, steps);
+    const Method of_steps = method_of(method);
+    const StepOptions how = step_options_of({rates_by_element, /*by_step=*/true, learns_rates}, sharpness_rho,
+                                            sharpness_norm, sharpness_adaptive, counts_steps, of_steps, steps);
+    const MlpSizes sizes{tasks, support, query, steps, of_steps, how};
     if (is_double) {
-        launch<double>(addresses, shape, sizes, how, device, stream);
+        launch<double>(addresses, shape, sizes, device, stream);
     } else {
-        launch<float>(addresses, shape, sizes, how, device, stream);
+        launch<float>(addresses, shape, sizes, device, stream);
     }
 }
 #endif  // SIGNMAML_WITH_CUDA

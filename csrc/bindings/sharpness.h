@@ -1,12 +1,13 @@
-// Sharpness-aware steps as Python passes them.
+// Inner steps as Python passes them: sharpness, and all their options.
 #pragma once
 
 #include <cmath>
 #include <stdexcept>
 #include <string>
 
+#include "bindings/method.h"
 #include "params/method.h"
-#include "params/sharpness.h"
+#include "params/step_options.h"
 
 namespace signmaml::bindings {
 
@@ -22,6 +23,14 @@ inline SharpnessOptions sharpness_of(double rho, const std::string& norm, bool a
         throw std::invalid_argument("sharpness_rho: expected 0 with method 'maml', found " + std::to_string(rho));
     }
     return {rho, norm == "linf" ? SharpnessNorm::kLinf : SharpnessNorm::kL2, adaptive};
+}
+
+// Throws also where steps that are counted are not all sign steps of one size, or too many.
+inline StepOptions step_options_of(RateOptions rates, double rho, const std::string& norm, bool adaptive,
+                                   bool counts_steps, Method method, std::int64_t steps) {
+    const SharpnessOptions sharpness = sharpness_of(rho, norm, adaptive, method);
+    if (counts_steps) check_counted(method, steps);
+    return {rates, sharpness, counts_steps};
 }
 
 }  // namespace signmaml::bindings

@@ -36,13 +36,13 @@ class ConvTeam {
         if (kept.parameters > 0 && wants_gradient()) {
             second_order_.emplace(p, kept_.second, stages, passes_, rates_ ? &*rates_ : nullptr);
         }
-        if (kept.start) sharpness_.emplace(p.sharpness, passes_, kept_.start);
+        if (kept.start) sharpness_.emplace(p.how.sharpness, passes_, kept_.start);
     }
 
     void run(std::int64_t task) {
         bool nonfinite = false;
         const Wanted wanted{p_.adapt};
-        const bool by_row = p_.rates.by_element || p_.counts_steps;
+        const bool by_row = p_.how.rates.by_element || p_.how.counted;
         passes_.take_parameters();
         if (rates_) rates_->start();
         if (p_.steps > 0) passes_.take_images(p_.support, task);
@@ -79,7 +79,7 @@ class ConvTeam {
                 passes_.head(p_.query, task).to_gradient();
                 passes_.backward(Wanted{nullptr});
                 // A row may have to wait for tasks before, so it is taken late, unless rates' gradients go there.
-                Scalar* row = p_.rates.learnable ? row_of(task) : nullptr;
+                Scalar* row = p_.how.rates.learnable ? row_of(task) : nullptr;
                 Scalar* rate_grads = row == nullptr ? nullptr : row + p_.parameters;
                 if (rate_grads != nullptr) std::fill_n(rate_grads, columns() - p_.parameters, Scalar(0));
                 if (second_order_) second_order_->through_the_steps(task, rate_grads);
@@ -107,8 +107,10 @@ class ConvTeam {
 
     Scalar* row_of(std::int64_t task) { return mean_.wanted() ? mean_.rows(task) : p_.grads + task * columns(); }
     bool wants_gradient() const { return p_.grads != nullptr || mean_.wanted(); }
-    std::int64_t columns() const { return gradient_columns(p_.parameters, conv_tensors(p_.shape), p_.steps, p_.rates); }
-    const Scalar* rates(std::int64_t step) const { return p_.lr + p_.rates.row(step) * conv_tensors(p_.shape); }
+    std::int64_t columns() const {
+        return gradient_columns(p_.parameters, conv_tensors(p_.shape), p_.steps, p_.how.rates);
+    }
+    const Scalar* rates(std::int64_t step) const { return p_.lr + p_.how.rates.row(step) * conv_tensors(p_.shape); }
 
     const ConvMetaStepParams<Scalar>& p_;
     OrderedMean<Scalar>& mean_;
@@ -132,7 +134,8 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
     if (p.tasks == 0) return;
     const ConvStages<Scalar>& stages = conv_stages<Scalar>(kernels());
     const std::int64_t examples = larger(p.support.count, p.query.count);
-    const ConvKept kept = conv_kept(p.method, p.rates, p.sharpness.rho > 0, p.counts_steps, p.steps, p.query.count);
+    const ConvKept kept =
+        conv_kept(p.method, p.how.rates, p.how.sharpness.rho > 0, p.how.counted, p.steps, p.query.count);
     const ConvCpuPlan plan = plan_conv_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, kept,
                                                      sizeof(Scalar), stages.unit, threads);
     const auto layout_for = [&](bool alone) {
@@ -140,7 +143,7 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& p, const MeanGradient<Scal
     };
     const Tensors tensors(p.shape);
     Scalar* memory = aligned<Scalar>(p.workspace);
-    const std::int64_t columns = gradient_columns(p.parameters, conv_tensors(p.shape), p.steps, p.rates);
+    const std::int64_t columns = gradient_columns(p.parameters, conv_tensors(p.shape), p.steps, p.how.rates);
     OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, columns, 1, plan.mean_rows);
     if (plan.side_by_side > 0) {
         const ConvCpuLayout layout = layout_for(/*alone=*/true);

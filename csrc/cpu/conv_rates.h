@@ -20,10 +20,10 @@ class ConvRates {
 
     // Before the first step of a task.
     void start() {
-        if (p_.counts_steps) {
+        if (p_.how.counted) {
             std::fill_n(row(layout_.parameters), p_.parameters, Scalar(0));
             std::copy_n(p_.theta, p_.parameters, adjoint());
-        } else if (p_.rates.by_element) {
+        } else if (p_.how.rates.by_element) {
             std::copy_n(p_.theta, p_.parameters, row(layout_.parameters));
         }
     }
@@ -46,7 +46,7 @@ class ConvRates {
             if (p_.adapt[span.tensor] == 0) continue;
             nonfinite |= span_kernels<Scalar>(kernels()).holds_nonfinite(passes_.task().at(span.gradient), span.count);
         }
-        if (p_.counts_steps) {
+        if (p_.how.counted) {
             count(step);
             return nonfinite;
         }
@@ -71,9 +71,9 @@ class ConvRates {
     // Adds the gradients of a step's rates, from the derivative of the query loss in the parameters after it.
     void gradients(std::int64_t step, const Scalar* adjoint, Scalar* all) const {
         const Scalar* along = direction(step);
-        Scalar* to = all + p_.rates.row(step) * of_row();
+        Scalar* to = all + p_.how.rates.row(step) * of_row();
         each_adapted([&](int number, const Tensor& tensor) {
-            if (p_.rates.by_element) {
+            if (p_.how.rates.by_element) {
                 for (std::int64_t i = tensor.first; i < tensor.first + tensor.size; ++i) to[i] -= adjoint[i] * along[i];
             } else {
                 to[number] -= stages_.dot(adjoint + tensor.first, along + tensor.first, tensor.size);
@@ -102,7 +102,7 @@ class ConvRates {
         const Scalar* from = direction(step);
         Scalar* counts = row(layout_.parameters);
         Scalar* phi = adjoint();
-        const bool by_element = p_.rates.by_element;
+        const bool by_element = p_.how.rates.by_element;
         const Scalar* lr = rates(step);
         each_adapted([&](int number, const Tensor& tensor) {
             for (std::int64_t i = tensor.first; i < tensor.first + tensor.size; ++i) {
@@ -113,13 +113,13 @@ class ConvRates {
         passes_.pack(passes_.task(), phi);
     }
 
-    std::int64_t of_row() const { return p_.rates.of_row(p_.parameters, conv_tensors(p_.shape)); }
-    const Scalar* rates(std::int64_t step) const { return p_.lr + p_.rates.row(step) * of_row(); }
+    std::int64_t of_row() const { return p_.how.rates.of_row(p_.parameters, conv_tensors(p_.shape)); }
+    const Scalar* rates(std::int64_t step) const { return p_.lr + p_.how.rates.row(step) * of_row(); }
 
     Scalar* row(std::int64_t place) const { return passes_.task().at(place); }
     // Kept for every step if the rates have gradients.
     Scalar* direction(std::int64_t step) const {
-        return row(layout_.directions + (p_.rates.learnable ? step * p_.parameters : 0));
+        return row(layout_.directions + (p_.how.rates.learnable ? step * p_.parameters : 0));
     }
 
     template <typename Visit>

@@ -151,12 +151,12 @@ class ConvSecondOrder {
             passes_.give(rates_->adjoint(), /*grads=*/true);
             if (rate_grads_ != nullptr) rates_->gradients(step, rates_->adjoint(), rate_grads_);
         }
-        if (p_.rates.by_element) {
+        if (p_.how.rates.by_element) {
             rates_->scale(step, rates_->adjoint());
             passes_.pack(tangents_, rates_->adjoint());
             return;
         }
-        const Scalar* lr = p_.lr + p_.rates.row(step) * conv_tensors(p_.shape);
+        const Scalar* lr = p_.lr + p_.how.rates.row(step) * conv_tensors(p_.shape);
         each_span([&](const ConvSpan& span) {
             Scalar* direction = passes_.clear(moved(span.parameter), span.count);
             if (p_.adapt[span.tensor] != 0) {

@@ -28,18 +28,17 @@ void share(std::int64_t items, int threads, Sharing::Body body, const void* self
 }  // namespace
 
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MlpCpuSteps& how, const MeanGradient<Scalar>& wanted,
-                   int threads) {
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar>& wanted, int threads) {
     if (p.tasks == 0) return;
     const MlpStages<Scalar>& stages = mlp_stages<Scalar>(kernels());
     const MlpCpuPlan plan =
-        plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method, how, sizeof(Scalar),
-                               stages.wide.lanes, stages.narrow.lanes, threads);
-    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method, how);
+        plan_mlp_meta_step_cpu(p.shape, p.tasks, p.support.count, p.query.count, p.steps, p.method, p.how,
+                               sizeof(Scalar), stages.wide.lanes, stages.narrow.lanes, threads);
+    const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method, p.how);
     const auto meta_step = plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
     Scalar* memory = aligned(p.workspace);
     const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};
-    const std::int64_t columns = mlp_columns(p.shape, p.steps, how.rates);
+    const std::int64_t columns = mlp_columns(p.shape, p.steps, p.how.rates);
     OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, columns, plan.lanes, ceil_div(plan.mean_rows, plan.lanes));
     std::atomic<std::int64_t> next{0};
     // An item is a slot, whose memory nobody else uses; it takes groups until none is left.
@@ -51,7 +50,7 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MlpCpuSteps& how, c
                 const int live = static_cast<int>(std::min<std::int64_t>(plan.lanes, p.tasks - first));
                 Scalar* grads = p.grads == nullptr ? nullptr : p.grads + first * columns;
                 if (mean.wanted()) grads = mean.rows(group);
-                meta_step({&p, &layout, own, first, live, grads, how, sharing});
+                meta_step({&p, &layout, own, first, live, grads, sharing});
                 if (mean.wanted()) mean.hand_in(group);
             }
         }
@@ -59,9 +58,7 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MlpCpuSteps& how, c
     if (mean.wanted()) mean.finish();
 }
 
-template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const MlpCpuSteps&, const MeanGradient<float>&,
-                                   int);
-template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const MlpCpuSteps&, const MeanGradient<double>&,
-                                    int);
+template void mlp_meta_step<float>(const MlpMetaStepParams<float>&, const MeanGradient<float>&, int);
+template void mlp_meta_step<double>(const MlpMetaStepParams<double>&, const MeanGradient<double>&, int);
 
 }  // namespace signmaml::cpu

@@ -27,7 +27,6 @@ struct MlpGroup {
     std::int64_t first;
     int live;
     Scalar* grads;  // [live, P] of these tasks; null: not wanted
-    MlpCpuSteps how;
     Sharing sharing;
 };
 

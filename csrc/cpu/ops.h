@@ -35,7 +35,6 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& params, const MeanGradient
 // `params.workspace` has what plan_mlp_meta_step_cpu says for the lanes of mlp_stages and these threads. The same bits
 // as above. Steps that are differentiated cannot be sharpness-aware.
 template <typename Scalar>
-void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MlpCpuSteps& how, const MeanGradient<Scalar>& mean,
-                   int threads);
+void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 
 }  // namespace signmaml::cpu

@@ -52,19 +52,12 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_rate_grads_kernel(con
     const int tensor = static_cast<int>(blockIdx.x);
     const ConvSpanOfTensor span = packed_span(net, tensor);
     const bool moves = load(p.adapt + tensor) != 0;
-    const Shared<float> sums(0, kConvUpdateThreads);
     float sum = 0.0f;
     for (std::int64_t place = span.begin + threadIdx.x; moves && place < span.end; place += kConvUpdateThreads) {
         sum += load(grads + theta_place(net, place)) * load(kept + place);
     }
-    sums.set(threadIdx.x, sum);
-    for (int half = kConvUpdateThreads / 2; half > 0; half /= 2) {
-        block_barrier();  // the sums of the last round are there
-        if (static_cast<int>(threadIdx.x) < half) {
-            sums.set(threadIdx.x, sums.get(threadIdx.x) + sums.get(half + threadIdx.x));
-        }
-    }
-    if (threadIdx.x == 0) store(p.rate_grads + task * p.row + step * net.tensors + tensor, -sums.get(0));
+    sum = block_sum(sum, Shared<float>(0, kConvUpdateThreads / 32));
+    if (threadIdx.x == 0) store(p.rate_grads + task * p.row + step * net.tensors + tensor, -sum);
 }
 
 }  // namespace signmaml

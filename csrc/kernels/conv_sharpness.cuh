@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_climb_squares_kernel(
     const std::int64_t task = blockIdx.y, end = p.network.head_bias + p.network.ways;
     const float* weights = row_of(p.weights, task);
     const float* gradient = row_of(p.gradient, task);
-    const Shared<double> sums(0, kConvUpdateThreads);
     double sum = 0.0;
     for (std::int64_t place = std::int64_t{blockIdx.x} * kConvUpdateThreads + threadIdx.x; place < end;
          place += std::int64_t{gridDim.x} * kConvUpdateThreads) {
@@ -33,14 +32,8 @@ __global__ void __launch_bounds__(kConvUpdateThreads) conv_climb_squares_kernel(
         const double scaled = scale * static_cast<double>(load(gradient + place));
         sum += scaled * scaled;
     }
-    sums.set(threadIdx.x, sum);
-    for (int half = kConvUpdateThreads / 2; half > 0; half /= 2) {
-        block_barrier();  // the sums of the last round are there
-        if (static_cast<int>(threadIdx.x) < half) {
-            sums.set(threadIdx.x, sums.get(threadIdx.x) + sums.get(half + threadIdx.x));
-        }
-    }
-    if (threadIdx.x == 0) store(row_of(p.squares, task) + blockIdx.x, sums.get(0));
+    sum = block_sum(sum, Shared<double>(0, kConvUpdateThreads / 32));
+    if (threadIdx.x == 0) store(row_of(p.squares, task) + blockIdx.x, sum);
 }
 
 // Thread block 0 owns the convolution weights of the network's block 1 and computes what depends on them.

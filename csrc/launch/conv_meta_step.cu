@@ -186,7 +186,7 @@ class ConvRun {
         }
         params.starts_with_query = p_.steps == 0;
         params.eps = plan_.blocks[0].eps;
-        if (p_.counts_steps) params.counts = array<float>(space.counts);
+        if (p_.how.counted) params.counts = array<float>(space.counts);
         go("conv_pack_kernel", conv_pack_kernel, one, params);
     }
 
@@ -395,11 +395,11 @@ class ConvRun {
 
     ConvStepRule rule(const ConvLaunch& one) const {
         const ConvWorkspace& space = plan_.workspace;
-        const std::int64_t of_step = p_.rates.of_row(p_.parameters, plan_.network.tensors);
+        const std::int64_t of_step = p_.how.rates.of_row(p_.parameters, plan_.network.tensors);
         ConvStepRule rule{};
         rule.lr = p_.lr + one.step * of_step;
         rule.adapt = p_.adapt;
-        rule.by_element = p_.rates.by_element;
+        rule.by_element = p_.how.rates.by_element;
         if (only_looks(one)) {
             rule.kept = array<float>(space.ascent);
             return rule;
@@ -407,7 +407,7 @@ class ConvRun {
         rule.weights = array<float>(space.weights);
         rule.by_sign = p_.method == Method::kSignMaml;
         if (plan_.request.learns_rates()) rule.kept = directions(one.step);
-        if (p_.counts_steps) {
+        if (p_.how.counted) {
             rule.counts = array<float>(space.counts);
             rule.theta = p_.theta;
         }
@@ -428,7 +428,7 @@ class ConvRun {
             params.norm = array<ConvFirstNorm>(space.norm);
         }
         params.eps = plan_.blocks[0].eps;
-        params.sharpness = p_.sharpness;
+        params.sharpness = p_.how.sharpness;
         params.slices = static_cast<int>(conv_weight_blocks(plan_.network));
         return params;
     }
@@ -441,7 +441,7 @@ class ConvRun {
 
     void rate_gradients(const ConvLaunch& one) const {
         const ConvNetwork& net = plan_.network;
-        const std::int64_t of_step = p_.rates.of_row(p_.parameters, net.tensors);
+        const std::int64_t of_step = p_.how.rates.of_row(p_.parameters, net.tensors);
         ConvRateGradsParams params{};
         params.kept = read_only(directions(one.step));
         params.packed = conv_packed(net);
@@ -450,7 +450,7 @@ class ConvRun {
         params.adapt = p_.adapt;
         params.row = p_.steps * of_step;
         params.rate_grads = p_.rate_grads + first_ * params.row + one.step * of_step;
-        params.by_element = p_.rates.by_element;
+        params.by_element = p_.how.rates.by_element;
         go("conv_rate_grads_kernel", conv_rate_grads_kernel, one, params);
     }
 

@@ -5,8 +5,7 @@
 #include <cstdint>
 
 #include "params/method.h"
-#include "params/rates.h"
-#include "params/sharpness.h"
+#include "params/step_options.h"
 
 namespace signmaml {
 
@@ -58,14 +57,14 @@ struct ConvMetaStepParams {
     const Scalar* theta;  // [P] Scalar, in the order above
     ConvSet<Scalar> support;
     ConvSet<Scalar> query;
-    const Scalar* lr;           // [K, tensors] Scalar, of each parameter tensor at each step; else as `rates` says
+    const Scalar* lr;           // [K, tensors] Scalar, of each parameter tensor at each step; else as `how` says
     const std::uint8_t* adapt;  // [tensors] bool as bytes: which of them the inner loop moves
     Scalar* support_loss;       // [K, T] Scalar
     Scalar* query_loss;         // [T] Scalar; null without a query set
     Scalar* query_accuracy;     // [T] Scalar; null without a query set
     Scalar* logits;             // [T, Q, ways] Scalar; may be null
     Scalar* adapted;            // [T, P] Scalar, the parameters after the inner loop; may be null
-    Scalar* grads;              // [T, P] Scalar, meta-gradients, longer as `rates` says; may be null
+    Scalar* grads;              // [T, P] Scalar, meta-gradients, longer as its rates say; may be null
     Scalar* rate_grads;         // [T, K, tensors or P] Scalar, on CUDA, where rows of grads are not longer
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
     void* workspace;            // of the size that the plan gives
@@ -73,10 +72,8 @@ struct ConvMetaStepParams {
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
     Method method;
-    RateOptions rates;  // on CUDA always by step
-    SharpnessOptions sharpness;
-    bool counts_steps;    // parameters are theta - rate * counts of sign steps, whose rates are the same in every step
-    std::int8_t* counts;  // [T, P] int8, -128 for NaN; may be null
+    StepOptions how;
+    std::int8_t* counts;  // [T, P] int8, of steps that are counted, -128 for NaN; may be null
     ConvShape shape;
 };
 

@@ -35,7 +35,7 @@ struct MlpMetaStepParams {
     const Scalar* theta;  // [P] Scalar: layer by layer weight [out, in], then bias [out]
     MlpSet<Scalar> support;
     MlpSet<Scalar> query;
-    const Scalar* lr;           // [K, 2 * layers] Scalar: of weight and bias of each layer; else as its options say
+    const Scalar* lr;           // [K, 2 * layers] Scalar: of weight and bias of each layer; else as `how` says
     const std::uint8_t* adapt;  // [2 * layers] bool as bytes: which of them the inner loop moves
     Scalar* support_loss;       // [K, T] Scalar
     Scalar* query_loss;         // [T] Scalar; null without a query set
@@ -44,15 +44,15 @@ struct MlpMetaStepParams {
     Scalar* adapted;            // [T, P] Scalar; may be null
     Scalar* grads;              // [T, P] Scalar, meta-gradients; may be null
     Scalar* rate_grads;         // [T, K, 2 * layers or P] Scalar, if the rates are learnable; on CUDA
-    std::int8_t* counts;        // [T, P] int8, of steps, -128 for NaN; may be null; on CUDA
+    std::int8_t* counts;        // [T, P] int8, of steps that are counted, -128 for NaN; may be null
     std::uint8_t* nonfinite;    // [T] bool as bytes, or-ed
     Scalar* workspace;          // [teams, memory of one] Scalar; null where shared memory is enough
     std::int64_t tasks;         // T
     std::int64_t parameters;    // P
     std::int32_t steps;         // K
     Method method;
-    StepOptions how;  // on CUDA; the CPU backend has MlpCpuSteps
-    Scalar rho;       // of its sharpness
+    StepOptions how;
+    Scalar rho;  // of `how` on CUDA, whose kernels in float take no double
     MlpShape shape;
 };
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels must know of inner steps beside their number and method.
+// What kernels must know of inner steps beside their number and method.
 #pragma once
 
 #include "params/rates.h"
@@ -7,7 +7,7 @@
 namespace signmaml {
 
 struct StepOptions {
-    RateOptions rates;  // always by step
+    RateOptions rates;  // on CUDA always by step
     SharpnessOptions sharpness;
     bool counted;  // parameters are theta - rate * counts of sign steps, whose rates are the same in every step
 

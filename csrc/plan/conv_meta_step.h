@@ -417,7 +417,7 @@ inline ConvRequest conv_request(const ConvMetaStepParams<float>& params) {
             params.grads != nullptr,
             params.adapted != nullptr || params.counts != nullptr,
             params.method,
-            {params.rates, params.sharpness, params.counts_steps}};
+            params.how};
 }
 
 // Floats of a task's weights, so many that the next row of them begins at a multiple of 16 bytes.
@@ -716,7 +716,7 @@ class ConvPlanner {
     void add_climb(int step) {
         const double packed = static_cast<double>(plan_.network.head_bias + plan_.network.ways);
         if (plan_.request.how.sharpness.norm == SharpnessNorm::kL2) {
-            add(ConvKernel::kClimbSquares, -1, step, false, weight_blocks(), 1, 256, 256 * 8, all(2.0 * packed),
+            add(ConvKernel::kClimbSquares, -1, step, false, weight_blocks(), 1, 256, 256 / 32 * 8, all(2.0 * packed),
                 all(8.0 * packed));
         }
         add(ConvKernel::kClimb, -1, step, false, 1 + weight_blocks(), 1, 256, update_bytes(), all(2.0 * packed),
@@ -729,7 +729,7 @@ class ConvPlanner {
         const double packed = static_cast<double>(net.head_bias + net.ways) * steps;
         part_ = ConvPart::kPass;
         add(ConvKernel::kRateGrads, -1, first_step, true, by_element ? weight_blocks() : net.tensors, steps, 256,
-            by_element ? 0 : 256 * 4, all(2.0 * packed), all((by_element ? 12.0 : 8.0) * packed));
+            by_element ? 0 : 256 / 32 * 4, all(2.0 * packed), all((by_element ? 12.0 : 8.0) * packed));
     }
 
     // v <- v - H (rate v), with v the gradient with respect to the parameters behind the step.

@@ -5,21 +5,11 @@
 #include <cstdint>
 
 #include "params/mlp_meta_step.h"
-#include "params/rates.h"
-#include "params/sharpness.h"
+#include "params/step_options.h"
 #include "plan/math.h"
 #include "plan/mlp_meta_step.h"
 
 namespace signmaml {
-
-// What steps on the CPU can be beside those of `method`.
-struct MlpCpuSteps {
-    RateOptions rates;
-    SharpnessOptions sharpness;
-    // Parameters are theta - rate * counts of sign steps, whose rates are the same in every step.
-    bool counted;
-    std::int8_t* counts;  // [T, P] int8, -128 for NaN; may be null
-};
 
 // Offsets in a group's memory, in vectors; each vector holds one element for all tasks of the group.
 struct MlpCpuLayout {
@@ -51,7 +41,7 @@ constexpr std::int64_t mlp_columns(const MlpShape& shape, std::int64_t steps, Ra
 }
 
 constexpr MlpCpuLayout mlp_cpu_layout(const MlpShape& shape, std::int64_t support, std::int64_t query,
-                                      std::int64_t steps, Method method, const MlpCpuSteps& how) {
+                                      std::int64_t steps, Method method, const StepOptions& how) {
     MlpCpuLayout layout{};
     const std::int64_t count = larger(support, query);
     std::int64_t at = 0;
@@ -124,7 +114,7 @@ inline constexpr std::int64_t kMlpAlignment = 64;
 // give more threads a group.
 constexpr MlpCpuPlan plan_mlp_meta_step_cpu(const MlpShape& shape, std::int64_t tasks, std::int64_t support,
                                             std::int64_t query, std::int64_t steps, Method method,
-                                            const MlpCpuSteps& how, int scalar_bytes, int wide, int narrow,
+                                            const StepOptions& how, int scalar_bytes, int wide, int narrow,
                                             int threads) {
     const std::int64_t most = larger(1, threads);
     const int lanes = tasks > wide * (most - 1) ? wide : narrow;

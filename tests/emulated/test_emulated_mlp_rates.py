@@ -15,8 +15,7 @@ from signmaml_ext import mlp
 
 KINDS = ("scalar", "step", "tensor", "tensor and step", "filter", "element", "element and step")
 METHODS = ("sign-maml", "fo-maml", "maml")
-# Teams of a warp and of a block, in shared memory and in the workspace; one of everything.
-SHAPES = [((3, 7, 5, 2), (18, 4, 3)), ((2, 33, 3, 2), (2, 66, 7)), ((5, 256, 3), (2, 3, 11)), ((1, 1, 1), (1, 1, 1))]
+SHAPES = emulated_cases.TEAMS
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ SHARP = {
     "linf adaptive": Sharpness(0.05, "linf", adaptive=True),
 }
 METHODS = ("sign-maml", "fo-maml")
-# Teams of a warp and of a block, in shared memory and in the workspace; one of everything.
-SHAPES = [((3, 7, 5, 2), (18, 4, 3)), ((2, 33, 3, 2), (2, 66, 7)), ((5, 256, 3), (2, 3, 11)), ((1, 1, 1), (1, 1, 1))]
+SHAPES = emulated_cases.TEAMS
 COUNTED = ("scalar", "tensor", "filter", "element")  # kinds of rates that do not vary by step
 
 

@@ -25,7 +25,7 @@ MUTATIONS = [
     # Convolutional networks: back through the steps.
     Mutation("parameters of another step", STEPS, "std::copy_n(remembered(step) + span.row", "std::copy_n(remembered(p_.steps - 1) + span.row"),
     Mutation("steps in their order", STEPS, "take_direction(step);\n            passes_.forward(p_.support, task, /*features_stale=*/true);", "take_direction(p_.steps - 1 - step);\n            passes_.forward(p_.support, task, /*features_stale=*/true);"),
-    Mutation("rates of another step", STEPS, "p_.lr + p_.rates.row(step) * conv_tensors(p_.shape)", "p_.lr"),
+    Mutation("rates of another step", STEPS, "p_.lr + p_.how.rates.row(step) * conv_tensors(p_.shape)", "p_.lr"),
     Mutation("rate of another tensor", STEPS, "lr[span.tensor]", "lr[0]"),
     Mutation("H u is added", STEPS, "Scalar(-1), product", "Scalar(1), product"),
     Mutation("rates of elements left out", STEPS, "rates_->scale(step, rates_->adjoint());", LEFT_OUT),
@@ -108,8 +108,8 @@ MUTATIONS = [
     Mutation("mlp: ReLU passes everything", RESULTS, "sum = at[c] <= zero ? zero : sum;", LEFT_OUT),
     Mutation("mlp: slope of tanh left out", RESULTS, "sum = sum * (1 - at[c] * at[c]);", LEFT_OUT),
     # Rates, which steps may share.
-    Mutation("rates of the first step for all", RATES, "return p_.lr + p_.rates.row(step) * of_row();", "return p_.lr;"),
-    Mutation("gradients of the first step's rates", RATES, "Scalar* to = all + p_.rates.row(step) * of_row();", "Scalar* to = all;"),
+    Mutation("rates of the first step for all", RATES, "return p_.lr + p_.how.rates.row(step) * of_row();", "return p_.lr;"),
+    Mutation("gradients of the first step's rates", RATES, "Scalar* to = all + p_.how.rates.row(step) * of_row();", "Scalar* to = all;"),
     Mutation("a shared rate's gradient of the last step", RATES, "to[number] -= stages_.dot", "to[number] = -stages_.dot"),
     Mutation("an element's shared rate's gradient of the last step", RATES, "to[i] -= adjoint[i] * along[i]", "to[i] = -adjoint[i] * along[i]"),
     Mutation("mlp: a rate's gradient has the other sign", GROUP, "gradients[tensor] -= product_of", "gradients[tensor] += product_of"),

@@ -264,6 +264,17 @@ def mlp_meta_step(
             assert torch.equal(found.query_accuracy, right)
 
 
+def _in_double_and(
+    dtype: torch.dtype, widths: tuple[int, ...], tasks: int, support: int, query: int, loss: str,
+    activation: type[nn.Module],
+) -> tuple[nn.Module, tuple[Tensor, ...], nn.Module, tuple[Tensor, ...]]:  # fmt: skip
+    """A perceptron and its tasks in float64, and copies of both in another dtype."""
+    model = perceptrons.network(widths, activation).double()
+    data = perceptrons.tasks_for(widths, loss, tasks, support, query, torch.float64)
+    inputs = tuple(value.to(dtype) if value.is_floating_point() else value for value in data)
+    return model, data, copy.deepcopy(model).to(dtype), inputs
+
+
 def mlp_second_order(
     native: ModuleType,
     widths: tuple[int, ...],
@@ -275,13 +286,7 @@ def mlp_second_order(
     activation: type[nn.Module] = nn.Tanh,
 ) -> None:
     """maml with a rate for every tensor and step, against torch's double backward in float64."""
-    from helpers.cases import perceptrons
-    from signmaml_ext import mlp, reference
-
-    model = perceptrons.network(widths, activation).double()
-    data = perceptrons.tasks_for(widths, loss, tasks, support, query, torch.float64)
-    tested = copy.deepcopy(model).to(dtype)
-    inputs = tuple(value.to(dtype) if value.is_floating_point() else value for value in data)
+    model, data, tested, inputs = _in_double_and(dtype, widths, tasks, support, query, loss, activation)
     rates = {name: 0.1 + 0.2 * torch.rand(2, *[1] * value.ndim) for name, value in model.named_parameters()}
     near = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     for adapt in (None, ["3.*"]):
@@ -300,10 +305,7 @@ def mlp_sharp(
     activation: type[nn.Module] = nn.Tanh,
 ) -> None:  # fmt: skip
     """Sharpness-aware steps in one dtype, against the reference in float64; no sign is taken, which might flip."""
-    model = perceptrons.network(widths, activation).double()
-    data = perceptrons.tasks_for(widths, loss, tasks, support, query, torch.float64)
-    tested = copy.deepcopy(model).to(dtype)
-    inputs = tuple(value.to(dtype) if value.is_floating_point() else value for value in data)
+    model, data, tested, inputs = _in_double_and(dtype, widths, tasks, support, query, loss, activation)
     options = {"inner_lr": 0.1, "inner_steps": 2, "method": "fo-maml", "loss": loss, "sharpness": Sharpness(0.05)}
     found = mlp.meta_gradients(perceptrons.problem_of(tested, inputs, **options), native)
     expected = reference.meta_gradients(perceptrons.problem_of(model, data, **options))
@@ -478,6 +480,11 @@ def conv_second_order(native: ModuleType, net: conv_cases.Net, *, by_covariance:
         assert max(errors) < 1e-5, (name, errors)
     torch.testing.assert_close(found.support_loss.double(), exact.support_loss, rtol=1e-5, atol=1e-5)
     assert found.nonfinite.tolist() == exact.nonfinite.tolist()
+
+
+# Perceptrons (widths, then tasks, support, query) for teams of a warp and of a block, in shared memory and in the
+# workspace; one of everything.
+TEAMS = [((3, 7, 5, 2), (18, 4, 3)), ((2, 33, 3, 2), (2, 66, 7)), ((5, 256, 3), (2, 3, 11)), ((1, 1, 1), (1, 1, 1))]
 
 
 def rates_of(model: nn.Module, kind: str, steps: int, *, learnable: bool = True) -> Tensor | dict[str, Tensor]:

@@ -30,7 +30,7 @@ class Group {
           first_(group.first),
           live_(group.live),
           grads_(group.grads),
-          how_(group.how),
+          how_(group.params->how),
           differentiates_(layout_.differentiated > 0 && grads_ != nullptr && moves_any()) {}
 
     void run() {
@@ -52,7 +52,7 @@ class Group {
         if (p_.adapted != nullptr) {
             give_rows(p_.adapted + first_ * p_.parameters, layout_.parameters, p_.parameters, p_.parameters);
         }
-        if (how_.counts != nullptr) give_counts(how_.counts + first_ * p_.parameters);
+        if (p_.counts != nullptr) give_counts(p_.counts + first_ * p_.parameters);
         if (p_.query.count > 0) query();
         for (int lane = 0; lane < live_; ++lane) {
             if (bad_[lane] != 0) __atomic_store_n(p_.nonfinite + first_ + lane, std::uint8_t{1}, __ATOMIC_RELAXED);
@@ -633,7 +633,7 @@ class Group {
     const std::int64_t first_;
     const int live_;
     Scalar* const grads_;
-    const MlpCpuSteps how_;
+    const StepOptions how_;
     const bool differentiates_;  // the steps: the meta-gradient is of second order
     int bad_[kL] = {};           // lanes that met a NaN or an infinity
 };
