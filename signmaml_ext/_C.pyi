@@ -105,6 +105,32 @@ def meta_accumulate_cuda(
     stream: int,
     /,
 ) -> None: ...
+
+class LayersProgram:
+    """A network as a list of blocks, see signmaml_ext/layers/spec.py, for examples of one size `(C, H, W)`."""
+
+    def __init__(self, blocks: Sequence[dict[str, Any]], size: tuple[int, int, int]) -> None: ...
+    tensors: int
+    outputs: int
+    couples_examples: bool
+    sizes: list[tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]]
+    def plan(self, tasks: int, count: int, is_double: bool, threads: int) -> dict[str, int]: ...
+    def run(
+        self,
+        parameters: Sequence[tuple[int, int]],
+        gradients: Sequence[tuple[int, int]],
+        x: int,
+        labels: int,
+        target: int,
+        loss: int,
+        predictions: int,
+        workspace: int,
+        tasks: int,
+        count: int,
+        is_double: bool,
+        threads: int,
+    ) -> None: ...
+
 def plan_sign_step_cpu(tasks: int, parameters: int, threads: int, /) -> dict[str, int]: ...
 def plan_meta_accumulate_cpu(tasks: int, parameters: int, threads: int, /) -> dict[str, int]: ...
 def plan_sign_step(

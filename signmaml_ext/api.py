@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import conv, dispatch, graphs, mlp, modes, threads
+from . import conv, dispatch, graphs, layers, mlp, modes, threads
 from .checks import check_compiled_order, check_problem
 from .dispatch import Explanation
 from .inner_rules import InnerRule
@@ -107,7 +107,8 @@ def meta_step(
             warning if they were never written.
         seed: Integer >= 0 that, with task and step, keys the dropout masks; vary it from call to call. None: if
             the model draws random numbers, one is taken from torch's CPU generator, which advances by one draw.
-        zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics has its true gradient, 0. False
+        zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics, or of an InstanceNorm, has its true
+            gradient, 0. False
             uses autograd's rounding noise, whose sign moves the bias at random, as the official code does.
         first_task: For a meta-batch computed in pieces (over processes, or to save memory): the number of this piece's
             first task in it, so that dropout masks are those of the whole. Weight the pieces' gradients by
@@ -450,7 +451,7 @@ def _any_data(model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor, Tensor, Ten
     example: tuple[int, ...] = (1,)
     if isinstance(model, nn.Module):
         like = next((p for p in model.parameters() if p.requires_grad), like)
-        for found in (mlp.read(model), conv.read(model)):
+        for found in (layers.read(model), mlp.read(model), conv.read(model)):
             if not isinstance(found, str):
                 example, outputs = found.example(model), found.outputs
     x = torch.zeros(1, 2, *example, dtype=like.dtype, device=like.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _loader, chain, conv, flat, gpus, mlp, reference
+from . import _loader, chain, conv, flat, gpus, layers, mlp, reference
 from .plan import table
 from .problem import Problem
 from .results import Adaptation, MetaGradients
@@ -24,6 +24,7 @@ class Family:
         meta_gradients: The meta-step.
         adapt: The inner loop, with the query pass if there is a query set.
         fused: Whether all tasks run in one native call.
+        native: Whether native calls compute a pass of many tasks.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Family:
     meta_gradients: Callable[[Problem], MetaGradients]
     adapt: Callable[[Problem], Adaptation]
     fused: bool = False
+    native: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,14 @@ def _flat(device_type: str) -> Family:
 
 CONV = Family("conv", "Conv-N networks in native code", conv.why_not, conv.meta_gradients, conv.adapt, fused=True)
 MLP = Family("mlp", "multilayer perceptrons in native code", mlp.why_not, mlp.meta_gradients, mlp.adapt, fused=True)
+LAYERS = Family(
+    "layers",
+    "chains of usual layers: gradients in native code, steps on flat buffers",
+    layers.why_not,
+    layers.meta_gradients,
+    layers.adapt,
+    native=True,
+)
 TORCH = Family(
     "reference",
     "pure PyTorch, any module, any device",
@@ -147,7 +157,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", "cuda", _no_cuda_here, (CONV, MLP, _flat("cuda")), _not_on_this_gpu),
-        Backend("cpu", "cpu", lambda: None, (CONV, MLP, _flat("cpu"))),
+        Backend("cpu", "cpu", lambda: None, (CONV, MLP, LAYERS, _flat("cpu"))),
         Backend("torch", None, lambda: None, (TORCH,)),
     )
 }
@@ -213,6 +223,8 @@ def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:
     one_by_one = reference.why_not_batched(problem)
     if family.fused:
         how = "all tasks in one native call" + (" (nothing to compile)" if problem.compile else "")
+    elif family.native:
+        how = f"a native call a pass ({layers.read(problem.model)})"
     else:
         how = "all tasks together" if one_by_one is None else f"task by task ({one_by_one})"
         if problem.compile:

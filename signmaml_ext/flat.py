@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from .reference import (
 )
 from .results import Adaptation, CompactParams, MetaGradients, TaskParams
 from .sharpness import ascent, sign
+
+if TYPE_CHECKING:
+    from .layers.call import NativeRun
 
 
 def why_not(problem: Problem, device_type: str) -> str | None:
@@ -51,15 +54,15 @@ def no_rule(problem: Problem) -> str:
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
     if problem.task_state == "int8":
-        return compact.meta_gradients(problem, lambda part: batched_or_not(part, _meta_gradients))
-    return batched_or_not(problem, _meta_gradients)
+        return compact.meta_gradients(problem, lambda part: batched_or_not(part, meta_gradients_of))
+    return batched_or_not(problem, meta_gradients_of)
 
 
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks; see `reference.adapt`."""
     if problem.task_state == "int8":
-        return compact.adapt(problem, lambda part: batched_or_not(part, _adapt))
-    return batched_or_not(problem, _adapt)
+        return compact.adapt(problem, lambda part: batched_or_not(part, adapt_of))
+    return batched_or_not(problem, adapt_of)
 
 
 # Constants that a CUDA graph reads, by id. A graph knows them only by address, so they are never freed.
@@ -220,7 +223,7 @@ class Tasks:
     """Some tasks in one buffer: their inner loop and their query pass.
 
     Args:
-        run: The pass they belong to.
+        run: The pass they belong to: with gradients by torch or by native code.
         layout: The layout of their parameters.
         which: Their slice of the task axis.
         learns: Whether the gradient of inner rates will be needed.
@@ -232,11 +235,12 @@ class Tasks:
         nonfinite: `[t]` bool.
     """
 
-    def __init__(self, run: Run, layout: Layout, which: slice, *, learns: bool = False) -> None:
+    def __init__(self, run: Run | NativeRun, layout: Layout, which: slice, *, learns: bool = False) -> None:
         self.run, self.layout, self.which = run, layout, which
         self.number = which.stop - which.start
         self.buffer = layout.theta.repeat(self.number, 1)
         self.nonfinite = torch.zeros(self.number, dtype=torch.bool, device=layout.theta.device)
+        self._row: Tensor | None = None  # the last native pass's gradients, side by side
         self.counts: Tensor | None = None
         self.directions: list[Tensor] | None = [] if run.problem.rates.learnable() and learns else None
         if run.problem.task_state == "int8":
@@ -254,14 +258,14 @@ class Tasks:
             loss, _, gradients = self._pass(views, x, y, step)
             losses.append(loss)
             whole = self.counts is not None or self.directions is not None  # in one stretch
-            stretches = self.layout.gather(gradients, self.number, self.run.dead(step), whole)
+            stretches = self.gather(gradients, step, whole)
             self.layout.follow(moved, views)
             del gradients, views
             if problem.sharpness is not None:
                 there = self._sharpest(moved, stretches)
                 loss, _, gradients = self._pass(self.layout.views(there, self.run.batched), x, y, step)
                 self.nonfinite |= ~loss.isfinite()
-                stretches = self.layout.gather(gradients, self.number, self.run.dead(step), whole)
+                stretches = self.gather(gradients, step, whole)
                 del gradients
             if self.directions is not None:
                 ((_, _, grads),) = stretches
@@ -273,6 +277,12 @@ class Tasks:
         support_loss = torch.stack(losses) if losses else self.buffer.new_empty(0, self.number)
         self.nonfinite |= ~support_loss.isfinite().all(0)
         return support_loss
+
+    def gather(self, gradients: Mapping[str, Tensor | None], step: int, whole: bool) -> list[Stretch]:
+        """The gradients of the last pass as stretches; see `Layout.gather`."""
+        if self._row is not None:
+            return [(0, self._row.shape[1], self._row)]
+        return self.layout.gather(gradients, self.number, self.run.dead(step), whole)
 
     def _sharpest(self, moved: Tensor, stretches: list[Stretch]) -> Tensor:
         """The parameters `[t, adapted columns]` at the sharpest place near them; flags non-finite gradients."""
@@ -341,6 +351,9 @@ class Tasks:
         """Loss, prediction, and gradients of the views if those require grad."""
         run, first = self.run, self.which.start
         differentiates = any(view.requires_grad for view in views.values())
+        if not isinstance(run, Run):
+            loss, prediction, self._row = run.gradients(views, x, y, differentiates=differentiates)
+            return loss, prediction, {} if self._row is None else {**self.layout.by_name(self._row)}
         by_support = run.problem.batch_norm == "support" and step == run.problem.steps
         if run.problem.compile and not by_support:
             return compiled.run_pass(run, views, x, y, first_task=first, step=step, differentiates=differentiates)
@@ -362,7 +375,8 @@ class _Part:
     nonfinite: Tensor
 
 
-def _meta_gradients(run: Run) -> MetaGradients:
+def meta_gradients_of(run: Run | NativeRun) -> MetaGradients:
+    """The meta-step of all tasks, with the run's gradients."""
     problem, layout = run.problem, Layout(run.problem)
     assert problem.query_y is not None
     skip = problem.nonfinite == "skip"
@@ -373,7 +387,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
         loss, prediction, gradients = tasks.query(wants_gradients=True)
         assert problem.query_y is not None
         return _Part(
-            grads=layout.gather(gradients, tasks.number, run.dead(problem.steps), whole=skip),
+            grads=tasks.gather(gradients, problem.steps, skip),
             rates=tasks.rate_gradients(gradients),
             reached=frozenset(name for name, gradient in gradients.items() if gradient is not None),
             loss=loss,
@@ -423,7 +437,8 @@ def _add(total: Tensor, grads: Tensor, nonfinite: Tensor, skip: bool, whole: boo
     total += mean * (~nonfinite).sum() if skip else mean * grads.shape[0]
 
 
-def _adapt(run: Run) -> Adaptation:
+def adapt_of(run: Run | NativeRun) -> Adaptation:
+    """The inner loop of all tasks, with the run's gradients."""
     problem, layout = run.problem, Layout(run.problem)
 
     def part_of(which: slice) -> tuple[Tasks, Tensor, Tensor | None, Tensor | None]:
@@ -441,7 +456,7 @@ def _adapt(run: Run) -> Adaptation:
     if problem.task_state == "int8":
         counts = torch.cat([of_chunk.counts for of_chunk in tasks])
         adapted = CompactParams(layout.by_name(counts), problem.params, problem.rates)
-    elif problem.batch_norm == "support" and problem.query_x is None:
+    elif problem.batch_norm == "support" and problem.query_x is None and isinstance(run, Run):
         statistics = run.support_statistics(dict(adapted))
     prediction = None if problem.query_x is None else torch.cat(predictions)
     shares = None

@@ -266,7 +266,13 @@ def adapt(problem: Problem, spec: Spec | str, native: ModuleType, call: Call[Spe
 
 
 def _check(problem: Problem, spec: AnySpec, native: ModuleType) -> None:
-    if problem.loss == "cross_entropy" and not on_cuda(problem, native):
+    if not on_cuda(problem, native):
+        check_classes(problem, spec)
+
+
+def check_classes(problem: Problem, spec: AnySpec) -> None:
+    """Refuses labels that the network has no output for, where they are in the host's memory."""
+    if problem.loss == "cross_entropy":
         check_labels(problem, spec.outputs)
 
 

@@ -166,7 +166,7 @@ class Problem:
         nonfinite: One of `NONFINITE`.
         batch_norm: One of `BATCH_NORM`.
         seed: Key of the dropout masks; None takes one from torch's generator if the model needs it.
-        zero_dead_bias: Whether a bias directly before a BatchNorm has gradient exactly 0.
+        zero_dead_bias: Whether a bias directly before a BatchNorm or InstanceNorm has gradient exactly 0.
         first_task: Number of the first task in a meta-batch that is computed in pieces; keys the dropout masks.
         graph: Whether the call replays a CUDA graph: True, False, or None where its kernels are made for it.
         keyed: Whether forward passes that run task by task draw from their own streams; False inside a graph.

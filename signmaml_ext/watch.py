@@ -25,9 +25,9 @@ class Facts:
     """What one forward pass showed.
 
     Attributes:
-        dead_biases: Names of biases whose only use is in front of a BatchNorm on batch statistics. The mean that
-            BatchNorm subtracts contains the bias, so its gradient is exactly 0; autograd computes rounding noise around
-            1e-17 for it, with a random sign.
+        dead_biases: Names of biases whose only use is in front of a BatchNorm on batch statistics, or of another norm
+            of one channel alone. The mean that it subtracts contains the bias, so its gradient is exactly 0; autograd
+            computes rounding noise around 1e-17 for it, with a random sign.
         reached: Name of a parameter that the pass took from the user's own module instead of its private copy; None if
             there is none.
         pads: Whether an embedding has a padding row.
@@ -46,17 +46,17 @@ class Watch:
     Args:
         copy: The copy, before its forward; hooks are added to it.
         tensors: The parameters that it was given, by name.
-        find_dead: Whether to look for biases in front of BatchNorm.
+        find_dead: Whether to look for biases in front of norms.
     """
 
     def __init__(self, copy: nn.Module, tensors: Mapping[str, Tensor], find_dead: bool) -> None:
         self._tensors = tensors
         self._sources: defaultdict[int, list[Output | None]] = defaultdict(list)  # by bias: outputs that contain it
-        self._normalised: set[Output | None] = set()  # inputs of BatchNorms
+        self._normalised: set[Output | None] = set()  # inputs of norms
         if find_dead:
             modules = list(copy.modules())
             biased = [m for m in modules if isinstance(m, _ADDS_BIAS) and m._parameters.get("bias") is not None]
-            norms = [m for m in modules if isinstance(m, BatchNorm)]
+            norms = [m for m in modules if _takes_bias_away(m)]
             if biased and norms:
                 for module in biased:
                     module.register_forward_hook(self._leaves_biased)
@@ -91,6 +91,15 @@ class Watch:
         dead = frozenset(name for name, output in given.items() if output is not None and is_dead(name))
         unused = frozenset(name for name, output in given.items() if output is None or not uses[output])
         return Facts(dead, reached, any(map(_pads, nodes)), unused)
+
+
+def _takes_bias_away(module: nn.Module) -> bool:
+    """Whether a module subtracts the mean of each channel by itself."""
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.training or not module.track_running_stats
+    return isinstance(module, BatchNorm) or (
+        isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels
+    )
 
 
 def address(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@
 #include "bindings/emulation.h"
 #endif
 #include "bindings/conv.h"
+#include "bindings/layers.h"
 #include "bindings/mlp.h"
 #include "build_info.h"
 #include "cpu/dispatch.h"
@@ -270,6 +271,7 @@ PYBIND11_MODULE(SIGNMAML_MODULE, m, py::mod_gil_not_used()) {
     define_plans(m);
     define_conv(m);
     define_conv_stages(m);
+    define_layers(m);
     define_mlp(m);
     m.def("cpu_isas", &cpu::usable_isas);
     m.def("cpu_isa", [] { return std::string(cpu::kernels().name); });

@@ -6,6 +6,7 @@
 namespace signmaml::cpu {
 
 struct ConvStageTables;
+struct LayersStageTables;
 struct MlpStageTables;
 
 // Rows that one pass over the sums adds: enough streams to keep the memory busy.
@@ -35,6 +36,7 @@ struct Kernels {
     SpanKernels<double> float64;
     const ConvStageTables* conv_stages;
     const MlpStageTables* mlp_stages;
+    const LayersStageTables* layers_stages;
 };
 
 template <typename Scalar>

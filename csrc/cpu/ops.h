@@ -3,6 +3,7 @@
 
 #include "params/compact_sign_step.h"
 #include "params/conv_meta_step.h"
+#include "params/layers.h"
 #include "params/meta_accumulate.h"
 #include "params/mlp_meta_step.h"
 #include "params/sign_step.h"
@@ -36,5 +37,10 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& params, const MeanGradient
 // as above. Steps that are differentiated cannot be sharpness-aware.
 template <typename Scalar>
 void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
+
+// A pass of a program of blocks. `params.workspace` has what plan_layers_cpu says for the unit of layers_stages and these
+// threads. The same bits as above.
+template <typename Scalar>
+void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& params, int threads);
 
 }  // namespace signmaml::cpu

@@ -152,8 +152,8 @@ def _conv(layer: Layer) -> nn.Conv2d:
     return layer.module
 
 
-def _norm(layer: Layer) -> nn.BatchNorm2d:
-    assert isinstance(layer.module, nn.BatchNorm2d)
+def _norm(layer: Layer) -> nn.modules.batchnorm._BatchNorm:
+    assert isinstance(layer.module, nn.modules.batchnorm._BatchNorm)
     return layer.module
 
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "launch": [STANDARD, "params/.*", "plan/.*", "kernels/.*", "launch/.*", r"cuda_runtime\.h", r"emulation/launch\.h"],
     "cpu": [STANDARD, "params/.*", "plan/.*", r"cpu/[a-z_]+\.h", r"pthread\.h", r"signal\.h", r"xmmintrin\.h"],
     # No other standard header: the instruction sets would share its inline code (test_linkage.py).
-    "cpu/isa": ["cstdint", "params/.*", "plan/.*", r"cpu/isa/.*\.h", r"cpu/(kernels|conv_table|mlp_table)\.h"],
+    "cpu/isa": ["cstdint", "params/.*", "plan/.*", r"cpu/isa/.*\.h", r"cpu/(kernels|(conv|layers|mlp)_table)\.h"],
     "emulation": [STANDARD, "kernels/.*", "launch/.*", "emulation/.*", r"setjmp\.h", r"ucontext\.h", "sanitizer/.*"],
     "bindings": [
         STANDARD,

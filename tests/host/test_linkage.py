@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 
 ISA = Path(__file__).resolve().parents[2] / "csrc" / "cpu" / "isa"
-TABLES = {"conv/stages.cpp": "kConvStages", "mlp/stages.cpp": "kMlpStages", "spans.cpp": "kKernels"}
+TABLES = {
+    "conv/stages.cpp": "kConvStages", "layers/stages.cpp": "kLayersStages", "mlp/stages.cpp": "kMlpStages",
+    "spans.cpp": "kKernels",
+}  # fmt: skip
 ISAS = ["portable", *(["avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else [])]
 
 

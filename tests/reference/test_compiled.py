@@ -42,7 +42,7 @@ def traced(monkeypatch):
 
 
 def batch_norm() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 3))
 
 
 def group_norm() -> nn.Module:
@@ -127,7 +127,7 @@ class Uses(nn.Module):
 
 
 MODELS = {
-    "mlp": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks),
+    "mlp": (lambda: nets.mlp(activation=nn.Softplus), nets.vector_tasks),
     "batch norm": (batch_norm, nets.vector_tasks),
     "group norm": (group_norm, nets.image_tasks),
     "tied": (Tied, nets.vector_tasks),
@@ -173,7 +173,7 @@ def test_inductor(batching, monkeypatch):
 
 @pytest.mark.slow
 def test_evaluate_and_adapt(traced):
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks()
     for options in ({"method": "maml"}, {"adapt": "4.*"}, {"task_state": "int8"}):
         expected = evaluate(model, *data, **OPTIONS, **options)
         found = evaluate(model, *data, **OPTIONS, **options, compile=True)
@@ -197,7 +197,7 @@ def test_batch_norm(mode, traced):
 
 @pytest.mark.slow
 def test_a_learnable_rate(traced):
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks()
     rates = [torch.tensor(0.02, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     for rate, compile in zip(rates, (False, True), strict=True):
         gradients(model, data, inner_lr=rate, compile=compile)
@@ -206,7 +206,7 @@ def test_a_learnable_rate(traced):
 
 def test_tasks_on_threads_share_what_the_first_one_compiled(traced, monkeypatch):
     monkeypatch.setattr(batching_rules, "LONG", 0.0)
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks(tasks=9)
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks(tasks=9)
     before, counted = torch.get_num_threads(), torch._dynamo.utils.counters["stats"]
     found, graphs = [], []
     try:
@@ -224,7 +224,7 @@ def test_tasks_on_threads_share_what_the_first_one_compiled(traced, monkeypatch)
 
 @pytest.mark.parametrize("batching", ["together", "one-by-one"])
 def test_what_is_compiled_keeps_no_model_alive(batching, traced):
-    model = nets.mlp(activation=nn.GELU).double()
+    model = nets.mlp(activation=nn.Softplus).double()
     gradients(model, nets.vector_tasks(), compile=True, batching=batching)
     alive = [weakref.ref(model), weakref.ref(model[0].weight)]
     assert traced
@@ -234,7 +234,7 @@ def test_what_is_compiled_keeps_no_model_alive(batching, traced):
 
 
 def test_what_is_compiled_serves_the_next_call(traced):
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks()
     counted = torch._dynamo.utils.counters["stats"]
     gradients(model, data, compile=True)
     before = counted["unique_graphs"]
@@ -271,7 +271,7 @@ def test_a_model_that_changed_is_compiled_anew(traced):
 
 @pytest.mark.slow
 def test_dropout_repeats_by_the_seed(traced):
-    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     data = nets.vector_tasks()
     first, second, other = (gradients(model, data, compile=True, seed=seed)["0.weight"].clone() for seed in (1, 1, 2))
     assert torch.equal(first, second)
@@ -353,7 +353,7 @@ def test_what_changes_unseen_is_looked_into_again(traced, monkeypatch):
 
 
 def test_what_is_refused(monkeypatch):
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks()
     with pytest.raises(ValueError, match="compile: expected False with method 'maml'"):
         gradients(model, data, method="maml", compile=True)
     with pytest.raises(ValueError, match="compile: expected False with graph=True"):
@@ -378,5 +378,5 @@ def test_what_is_refused(monkeypatch):
 
 def test_explain_says_so():
     data = nets.vector_tasks()
-    assert "by torch.compile" in str(explain(nets.mlp(activation=nn.GELU).double(), *data, compile=True))
+    assert "by torch.compile" in str(explain(nets.mlp(activation=nn.Softplus).double(), *data, compile=True))
     assert "nothing to compile" in str(explain(nets.mlp().double(), *data, compile=True))

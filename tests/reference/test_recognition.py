@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.cases import libraries, nets
+from helpers.cases import few_shot, libraries, nets
 from signmaml.models import MLP, Conv4
 from signmaml_ext import chain, conv, mlp, recognition
 
@@ -38,6 +38,13 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, object]]]
     "functional": (libraries.Functional, images(2, 16), {"channels": 2}),
     "pools first": (libraries.PoolsFirst, images(1, 16), {"readout": "mean"}),
     "the tests' own": (lambda: nets.conv4(filters=8), images(1, 16), {}),
+    "a subclass of a layer": (
+        lambda: put(4, lambda: type("MyConv", (nn.Conv2d,), {})(8, 8, 3, padding=1, bias=False))(),
+        images(1, 16),
+        {"filters": 8},
+    ),
+    "torchmeta's own": (few_shot.MetaConvModel, images(1, 16), {"halving": "max", "ways": 3}),
+    "torchmeta's own with running statistics": (few_shot.torchmeta_with_statistics, images(1, 16), {}),
     "a second input with a default": (lambda: TwoInputs(), images(1, 16), {"halving": "max"}),
 }
 
@@ -132,6 +139,40 @@ class LooksAtTheData(Around):
         return self.net(x) if x.sum() > 0 else self.net(-x)
 
 
+class Other(nn.Conv2d):
+    """Calls F.conv2d with something else than its own weight and padding."""
+
+    def __init__(self, weight=lambda w: w, padding=(1, 1)) -> None:
+        super().__init__(8, 8, 3, padding=1, bias=False)
+        self.change, self.pad = weight, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.change(self.weight), None, self.stride, self.pad)
+
+
+class ExtraBias(nn.Conv2d):
+    """Calls F.conv2d with a bias of another name."""
+
+    def __init__(self, *arguments: int, **options: int) -> None:
+        super().__init__(*arguments, **options)
+        self.shift = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.shift, self.stride, self.padding)
+
+
+STRAY = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+
+def others_weight(weight: Tensor) -> Tensor:
+    return STRAY
+
+
+class InEvaluation(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+
+
 def tied() -> nn.Module:
     model = libraries.one_sequence(layers=3, side=2)
     model[8].weight = model[4].weight
@@ -177,12 +218,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "transposed": (put(4, lambda: nn.ConvTranspose2d(8, 8, 3)), "it uses ConvTranspose2d"),
     "one bias": (put(4, lambda: nn.Conv2d(8, 8, 3, padding=1)), "some of its convolutions have a bias"),
     "BatchNorm without scale": (put(5, lambda: nn.BatchNorm2d(8, affine=False)), "no scale and shift"),
-    "InstanceNorm": (put(5, lambda: nn.InstanceNorm2d(8)), "it uses InstanceNorm2d"),
-    "another activation": (put(6, nn.LeakyReLU), "it uses LeakyReLU"),
+    "InstanceNorm": (put(5, lambda: nn.InstanceNorm2d(8)), "but conv, instance_norm, relu, pool"),
+    "another activation": (put(6, nn.LeakyReLU), "but conv, norm, leaky_relu, pool"),
     "tanh": (put(6, nn.Tanh), "not conv, BatchNorm, ReLU and a halving, in this order, but conv, norm, tanh"),
-    "average pooling": (put(7, lambda: nn.AvgPool2d(2)), "it uses AvgPool2d"),
-    "3x3 pooling": (put(7, lambda: nn.MaxPool2d(3, 2, 1)), "pooling is not 2x2"),
-    "pooling, stride 1": (put(7, lambda: nn.MaxPool2d(2, 1)), "pooling is not 2x2"),
+    "average pooling": (put(7, lambda: nn.AvgPool2d(2)), "but conv, norm, relu, average_pool"),
+    "3x3 pooling": (put(7, lambda: nn.MaxPool2d(3, 2, 1)), "but conv, norm, relu, max_pool"),
+    "pooling, stride 1": (put(7, lambda: nn.MaxPool2d(2, 1)), "but conv, norm, relu, max_pool"),
     "ceil_mode": (setting(7, "ceil_mode", True), "ceil_mode"),
     "dropout": (put(9, lambda: nn.Dropout(0.5)), "it uses Dropout in training mode"),
     "other filters": (
@@ -214,7 +255,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward hook": (hooked, "module '0' has forward hooks"),
     "parametrised": (parametrised, "module '4' is parametrised|it uses Parametrized"),
     "monkeypatched": (monkeypatched, "the forward of Conv2d was replaced"),
-    "subclass": (put(4, lambda: type("MyConv", (nn.Conv2d,), {})(8, 8, 3, padding=1, bias=False)), "it uses conv2d"),
+    "standardised weight": (put(4, lambda: Other(lambda w: w - w.mean())), "conv2d with a weight that is no parameter"),
+    "detached weight": (put(4, lambda: Other(torch.Tensor.detach)), "conv2d with a weight that is no parameter"),
+    "a global weight": (put(4, lambda: Other(others_weight)), "conv2d with a weight that is no parameter"),
+    "another bias": (put(4, lambda: ExtraBias(8, 8, 3, padding=1)), "that are not weight and bias of one Conv2d"),
+    "another padding": (put(4, lambda: Other(padding=(0, 0))), "conv2d with a padding other than its module's"),
+    "running statistics by a call": (
+        put(5, lambda: InEvaluation(8)), "batch_norm with statistics that are not the batch's"
+    ),
 }  # fmt: skip
 
 
@@ -255,6 +303,20 @@ def test_a_changed_module_is_read_again():
     assert state() == (second, True)
     model[1].weight = model[5].weight
     assert isinstance(state()[0], str)
+
+
+def test_a_changed_setting_of_a_functional_layer_is_noticed(monkeypatch):
+    model = few_shot.MetaConvModel()
+    assert conv.read(model).blocks[1].eps == 1e-5
+    model.features.layer2.norm.eps = 0.5
+    assert conv.read(model).blocks[1].eps == 0.5
+    model.features.layer1.conv.padding = (0, 0)
+    assert "has padding" in conv.read(model)
+    model.features.layer1.conv.padding = (1, 1)
+    assert isinstance(conv.read(model), conv.ConvSpec)
+    original = few_shot.MetaLinear.forward
+    monkeypatch.setattr(few_shot.MetaLinear, "forward", lambda self, x, params=None: original(self, x, params) * 2)
+    assert "mul" in conv.read(model)
 
 
 def test_a_lambda_that_is_exchanged_is_noticed():

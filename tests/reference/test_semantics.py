@@ -332,7 +332,7 @@ def test_bad_inputs_are_named(name):
 
 def test_tasks_of_different_sizes_add_up():
     """Adds tasks up as the error message about lists and the docstring show."""
-    model = nets.mlp(activation=nn.GELU).double()
+    model = nets.mlp(activation=nn.Softplus).double()
     tasks = [nets.vector_tasks(tasks=1, shots=shots) for shots in (1, 2, 4)]
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for task in tasks:
@@ -457,7 +457,7 @@ def test_extra_state_is_no_obstacle():
         def set_extra_state(self, state: dict[str, int]) -> None:
             assert state == {"version": 3}
 
-    model, data = nn.Sequential(Extra(4, 8), nn.GELU(), nn.Linear(8, 3)).double(), nets.vector_tasks()
+    model, data = nn.Sequential(Extra(4, 8), nn.Softplus(), nn.Linear(8, 3)).double(), nets.vector_tasks()
     assert meta_step(model, *data, **OPTIONS).query_loss.isfinite().all()
 
 
@@ -502,7 +502,7 @@ def test_a_learnable_rate_and_a_parameter_without_axes(shape, backend):
 
 
 def test_what_one_call_made_impossible_the_next_may_do():
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks()
 
     def looking(prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction, target) * (1.0 if float(prediction.sum()) < 1e9 else 2.0)
@@ -591,7 +591,7 @@ def test_the_inner_steps_of_maml_are_those_of_fo_maml_whatever_serves_them():
 
 
 def test_the_name_of_a_module_stands_for_its_parameters():
-    model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
+    model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks()
     found = [adapt(model, *data[:2], **OPTIONS, adapt=which) for which in ("4", ["4.*"], ["4.weight", "4.bias"])]
     assert found[0].keys() == found[1].keys() == found[2].keys() == {"4.weight", "4.bias"}
     with pytest.raises(ValueError, match="adapt: expected patterns that match"):

@@ -6,6 +6,7 @@
 #include "cpu/conv_table.h"
 #include "cpu/isa/simd.h"
 #include "cpu/kernels.h"
+#include "cpu/layers_table.h"
 #include "cpu/mlp_table.h"
 
 namespace signmaml::cpu::SIGNMAML_ISA {
@@ -145,6 +146,7 @@ constexpr SpanKernels<Scalar> table() {
 #define SIGNMAML_TEXT(x) SIGNMAML_TEXT_OF(x)
 
 extern const Kernels kKernels;
-const Kernels kKernels = {SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages, &kMlpStages};
+const Kernels kKernels = {
+    SIGNMAML_TEXT(SIGNMAML_ISA), table<float>(), table<double>(), &kConvStages, &kMlpStages, &kLayersStages};
 
 }  // namespace signmaml::cpu::SIGNMAML_ISA

@@ -74,8 +74,9 @@ void convolve_back_item(const ConvTask<Scalar>& t, int block, std::int64_t item,
     Scalar* out = activation_grad_row(t, block - 1, rows.example, rows.first, grad_in_scratch(t, item, first, scratch));
     if (b.winograd) {
         const Scalar* grads = t.at(b.raw) + (rows.example * (b.out_h + 2) + rows.first) * row;
-        winograd<Scalar>({out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels, add},
-                         t.at(t.layout->transformed), b.vectors_back, scratch);
+        winograd<Scalar>(
+            {out, b.in_w * channels, grads, row, rows.count, b.in_w, t.shape->filters, channels, channels, add},
+            t.at(t.layout->transformed), b.vectors_back, scratch);
     } else if (!b.shared) {
         data_grad_directly(t, block, rows, out, add);
     } else if (item == first) {

@@ -20,7 +20,7 @@ void convolve_rows(const ConvTask<Scalar>& t, int block, const Rows& rows, bool 
     Scalar* raw = raw_row(t, block, rows.example, rows.first);
     if (b.winograd) {
         const Scalar* x = input_row(t, block, rows.example, rows.first);
-        winograd<Scalar>({raw, row, x, row_in, rows.count, b.out_w, b.inputs, channels, add},
+        winograd<Scalar>({raw, row, x, row_in, rows.count, b.out_w, b.inputs, channels, channels, add},
                          t.at(t.layout->transformed), b.vectors, scratch);
         return;
     }

@@ -20,8 +20,10 @@ struct Run {
     std::int64_t weight;
 };
 
+constexpr int kMostRuns = 32;
+
 struct Runs {
-    Run run[kConvFilters / 8];  // rows or taps of a window, or blocks of at least 8 channels
+    Run run[kMostRuns];  // rows or taps of a window, or blocks of at least 8 channels
     int count;
     std::int64_t length;  // inputs of each
 };

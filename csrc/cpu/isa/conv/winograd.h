@@ -116,7 +116,8 @@ void transform_grads(Scalar* to, TileSteps steps, const Scalar* grad, std::int64
     }
 }
 
-// What a 3x3 convolution with stride 1 reads and writes: rows of positions, `channels` scalars each.
+// What a 3x3 convolution with stride 1 reads and writes: rows of positions, `input_lanes` scalars each in x, of which
+// `inputs` carry data, and `channels` in out.
 template <typename Scalar>
 struct Convolution {
     Scalar* out;
@@ -124,7 +125,7 @@ struct Convolution {
     const Scalar* x;  // the window of output 0
     std::int64_t x_row;
     std::int64_t rows, positions;
-    std::int64_t inputs, channels;
+    std::int64_t inputs, input_lanes, channels;
     bool add;  // to what is in `out`
 };
 
@@ -223,11 +224,11 @@ void transform_outputs(Scalar* out, const Scalar* m, const Convolution<Scalar>& 
     }
 }
 
-// weight: as transform_kernels leaves it. scratch: conv_winograd_scratch scalars.
+// weight: as transform_kernels leaves it. scratch: 16 kConvWinogradTiles (input_lanes + channels) scalars.
 template <typename Scalar, int kVectors>
 void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scratch) {
     constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>, kB = kBlock<Scalar>;
-    const std::int64_t channels = conv.channels;
+    const std::int64_t channels = conv.channels, lanes = conv.input_lanes;
     const std::int64_t all_x = (conv.positions + 1) / 2, all_y = (conv.rows + 1) / 2;
     const std::int64_t chunks_x = pieces(all_x, kConvWinogradTiles);
     const std::int64_t chunks_y = pieces(all_y, all_x < kConvWinogradTiles ? kConvWinogradTiles / all_x : 1);
@@ -239,11 +240,11 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scr
         const std::int64_t tiles_y = start_of(chunk / chunks_x + 1, all_y, chunks_y) - top;
         const std::int64_t tiles = tiles_x * tiles_y;
         Scalar* inputs = scratch;
-        Scalar* products = scratch + 16 * tiles * channels;
+        Scalar* products = scratch + 16 * tiles * lanes;
         for (std::int64_t y = 0; y < tiles_y; ++y) {
-            for (std::int64_t c = 0; c < channels; c += kLanes<Scalar>) {
+            for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
                 transform_inputs(inputs + (c / kB * tiles + y * tiles_x) * 16 * kB + c % kB, {16 * kB, kB},
-                                 conv.x + 2 * (top + y) * conv.x_row + 2 * left * channels + c, conv.x_row, channels,
+                                 conv.x + 2 * (top + y) * conv.x_row + 2 * left * lanes + c, conv.x_row, lanes,
                                  tiles_x);
             }
         }

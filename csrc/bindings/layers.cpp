@@ -1,0 +1,274 @@
+#include "bindings/layers.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/layers_table.h"
+#include "cpu/ops.h"
+#include "plan/layers_cpu.h"
+
+namespace py = pybind11;
+
+namespace signmaml::bindings {
+namespace {
+
+using Address = std::uintptr_t;
+using Pair = std::array<std::int32_t, 2>;
+// An address, and how many scalars lie between two tasks' tensors.
+using Place = std::pair<Address, std::int64_t>;
+
+[[noreturn]] void refuse(const std::string& argument, const std::string& expected, const std::string& found) {
+    throw std::invalid_argument(argument + ": expected " + expected + ", found " + found);
+}
+
+// One block's entries, by name; `at` says which block in messages.
+class Entries {
+  public:
+    Entries(py::dict entries, std::size_t number)
+        : entries_(std::move(entries)), at_("blocks[" + std::to_string(number) + "]") {}
+
+    template <typename Value>
+    Value get(const char* name, Value otherwise) const {
+        if (!entries_.contains(name)) return otherwise;
+        try {
+            return entries_[name].cast<Value>();
+        } catch (const py::cast_error&) {
+            throw py::type_error(at_ + ": expected another type for '" + name + "', found " +
+                                 std::string(py::str(py::type::of(entries_[name]).attr("__name__"))));
+        }
+    }
+
+    // The number of a word in a list, 0 if there is none.
+    template <typename Kind>
+    Kind kind(const char* name, const std::vector<std::string>& words) const {
+        const std::string word = get<std::string>(name, words.front());
+        for (std::size_t i = 0; i < words.size(); ++i) {
+            if (words[i] == word) return static_cast<Kind>(i);
+        }
+        refuse(at_, "another " + std::string(name), "'" + word + "'");
+    }
+
+    LayersWindow window(const char* size, const char* stride, const char* pad) const {
+        const Pair s = get<Pair>(size, {1, 1}), by = get<Pair>(stride, {1, 1}), around = get<Pair>(pad, {0, 0});
+        if (s[0] < 1 || s[1] < 1 || by[0] < 1 || by[1] < 1 || around[0] < 0 || around[1] < 0) {
+            refuse(at_, "a " + std::string(size) + " and stride of 1 or more and a padding of 0 or more", "others");
+        }
+        return {s[0], s[1], by[0], by[1], around[0], around[1]};
+    }
+
+    const std::string& at() const { return at_; }
+
+  private:
+    const py::dict entries_;
+    const std::string at_;
+};
+
+std::int32_t windows(std::int32_t size, std::int32_t window, std::int32_t stride, std::int32_t pad) {
+    return size + 2 * pad < window ? 0 : (size + 2 * pad - window) / stride + 1;
+}
+
+LayersSize after(const LayersSize& size, const LayersWindow& w) {
+    return {size.channels, windows(size.height, w.height, w.stride_h, w.pad_h),
+            windows(size.width, w.width, w.stride_w, w.pad_w)};
+}
+
+std::string text_of(const LayersSize& size) {
+    return std::to_string(size.channels) + " x " + std::to_string(size.height) + " x " + std::to_string(size.width);
+}
+
+LayersBlock block_of(const Entries& entries, const LayersSize& in, std::int32_t& tensors) {
+    LayersBlock block{};
+    const auto tensor = [&tensors](bool there) { return there ? tensors++ : -1; };
+    block.in = block.made = in;
+    block.product = entries.kind<LayersProduct>("product", {"none", "conv", "linear"});
+    if (block.product != LayersProduct::kNone) {
+        block.made.channels = entries.get<std::int32_t>("channels", 0);
+        if (block.made.channels < 1) refuse(entries.at(), "channels of 1 or more", std::to_string(block.made.channels));
+    }
+    if (block.product == LayersProduct::kConv) {
+        block.window = entries.window("kernel", "stride", "padding");
+        const std::int32_t channels = block.made.channels;
+        block.made = after(in, block.window);
+        block.made.channels = channels;
+        const auto runs = [](std::int32_t window, std::int32_t stride) { return (window + stride - 1) / stride; };
+        const LayersWindow& w = block.window;
+        const std::int32_t most =
+            w.stride_w == 1 ? runs(w.height, w.stride_h) : runs(w.height, w.stride_h) * runs(w.width, w.stride_w);
+        if (w.height > kLayersWindow || most > kLayersWindow) {
+            refuse(entries.at(), "a smaller kernel", std::to_string(w.height) + " x " + std::to_string(w.width));
+        }
+        if (w.pad_h >= w.height || w.pad_w >= w.width) {
+            refuse(entries.at(), "a padding below the kernel's size", "another");
+        }
+    } else if (block.product == LayersProduct::kLinear) {
+        block.made.height = block.made.width = 1;
+    }
+    block.weight = tensor(block.product != LayersProduct::kNone);
+    block.bias = tensor(block.product != LayersProduct::kNone && entries.get<bool>("bias", false));
+    block.norm = entries.kind<LayersNorm>("norm", {"none", "batch", "group"});
+    block.groups = entries.get<std::int32_t>("groups", 1);
+    block.eps = entries.get<double>("eps", 0.0);
+    if (block.norm == LayersNorm::kGroup && (block.groups < 1 || block.made.channels % block.groups != 0)) {
+        refuse(entries.at(), "groups that divide " + std::to_string(block.made.channels) + " channels",
+               std::to_string(block.groups));
+    }
+    if (block.norm != LayersNorm::kNone && !(block.eps > 0)) refuse(entries.at(), "an eps above 0", "another");
+    const bool affine = block.norm != LayersNorm::kNone && entries.get<bool>("affine", true);
+    block.scale = tensor(affine);
+    block.shift = tensor(affine);
+    block.activation = entries.kind<LayersActivation>(
+        "activation", {"none", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"});
+    block.slope = entries.get<double>("slope", 0.0);
+    block.pool = entries.kind<LayersPool>("pool", {"none", "max", "average", "mean"});
+    block.out = block.made;
+    if (block.pool == LayersPool::kMax || block.pool == LayersPool::kAverage) {
+        block.pool_window = entries.window("pool_kernel", "pool_stride", "pool_padding");
+        const LayersWindow& w = block.pool_window;
+        if (2 * w.pad_h > w.height || 2 * w.pad_w > w.width) {
+            refuse(entries.at(), "a pooling's padding of half its kernel at most", "more");
+        }
+        block.out = after(block.made, w);
+        block.counts_padding = entries.get<bool>("counts_padding", true);
+    } else if (block.pool == LayersPool::kMean) {
+        block.out.height = block.out.width = 1;
+    }
+    for (const LayersSize& size : {block.made, block.out}) {
+        if (size.height < 1 || size.width < 1) refuse(entries.at(), "larger images", text_of(in));
+        if (layers_features(size) > std::numeric_limits<std::int32_t>::max())
+            refuse(entries.at(), "smaller images", text_of(in));
+    }
+    return block;
+}
+
+class LayersProgram {
+  public:
+    LayersProgram(const std::vector<py::dict>& blocks, const std::array<std::int32_t, 3>& size) {
+        if (blocks.empty() || blocks.size() > static_cast<std::size_t>(kLayersBlocks)) {
+            refuse("blocks", "1 to " + std::to_string(kLayersBlocks), std::to_string(blocks.size()));
+        }
+        LayersSize at{size[0], size[1], size[2]};
+        if (at.channels < 1 || at.height < 1 || at.width < 1) refuse("size", "1 or more each", text_of(at));
+        network_.blocks = static_cast<std::int32_t>(blocks.size());
+        for (std::size_t i = 0; i < blocks.size(); ++i) {
+            network_.block[i] = block_of(Entries(blocks[i], i), at, network_.tensors);
+            at = network_.block[i].out;
+        }
+        if (at.height != 1 || at.width != 1) refuse("blocks", "a last one that makes features", text_of(at));
+    }
+
+    std::int32_t tensors() const { return network_.tensors; }
+    std::int32_t outputs() const { return network_.block[network_.blocks - 1].out.channels; }
+    bool couples() const { return layers_couple_examples(network_); }
+
+    // By block: the sizes that it reads, makes and gives.
+    std::vector<py::tuple> sizes() const {
+        const auto of = [](const LayersSize& s) { return py::make_tuple(s.channels, s.height, s.width); };
+        std::vector<py::tuple> found;
+        for (int i = 0; i < network_.blocks; ++i) {
+            const LayersBlock& block = network_.block[i];
+            found.push_back(py::make_tuple(of(block.in), of(block.made), of(block.out)));
+        }
+        return found;
+    }
+
+    py::dict plan(std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
+        check_counts(tasks, count, threads);
+        const LayersCpuPlan found = plan_of(tasks, count, is_double, threads);
+        py::dict plan;
+        plan["chunk"] = found.chunk;
+        plan["workspace_bytes"] = found.workspace_bytes;
+        return plan;
+    }
+
+    void run(const std::vector<Place>& parameters, const std::vector<Place>& gradients, Address x, Address labels,
+             Address target, Address loss, Address predictions, Address workspace, std::int64_t tasks,
+             std::int64_t count, bool is_double, int threads) const {
+        check_counts(tasks, count, threads);
+        const auto expected = static_cast<std::size_t>(network_.tensors);
+        if (parameters.size() != expected) {
+            refuse("parameters", std::to_string(expected), std::to_string(parameters.size()));
+        }
+        if (!gradients.empty() && gradients.size() != expected) {
+            refuse("gradients", "none or " + std::to_string(expected), std::to_string(gradients.size()));
+        }
+        for (const auto& [address, apart] : parameters) {
+            if (address == 0 && tasks > 0) refuse("parameters", "addresses", "none");
+        }
+        if ((labels == 0) == (target == 0) && tasks > 0) refuse("labels", "labels or a target", "both or none");
+        if ((x == 0 || loss == 0 || workspace == 0) && tasks > 0) refuse("x, loss, workspace", "addresses", "none");
+        py::gil_scoped_release release;
+        if (is_double) {
+            run_as<double>(parameters, gradients, x, labels, target, loss, predictions, workspace, tasks, count,
+                           threads);
+        } else {
+            run_as<float>(parameters, gradients, x, labels, target, loss, predictions, workspace, tasks, count,
+                          threads);
+        }
+    }
+
+  private:
+    static void check_counts(std::int64_t tasks, std::int64_t count, int threads) {
+        if (tasks < 0) refuse("tasks", "0 or more", std::to_string(tasks));
+        if (count < 1) refuse("count", "1 or more", std::to_string(count));
+        if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
+    }
+
+    LayersCpuPlan plan_of(std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
+        const cpu::Kernels& kernels = cpu::kernels();
+        return is_double ? plan_layers_cpu(network_, tasks, count, 8, cpu::layers_stages<double>(kernels).unit, threads)
+                         : plan_layers_cpu(network_, tasks, count, 4, cpu::layers_stages<float>(kernels).unit, threads);
+    }
+
+    template <typename Scalar>
+    void run_as(const std::vector<Place>& parameters, const std::vector<Place>& gradients, Address x, Address labels,
+                Address target, Address loss, Address predictions, Address workspace, std::int64_t tasks,
+                std::int64_t count, int threads) const {
+        std::vector<LayersTensor<Scalar>> tensors(parameters.size());
+        for (std::size_t i = 0; i < tensors.size(); ++i) {
+            tensors[i].values = reinterpret_cast<const Scalar*>(parameters[i].first);
+            tensors[i].values_apart = parameters[i].second;
+            if (gradients.empty()) continue;
+            tensors[i].grads = reinterpret_cast<Scalar*>(gradients[i].first);
+            tensors[i].grads_apart = gradients[i].second;
+        }
+        const LayersPassParams<Scalar> params{tensors.data(),
+                                              reinterpret_cast<const Scalar*>(x),
+                                              reinterpret_cast<const std::int64_t*>(labels),
+                                              reinterpret_cast<const Scalar*>(target),
+                                              reinterpret_cast<Scalar*>(loss),
+                                              reinterpret_cast<Scalar*>(predictions),
+                                              reinterpret_cast<void*>(workspace),
+                                              tasks,
+                                              count,
+                                              !gradients.empty()};
+        cpu::layers_pass(network_, params, threads);
+    }
+
+    LayersNetwork network_{};
+};
+
+}  // namespace
+
+void define_layers(py::module_& m) {
+    using namespace py::literals;
+    py::class_<LayersProgram>(m, "LayersProgram", py::module_local())
+        .def(py::init<const std::vector<py::dict>&, const std::array<std::int32_t, 3>&>(), "blocks"_a, "size"_a)
+        .def_property_readonly("tensors", &LayersProgram::tensors)
+        .def_property_readonly("outputs", &LayersProgram::outputs)
+        .def_property_readonly("couples_examples", &LayersProgram::couples)
+        .def_property_readonly("sizes", &LayersProgram::sizes)
+        .def("plan", &LayersProgram::plan, "tasks"_a, "count"_a, "is_double"_a, "threads"_a)
+        .def("run", &LayersProgram::run, "parameters"_a, "gradients"_a, "x"_a, "labels"_a, "target"_a, "loss"_a,
+             "predictions"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a);
+}
+
+}  // namespace signmaml::bindings

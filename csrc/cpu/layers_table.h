@@ -1,0 +1,70 @@
+// The stages of a pass of a program of blocks on the CPU. There is one table of stages for each instruction set:
+// csrc/cpu/isa/layers/.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "params/layers.h"
+#include "plan/layers_cpu.h"
+
+namespace signmaml::cpu {
+
+// What one thread knows of the task and the examples at hand. Plain data: an inline function would be shared by the
+// instruction sets.
+template <typename Scalar>
+struct LayersTask {
+    const LayersNetwork* network;
+    const LayersCpuLayout* layout;
+    const Scalar* const* values;  // [tensors], of the task
+    Scalar* const* grads;         // [tensors], null where not wanted
+    Scalar* memory;               // as the layout says
+    int lowest;                   // block that has a gradient; network->blocks if none has
+    const Scalar* x;              // of the examples at hand
+    std::int64_t count;           // of them
+};
+
+template <typename Scalar>
+struct LayersStages {
+    ConvUnit unit;
+    // Zeros around all images, where nothing else writes: once a thread.
+    void (*clear_borders)(const LayersTask<Scalar>&);
+    // The task's parameters into packed form; the sums of its gradients <- 0.
+    void (*start)(const LayersTask<Scalar>&);
+    // The examples at hand to outputs [count, lanes of the last block].
+    void (*forward)(const LayersTask<Scalar>&);
+    // Adds the examples' gradients, from those of the outputs, [count, lanes of the last block], in out_grad[0].
+    void (*backward)(const LayersTask<Scalar>&);
+    // Sums that are packed to `grads`.
+    void (*finish)(const LayersTask<Scalar>&);
+};
+
+struct LayersStageTables {
+    LayersStages<float> float32;
+    LayersStages<double> float64;
+};
+
+namespace portable {
+extern const LayersStageTables kLayersStages;
+}
+namespace avx2 {
+extern const LayersStageTables kLayersStages;
+}
+namespace avx512 {
+extern const LayersStageTables kLayersStages;
+}
+
+template <typename Scalar>
+const LayersStages<Scalar>& layers_stages(const Kernels& kernels);
+
+template <>
+inline const LayersStages<float>& layers_stages<float>(const Kernels& kernels) {
+    return kernels.layers_stages->float32;
+}
+
+template <>
+inline const LayersStages<double>& layers_stages<double>(const Kernels& kernels) {
+    return kernels.layers_stages->float64;
+}
+
+}  // namespace signmaml::cpu

@@ -1,0 +1,238 @@
+// How the CPU backend lays out a pass of a program of blocks (params/layers.h): offsets into a thread's memory, and how
+// many examples it takes at once. Pure functions of the network.
+#pragma once
+
+#include <cstdint>
+
+#include "params/layers.h"
+#include "plan/conv_meta_step_cpu.h"
+#include "plan/math.h"
+
+namespace signmaml {
+
+// Where no normalisation couples them, a thread takes as many examples from the first block to the last and back as fit
+// this many bytes: they stay in L2.
+inline constexpr std::int64_t kLayersChunkBytes = 1024 * 1024;
+
+// Vectors of [lanes] that a block keeps for every example, or once if all examples share its statistics.
+enum LayersVector : std::int32_t {
+    kLayersMean = 0,  // of what is normalised, less the bias
+    kLayersInverse,   // 1 / standard deviation; 1 without normalisation
+    kLayersScale,
+    kLayersShift,  // normalised = scale * made + shift
+    kLayersSlope,  // the gradient of `made` = scale * grad + slope * (made - mean) + offset
+    kLayersOffset,
+    kLayersVectors
+};
+
+// Borders of zeros around an image.
+struct LayersBorder {
+    std::int64_t top, left, bottom, right;
+};
+
+// Images in memory: [n, top + height + bottom, left + width + right, lanes].
+struct LayersImages {
+    std::int64_t place;  // of the first scalar
+    std::int64_t lanes, row, image;
+    LayersBorder border;
+
+    constexpr std::int64_t first() const { return place + border.top * row + border.left * lanes; }
+};
+
+struct LayersBlockPlan {
+    LayersImages in;                     // what the block reads: the output of the block before, or the examples
+    LayersImages made;                   // what its product makes, later the gradient of that
+    bool winograd;                       // the convolution by F(2x2, 3x3)
+    bool winograd_back;                  // its gradients, too
+    std::int32_t vectors, vectors_back;  // in a group of channels
+    std::int64_t features;               // [n, in features] in torch's order, if a linear layer reads images; else -1
+    std::int64_t feature_grads;          // likewise
+    std::int64_t weight;                 // of a convolution: [groups, window, in lanes, group]
+    std::int64_t weight_back;            // [groups of in lanes, window back to front, lanes, group]
+    std::int64_t transformed, transformed_back;  // the same for F(2x2, 3x3)
+    std::int64_t weight_grad;                    // like weight
+    std::int64_t products;                       // [16, groups, in lanes, group]: its sums by F(2x2, 3x3)
+    std::int64_t met;          // [9, in lanes]: 1 where the input is not 0 in that part of the images, else 0
+    std::int64_t affine;       // [2, lanes]: scale and shift of the normalisation, padded; the bias is `bias`
+    std::int64_t bias;         // [lanes]
+    std::int64_t affine_grad;  // [3, lanes] doubles: of scale, shift and bias
+    std::int64_t cells;        // [n or 1, kLayersVectors, lanes]
+    std::int64_t moments;      // [n, 2, lanes]: mean and squared deviations of every example's channels
+    std::int64_t band;         // rows of `made` that are pooled together
+};
+
+struct LayersCpuLayout {
+    LayersBlockPlan block[kLayersBlocks];
+    LayersImages out;          // of the last block
+    std::int64_t out_grad[2];  // gradients of blocks' outputs, one after the other in turn: [n, height, width, lanes]
+    std::int64_t sums;         // [n, 2, lanes]
+    std::int64_t size;         // memory of a thread
+    std::int64_t scratch;      // offset of the rest of it, for one stage at a time
+    std::int64_t count;        // examples at once
+};
+
+constexpr std::int64_t layers_unit(ConvUnit unit) { return larger(unit.lanes, 8); }
+
+constexpr std::int64_t layers_lanes(std::int64_t channels, ConvUnit unit) {
+    return ceil_div(channels, layers_unit(unit)) * layers_unit(unit);
+}
+
+constexpr std::int32_t layers_group(std::int64_t lanes, std::int64_t positions, ConvUnit unit) {
+    const std::int64_t all = lanes / unit.lanes;
+    std::int32_t vectors = positions >= kConvNarrow ? unit.vectors_wide : unit.vectors_narrow;
+    while (all % vectors != 0) --vectors;
+    return vectors;
+}
+
+constexpr LayersImages layers_images(ConvPlaces& places, std::int64_t n, const LayersSize& size, std::int64_t lanes,
+                                     const LayersBorder& border) {
+    LayersImages images{};
+    images.lanes = lanes;
+    images.border = border;
+    images.row = (border.left + size.width + border.right) * lanes;
+    images.image = (border.top + size.height + border.bottom) * images.row;
+    // F(2x2, 3x3) reads up to a row and a position past the last image.
+    images.place = places.take(n * images.image + images.row + 2 * lanes);
+    return images;
+}
+
+// The border that a convolution needs around its input.
+constexpr LayersBorder layers_border_of_input(const LayersBlock& block) {
+    if (block.product != LayersProduct::kConv) return {};
+    const LayersWindow& w = block.window;
+    // Of the last window's last row and column, as far as they are outside.
+    const auto beyond = [](std::int64_t made, std::int64_t stride, std::int64_t window, std::int64_t pad,
+                           std::int64_t size) { return larger(0, (made - 1) * stride + window - pad - size); };
+    return {w.pad_h, w.pad_w, beyond(block.made.height, w.stride_h, w.height, w.pad_h, block.in.height),
+            beyond(block.made.width, w.stride_w, w.width, w.pad_w, block.in.width)};
+}
+
+// The border around the gradient of what a convolution makes, so that the gradient of its input is a convolution too.
+constexpr LayersBorder layers_border_of_gradient(const LayersBlock& block) {
+    if (block.product != LayersProduct::kConv) return {};
+    const LayersWindow& w = block.window;
+    const auto before = [](std::int64_t window, std::int64_t stride, std::int64_t pad) {
+        return larger(0, ceil_div(window - 1 - pad, stride));
+    };
+    const auto behind = [](std::int64_t made, std::int64_t size, std::int64_t stride, std::int64_t pad) {
+        return larger(0, (size - 1 + pad) / stride - (made - 1));
+    };
+    return {before(w.height, w.stride_h, w.pad_h), before(w.width, w.stride_w, w.pad_w),
+            behind(block.made.height, block.in.height, w.stride_h, w.pad_h),
+            behind(block.made.width, block.in.width, w.stride_w, w.pad_w)};
+}
+
+// F(2x2, 3x3) serves up to this many lanes.
+inline constexpr std::int64_t kLayersWinogradLanes = 256;
+
+constexpr bool layers_winograd(const LayersBlock& block, bool is_first, std::int64_t most_lanes) {
+    const LayersWindow& w = block.window;
+    return !is_first && most_lanes <= kLayersWinogradLanes && block.product == LayersProduct::kConv && w.height == 3 &&
+           w.width == 3 && w.stride_h == 1 && w.stride_w == 1 && w.pad_h == 1 && w.pad_w == 1 &&
+           conv_winograd_pays(block.made.height, block.made.width);
+}
+
+// Rows of `made` that are pooled together: those under a row of windows, or all where windows overlap.
+constexpr std::int64_t layers_band(const LayersBlock& block) {
+    if (block.pool != LayersPool::kMax && block.pool != LayersPool::kAverage) return 1;
+    const LayersWindow& w = block.pool_window;
+    return w.stride_h == w.height && w.pad_h == 0 ? w.height : block.made.height;
+}
+
+// Scalars from one tile of the weight gradient to the next.
+constexpr std::int64_t layers_outer_step(std::int64_t in_lanes, std::int64_t lanes) {
+    return larger(in_lanes, lanes) + kConvOuterGap;
+}
+
+constexpr std::int64_t layers_outer_scratch(std::int64_t in_lanes, std::int64_t lanes) {
+    return 2 * 16 * kConvOuterTiles * layers_outer_step(in_lanes, lanes);
+}
+
+constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::int64_t n, int scalar_bytes,
+                                           ConvUnit unit) {
+    LayersCpuLayout layout{};
+    layout.count = n;
+    ConvPlaces places{64 / scalar_bytes, 0};
+    std::int64_t largest_out = 0, largest_lanes = 0, scratch = 0;
+    for (int i = 0; i < network.blocks; ++i) {
+        const LayersBlock& block = network.block[i];
+        LayersBlockPlan& plan = layout.block[i];
+        const std::int64_t lanes = layers_lanes(block.made.channels, unit);
+        const bool convolves = block.product == LayersProduct::kConv;
+        if (i == 0) {
+            // Only their scalars are read, so the channels need not be whole vectors.
+            plan.in =
+                layers_images(places, convolves ? n : 0, block.in, block.in.channels, layers_border_of_input(block));
+        } else {
+            plan.in = layers_images(places, n, block.in, layers_lanes(block.in.channels, unit),
+                                    layers_border_of_input(block));
+        }
+        plan.made =
+            layers_images(places, n, block.made, lanes, i == 0 ? LayersBorder{} : layers_border_of_gradient(block));
+        plan.winograd = layers_winograd(block, i == 0, larger(plan.in.lanes, lanes));
+        // Without a normalisation most gradients of what is made are exactly 0, as ReLU and pooling leave them. Where a
+        // tile has a few others, F(2x2, 3x3) would leave rounding instead of 0, and the sign step would act on it.
+        plan.winograd_back = plan.winograd && block.norm != LayersNorm::kNone;
+        plan.vectors = layers_group(lanes, block.made.width, unit);
+        plan.vectors_back =
+            layers_group(plan.in.lanes + layers_unit(unit) - 1 - (plan.in.lanes - 1) % layers_unit(unit),
+                         ceil_div(block.in.width, larger(1, block.window.stride_w)), unit);
+        const bool flattens =
+            block.product == LayersProduct::kLinear && std::int64_t{block.in.height} * block.in.width > 1 && i > 0;
+        plan.features = flattens ? places.take(n * layers_features(block.in)) : -1;
+        plan.feature_grads = flattens ? places.take(n * layers_features(block.in)) : -1;
+        const std::int64_t weights =
+            convolves ? std::int64_t{block.window.height} * block.window.width * plan.in.lanes * lanes : 0;
+        const std::int64_t transformed = plan.winograd ? 16 * plan.in.lanes * lanes : 0;
+        const std::int64_t of_back = plan.winograd_back ? transformed : 0;
+        plan.weight = places.take(weights);
+        plan.weight_back = places.take(i > 0 ? weights : 0);
+        plan.transformed = places.take(transformed);
+        plan.transformed_back = places.take(of_back);
+        plan.weight_grad = places.take(weights);
+        plan.products = places.take(of_back);
+        plan.met = places.take(plan.winograd_back ? 9 * plan.in.lanes : 0);
+        plan.affine = places.take(2 * lanes);
+        plan.bias = places.take(lanes);
+        plan.affine_grad = places.take(3 * lanes * (8 / scalar_bytes));
+        plan.cells = places.take((block.norm == LayersNorm::kGroup ? n : 1) * kLayersVectors * lanes);
+        plan.moments = places.take(n * 2 * lanes);
+        plan.band = layers_band(block);
+        largest_out = larger(largest_out, std::int64_t{block.out.height} * block.out.width * lanes);
+        largest_lanes = larger(largest_lanes, lanes);
+        if (plan.winograd) scratch = larger(scratch, 16 * kConvWinogradTiles * (plan.in.lanes + lanes));
+        if (plan.winograd_back) scratch = larger(scratch, layers_outer_scratch(plan.in.lanes, lanes));
+        scratch = larger(scratch, 2 * plan.band * block.made.width * lanes);
+    }
+    const LayersBlock& last = network.block[network.blocks - 1];
+    layout.out = layers_images(places, n, last.out, layers_lanes(last.out.channels, unit), {});
+    for (std::int64_t& place : layout.out_grad) place = places.take(n * largest_out);
+    layout.sums = places.take(n * 2 * largest_lanes);
+    layout.scratch = places.take(scratch);
+    layout.size = places.at;
+    return layout;
+}
+
+// Examples that a thread takes at once.
+constexpr std::int64_t layers_chunk(const LayersNetwork& network, std::int64_t count, int scalar_bytes, ConvUnit unit) {
+    if (layers_couple_examples(network)) return count;
+    const std::int64_t one = layers_layout_of(network, 1, scalar_bytes, unit).size;
+    const std::int64_t each = layers_layout_of(network, 2, scalar_bytes, unit).size - one;
+    return smaller(count, larger(1, kLayersChunkBytes / (each * scalar_bytes)));
+}
+
+struct LayersCpuPlan {
+    std::int64_t chunk;            // examples at once
+    std::int64_t thread_scalars;   // memory of a thread
+    std::int64_t workspace_bytes;  // for all of them
+};
+
+constexpr LayersCpuPlan plan_layers_cpu(const LayersNetwork& network, std::int64_t tasks, std::int64_t count,
+                                        int scalar_bytes, ConvUnit unit, int threads) {
+    const std::int64_t chunk = layers_chunk(network, count, scalar_bytes, unit);
+    const std::int64_t scalars = layers_layout_of(network, chunk, scalar_bytes, unit).size;
+    // 64 extra bytes: the start of the workspace is rounded up to a multiple of 64.
+    return {chunk, scalars, smaller(tasks, threads) * scalars * scalar_bytes + 64};
+}
+
+}  // namespace signmaml

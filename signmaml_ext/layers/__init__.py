@@ -1,0 +1,10 @@
+"""The family of layer programs: networks that are a chain of usual layers, whatever their kinds and sizes.
+
+A native call computes the loss of all tasks and its gradient; the steps are those of flat.py, so every rate, sharpness
+and task state is served. Definition: reference.py. Kernels: csrc/cpu/layers_pass.cpp.
+"""
+
+from .call import adapt, meta_gradients, why_not
+from .spec import Block, LayersSpec, read
+
+__all__ = ["Block", "LayersSpec", "adapt", "meta_gradients", "read", "why_not"]

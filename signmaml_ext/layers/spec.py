@@ -1,0 +1,357 @@
+"""Which modules are programs of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import chain
+from ..chain import ACTIVATIONS, Layer
+from ..recognition import used_twice
+
+Pair = tuple[int, int]
+MOST_BLOCKS = 64  # kLayersBlocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A product, a normalisation, an activation and a pooling, in this order; each may be missing ("none").
+
+    Series are images of height 1, features images of one position.
+
+    Attributes:
+        product: "conv", "linear" or "none".
+        weight: Name of its weight, `[channels, inputs, *kernel]` or `[channels, features]`.
+        bias: Name of its bias `[channels]`; None without one.
+        channels: What it makes.
+        kernel: Of a convolution, `(height, width)`, like `stride` and `padding`.
+        norm: "batch" (over examples and positions), "group" (over positions and the channels of a group) or "none".
+        scale: Name of its scale `[channels]`; None without one.
+        shift: Likewise.
+        groups: Of "group".
+        eps: What is added to the variance.
+        activation: One of `chain.ACTIVATIONS` or "none".
+        slope: Of "leaky_relu" and "elu".
+        pool: "max", "average", "mean" (over all positions) or "none".
+        pool_kernel: Of "max" and "average", `(height, width)`, like `pool_stride` and `pool_padding`.
+        counts_padding: Whether "average" divides by positions over the border too.
+    """
+
+    product: str = "none"
+    weight: str = ""
+    bias: str | None = None
+    channels: int = 0
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    norm: str = "none"
+    scale: str | None = None
+    shift: str | None = None
+    groups: int = 1
+    eps: float = 0.0
+    activation: str = "none"
+    slope: float = 0.0
+    pool: str = "none"
+    pool_kernel: Pair = (1, 1)
+    pool_stride: Pair = (1, 1)
+    pool_padding: Pair = (0, 0)
+    counts_padding: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its parameters, in the order of the native calls."""
+        return tuple(name for name in (self.weight, self.bias, self.scale, self.shift) if name)
+
+    def entries(self) -> dict[str, Any]:
+        """The block as `LayersProgram` takes it."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("weight", "scale", "shift"):
+            del found[name]
+        return found | {"bias": self.bias is not None, "affine": self.scale is not None}
+
+    def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The block's definition, on images `[S, C, H, W]`."""
+
+        def named(name: str | None) -> Tensor | None:
+            return None if name is None else parameters[name]
+
+        if self.product == "conv":
+            weight = parameters[self.weight].reshape(self.channels, -1, *self.kernel)  # of series it has one axis less
+            x = F.conv2d(x, weight, named(self.bias), stride=self.stride, padding=self.padding)
+        elif self.product == "linear":
+            x = F.linear(x.flatten(1), parameters[self.weight], named(self.bias))[:, :, None, None]
+        if self.norm == "batch":
+            x = F.batch_norm(x, None, None, named(self.scale), named(self.shift), training=True, eps=self.eps)
+        elif self.norm == "group":
+            x = F.group_norm(x, self.groups, named(self.scale), named(self.shift), self.eps)
+        x = _activated(self.activation, self.slope, x)
+        if self.pool == "mean":
+            return x.mean((2, 3), keepdim=True)
+        window = (self.pool_kernel, self.pool_stride, self.pool_padding)
+        if self.pool == "max":
+            return F.max_pool2d(x, *window)
+        return F.avg_pool2d(x, *window, count_include_pad=self.counts_padding) if self.pool == "average" else x
+
+    def __str__(self) -> str:
+        parts = []
+        if self.product == "conv":
+            size = f"{self.kernel[0]}x{self.kernel[1]}"
+            stride = "" if self.stride == (1, 1) else f" by {self.stride[0]}x{self.stride[1]}"
+            parts.append(f"conv {size}{stride} to {self.channels}")
+        elif self.product == "linear":
+            parts.append(f"linear to {self.channels}")
+        if self.norm != "none":
+            parts.append("batch norm" if self.norm == "batch" else f"norm of {self.groups} groups")
+        if self.activation != "none":
+            parts.append(self.activation)
+        if self.pool != "none":
+            size = "" if self.pool == "mean" else f" {self.pool_kernel[0]}x{self.pool_kernel[1]}"
+            parts.append(f"{self.pool}{size}")
+        return ", ".join(parts)
+
+
+def _activated(kind: str, slope: float, x: Tensor) -> Tensor:
+    if kind == "leaky_relu":
+        return F.leaky_relu(x, slope)
+    if kind == "elu":
+        return F.elu(x, slope)
+    if kind in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="none" if kind == "gelu" else "tanh")
+    return x if kind == "none" else _PLAIN[kind](x)
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayersSpec:
+    """A module that is a chain of blocks.
+
+    Attributes:
+        blocks: In order.
+        reads: What an example is: "images" `[C, H, W]`, "series" `[C, L]`, "features" (flattened if it has more axes).
+        view: The size `[C, H, W]` that the module views its examples as first; empty if it does not.
+    """
+
+    blocks: tuple[Block, ...]
+    reads: str
+    view: tuple[int, ...] = ()
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All parameters in the order of the native calls."""
+        return tuple(name for block in self.blocks for name in block.names)
+
+    @property
+    def outputs(self) -> int:
+        return next(block.channels for block in reversed(self.blocks) if block.product != "none")
+
+    @property
+    def unmoved(self) -> tuple[str, ...]:
+        """Biases in front of a norm whose mean is over their channel alone, which takes them away."""
+        return tuple(
+            block.bias
+            for block in self.blocks
+            if block.bias is not None
+            and (block.norm == "batch" or (block.norm == "group" and block.groups == block.channels))
+        )
+
+    def size(self, example: tuple[int, ...]) -> tuple[int, int, int] | None:
+        """Channels, height and width of an example as the program takes it; None if it takes no such example."""
+        if self.view:
+            channels, height, width = self.view
+            count = 1
+            for length in example:
+                count *= length
+            return (channels, height, width) if count == channels * height * width else None
+        if self.reads == "images":
+            return (example[0], example[1], example[2]) if len(example) == 3 else None
+        if self.reads == "series":
+            return (example[0], 1, example[1]) if len(example) == 2 else None
+        features = 1
+        for length in example:
+            features *= length
+        return features, 1, 1
+
+    def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        size = self.size(tuple(x.shape[1:]))
+        if size is None:
+            raise ValueError(f"x: expected {self.reads}, found examples of {tuple(x.shape[1:])}")
+        x = x.reshape(-1, *size)
+        for block in self.blocks:
+            x = block.forward(parameters, x)
+        return x.flatten(1)
+
+    def example(self, model: nn.Module) -> tuple[int, ...]:
+        """The shape of an example, as far as the module tells it: images and series are 32 positions wide."""
+        first = model.get_parameter(self.blocks[0].weight) if self.blocks[0].weight else None
+        if self.view:
+            return self.view
+        inputs = self.blocks[0].channels if first is None else first.shape[1]
+        return {"images": (inputs, 32, 32), "series": (inputs, 32), "features": (inputs,)}[self.reads]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.blocks))
+
+
+def read(model: nn.Module) -> LayersSpec | str:
+    """The blocks of a module that is a chain of layers by its structure, or why it is not one; see `chain`."""
+    return chain.remembered(model, "layers program", _read)
+
+
+def _read(model: nn.Module) -> LayersSpec | str:
+    layers = chain.layers_of(model)
+    if isinstance(layers, str):
+        return layers
+    try:
+        return _Matcher().match(layers)
+    except _Refused as refusal:
+        return str(refusal)
+
+
+class _Refused(Exception):
+    """The chain is no program of blocks; the message says why."""
+
+
+_PRODUCTS = ("conv", "conv1d", "linear")
+_NORMS = ("norm", "norm1d", "group_norm", "instance_norm", "layer_norm")
+_POOLS = ("pool", "max_pool", "average_pool", "mean")
+
+
+class _Matcher:
+    """Puts layers into blocks: each goes into the last block if its slot and all later ones are free."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.free = 4  # the first free slot of the last block: 0 product, 1 norm, 2 activation, 3 pool, 4 none
+        self.axes = 0  # of an example: 1 for features, 2 for series, 3 for images; 0: not known yet
+        self.flattened = False  # images whose positions were flattened, for a linear layer to come
+
+    def match(self, layers: Sequence[Layer]) -> LayersSpec:
+        view: tuple[int, ...] = ()
+        if layers and layers[0].kind == "images":
+            view, layers, self.axes = layers[0].size, layers[1:], 3
+        if not any(layer.kind in _PRODUCTS for layer in layers):
+            raise _Refused("it has no convolution and no linear layer")
+        twice = used_twice([layer for layer in layers if layer.module is not None])
+        if twice is not None:
+            raise _Refused(twice)
+        start = self.axes
+        for layer in layers:
+            self._take(layer)
+            start = start or self.axes
+        if len(self.blocks) > MOST_BLOCKS:
+            raise _Refused(f"it serves up to {MOST_BLOCKS} blocks, and these are {len(self.blocks)}")
+        if self.axes != 1 and not self.flattened:
+            raise _Refused("its output is no features")
+        return LayersSpec(tuple(self.blocks), {1: "features", 2: "series", 3: "images"}[start], view)
+
+    def _take(self, layer: Layer) -> None:
+        kind = layer.kind
+        if kind == "flatten":
+            if self.axes == 0:
+                self.axes = 1
+            self.flattened = self.flattened or self.axes > 1
+            return
+        if kind == "images":
+            raise _Refused(f"its view as images is not its first layer (at {layer.name!r})")
+        if self.flattened and kind != "linear":
+            raise _Refused(f"after it flattens its features comes no linear layer (at {layer.name!r})")
+        if kind in _PRODUCTS:
+            self._put(0, self._product(layer))
+        elif kind in _NORMS:
+            self._put(1, self._norm(layer))
+        elif kind in ACTIVATIONS:
+            self._put(2, {"activation": kind, "slope": layer.slope})
+        elif kind in _POOLS:
+            self._put(3, self._pool(layer))
+        else:
+            raise _Refused(f"it has no place for {kind} (at {layer.name!r})")
+
+    def _put(self, slot: int, settings: dict[str, Any]) -> None:
+        if slot < self.free or self.free == 4:
+            self.blocks.append(Block())
+        self.blocks[-1] = replace(self.blocks[-1], **settings)
+        self.free = slot + 1
+
+    def _images(self, layer: Layer, axes: int) -> None:
+        if self.axes not in (0, axes):
+            raise _Refused(f"{layer.name!r} reads something else than the layer before it makes")
+        self.axes = axes
+
+    def _product(self, layer: Layer) -> dict[str, Any]:
+        module = layer.module
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        bias = None if module.bias is None else f"{layer.name}.bias"
+        names = {"weight": f"{layer.name}.weight", "bias": bias}
+        if isinstance(module, nn.Linear):
+            if self.axes > 1 and not self.flattened:
+                raise _Refused(f"{layer.name!r} is linear along the last axis of images")
+            self.axes, self.flattened = 1, False
+            return {"product": "linear", "channels": module.out_features, **names}
+        self._images(layer, 3 if isinstance(module, nn.Conv2d) else 2)
+        if module.groups != 1 or set(module.dilation) != {1}:
+            raise _Refused(f"convolution {layer.name!r} has groups or dilation")
+        if module.padding_mode != "zeros":
+            raise _Refused(f"convolution {layer.name!r} pads by {module.padding_mode!r}")
+        kernel = (1, *module.kernel_size)[-2:]
+        padding: tuple[int, ...]
+        if isinstance(module.padding, str):
+            if module.padding == "same" and any(size % 2 == 0 for size in module.kernel_size):
+                raise _Refused(f"convolution {layer.name!r} pads one side more than the other")
+            padding = tuple(size // 2 if module.padding == "same" else 0 for size in kernel)
+        else:
+            padding = (0, *module.padding)[-2:]
+        return {
+            "product": "conv", "channels": module.out_channels, "kernel": kernel,
+            "stride": (1, *module.stride)[-2:], "padding": padding, **names,
+        }  # fmt: skip
+
+    def _norm(self, layer: Layer) -> dict[str, Any]:
+        module: Any = layer.module
+        affine = getattr(module, "weight", None) is not None
+        names = {"scale": f"{layer.name}.weight", "shift": f"{layer.name}.bias"} if affine else {}
+        if affine and getattr(module, "bias", None) is None:
+            raise _Refused(f"{layer.name!r} has a scale and no shift")
+        found: dict[str, Any] = {"eps": float(module.eps), **names}
+        if not module.eps > 0:
+            raise _Refused(f"{layer.name!r} has eps {module.eps}")
+        if layer.kind == "norm":
+            self._images(layer, 3)
+            return {"norm": "batch", **found}
+        if layer.kind == "norm1d":
+            if self.axes not in (1, 2):
+                raise _Refused(f"{layer.name!r} reads something else than features or series")
+            return {"norm": "batch", **found}
+        if layer.kind == "layer_norm":
+            if self.axes != 1 or len(module.normalized_shape) != 1:
+                raise _Refused(f"{layer.name!r} normalises something else than features")
+            return {"norm": "group", "groups": 1, **found}
+        if layer.kind == "instance_norm":
+            if module.track_running_stats:
+                raise _Refused(f"{layer.name!r} keeps running statistics")
+            self._images(layer, 3 if isinstance(module, nn.InstanceNorm2d) else 2)
+            return {"norm": "group", "groups": module.num_features, **found}
+        if self.axes == 0:
+            raise _Refused(f"{layer.name!r} is its first layer")
+        return {"norm": "group", "groups": module.num_groups, **found}
+
+    def _pool(self, layer: Layer) -> dict[str, Any]:
+        if self.axes < 2:
+            raise _Refused(f"{layer.name!r} pools something else than images")
+        if layer.kind == "mean":
+            self.flattened = True
+            return {"pool": "mean"}
+        kernel, stride, padding = layer.window or ((2, 2), (2, 2), (0, 0))
+        return {
+            "pool": "average" if layer.kind == "average_pool" else "max", "pool_kernel": kernel,
+            "pool_stride": stride, "pool_padding": padding, "counts_padding": layer.counts_padding,
+        }  # fmt: skip

@@ -1,0 +1,477 @@
+"""Chains of usual layers in native code: every kind and size as the reference computes it, in every kind of call."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.cases import nets
+from signmaml_ext import Sharpness, Signum, adapt, evaluate, explain, layers, meta_step
+from signmaml_ext._loader import C
+
+OPTIONS: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 3}
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def tasks(
+    *shape: int, ways: int = 3, count: int = 3, shots: int = 2, queries: int = 4, dtype: torch.dtype = torch.float64
+) -> Data:
+    """Examples `[T, S, *shape]` and labels."""
+
+    def draw(of_class: int) -> tuple[Tensor, Tensor]:
+        y = torch.arange(ways).repeat(count, of_class)
+        return torch.randn(*y.shape, *shape, dtype=dtype) + 0.3 * y.reshape(*y.shape, *[1] * len(shape)).to(dtype), y
+
+    return *draw(shots), *draw(queries)
+
+
+def images(*kinds: nn.Module, channels: int = 3, features: int, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(*kinds, nn.Flatten(), nn.Linear(features, 3, bias=bias))
+
+
+def block(
+    inputs: int, outputs: int, norm: Callable[[int], nn.Module], after: nn.Module, **conv: Any
+) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, **conv), norm(outputs), after, nn.MaxPool2d(2)]
+
+
+def of_widths(norm: Callable[[int], nn.Module], after: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Three blocks of growing width, on images 3 x 12 x 14."""
+    return images(*block(3, 8, norm, after()), *block(8, 20, norm, after()), *block(20, 12, norm, after()), features=12)
+
+
+class Functions(nn.Module):
+    """Layers as functions, and a head without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 5, 2, 2), nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.2, inplace=True)
+        return self.head(nn.functional.avg_pool2d(nn.functional.gelu(x), 3, 1, 1).mean((2, 3)))
+
+
+SIZE = (3, 12, 14)
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "ReLU": nn.ReLU, "LeakyReLU": lambda: nn.LeakyReLU(0.1), "ELU": lambda: nn.ELU(0.7), "GELU": nn.GELU,
+    "GELU by tanh": lambda: nn.GELU("tanh"), "SiLU": nn.SiLU, "Tanh": nn.Tanh, "Sigmoid": nn.Sigmoid,
+}  # fmt: skip
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "BatchNorm, widths": (lambda: of_widths(nn.BatchNorm2d), SIZE),
+    "BatchNorm without scale": (lambda: of_widths(lambda c: nn.BatchNorm2d(c, affine=False)), SIZE),
+    "GroupNorm": (lambda: of_widths(lambda c: nn.GroupNorm(4, c)), SIZE),
+    "GroupNorm of one group": (lambda: of_widths(lambda c: nn.GroupNorm(1, c, eps=1e-3)), SIZE),
+    "GroupNorm of one channel": (lambda: of_widths(lambda c: nn.GroupNorm(c, c)), SIZE),
+    "InstanceNorm": (lambda: of_widths(nn.InstanceNorm2d), SIZE),
+    "InstanceNorm with scale": (lambda: of_widths(lambda c: nn.InstanceNorm2d(c, affine=True)), SIZE),
+    "no norm": (lambda: of_widths(lambda c: nn.Identity()), SIZE),
+    "functions": (Functions, SIZE),
+    "no pooling, no bias": (
+        lambda: images(
+            nn.Conv2d(3, 8, 3, padding="same", bias=False), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 5, 1),
+            nn.AdaptiveAvgPool2d(1), features=5, bias=False,
+        ),
+        SIZE,
+    ),
+    "windows": (
+        lambda: images(
+            nn.Conv2d(3, 6, (5, 2), (2, 3), (2, 1)), nn.BatchNorm2d(6), nn.MaxPool2d(3, 1, 1), nn.SiLU(),
+            nn.Conv2d(6, 9, 4, 3, 3), nn.AvgPool2d((2, 1), count_include_pad=False), nn.Sigmoid(), features=9 * 3,
+        ),
+        SIZE,
+    ),
+    "stride beyond the window": (
+        lambda: images(nn.Conv2d(3, 8, 3, padding=1), nn.ELU(), nn.Conv2d(8, 8, 1, 2), nn.Tanh(), features=8 * 42),
+        SIZE,
+    ),
+    "average over a border": (
+        lambda: images(nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.ReLU(), features=4 * 30),
+        SIZE,
+    ),
+    "pooling that drops a row": (
+        lambda: images(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(3), features=4 * 12), SIZE,
+    ),
+    "layers in another order": (
+        lambda: images(
+            nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 6, 3, 1, 1), nn.MaxPool2d(2), nn.BatchNorm2d(6), nn.Tanh(),
+            nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.GroupNorm(3, 6), features=6 * 42,
+        ),
+        SIZE,
+    ),
+    "OmniglotFC": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(30, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.BatchNorm1d(16),
+            nn.ReLU(), nn.Linear(16, 3),
+        ),
+        (1, 5, 6),
+    ),
+    "features with LayerNorm": (
+        lambda: nn.Sequential(
+            nn.Linear(7, 19), nn.LayerNorm(19), nn.GELU(), nn.Linear(19, 300), nn.SiLU(), nn.Linear(300, 3, bias=False)
+        ),
+        (7,),
+    ),
+    "one linear layer": (lambda: nn.Sequential(nn.Linear(7, 3)), (7,)),
+    "series": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 8, 5, 2, 2), nn.BatchNorm1d(8), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(8, 6, 3, bias=False),
+            nn.GroupNorm(3, 6), nn.LeakyReLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(12, 3),
+        ),
+        (2, 23),
+    ),
+    "one image wide": (lambda: of_widths(nn.BatchNorm2d), (3, 8, 8)),
+    "130 channels": (
+        lambda: images(
+            nn.Conv2d(3, 130, 3, 1, 1), nn.GroupNorm(2, 130), nn.ReLU(), nn.Conv2d(130, 10, 3, 1, 1),
+            nn.GroupNorm(2, 10), nn.ReLU(), nn.Conv2d(10, 300, 3, 1, 1), nn.GroupNorm(3, 300),
+            nn.Conv2d(300, 4, 3, 1, 1), nn.ReLU(), features=4 * 16,
+        ),
+        (3, 4, 4),
+    ),
+    **{
+        name: (lambda make=make: of_widths(lambda c: nn.GroupNorm(2, c), make), SIZE)
+        for name, make in ACTIVATIONS.items()
+    },
+}  # fmt: skip
+
+
+def compare(model: nn.Module, data: Data, *, of: float = 1e-9, **options: Any) -> None:
+    """Asserts that the family serves the call, and that all of its results are the reference's."""
+    options = {**OPTIONS, **options}
+    found = explain(model, *data, **options)
+    assert (found.backend, found.family) == ("cpu", "layers"), found
+    before = copy.deepcopy(model.state_dict())
+    ours = meta_step(model, *data, **options)
+    gradients = nets.grads(model)
+    theirs = meta_step(model, *data, **options, backend="torch")
+    for name in ("query_loss", "query_accuracy", "support_loss", "nonfinite", "live_tasks"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=of, atol=of, equal_nan=True)
+    torch.testing.assert_close(gradients, nets.grads(model), rtol=of, atol=of / 10)
+    mine, its = (evaluate(model, *data, **options, backend=backend) for backend in ("auto", "torch"))
+    torch.testing.assert_close(mine.logits, its.logits, rtol=of, atol=of, equal_nan=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.fixture(params=C.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = C.cpu_isa()
+    C.select_cpu_isa(request.param)
+    yield request.param
+    C.select_cpu_isa(before)
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("name", NETS)
+def test_every_network_as_the_reference(name: str, method: str, isa: str) -> None:
+    make, shape = NETS[name]
+    compare(make().double(), tasks(*shape), method=method)
+
+
+@pytest.mark.parametrize("name", ["GroupNorm", "BatchNorm, widths", "OmniglotFC", "series"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_steps": 0},
+        {"adapt": ["*.weight"]},
+        {"adapt": ["*.bias"]},
+        {"inner_lr": torch.tensor([0.1, 0.01, 0.02], dtype=torch.float64)},
+        {"task_state": "int8"},
+        {"sharpness": Sharpness(0.05, "l2")},
+        {"sharpness": Sharpness(0.05, "linf", adaptive=True)},
+        {"nonfinite": "skip"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_kind_of_call(name: str, options: dict[str, Any]) -> None:
+    make, shape = NETS[name]
+    compare(make().double(), tasks(*shape), **options)
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+def test_rates_that_learn_and_vary(method: str) -> None:
+    make, shape = NETS["GroupNorm"]
+    model, data, found = make().double(), tasks(*shape), []
+    for backend in ("auto", "torch"):
+        rates = {
+            name: torch.full_like(parameter, 0.02).requires_grad_() if i % 2 else torch.tensor([0.01, 0.03, 0.02],
+            dtype=torch.float64).reshape(3, *[1] * parameter.ndim).requires_grad_()
+            for i, (name, parameter) in enumerate(model.named_parameters())
+        }  # fmt: skip
+        meta_step(model, *data, **{**OPTIONS, "inner_lr": rates}, method=method, backend=backend)
+        found.append({name: rate.grad for name, rate in rates.items()})
+        model.zero_grad()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-11)
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in found[0].values())
+
+
+def test_parameters_that_do_not_train() -> None:
+    make, shape = NETS["GroupNorm"]
+    model = make().double()
+    for name in ("0.weight", "5.bias", "13.weight"):
+        model.get_parameter(name).requires_grad_(False)
+    compare(model, tasks(*shape))
+
+
+def test_parameters_and_images_in_another_memory_format() -> None:
+    make, shape = NETS["GroupNorm"]
+    model = make().double().to(memory_format=torch.channels_last)
+    data = tasks(*shape)
+    data = (data[0].transpose(3, 4).contiguous().transpose(3, 4), data[1], data[2], data[3])
+    compare(model, data, adapt=["13.*"])
+    model.zero_grad()
+    compare(model, data)
+
+
+def test_targets_of_a_regression() -> None:
+    model = nn.Sequential(nn.Linear(2, 17), nn.LayerNorm(17), nn.Tanh(), nn.Linear(17, 2)).double()
+    x, y = torch.randn(3, 6, 2, dtype=torch.float64), torch.randn(3, 6, 2, dtype=torch.float64)
+    compare(model, (x, y, x + 1, y), loss="mse")
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (1, 7), (9, 1)])
+def test_a_view_as_images(shape: tuple[int, int]) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 4, (1, 1)), nn.Linear(4 * shape[0] * shape[1], 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.conv(x.view(-1, 2, *shape))).flatten(1))
+
+    compare(Views().double(), tasks(2 * shape[0] * shape[1]))
+
+
+def chain_at_random(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """A chain of layers whose kinds and sizes come from a seed, and the shape of its examples."""
+    draw = random.Random(seed)
+    channels, height, width = shape = (draw.randint(1, 10), draw.randint(5, 13), draw.randint(5, 13))
+    found: list[nn.Module] = []
+    for _ in range(draw.randint(1, 4)):
+        outputs, kernel = draw.randint(1, 36), (draw.randint(1, 4), draw.randint(1, 4))
+        if draw.random() < 0.5:
+            kernel = (3, 3)
+        stride = draw.choice([(1, 1), (1, 1), (2, 2), (1, 3)])
+        padding = (draw.randint(0, kernel[0] - 1), draw.randint(0, kernel[1] - 1))
+        conv = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=draw.random() < 0.5)
+        sizes = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, kernel, stride, strict=True)]
+        if min(sizes) < 2:
+            continue
+        found.append(conv)
+        channels, (height, width) = outputs, sizes
+        for _ in range(draw.randint(0, 3)):
+            kind = draw.choice(["batch", "group", "activation", "max", "average"])
+            if kind == "batch":
+                found.append(nn.BatchNorm2d(channels, affine=draw.random() < 0.7))
+            elif kind == "group":
+                groups = draw.choice([g for g in range(1, channels + 1) if channels % g == 0])
+                found.append(nn.GroupNorm(groups, channels))
+            elif kind == "activation":
+                found.append(draw.choice(list(ACTIVATIONS.values()))())
+            elif min(height, width) >= 4:
+                window, step = draw.randint(2, 3), draw.randint(1, 3)
+                pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
+                found.append(pool(window, step, window // 2 if draw.random() < 0.5 else 0))
+                pad = found[-1].padding
+                height, width = ((n + 2 * pad - window) // step + 1 for n in (height, width))
+    return nn.Sequential(*found, nn.Flatten(), nn.Linear(channels * height * width, 3)), shape
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_chains_at_random(seed: int) -> None:
+    model, shape = chain_at_random(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    data = tasks(*shape, shots=1 + seed % 3)
+    if not any(isinstance(module, nn.Conv2d) for module in model):
+        model.insert(0, nn.Flatten())
+    compare(model.double(), data, of=1e-7, method="fo-maml")
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_float32_is_as_exact_as_torch(name: str) -> None:
+    """Gradients of one pass: the distance from the float64 reference, against that of the loop in float32."""
+    make, shape = NETS[name]
+    model, data = make(), tasks(*shape, shots=4, dtype=torch.float32)
+    exact = copy.deepcopy(model).double()
+    options = {**OPTIONS, "inner_steps": 0}
+    meta_step(exact, data[0].double(), data[1], data[2].double(), data[3], **options, backend="torch")
+    truths, errors = nets.grads(exact), []
+    for backend in ("cpu", "torch"):
+        model.zero_grad()
+        meta_step(model, *data, **options, backend=backend)
+        errors.append({
+            key: float((parameter.grad.double() - true).norm() / true.norm())
+            for key, parameter in model.named_parameters()
+            if (true := truths[key]) is not None and true.norm() > 1e-12
+        })  # fmt: skip
+    for key, error in errors[0].items():
+        assert error <= 2 * errors[1][key] + 5e-6, (key, error, errors[1][key])
+
+
+@pytest.mark.parametrize("name", ["GroupNorm", "BatchNorm, widths", "no norm", "features with LayerNorm"])
+def test_the_same_bits_for_any_threads_and_company(name: str) -> None:
+    make, shape = NETS[name]
+    model, data = make(), tasks(*shape, count=5, queries=30, dtype=torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(adapt(model, *data[:2], **OPTIONS))
+            meta_step(model, *data, **OPTIONS)
+            found[-1] |= {f"grad {key}": grad for key, grad in nets.grads(model).items()}
+            model.zero_grad()
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in found[0].items())
+    alone = adapt(model, data[0][3:4], data[1][3:4], **OPTIONS)
+    assert all(torch.equal(value[0], found[0][key][3]) for key, value in alone.items())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["GroupNorm", "BatchNorm, widths", "OmniglotFC"])
+def test_a_broken_task_stays_alone(name: str, bad: float) -> None:
+    make, shape = NETS[name]
+    model, data = make().double(), tasks(*shape, count=5)
+    whole = adapt(model, *data[:2], **OPTIONS)
+    data[0][1, 0].view(-1)[0] = bad
+    broken = adapt(model, *data[:2], **OPTIONS)
+    others = [0, 2, 3, 4]
+    assert all(torch.equal(value[others], broken[key][others]) for key, value in whole.items())
+    assert meta_step(model, *data, **OPTIONS).nonfinite.tolist() == [False, True, False, False, False]
+    model.zero_grad()
+    compare(model, data, nonfinite="skip")
+
+
+def test_a_tap_that_meets_only_zeros_does_not_move() -> None:
+    """Its gradient is 0 exactly, so a sign step leaves it; F(2x2, 3x3) alone would leave rounding there."""
+    model = images(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8),
+        nn.ReLU(), features=8 * 64,
+    ).double()  # fmt: skip
+    data = tasks(1, 8, 8)
+    for x in (data[0], data[2]):
+        x[..., 2:, :] = 0  # the first convolution's outputs are 0 from row 3 on
+        x[..., :2, :] = x[..., :2, :].abs()
+    compare(model, data)
+    with torch.no_grad():
+        model[0].weight.abs_().neg_()  # no output is above 0
+    moved = adapt(model, *data[:2], **OPTIONS)["2.weight"]
+    assert torch.equal(moved, model[2].weight.expand_as(moved)), "nothing comes through"
+    compare(model, data)
+
+
+class Wraps(nn.Module):
+    def __init__(self, model: nn.Module, around: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.around = model, around
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.around(self.model, x)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "exact MAML": (NETS["GroupNorm"][0], {"method": "maml"}, "first derivatives only"),
+    "a rule": (NETS["GroupNorm"][0], {"inner_rule": Signum(0.9)}, "its steps are plain"),
+    "running statistics": (NETS["BatchNorm, widths"][0], {"batch_norm": "running"}, "normalises by the batch"),
+    "statistics of the support set": (NETS["GroupNorm"][0], {"batch_norm": "support"}, "no statistics"),
+    "rounding noise": (NETS["BatchNorm, widths"][0], {"zero_dead_bias": False}, "asks for rounding noise"),
+    "a loss": (NETS["GroupNorm"][0], {"loss": nn.functional.cross_entropy}, "the loss is a callable"),
+    "groups": (
+        lambda: images(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.ReLU(), features=6 * 168), {}, "groups or dilation",
+    ),
+    "padding by reflection": (
+        lambda: images(nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.ReLU(), features=6 * 168), {},
+        "pads by 'reflect'",
+    ),
+    "a kernel of one side": (
+        lambda: images(nn.Conv2d(3, 6, 2, padding="same"), nn.ReLU(), features=6 * 168), {}, "pads one side more",
+    ),
+    "LayerNorm of images": (
+        lambda: images(nn.Conv2d(3, 6, 3, padding=1), nn.LayerNorm((12, 14)), features=6 * 168), {},
+        "something else than features",
+    ),
+    "running InstanceNorm": (
+        lambda: of_widths(lambda c: nn.InstanceNorm2d(c, track_running_stats=True)), {}, "keeps running statistics",
+    ),
+    "no linear layer": (lambda: nn.Sequential(nn.Flatten(), nn.ReLU(), nn.LayerNorm(504)), {}, "no convolution and no"),
+    "linear along the last axis": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Linear(12, 3), nn.Flatten()), {}, "along the last axis",
+    ),
+    "flattened before a norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.BatchNorm1d(720), nn.Linear(720, 3)), {},
+        "comes no linear layer",
+    ),
+    "a residual connection": (
+        lambda: Wraps(NETS["GroupNorm"][0](), lambda model, x: model(x) + 0 * model(x)), {}, "no plain chain",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(name: str) -> None:
+    make, options, reason = REFUSED[name]
+    model, data = make().double(), tasks(*SIZE)
+    options = {**OPTIONS, **options}
+    if name in ("linear along the last axis", "LayerNorm of images", "no linear layer"):
+        assert reason in str(layers.read(model))
+        return
+    found = explain(model, *data, **options)
+    assert found.family != "layers"
+    assert reason in str(found.families["cpu"].get("layers", "")), found
+
+
+def test_the_program_is_told() -> None:
+    make, shape = NETS["GroupNorm"]
+    how = explain(make().double(), *tasks(*shape), **OPTIONS).how
+    assert "conv 3x3 to 20, norm of 4 groups, relu, max 2x2; " in how and how.endswith("linear to 3)")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([], "blocks: expected 1 to 64, found 0"),
+        ([{"product": "conv", "channels": 0}], r"blocks\[0\]: expected channels of 1 or more, found 0"),
+        ([{"product": "dense"}], r"blocks\[0\]: expected another product, found 'dense'"),
+        ([{"product": "conv", "channels": 3, "kernel": (9, 9)}], r"expected larger images, found 3 x 6 x 7"),
+        ([{"product": "conv", "channels": 3, "kernel": (17, 1), "padding": (8, 0)}], "expected a smaller kernel"),
+        ([{"product": "conv", "channels": 3, "kernel": (1, 1), "padding": (1, 0)}], "padding below the kernel's size"),
+        ([{"product": "conv", "channels": 3, "stride": (0, 1)}], "a kernel and stride of 1 or more"),
+        ([{"norm": "group", "groups": 2, "eps": 1e-5}], "groups that divide 3 channels, found 2"),
+        ([{"norm": "batch"}], "an eps above 0"),
+        ([{"pool": "max", "pool_kernel": (2, 2), "pool_padding": (2, 0)}], "half its kernel at most"),
+        ([{"product": "conv", "channels": 3}], "a last one that makes features, found 3 x 6 x 7"),
+    ],
+)
+def test_native_programs_are_checked(blocks: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        C.LayersProgram(blocks, (3, 6, 7))
+
+
+def test_native_calls_are_checked() -> None:
+    program = C.LayersProgram([{"product": "linear", "channels": 2, "bias": True}], (3, 1, 1))
+    assert (program.tensors, program.outputs, program.couples_examples) == (2, 2, False)
+    with pytest.raises(TypeError, match=r"blocks\[0\]: expected another type for 'channels', found str"):
+        C.LayersProgram([{"product": "linear", "channels": "2"}], (3, 1, 1))
+    with pytest.raises(ValueError, match="count: expected 1 or more, found 0"):
+        program.plan(1, 0, False, 1)
+    call = {"x": 1, "labels": 1, "target": 0, "loss": 1, "predictions": 0, "workspace": 1, "tasks": 1, "count": 1}
+    for wrong, message in (
+        ({"parameters": [(8, 1)]}, "parameters: expected 2, found 1"),
+        ({"gradients": [(8, 1)]}, "gradients: expected none or 2, found 1"),
+        ({"parameters": [(8, 1), (0, 1)]}, "parameters: expected addresses, found none"),
+        ({"target": 1}, "expected labels or a target, found both or none"),
+        ({"loss": 0}, "expected addresses, found none"),
+        ({"threads": 0}, "threads: expected 1 or more, found 0"),
+    ):
+        arguments = {"parameters": [(8, 1), (8, 1)], "gradients": [], "is_double": False, "threads": 1, **call, **wrong}
+        with pytest.raises(ValueError, match=message):
+            program.run(**arguments)
