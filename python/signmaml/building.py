@@ -15,7 +15,8 @@ from signmaml_ext import Adam, InnerRule, Lion, Momentum, Plain, Sharpness, Sign
 from .config import TrainConfig
 from .episodes import Sampler, draw
 from .evaluation import EvaluationArguments, StepArguments
-from .models import MLP, Conv4
+from .models import MLP, Conv4, ResNet12
+from .networks import named
 from .rates import InnerRates
 
 if TYPE_CHECKING:
@@ -136,18 +137,34 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
     """The configuration's network, sized for a sampler's episodes; `config.seed` alone determines its weights.
 
     Raises:
-        ValueError: The network is Conv4, and the episodes are not images of equal height and width.
+        ValueError: The network is convolutional, and the episodes are not images of equal height and width, or are
+            too small for its blocks.
     """
     episodes = draw(sampler, 0)
     shape, targets = tuple(episodes.support_x.shape[2:]), episodes.support_y
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.model == "mlp":
+        network = named(config.model)
+        if network.kind == "mlp":
             outputs = config.ways if targets.dtype == torch.int64 else targets.shape[-1]
-            return MLP(math.prod(shape), outputs, config.hidden)
+            return MLP(math.prod(shape), outputs, config.hidden, config.activation or "relu")
         if len(shape) != 3 or shape[1] != shape[2]:
-            raise ValueError(f"model: expected 'mlp' for examples that are no square images, found 'conv4' for {shape}")
-        return Conv4(config.ways, shape[0], config.filters, shape[1], config.pooling)
+            raise ValueError(
+                f"model: expected 'mlp' for examples that are no square images, found {config.model!r} for {shape}"
+            )
+        if network.kind == "resnet12":
+            activation = config.activation or "leaky-relu"
+            return ResNet12(config.ways, shape[0], network.widths, shape[1], config.norm, activation)
+        filters = network.widths or (config.filters,) * network.blocks
+        return Conv4(
+            config.ways,
+            shape[0],
+            filters,
+            shape[1],
+            config.pooling,
+            norm=config.norm,
+            activation=config.activation or "relu",
+        )
 
 
 def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor]) -> StepArguments:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import networks
 from .values import Kind, Rule, converted, kind_of
 
 METHODS = ("sign-maml", "fo-maml", "maml")
@@ -66,9 +67,16 @@ class TrainConfig:
     queries: int = _option(5, "query examples a class when training", least=1)
     tasks: int = _option(4, "tasks in a meta-batch (T)", least=1)
 
-    model: str = _option("conv4", "network", choices=("conv4", "mlp"))
-    filters: int = _option(32, "channels of every Conv4 block", least=1)
-    pooling: str = _option("max", "how Conv4 halves the image", choices=("max", "stride"))
+    model: str = _option(
+        "conv4",
+        "network: convN (N blocks), convN-W1-...-WN (a width a block), resnet12, resnet12-W-W-W-W or mlp",
+    )
+    filters: int = _option(32, "channels of every block of a convN whose name says no widths", least=1)
+    pooling: str = _option("max", "how convN halves the image", choices=("max", "stride"))
+    norm: str = _option("batch", "normalisation in convN and resnet12", choices=networks.NORMS)
+    activation: str | None = _option(
+        None, "nonlinearity; none: leaky-relu in resnet12, relu in the others", choices=networks.ACTIVATIONS
+    )
     hidden: tuple[int, ...] = _option((40, 40), "widths of the MLP's hidden layers", least=1)
 
     method: str = _option("sign-maml", "meta-learning algorithm", choices=METHODS)
@@ -160,14 +168,22 @@ class TrainConfig:
             raise ValueError(f"device: expected auto, cpu, cuda, cuda:INDEX or INDEX, found {self.device!r}")
         if self.data == "folder" and self.data_root is None:
             raise ValueError("data_root: expected the folder that holds the images for data 'folder', found none")
-        if self.data == "sinusoid" and self.model != "mlp":
-            raise ValueError(f"model: expected 'mlp' for data 'sinusoid', found {self.model!r}")
+        self._check_model()
         if self.learn_inner_lr != "none" and self.inner_steps == 0:
             raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
         if self.adapt is not None and not self.adapt:
             raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
         self._check_inner_rule()
         self._check_adapted_rates()
+
+    def _check_model(self) -> None:
+        kind = networks.named(self.model).kind
+        if self.data == "sinusoid" and kind != "mlp":
+            raise ValueError(f"model: expected 'mlp' for data 'sinusoid', found {self.model!r}")
+        if self.norm != "batch" and kind == "mlp":
+            raise ValueError(f"norm: expected 'batch', the default, for 'mlp' (it has no norm), found {self.norm!r}")
+        if self.pooling != "max" and kind == "resnet12":
+            raise ValueError(f"pooling: expected 'max' for model {self.model!r}, found {self.pooling!r}")
 
     def _check_inner_rule(self) -> None:
         if self.method not in INNER_RULES[self.inner_rule]:
@@ -292,7 +308,9 @@ _WORDS = {
     "num_steps": ("inner_steps",), "update_step": ("inner_steps",), "adaptation_steps": ("inner_steps",),
     "steps": ("inner_steps", "iterations"), "update_step_test": ("test_steps",), "algorithm": ("method",),
     "dataset": ("data",), "root": ("data_root",), "data_dir": ("data_root",), "gpu": ("device",), "arch": ("model",),
-    "network": ("model",), "backbone": ("model",), "channels": ("filters",), "hidden_size": ("filters", "hidden"),
+    "network": ("model",), "backbone": ("model",), "architecture": ("model",), "widths": ("model", "filters"),
+    "normalization": ("norm",), "norm_layer": ("norm",), "nonlinearity": ("activation",),
+    "channels": ("filters",), "hidden_size": ("filters", "hidden"),
     "amp": ("precision",), "dtype": ("precision",), "output": ("out",), "output_dir": ("out",), "save_dir": ("out",),
     "log_dir": ("out",), "random_seed": ("seed",), "eval_every": ("validate_every",),
     "save_every": ("checkpoint_every",), "optimizer": ("outer_optimizer",), "alpha_maml": ("adapt_rates",),

@@ -66,6 +66,27 @@ def test_train_says_what_it_will_do_and_what_it_did(
     assert (tmp_path / "run" / "episode.png").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("--model resnet12-4-4-6-8", "ResNet12, 3,"),
+        ("--model conv3-4-6-8 --norm group --activation silu", "Conv4, "),
+        ("--model conv2 --filters 4 --norm none --pooling stride", "Conv4, "),
+        ("--model mlp --activation tanh", "MLP, 4,163 parameters"),
+    ],
+)
+def test_other_networks_from_training_to_evaluation(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], words: str, name: str
+) -> None:
+    assert cli.main(train_words(images, tmp_path / "run", *words.split())) == 0
+    assert f"model    {name}" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
+    for source in (tmp_path / "run", tmp_path / "run" / "best.safetensors"):
+        assert cli.main(["evaluate", str(source), "--tasks", "6", "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out) == stored
+
+
 def test_quiet_prints_the_result_alone(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(train_words(images, tmp_path / "run", "--quiet")) == 0
     captured = capsys.readouterr()
@@ -131,6 +152,10 @@ def test_help_is_fast_and_complete() -> None:
         ("train --ways 5000", "ways: expected an integer in 2..735 (classes in glyphs/train), found 5000"),
         ("train --ways one", "ways: expected an integer, found 'one'"),
         ("train --method sign", "(did you mean 'sign-maml'?)"),
+        ("train --model resnet18", "'resnet12-W-W-W-W', 'mlp', found 'resnet18' (did you mean 'resnet12'?)"),
+        ("train --model conv4-64-96", "model: expected widths of blocks, 1 or 4 of them, found 2 in 'conv4-64-96'"),
+        ("train --model mlp --norm group", "norm: expected 'batch'"),
+        ("train --backbone conv4", "there is no --backbone (did you mean --model?)"),
         ("train --data nothing", "'nothing'"),
         ("train --data folder", "data_root: expected the folder"),
         ("train --data folder --data-root /nowhere", "/nowhere"),

@@ -86,12 +86,31 @@ def test_missing_file(tmp_path: Path) -> None:
         ("device", "gpu", "device: expected auto, cpu, cuda"),
         ("data", "folder", "data_root: expected the folder"),
         ("data", "sinusoid", "model: expected 'mlp'"),
+        (
+            "model",
+            "resnet18",
+            r"model: expected one of 'convN' .*, 'mlp', found 'resnet18' \(did you mean 'resnet12'\?\)",
+        ),
+        ("model", "Conv4", r"found 'Conv4' \(did you mean 'conv4'\?\)"),
+        ("model", "conv0", "model: expected one of"),
+        ("model", "conv4-64-96", "model: expected widths of blocks, 1 or 4 of them, found 2 in 'conv4-64-96'"),
+        ("model", "conv4-", "model: expected one of"),
+        ("model", "resnet12-64", "model: expected widths of blocks, 4 of them, found 1 in 'resnet12-64'"),
+        ("norm", "layer", "norm: expected one of 'batch', 'group', 'instance', 'none', found 'layer'"),
+        ("activation", "sine", "activation: expected one of"),
         ("seed", -1, "seed"),
     ],
 )
 def test_bad_values(field: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{field: value})
+
+
+def test_what_a_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"norm: expected 'batch', the default, for 'mlp' .*, found 'group'"):
+        TrainConfig(model="mlp", norm="group")
+    with pytest.raises(ValueError, match="pooling: expected 'max' for model 'resnet12', found 'stride'"):
+        TrainConfig(model="resnet12", pooling="stride")
 
 
 def test_learned_rates_need_a_step() -> None:

@@ -14,6 +14,7 @@ MODULES = (
     "evaluation",
     "hypergradient",
     "models",
+    "networks",
     "rates",
     "schedule",
     "splitmix",

@@ -34,8 +34,8 @@ class ConvBlock(nn.Module):
 
 
 class ConvBase(nn.Sequential):
-    def __init__(self, filters: int, channels: int, max_pool: bool, layers: int) -> None:
-        super().__init__(*(ConvBlock(filters if i else channels, filters, max_pool) for i in range(layers)))
+    def __init__(self, filters: int, channels: int, max_pool: bool, layers: int, factor: float = 1.0) -> None:
+        super().__init__(*(ConvBlock(filters if i else channels, filters, max_pool, factor) for i in range(layers)))
 
 
 class MiniImagenetCNN(nn.Module):
