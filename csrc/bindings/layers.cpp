@@ -72,8 +72,12 @@ class Entries {
     const std::string at_;
 };
 
+// Packed weights of two such numbers still have a size that fits 64 bits.
+constexpr std::int32_t kMostChannels = 1 << 16, kMostColumns = 1024;
+
 std::int32_t windows(std::int32_t size, std::int32_t window, std::int32_t stride, std::int32_t pad) {
-    return size + 2 * pad < window ? 0 : (size + 2 * pad - window) / stride + 1;
+    const std::int64_t room = std::int64_t{size} + 2 * std::int64_t{pad} - window;
+    return room < 0 ? 0 : static_cast<std::int32_t>(room / stride + 1);
 }
 
 LayersSize after(const LayersSize& size, const LayersWindow& w) {
@@ -96,15 +100,24 @@ LayersBlock block_of(const Entries& entries, const LayersSize& in, std::int32_t&
     }
     if (block.product == LayersProduct::kConv) {
         block.window = entries.window("kernel", "stride", "padding");
+        for (const std::int32_t channels : {in.channels, block.made.channels}) {
+            if (channels > kMostChannels) {
+                refuse(entries.at(), "at most " + std::to_string(kMostChannels) + " channels",
+                       std::to_string(channels));
+            }
+        }
         const std::int32_t channels = block.made.channels;
         block.made = after(in, block.window);
         block.made.channels = channels;
-        const auto runs = [](std::int32_t window, std::int32_t stride) { return (window + stride - 1) / stride; };
+        const auto runs = [](std::int64_t window, std::int64_t stride) { return ceil_div(window, stride); };
         const LayersWindow& w = block.window;
-        const std::int32_t most =
+        const std::int64_t most =
             w.stride_w == 1 ? runs(w.height, w.stride_h) : runs(w.height, w.stride_h) * runs(w.width, w.stride_w);
-        if (w.height > kLayersWindow || most > kLayersWindow) {
+        if (w.height > kLayersWindow || w.width > kMostColumns || most > kLayersWindow) {
             refuse(entries.at(), "a smaller kernel", std::to_string(w.height) + " x " + std::to_string(w.width));
+        }
+        if (w.stride_h > kMostColumns || w.stride_w > kMostColumns) {
+            refuse(entries.at(), "a stride of at most " + std::to_string(kMostColumns), "more");
         }
         if (w.pad_h >= w.height || w.pad_w >= w.width) {
             refuse(entries.at(), "a padding below the kernel's size", "another");
@@ -133,7 +146,7 @@ LayersBlock block_of(const Entries& entries, const LayersSize& in, std::int32_t&
     if (block.pool == LayersPool::kMax || block.pool == LayersPool::kAverage) {
         block.pool_window = entries.window("pool_kernel", "pool_stride", "pool_padding");
         const LayersWindow& w = block.pool_window;
-        if (2 * w.pad_h > w.height || 2 * w.pad_w > w.width) {
+        if (std::int64_t{2} * w.pad_h > w.height || std::int64_t{2} * w.pad_w > w.width) {
             refuse(entries.at(), "a pooling's padding of half its kernel at most", "more");
         }
         block.out = after(block.made, w);
@@ -224,6 +237,13 @@ class LayersProgram {
 
     LayersCpuPlan plan_of(std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
         const cpu::Kernels& kernels = cpu::kernels();
+        const ConvUnit unit = cpu::layers_stages<float>(kernels).unit;
+        const auto one = static_cast<double>(layers_layout_of(network_, 1, 4, unit).size);
+        const auto examples = static_cast<double>(layers_couple_examples(network_) ? count : 1);
+        // A generous bound: doubles may double it, and a chunk has up to kLayersChunkBytes more.
+        if (one * examples * static_cast<double>(smaller(tasks, threads)) > 0x1p55) {
+            throw std::overflow_error("count: expected fewer or smaller examples, found " + std::to_string(count));
+        }
         return is_double ? plan_layers_cpu(network_, tasks, count, 8, cpu::layers_stages<double>(kernels).unit, threads)
                          : plan_layers_cpu(network_, tasks, count, 4, cpu::layers_stages<float>(kernels).unit, threads);
     }

@@ -308,6 +308,71 @@ WORDS = (
 )  # fmt: skip
 
 
+def block_at_random(generator: random.Random) -> dict[str, Any]:
+    """A block of a program of layers that may not fit the images."""
+
+    def pair(least: int, most: int) -> tuple[int, int]:
+        return generator.randint(least, most), generator.randint(least, most)
+
+    kernel = (3, 3) if generator.random() < 0.5 else pair(1, 4)
+    found: dict[str, Any] = {"product": generator.choice(("conv", "conv", "conv", "none")), "kernel": kernel}
+    found |= {"channels": generator.choice((1, 6, 8, 20)), "bias": generator.random() < 0.5}
+    found |= {"stride": generator.choice(((1, 1), (1, 1), (2, 2), (1, 3)))}
+    found |= {"padding": tuple(generator.randint(0, size - 1) for size in kernel)}
+    found |= {"norm": generator.choice(("none", "batch", "group")), "groups": generator.choice((1, 2)), "eps": 1e-5}
+    found |= {"affine": generator.random() < 0.5, "slope": 0.3}
+    activations = "none", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"
+    found |= {"activation": generator.choice(activations), "pool": generator.choice(("none", "max", "average"))}
+    found |= {"pool_kernel": pair(1, 3), "pool_stride": pair(1, 3), "counts_padding": generator.random() < 0.5}
+    return found | {"pool_padding": tuple(generator.randint(0, size // 2) for size in found["pool_kernel"])}
+
+
+def layers_program(native: ModuleType, generator: random.Random) -> None:
+    """A program of random blocks, with 1 and with 3 threads; its tensors have memory of their own."""
+    kind = generator.choice(REAL)
+    size = (generator.randint(1, 9), generator.randint(1, 12), generator.randint(1, 12))
+    head = {"product": "linear", "channels": generator.randint(2, 5), "bias": generator.random() < 0.5}
+    blocks = [block_at_random(generator) for _ in range(generator.randint(0, 3))]
+    try:
+        program = native.LayersProgram([*blocks, head], size)
+    except ValueError:
+        return layers_program(native, generator)
+    counts = []
+    for block, (read, made, _) in zip([*blocks, head], program.sizes, strict=True):
+        if block["product"] != "none":
+            window = math.prod(block["kernel"]) if block["product"] == "conv" else read[1] * read[2]
+            counts += [made[0] * read[0] * window, *([made[0]] if block["bias"] else [])]
+        if block.get("norm", "none") != "none" and block["affine"]:
+            counts += [made[0]] * 2
+    assert len(counts) == program.tensors
+    tasks, count, is_double = generator.randint(1, 3), generator.randint(1, 6), kind == "d"
+
+    def reals(number: int) -> Buffer:
+        return Buffer(kind, [generator.uniform(-1, 1) for _ in range(number)])
+
+    tensors, x = [reals(tasks * number) for number in counts], reals(tasks * count * math.prod(size))
+    outputs, beyond = head["channels"], generator.random() < 0.1
+    labels = Buffer(WHOLE, [2**40 if beyond else generator.randrange(outputs) for _ in range(tasks * count)])
+    target = reals(tasks * count * outputs)
+    squares, wanted, bits = generator.random() < 0.5, [generator.random() < 0.8 for _ in counts], []
+    for threads in (1, 3):
+        grads = [poisoned(kind, tasks * number) for number in counts]
+        loss, predictions = poisoned(kind, tasks), poisoned(kind, tasks * count * outputs)
+        workspace = Buffer(BYTE, [255] * program.plan(tasks, count, is_double, threads)["workspace_bytes"])
+        program.run(
+            [(tensor.address, number) for tensor, number in zip(tensors, counts, strict=True)],
+            [(g.address if want else 0, number) for g, want, number in zip(grads, wanted, counts, strict=True)],
+            x.address, 0 if squares else labels.address, target.address if squares else 0, loss.address,
+            predictions.address, workspace.address, tasks, count, is_double, threads,
+        )  # fmt: skip
+        results = [loss, predictions, *(grad for grad, want in zip(grads, wanted, strict=True) if want)]
+        if squares or not beyond:
+            assert not any(math.isnan(v) for result in results for v in result.values()), "something was left unwritten"
+        bits.append([result.content() for result in (loss, predictions, *grads)])
+    assert bits[0] == bits[1], "another number of threads gives other bits"
+    return None
+
+
 def any_entry(choose: Callable[[Sequence[Any]], Any]) -> Any:
     return choose((choose(INTEGERS), choose(INTEGERS), choose(WORDS), None, 0.5, True, [], [1e-5], [math.nan] * 4, {}))
 
@@ -378,6 +443,17 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
             method=choose(("sign-maml", "maml")),
             **step_options(),
         ),
+        "layers_program": lambda: native.LayersProgram(
+            [
+                {
+                    "product": choose(("conv", "linear", "none")),
+                    "channels": size(),
+                    "kernel": (choose((1, 3, 16)), size()),
+                },
+                {"pool": choose(("mean", "max")), "norm": choose(WORDS), "eps": choose((1e-5, float("nan")))},
+            ],
+            (size(), size(), size()),
+        ).plan(size(), size(), bytes_ == 8, size()),
         "conv_meta_step_cpu": lambda: native.conv_meta_step_cpu(
             nothing,
             shape,
@@ -414,7 +490,8 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
 def cases(native: ModuleType) -> list[Callable[[ModuleType, random.Random], None]]:
     """The cases whose operators the module has."""
     known = [sign_step, meta_accumulate, conv_meta_step, mlp_meta_step]
-    return [case for case in known if hasattr(native, f"{case.__name__}_cpu")]
+    found = [case for case in known if hasattr(native, f"{case.__name__}_cpu")]
+    return [*found, layers_program] if hasattr(native, "LayersProgram") else found
 
 
 def several_callers(native: ModuleType) -> None:

@@ -1,0 +1,152 @@
+"""Proof that the cases of programs of layers see what they should: stages that are broken in one way each.
+
+All mutants are in one build of a copy of the sources, see emulated/mutants.py. It has one instruction set, which is
+enough: the sources are the same for all.
+"""
+
+# ruff: noqa: E501 (a table reads better with one line per case)
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from emulated import mutants
+from emulated.mutants import UNCHANGED, Mutation, Outcomes
+from helpers.cases import layers_cases
+from helpers.devices import emulated
+from signmaml_ext._loader import C
+
+FOLDER = "cpu/isa/layers"
+ACTIVATIONS, CONVOLUTION, LINEAR, TAIL, PASSES = (
+    f"{FOLDER}/{name}.h" for name in ("activations", "convolution", "linear", "tail", "passes")
+)
+COURSE = "cpu/layers_pass.cpp"
+LEFT_OUT = ""
+
+MUTATIONS = [
+    # The loss.
+    Mutation("a gradient of the sum", COURSE, "grads[label] = share_ * (", "grads[label] = ("),
+    Mutation("no label", COURSE, "/ sum - Scalar(1)", "/ sum"),
+    Mutation("squares of one output", COURSE, "static_cast<Scalar>(labels_ != nullptr ? count_ : count_ * outputs_)", "static_cast<Scalar>(count_)"),
+    Mutation("half of the squares' gradient", COURSE, "Scalar(2) * difference", "difference"),
+    Mutation("examples of the first task", COURSE, "t_.x = p_.x + (task * p_.count + first) * features;", "t_.x = p_.x + first * features;"),
+    Mutation("parameters of the first task", COURSE, "tensor.values + task * tensor.values_apart", "tensor.values"),
+    Mutation("the first examples again", COURSE, "p_.count + first) * features", "p_.count) * features"),
+    # Activations.
+    Mutation("LeakyReLU's slope", ACTIVATIONS, "return x > 0 ? x : slope * x;", "return x > 0 ? x : x;"),
+    Mutation("LeakyReLU's gradient", ACTIVATIONS, "return x > 0 ? grad : slope * grad;", "return grad;"),
+    Mutation("ELU's slope", ACTIVATIONS, "x > 0 ? x : slope * expm1_of<Scalar>(x)", "x > 0 ? x : expm1_of<Scalar>(x)"),
+    Mutation("ELU's gradient", ACTIVATIONS, "grad * slope * exp_of<Simd<Scalar>>(x)", "grad * slope"),
+    Mutation("SiLU's gradient", ACTIVATIONS, "grad * share * (Scalar(1) + x * (Scalar(1) - share))", "grad * share"),
+    Mutation("tanh's gradient", ACTIVATIONS, "grad * (Scalar(1) - y * y)", "grad * (Scalar(1) - y)"),
+    Mutation("the sigmoid's gradient", ACTIVATIONS, "grad * y * (Scalar(1) - y)", "grad * y"),
+    Mutation("GELU without its density", ACTIVATIONS, "(gelu_share<kKind, Scalar>(x) + x * density)", "gelu_share<kKind, Scalar>(x)"),
+    Mutation("GELU's cubic", ACTIVATIONS, "Scalar(3 * kGeluCubic) * x * x", "Scalar(kGeluCubic) * x * x"),
+    # Convolutions.
+    Mutation("weights of the window turned", CONVOLUTION, "of_out[(tap * inputs + in) * group] = from[in * window + tap];", "of_out[((window - 1 - tap) * inputs + in) * group] = from[in * window + tap];"),
+    Mutation("weight gradients turned", CONVOLUTION, "to[in * window + tap] = of_out[(tap * inputs + in) * group];", "to[in * window + window - 1 - tap] = of_out[(tap * inputs + in) * group];"),
+    Mutation("weights back not turned", CONVOLUTION, "((window - 1 - tap) * lanes + out) * group", "(tap * lanes + out) * group"),
+    Mutation("rows of the window together", CONVOLUTION, "runs.run[r] = {r * in.row, r * runs.length * group};", "runs.run[r] = {0, r * runs.length * group};"),
+    Mutation("strides of the weight gradient", CONVOLUTION, "products.x_step = window.stride_w * in.lanes;", "products.x_step = in.lanes;"),
+    Mutation("rows of the weight gradient", CONVOLUTION, "products.rows = least(rows, block.made.height - top);", "products.rows = 1;"),
+    Mutation("a phase's first tap", CONVOLUTION, "phase.from = (phase.first + pad - tap) / stride;", "phase.from = phase.first / stride;"),
+    Mutation("a phase's positions", CONVOLUTION, "phase.first = ((tap - pad) % stride + stride) % stride;", "phase.first = tap % stride;"),
+    Mutation("phases without taps keep what was there", CONVOLUTION, "if (window.height < window.stride_h || window.width < window.stride_w) fill_zero(to, block.in.height * row);", LEFT_OUT),
+    Mutation("taps of a row apart", CONVOLUTION, "{-m * made.row - n * made.lanes,", "{-m * made.row,"),
+    Mutation("unmet taps keep rounding", CONVOLUTION, "meets > 0 ? taps[y] : Vector<Scalar>{}", "taps[y]"),
+    Mutation("the last row is not met", CONVOLUTION, "part_y < (y == 0 ? 2 : 3)", "part_y < 2"),
+    Mutation("what is met is forgotten", CONVOLUTION, "store(of_part, live ? all(Scalar(1)) : load(of_part));", LEFT_OUT),
+    Mutation("tiles of every other row", CONVOLUTION, "y < block.made.height; y += 2) {\n        for (std::int64_t x = 0; x < block.made.width; x += width) {\n            tiles.take(0, y,", "y < block.made.height; y += 4) {\n        for (std::int64_t x = 0; x < block.made.width; x += width) {\n            tiles.take(0, y,"),
+    # Linear layers.
+    Mutation("the last features", LINEAR, "total[i][o] += x[i * s.x_row + f] * weight[o * s.features + f];", LEFT_OUT),
+    Mutation("the last outputs", LINEAR, "for (; o < s.outputs; ++o) single(out + i * s.out_row + o, x + i * s.x_row, weight + o * s.features, s);", LEFT_OUT),
+    Mutation("gradients not added", LINEAR, "p.add ? load_loose(at) + sum[i][v] : sum[i][v]", "sum[i][v]"),
+    Mutation("the last gradients not added", LINEAR, "*at = p.add ? *at + sum : sum;", "*at = sum;"),
+    Mutation("rows beyond the tiles", LINEAR, "for (; a < p.as; ++a) outer_rows<Scalar, 1>(p, a);", LEFT_OUT),
+    # Norms.
+    Mutation("variance of the items alone", TAIL, "squares += of_squares + difference * difference * (count * share);", "squares += of_squares;"),
+    Mutation("scale without the deviation", TAIL, "scale = affine[c] * inverse;", "scale = affine[c];"),
+    Mutation("no bias", TAIL, "mean - t.memory[plan.bias + c]", "mean"),
+    Mutation("no eps", TAIL, "all.squares / all.count + eps", "all.squares / all.count"),
+    Mutation("groups' mean without the bias", TAIL, "double{moment(t, i, e, 0)[c]} + bias[c]", "double{moment(t, i, e, 0)[c]}"),
+    Mutation("no slope of a batch", TAIL, "static_cast<Scalar>(-inverse * inverse * inverse * gamma[c] * product / count);", "0;"),
+    Mutation("no offset of a batch", TAIL, "static_cast<Scalar>(-inverse * gamma[c] * sum / count);", "0;"),
+    Mutation("no slope of a group", TAIL, "slope = -inverse * inverse * inverse * product / count;", LEFT_OUT),
+    Mutation("no offset of a group", TAIL, "offset = -inverse * sum / count;", LEFT_OUT),
+    Mutation("groups without their scale", TAIL, "sum += double{gamma[c]} * grad_sum(t, i, e, 0)[c];", "sum += grad_sum(t, i, e, 0)[c];"),
+    Mutation("scale's gradient not normalised", TAIL, "scales[c] += inverse * product;", "scales[c] += product;"),
+    Mutation("a group's scale's gradient not normalised", TAIL, "scales[c] += inverse * grad_sum(t, i, e, 1)[c];", "scales[c] += grad_sum(t, i, e, 1)[c];"),
+    Mutation("a bias only by itself", TAIL, "if (!alone) biases[c] += positions * (slope * from_mean + offset);", LEFT_OUT),
+    Mutation("gradients not scaled", TAIL, "store(z, scale * own + slope", "store(z, own + slope"),
+    Mutation("products not centred", TAIL, "own * (value - mean)", "own * value"),
+    # Pooling.
+    Mutation("the smallest", TAIL, "(other > value) | (other != other)", "(other < value) | (other != other)"),
+    Mutation("an average by all", TAIL, "block.counts_padding ? (bottom - top)", "true ? (bottom - top)"),
+    Mutation("an average by those inside", TAIL, "block.counts_padding ? (bottom - top)", "false ? (bottom - top)"),
+    Mutation("the mean's share", TAIL, "load(out + c) + share * sum", "load(out + c) + sum"),
+    Mutation("the mean's gradient's share", TAIL, "share * load(from + c)", "load(from + c)"),
+    Mutation("an average's gradient not divided", TAIL, "grad /= static_cast<Scalar>(under.divisor);", LEFT_OUT),
+    Mutation("all of a window get the gradient", TAIL, "number == own ? grad : Vector<Scalar>{}", "grad"),
+    Mutation("gradients of other windows lost", TAIL, "store(at, load(at) + (takes_largest", "store(at, (takes_largest"),
+    Mutation("gradients of bands added up", TAIL, "fill_zero(grads, (last - first) * width * lanes);", LEFT_OUT),
+    # The passes.
+    Mutation("a block's own gradients stop it", PASSES, "const bool goes_on = wants(t, block.weight) || i > t.lowest;", "const bool goes_on = wants(t, block.weight);"),
+    Mutation("sums of the task before", PASSES, "fill_zero(affine_grad(t, i, 0), 3 * lanes);", LEFT_OUT),
+    Mutation("weights' sums of the task before", PASSES, "fill_zero(t.grads[block.weight], channels * layers_features_of(block.in));", LEFT_OUT),
+    Mutation("columns of an image first", PASSES, "const Scalar* from = x + (c * size.height + y) * size.width;", "const Scalar* from = x + (y * size.channels + c) * size.width;"),
+    Mutation("scale and shift exchanged", PASSES, "const std::int32_t tensors[] = {block.scale, block.shift, block.bias};", "const std::int32_t tensors[] = {block.shift, block.scale, block.bias};"),
+    Mutation("no border", PASSES, "fill_zero(at, border.top * images.row);", LEFT_OUT),
+]  # fmt: skip
+
+NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)}
+GROUP = "layers"
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
+    """Outcomes of the mutants that this session's tests ask for."""
+    folder = tmp_path_factory.mktemp("mutations")
+    emulated.copy_sources(folder / "source")
+    mutants.write(folder / "source", MUTATIONS)
+    # The module exports its entry and nothing else; here, the number of the mutant too.
+    lists, entry = folder / "source" / "CMakeLists.txt", "global: PyInit__C;"
+    assert lists.read_text().count(entry) == 1
+    lists.write_text(lists.read_text().replace(entry, f"{entry} {mutants.SELECTOR}; {mutants.REACHED};"))
+    emulated.configure(folder / "source", folder / "build", "CMAKE_BUILD_TYPE=Debug", "CMAKE_CXX_FLAGS_DEBUG=-O0")
+    module = emulated.compile_module(folder / "build", "_C")
+    chosen = mutants.chosen_of(request.session.items, __file__, NUMBERS, lambda mutation: GROUP)
+    found = Outcomes(module, "layers_cases", chosen)
+    yield found
+    found.close()
+
+
+def test_names_are_unique():
+    assert len(NUMBERS) == len(MUTATIONS)
+
+
+@pytest.mark.parametrize("case", layers_cases.GROUPS[GROUP])
+def test_the_packages_own_module_passes(case):
+    layers_cases.GROUPS[GROUP][case](C)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
+def test_every_variant_is_the_mutant(file):
+    text = (emulated.ROOT / "csrc" / file).read_text()
+    of_file = {NUMBERS[mutation.name]: mutation for mutation in MUTATIONS if mutation.file == file}
+    mutants.assert_every_variant_is_the_mutant(text, of_file)
+
+
+@pytest.mark.slow
+def test_unchanged_sources_pass(outcomes):
+    outcome = outcomes[UNCHANGED, GROUP]
+    assert outcome.code == 0, outcome.said[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_mutant_is_caught(outcomes, mutation):
+    outcome = outcomes[NUMBERS[mutation.name], GROUP]
+    outcome.assert_caught()
+    assert outcome.report.startswith("AssertionError: "), outcome.report
