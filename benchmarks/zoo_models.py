@@ -73,6 +73,24 @@ def conv4(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters, 5))
 
 
+def of_widths(*widths: int) -> nn.Module:
+    """Blocks as those of `conv4`, each with its own width, on 32 x 32 images in colour."""
+    layers: list[nn.Module] = []
+    for inputs, filters in pairwise((3, *widths)):
+        layers += [
+            nn.Conv2d(inputs, filters, 3, padding=1), nn.BatchNorm2d(filters), nn.LeakyReLU(0.1), nn.MaxPool2d(2)
+        ]  # fmt: skip
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * widths[-1], 5))
+
+
+def series() -> nn.Module:
+    """Three convolutions of time series of 6 channels and 128 steps."""
+    layers: list[nn.Module] = []
+    for inputs, filters in pairwise((6, 32, 64, 64)):
+        layers += [nn.Conv1d(inputs, filters, 5, padding=2), nn.BatchNorm1d(filters), nn.ReLU(), nn.MaxPool1d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 5))
+
+
 class Residual(nn.Module):
     """A block of ResNet-12: three convolutions, a 1x1 shortcut, LeakyReLU, pooling."""
 
@@ -154,6 +172,8 @@ WORKLOADS: dict[str, Workload] = {
     "Conv4-32, no norm": Workload(lambda: conv4(lambda f: nn.Identity()), (1, 28, 28)),
     "Conv4-32, LeakyReLU": Workload(lambda: conv4(nn.BatchNorm2d, lambda: nn.LeakyReLU(0.1)), (1, 28, 28)),
     "Conv4-32, GroupNorm, ANIL": Workload(lambda: conv4(lambda f: nn.GroupNorm(4, f)), (1, 28, 28), options=ANIL),
+    "Conv4 64-96-128-256, LeakyReLU": Workload(lambda: of_widths(64, 96, 128, 256), (3, 32, 32), tasks=4),
+    "Conv3, series": Workload(series, (6, 128)),
     "ResNet-12, narrow": Workload(resnet12, (3, 32, 32), tasks=4),
     "OmniglotFC": Workload(lambda: mlp(784, 256, 128, 64, 64, 5, activation=nn.ReLU, norm=True), (1, 28, 28)),
     "MLP 20-32-32-5, GELU": Workload(lambda: mlp(20, 32, 32, 5), (20,), tasks=32),

@@ -14,61 +14,89 @@ namespace {
 
 static_assert(kLayersWindow <= kMostRuns && kLayersWinogradLanes <= 8 * kMostRuns);
 
-// Lanes of a block's input as the gradient of it has them: whole vectors.
+// Where, in packed weights [groups, window, inputs, group], value q of an output's [in channels, window] lies.
+struct PackedPlaces {
+    std::int64_t window, inputs, group;
+
+    std::int64_t of(std::int64_t out, std::int64_t q) const {
+        return ((out / group * window + q % window) * inputs + q / window) * group + out % group;
+    }
+};
+
 template <typename Scalar>
-std::int64_t lanes_back(const LayersBlockPlan& plan) {
-    return pieces(plan.in.lanes, kLanes<Scalar>) * kLanes<Scalar>;
+PackedPlaces packed_places(const LayersBlock& block, const LayersBlockPlan& plan) {
+    return {std::int64_t{block.window.height} * block.window.width, plan.in.lanes, plan.vectors * kLanes<Scalar>};
 }
 
-// to [groups, window, inputs, group] <- weight [outputs, in channels, window]. Inputs beyond the channels, and outputs
-// beyond `outputs`, are 0.
+// to <- weight [outputs, in channels, window]; inputs beyond the channels, and outputs beyond `outputs`, are 0.
 template <typename Scalar>
 void pack_weight(Scalar* to, const Scalar* weight, const LayersBlock& block, const LayersBlockPlan& plan) {
-    const std::int64_t window = std::int64_t{block.window.height} * block.window.width;
-    const std::int64_t channels = block.in.channels, inputs = plan.in.lanes, outputs = block.made.channels;
-    const std::int64_t group = plan.vectors * kLanes<Scalar>;
-    fill_zero(to, window * inputs * plan.made.lanes);
-    for (std::int64_t out = 0; out < outputs; ++out) {
-        Scalar* of_out = to + out / group * window * inputs * group + out % group;
-        const Scalar* from = weight + out * channels * window;
-        for (std::int64_t in = 0; in < channels; ++in) {
-            for (std::int64_t tap = 0; tap < window; ++tap) {
-                of_out[(tap * inputs + in) * group] = from[in * window + tap];
+    constexpr int kL = kLanes<Scalar>;
+    const PackedPlaces places = packed_places<Scalar>(block, plan);
+    const std::int64_t length = block.in.channels * places.window, outputs = block.made.channels;
+    if (block.in.channels < places.inputs) fill_zero(to, places.window * places.inputs * plan.made.lanes);
+    for (std::int64_t out = 0; out < plan.made.lanes; out += kL) {
+        const Scalar* from = weight + out * length;
+        std::int64_t q = 0;
+        for (; q + kL <= length; q += kL) {
+            Vector<Scalar> rows[kL];
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) {
+                rows[i] = out + i < outputs ? load_loose(from + i * length + q) : Vector<Scalar>{};
             }
+            transpose<Simd<Scalar>>(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) store(to + places.of(out, q + i), rows[i]);
+        }
+        for (; q < length; ++q) {
+            Scalar* row = to + places.of(out, q);
+            for (int i = 0; i < kL; ++i) row[i] = out + i < outputs ? from[i * length + q] : Scalar(0);
         }
     }
 }
 
-// weight [outputs, in channels, window] <- packed sums as pack_weight lays them out
+// weight [outputs, in channels, window] <- packed sums
 template <typename Scalar>
 void unpack_weight(Scalar* weight, const Scalar* packed, const LayersBlock& block, const LayersBlockPlan& plan) {
-    const std::int64_t window = std::int64_t{block.window.height} * block.window.width;
-    const std::int64_t channels = block.in.channels, inputs = plan.in.lanes, outputs = block.made.channels;
-    const std::int64_t group = plan.vectors * kLanes<Scalar>;
-    for (std::int64_t out = 0; out < outputs; ++out) {
-        const Scalar* of_out = packed + out / group * window * inputs * group + out % group;
-        Scalar* to = weight + out * channels * window;
-        for (std::int64_t in = 0; in < channels; ++in) {
-            for (std::int64_t tap = 0; tap < window; ++tap) {
-                to[in * window + tap] = of_out[(tap * inputs + in) * group];
+    constexpr int kL = kLanes<Scalar>;
+    const PackedPlaces places = packed_places<Scalar>(block, plan);
+    const std::int64_t length = block.in.channels * places.window, outputs = block.made.channels;
+    for (std::int64_t out = 0; out < outputs; out += kL) {
+        Scalar* to = weight + out * length;
+        std::int64_t q = 0;
+        for (; q + kL <= length; q += kL) {
+            Vector<Scalar> rows[kL];
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) rows[i] = load(packed + places.of(out, q + i));
+            transpose<Simd<Scalar>>(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < kL; ++i) {
+                if (out + i < outputs) store_loose(to + i * length + q, rows[i]);
             }
+        }
+        for (; q < length; ++q) {
+            const Scalar* row = packed + places.of(out, q);
+            for (int i = 0; i < kL && out + i < outputs; ++i) to[i * length + q] = row[i];
         }
     }
 }
 
-// to [groups of inputs, window back to front, outputs, group] <- weight [outputs, in channels, window]
+// to [groups of inputs, window back to front, outputs, group] <- packed weights
 template <typename Scalar>
-void pack_weight_back(Scalar* to, const Scalar* weight, const LayersBlock& block, const LayersBlockPlan& plan) {
-    const std::int64_t window = std::int64_t{block.window.height} * block.window.width;
-    const std::int64_t channels = block.in.channels, lanes = plan.made.lanes, outputs = block.made.channels;
-    const std::int64_t group = plan.vectors_back * kLanes<Scalar>;
-    fill_zero(to, window * lanes * plan.in.lanes);
-    for (std::int64_t out = 0; out < outputs; ++out) {
-        const Scalar* from = weight + out * channels * window;
-        for (std::int64_t in = 0; in < channels; ++in) {
-            Scalar* of_in = to + in / group * window * lanes * group + in % group;
-            for (std::int64_t tap = 0; tap < window; ++tap) {
-                of_in[((window - 1 - tap) * lanes + out) * group] = from[in * window + tap];
+void pack_weight_back(Scalar* to, const Scalar* packed, const LayersBlock& block, const LayersBlockPlan& plan) {
+    constexpr int kL = kLanes<Scalar>;
+    const PackedPlaces places = packed_places<Scalar>(block, plan);
+    const std::int64_t window = places.window, lanes = plan.made.lanes, group = plan.vectors_back * kL;
+    for (std::int64_t tap = 0; tap < window; ++tap) {
+        for (std::int64_t out = 0; out < lanes; out += kL) {
+            for (std::int64_t in = 0; in < places.inputs; in += kL) {
+                Vector<Scalar> rows[kL];
+#pragma GCC unroll 16
+                for (int i = 0; i < kL; ++i) rows[i] = load(packed + places.of(out, (in + i) * window + tap));
+                transpose<Simd<Scalar>>(rows);
+                Scalar* at = to + ((in / group * window + window - 1 - tap) * lanes + out) * group + in % group;
+#pragma GCC unroll 16
+                for (int i = 0; i < kL; ++i) store(at + i * group, rows[i]);
             }
         }
     }
@@ -94,7 +122,7 @@ void start_convolution(const LayersTask<Scalar>& t, int i) {
     }
     if (i <= t.lowest) return;
     Scalar* back = t.memory + plan.weight_back;
-    pack_weight_back(back, weight, block, plan);
+    pack_weight_back<Scalar>(back, packed, block, plan);
     if (plan.winograd_back) {
         transform_kernels(t.memory + plan.transformed_back, back, plan.made.lanes, plan.in.lanes,
                           plan.vectors_back * kLanes<Scalar>);

@@ -158,6 +158,12 @@ template <typename Scalar>
 Largest<Scalar> largest_of(const Scalar* values, std::int64_t row, std::int64_t lanes, std::int64_t height,
                            std::int64_t width) {
     Largest<Scalar> best{load(values), Mask<Scalar>{}};
+    if (height == 2 && width == 2) {  // without a loop
+        best.take(load(values + lanes), 1);
+        best.take(load(values + row), 2);
+        best.take(load(values + row + lanes), 3);
+        return best;
+    }
     typename Simd<Scalar>::Int i = 0;
     for (std::int64_t y = 0; y < height; ++y) {
         for (std::int64_t x = 0; x < width; ++x, ++i) {
@@ -260,6 +266,9 @@ void spread_grads(const LayersTask<Scalar>& t, int i, std::int64_t example, std:
     }
     fill_zero(grads, (last - first) * width * lanes);
     const bool takes_largest = block.pool == LayersPool::kMax;
+    // Then each position has at most one gradient.
+    const bool apart =
+        block.pool_window.stride_h >= block.pool_window.height && block.pool_window.stride_w >= block.pool_window.width;
     if (takes_largest) activate_rows<kKind>(t, i, example, first, last - first, values, width * lanes);
     each_window(block, first, last, t.layout->block[i].band, [&](std::int64_t y, std::int64_t x, const Under& under) {
         const std::int64_t place = ((under.top - first) * width + under.left) * lanes;
@@ -272,10 +281,13 @@ void spread_grads(const LayersTask<Scalar>& t, int i, std::int64_t example, std:
             } else {
                 grad /= static_cast<Scalar>(under.divisor);
             }
-            for (std::int64_t p = 0; p < rows * columns; ++p) {
-                Scalar* at = grads + place + (p / columns * width + p % columns) * lanes + c;
-                const auto own = static_cast<typename Simd<Scalar>::Int>(p);
-                store(at, load(at) + (takes_largest ? (number == own ? grad : Vector<Scalar>{}) : grad));
+            typename Simd<Scalar>::Int own = 0;
+            for (std::int64_t of_row = 0; of_row < rows; ++of_row) {
+                Scalar* at = grads + place + of_row * width * lanes + c;
+                for (std::int64_t column = 0; column < columns; ++column, ++own, at += lanes) {
+                    const Vector<Scalar> taken = takes_largest ? (number == own ? grad : Vector<Scalar>{}) : grad;
+                    store(at, apart ? taken : load(at) + taken);
+                }
             }
         }
     });
