@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -61,6 +62,14 @@ struct Launch {
 
 thread_local Thread* current = nullptr;
 thread_local Launch* running = nullptr;
+
+// Launches that are counted now, by any host thread. Asked first, because kernels ask at every basic block and access.
+std::atomic<int> counted_launches{0};
+
+bool is_counted() {
+    if (counted_launches.load(std::memory_order_relaxed) == 0) return false;
+    return running != nullptr && running->counter != nullptr && current != nullptr;
+}
 
 std::string place(const Thread& thread) { return describe(thread.who); }
 
@@ -291,13 +300,18 @@ void launch(const std::string& name, Extent3 grid, Extent3 block, std::int64_t s
         buffer.unwritten = false;  // later launches may read what this one wrote
     }
     running = &launch;
+    counted_launches += counted ? 1 : 0;
+    const auto end = [counted] {
+        running = nullptr;
+        counted_launches -= counted ? 1 : 0;
+    };
     try {
         run_all(launch, shared_bytes, kernel);
     } catch (const std::exception& error) {
-        running = nullptr;
+        end();
         throw std::runtime_error(name + ": " + error.what());
     }
-    running = nullptr;
+    end();
 }
 
 Index3 thread_index() { return current->index; }
@@ -329,8 +343,6 @@ void write_down(std::uintptr_t code, Place what, std::int64_t bytes = 0, const v
                               shared ? in_shared(address) : reinterpret_cast<std::uintptr_t>(address),
                               to_shared == nullptr ? 0 : in_shared(to_shared)});
 }
-
-bool is_counted() { return running != nullptr && running->counter != nullptr && current != nullptr; }
 
 Place place_of_operation(const char* name) {
     const auto starts = [name](const char* with) { return std::strncmp(name, with, std::strlen(with)) == 0; };

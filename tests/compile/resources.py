@@ -201,12 +201,16 @@ def compiled(folder: Path) -> list[Path]:
         return list(pool.map(lambda job: cubin(*job), jobs))
 
 
+def usual_options() -> list[str]:
+    """The options of CMakeLists.txt."""
+    return ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
+
+
 def cubin(folder: Path, launch: str, architecture: int, *options: str) -> Path:
     """Compiles a file of launch/ for an architecture, with the options of CMakeLists.txt and these."""
     target = folder / f"{launch}.{architecture}.cubin"
     source = ROOT / "csrc" / "launch" / f"{launch}.cu"
-    usual = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}"]
-    output("nvcc", *usual, *options, "-cubin", str(source), "-o", str(target))
+    output("nvcc", *usual_options(), f"-arch=sm_{architecture}", *options, "-cubin", str(source), "-o", str(target))
     return target
 
 

@@ -6,7 +6,11 @@
 
 `Runner` runs the cases on a mutant in a separate process, forked from one that has already loaded torch and the module:
 `mutants.py MODULE CASES`, which reads one line of JSON per mutant. CASES is a module of helpers/cases/, whose `GROUPS`
-are functions of the native module.
+hold functions of the native module, by their names.
+
+Only a case that reaches a mutant's place can notice it. So every case first runs on the unchanged sources, where
+`mutant` writes down which places it passes. Then each mutant runs on the cases of its group that reach it, in their
+order, until one notices it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import SequenceMatcher
 from pathlib import Path
 from queue import SimpleQueue
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -34,12 +39,19 @@ if TYPE_CHECKING:
 # Included by every changed file.
 HEADER = "mutants.h"
 SELECTOR = "signmaml_mutant"
-HEADER_TEXT = f"""// 0: the sources as they are; else the number of the mutant that runs.
-#pragma once
+REACHED = "signmaml_mutants_reached"
+MOST = 4096  # mutants
+HEADER_TEXT = f"""#pragma once
 extern "C" {{
+// 0: the sources as they are; else the number of the mutant that runs.
 inline __attribute__((visibility("default"))) int {SELECTOR} = 0;
+// Mutants whose place has been passed.
+inline __attribute__((visibility("default"))) unsigned char {REACHED}[{MOST}] = {{}};
 }}
-inline bool mutant(int number) {{ return number == {SELECTOR}; }}
+inline bool mutant(int number) {{
+    {REACHED}[number] = 1;
+    return number == {SELECTOR};
+}}
 """
 
 
@@ -276,6 +288,7 @@ def _united(tokens: _Tokens, one: _Place, other: _Place) -> _Place:
 
 def write(source: Path, mutations: Sequence[Mutation]) -> None:
     """Writes all mutants into a copy of the sources; the first has number 1."""
+    assert len(mutations) < MOST
     by_file: dict[str, dict[int, Mutation]] = {}
     for number, mutation in enumerate(mutations, 1):
         by_file.setdefault(mutation.file, {})[number] = mutation
@@ -297,10 +310,12 @@ def assert_every_variant_is_the_mutant(text: str, mutations: Mapping[int, Mutati
 
 
 class Outcome(NamedTuple):
-    """How a mutant ended: the exit status of its process (minus the signal that killed it), and all its output."""
+    """How a mutant ended: the exit status of its process (minus the signal that killed it), all its output, and the
+    mutants whose places each case passed, if all ended well."""
 
     code: int
     said: str
+    reached: dict[str, list[int]]
 
     @property
     def report(self) -> str:
@@ -309,7 +324,7 @@ class Outcome(NamedTuple):
 
     def assert_caught(self) -> None:
         """The cases found the mutant, and did not just take too long."""
-        assert self.code != 0, "the mutant passed every case"
+        assert self.code != 0, f"the mutant passed every case that reaches it\n{self.said}"
         assert self.code != -signal.SIGALRM, f"the cases did not end within {SECONDS} s"
 
 
@@ -321,9 +336,10 @@ class Runner:
             [sys.executable, __file__, str(module), cases], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, number: int, group: str) -> Outcome:
+    def run(self, number: int, group: str, cases: Sequence[str]) -> Outcome:
+        """Runs these cases of a group on a mutant, in their order, until one fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps([number, group]), file=self._process.stdin, flush=True)
+        print(json.dumps([number, group, cases]), file=self._process.stdin, flush=True)
         return Outcome(*json.loads(self._process.stdout.readline()))
 
     def close(self) -> None:
@@ -331,6 +347,12 @@ class Runner:
         self._process.stdin.close()
         self._process.wait(timeout=60)
         self._process.stdout.close()
+
+
+def groups_of(cases: str) -> dict[str, dict[str, Callable[[ModuleType], None]]]:
+    """The cases of a module of helpers/cases/, by group and name."""
+    found: dict[str, dict[str, Callable[[ModuleType], None]]] = importlib.import_module(f"helpers.cases.{cases}").GROUPS
+    return found
 
 
 class Outcomes:
@@ -343,14 +365,23 @@ class Outcomes:
         for runner in self._runners:
             self._idle.put(runner)
         self._pool = ThreadPoolExecutor(workers)
-        self._found: dict[tuple[int, str], Future[Outcome]] = {
-            each: self._pool.submit(self._run, *each) for each in chosen
-        }
+        self._groups = groups_of(cases)
+        self._found: dict[tuple[int, str], Future[Outcome]] = {}
+        # The unchanged sources first, because the mutants wait for these.
+        unchanged = [(UNCHANGED, group) for group in dict.fromkeys(group for _, group in chosen)]
+        for each in dict.fromkeys((*unchanged, *chosen)):
+            self._found[each] = self._pool.submit(self._run, *each)
 
     def _run(self, number: int, group: str) -> Outcome:
+        cases = list(self._groups[group])
+        if number != UNCHANGED:
+            reached = self[UNCHANGED, group].reached
+            cases = [name for name in cases if number in reached.get(name, ())]
+            if not cases:
+                return Outcome(0, "no case reaches the mutant", {})
         runner = self._idle.get()
         try:
-            return runner.run(number, group)
+            return runner.run(number, group, cases)
         finally:
             self._idle.put(runner)
 
@@ -380,13 +411,21 @@ def chosen_of(
 SECONDS = 300  # limit per mutant; then a signal ends it, which does not count as caught
 
 
-def _in_child(path: str, cases: str, number: int, group: str) -> None:
-    """Runs in the forked process: selects the mutant and runs the cases. An error ends the process."""
+def _in_child(path: str, cases: Mapping[str, Callable[[ModuleType], None]], number: int) -> dict[str, list[int]]:
+    """Runs in the forked process: selects the mutant, runs the cases and returns the mutants whose places each passed.
+    An error ends the process."""
     from helpers.devices import emulated
 
     signal.alarm(SECONDS)
-    ctypes.c_int.in_dll(ctypes.CDLL(path), SELECTOR).value = number
-    importlib.import_module(f"helpers.cases.{cases}").GROUPS[group](emulated.load(Path(path)))
+    library = ctypes.CDLL(path)
+    ctypes.c_int.in_dll(library, SELECTOR).value = number
+    places = (ctypes.c_ubyte * MOST).in_dll(library, REACHED)
+    native, reached = emulated.load(Path(path)), {}
+    for name, case in cases.items():
+        ctypes.memset(places, 0, MOST)
+        case(native)
+        reached[name] = [place for place, passed in enumerate(bytes(places)) if passed]
+    return reached
 
 
 def _serve(path: str, cases: str) -> None:
@@ -396,20 +435,24 @@ def _serve(path: str, cases: str) -> None:
 
     from helpers.devices import emulated
 
-    importlib.import_module(f"helpers.cases.{cases}")  # once, before the forks
+    groups = groups_of(cases)  # once, before the forks
     torch.set_num_threads(1)  # other threads do not survive a fork
     emulated.load(Path(path))
+    # The first calls of these import hundreds of modules, which takes longer than most cases.
+    torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     gc.freeze()  # so that collections in forked processes do not copy shared pages
     for line in sys.stdin:
-        number, group = json.loads(line)
-        with tempfile.TemporaryFile() as said:
+        number, group, names = json.loads(line)
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as places:
             child = os.fork()
             if child == 0:
                 os.dup2(said.fileno(), 1)
                 os.dup2(said.fileno(), 2)
                 code = 1
                 try:
-                    _in_child(path, cases, number, group)
+                    reached = _in_child(path, {name: groups[group][name] for name in names}, number)
+                    os.write(places.fileno(), json.dumps(reached).encode())
                     code = 0
                 except BaseException:
                     traceback.print_exc()
@@ -418,7 +461,9 @@ def _serve(path: str, cases: str) -> None:
                     os._exit(code)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             said.seek(0)
-            print(json.dumps([code, said.read().decode(errors="replace")]), flush=True)
+            places.seek(0)
+            outcome = Outcome(code, said.read().decode(errors="replace"), json.loads(places.read() or b"{}"))
+            print(json.dumps(outcome), flush=True)
 
 
 if __name__ == "__main__":

@@ -454,7 +454,7 @@ def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
     folder = tmp_path_factory.mktemp("mutations")
     emulated.copy_sources(folder / "source")
     mutants.write(folder / "source", MUTATIONS)
-    emulated.configure(folder / "source", folder / "build", flags="-O0")
+    emulated.configure(folder / "source", folder / "build", "SIGNMAML_EMULATED_COUNTS=OFF", flags="-O0")
     module = emulated.compile_module(folder / "build")
     chosen = mutants.chosen_of(request.session.items, __file__, NUMBERS, group_of)
     found = Outcomes(module, "emulated_cases", chosen)

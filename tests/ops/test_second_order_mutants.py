@@ -141,7 +141,7 @@ def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
     # The module exports its entry and nothing else; here, the number of the mutant too.
     lists, entry = folder / "source" / "CMakeLists.txt", "global: PyInit__C;"
     assert lists.read_text().count(entry) == 1
-    lists.write_text(lists.read_text().replace(entry, f"{entry} {mutants.SELECTOR};"))
+    lists.write_text(lists.read_text().replace(entry, f"{entry} {mutants.SELECTOR}; {mutants.REACHED};"))
     emulated.configure(folder / "source", folder / "build", "CMAKE_BUILD_TYPE=Debug", "CMAKE_CXX_FLAGS_DEBUG=-O0")
     module = emulated.compile_module(folder / "build", "_C")
     found = Outcomes(

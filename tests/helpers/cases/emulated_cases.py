@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -513,7 +515,7 @@ def conv_rates(
     """Rates that learn or vary within a tensor, and other options of the steps, against the float64 reference, where no
     sign is in doubt."""
     sizes = {"ways": 3, "channels": 2, "filters": 8, "size": 9, "layers": 2, **sizes}
-    for _ in range(20):
+    for _ in range(20 if method == "sign-maml" else 3):  # without signs, only ReLU and pooling can be in doubt
         model = nets.conv4(**sizes)
         data = nets.image_tasks(2, 3, sizes["channels"], 2, 2, sizes["size"], dtype=torch.float32)
         rates = rates_of(model, kind, steps, learnable=learnable)
@@ -613,119 +615,200 @@ def conv_overflowing(part: str) -> tuple[conv_cases.Net, conv_cases.Data, dict[s
     return net, data, {"steps": 1, "lr": rates, "adapt": adapt, "method": "maml"}
 
 
-def run_conv(native: ModuleType, seeds: int = 1) -> None:
+Case = Callable[[ModuleType], None]
+
+
+def seeded(case: Case, seed: int, blocks_alive: int) -> Case:
+    """The case with its own random numbers and order of threads, whatever has run before it."""
+
+    def run(native: ModuleType) -> None:
+        torch.manual_seed(seed)
+        native.configure(seed=seed, blocks_alive=blocks_alive, multiprocessors=1)
+        case(native)
+
+    return run
+
+
+def in_orders(cases: Mapping[str, Case], *orders: tuple[int, int]) -> dict[str, Case]:
+    """The cases in several random orders of threads: `(seed, blocks_alive)`."""
+    return {
+        f"{name}, seed {seed}" if len(orders) > 1 else name: seeded(case, seed, alive)
+        for seed, alive in orders
+        for name, case in cases.items()
+    }
+
+
+def all_of(function: Callable[..., None], *arguments: Sequence[Any]) -> Case:
+    """A case that calls the function with each of these tuples of arguments."""
+
+    def run(native: ModuleType) -> None:
+        for each in arguments:
+            function(native, *each)
+
+    return run
+
+
+def of_conv() -> dict[str, Case]:
     """The cases of the convolution kernels; the quick ones come first, because they find most errors."""
     Net = conv_cases.Net
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        native.configure(seed=seed, blocks_alive=2 + seed, multiprocessors=1)
-        conv_meta_step(native, Net(channels=2, tasks=1), steps=0, by_covariance=seed % 2 == 0)
-        conv_ties(native)
-        conv_meta_step(native, Net(channels=3, halving="stride", readout="mean", conv_bias=False), steps=1)
-        rates = torch.rand(2, 10, generator=torch.Generator().manual_seed(1)) * 0.1
-        adapt = [i % 4 != 2 for i in range(10)]
-        conv_meta_step(native, Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt)
-        conv_faults(native)
-        conv_nan_of_any_bits(native)
-        conv_meta_step(native, Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False)
+    rates = torch.rand(2, 10, generator=torch.Generator().manual_seed(1)) * 0.1
+    adapt = [i % 4 != 2 for i in range(10)]
+    # More tiles than slices: a thread block processes several tiles in turn.
+    many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
+    return {
+        "no step": partial(conv_meta_step, net=Net(channels=2, tasks=1), steps=0),
+        "ties": conv_ties,
+        "stride": partial(
+            conv_meta_step, net=Net(channels=3, halving="stride", readout="mean", conv_bias=False), steps=1
+        ),
+        "rates": partial(conv_meta_step, net=Net(channels=2, height=9, width=11), steps=2, lr=rates, adapt=adapt),
+        "faults": conv_faults,
+        "NaN of any bits": conv_nan_of_any_bits,
+        "three blocks": partial(
+            conv_meta_step, net=Net(blocks=3, height=11, width=9, halving="stride"), steps=1, by_covariance=False
+        ),
         # Several chunks of channels, and of columns of the weight gradient.
-        conv_meta_step(native, Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0)
-        conv_sums(native)
-        conv_meta_step(native, Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False)
-        # More tiles than slices: a thread block processes several tiles in turn.
-        many = Net(halving="stride", height=20, width=22, readout="mean", tasks=1, support=2, query=66)
-        conv_meta_step(native, many, steps=0)
-        conv_meta_step(native, replace(many, blocks=1), steps=0, by_covariance=False)
+        "many filters": partial(
+            conv_meta_step, net=Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0
+        ),
+        "sums": conv_sums,
+        "one block": partial(
+            conv_meta_step, net=Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False
+        ),
+        "many tiles": partial(conv_meta_step, net=many, steps=0),
+        "many tiles of one block": partial(conv_meta_step, net=replace(many, blocks=1), steps=0, by_covariance=False),
+    }
 
 
-def run_second(native: ModuleType, seeds: int = 1) -> None:
+def of_second() -> dict[str, Case]:
     """The cases of convolutional networks whose steps are differentiated; the quick ones come first."""
     Net = conv_cases.Net
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        native.configure(seed=seed, blocks_alive=2 + seed, multiprocessors=1)
-        conv_second_order(native, Net(channels=2, height=9, width=11, tasks=2, support=2, query=2))
-        adapt = [i % 4 != 2 for i in range(13)]
-        odd = Net(blocks=3, channels=3, height=9, width=11, halving="stride", readout="mean", tasks=1, conv_bias=False)
-        conv_second_order(native, odd, by_covariance=False, adapt=adapt[:11])
-        conv_second_order(native, Net(blocks=1, tasks=1, height=5, width=8, conv_bias=False))
-        # Several chunks of channels and slices of tiles; then a thread block that processes several tiles in turn.
-        conv_second_order(native, Net(filters=40, height=6, width=7, tasks=1, support=9, query=2))
-        many = Net(1, halving="stride", height=20, width=22, readout="mean", tasks=1, support=66, query=2)
-        conv_second_order(native, many, steps=1, lr=0.05)
-        conv_second_order_faults(native)
+    adapt = [i % 4 != 2 for i in range(11)]
+    odd = Net(blocks=3, channels=3, height=9, width=11, halving="stride", readout="mean", tasks=1, conv_bias=False)
+    many = Net(1, halving="stride", height=20, width=22, readout="mean", tasks=1, support=66, query=2)
+    return {
+        "one block": partial(conv_second_order, net=Net(blocks=1, tasks=1, height=5, width=8, conv_bias=False)),
+        "three blocks": partial(conv_second_order, net=odd, by_covariance=False, adapt=adapt),
+        # A thread block that processes several tiles in turn.
+        "many tiles": partial(conv_second_order, net=many, steps=1, lr=0.05),
+        "two blocks": partial(conv_second_order, net=Net(channels=2, height=9, width=11, tasks=2, support=2, query=2)),
+        "faults": conv_second_order_faults,
+        # Several chunks of channels and slices of tiles.
+        "many filters": partial(conv_second_order, net=Net(filters=40, height=6, width=7, tasks=1, support=9, query=2)),
+    }
 
 
-def run_flat(native: ModuleType, seeds: int = 2) -> None:
-    """The cases of the emulator itself, the flat-buffer kernels and the MLP, in several random orders of threads.
+def of_flat() -> dict[str, Case]:
+    """The cases of the emulator itself, the flat-buffer kernels and the MLP. The quick ones come first."""
+    cases: dict[str, Case] = {
+        "block sum": all_of(block_sum, (3, 1027, 128), (1, 5, 32), (2, 64, 64)),
+        "matmul of tf32": all_of(matmul_tf32, (16, 16, 8), (32, 16, 40)),
+        "matmul of bf16": all_of(matmul_bf16, (16, 8, 16), (32, 16, 48)),
+    }
+    sizes = ((3, 1027), (2, 5), (1, 1))
+    shifts = (0, 1, 0)
+    for dtype, named in ((torch.float32, "float"), (torch.float64, "double")):
+        for form in ("all", "masked", "element", "segments", "segments masked"):
+            calls = [(*size, dtype, form, shift) for size, shift in zip(sizes, shifts, strict=True)]
+            cases[f"sign step, {named}, {form}"] = all_of(sign_step, *calls)
+            if not form.endswith("masked"):
+                cases[f"counts, {named}, {form}"] = all_of(compact_sign_step, *calls)
+        # Several tiles of a row; several tasks per block.
+        rest = (2, 4200, dtype, "all", 1), (35, 3, dtype, "all", 0)
+        cases[f"sign step, {named}, tiles and tasks"] = all_of(sign_step, *rest)
+        cases[f"counts, {named}, tiles and tasks"] = all_of(compact_sign_step, *rest)
+        for skip in (False, True):
+            rows = [(*row, dtype, skip, shift) for *row, shift in ((1, 1027, 0), (3, 5, 1), (11, 33, 0), (9, 2048, 0))]
+            cases[f"mean, {named}, {'skip' if skip else 'keep'}"] = all_of(meta_accumulate, *rows)
+    for loss in ("mse", "cross_entropy"):
+        # A warp in shared memory, a block in the workspace.
+        cases[f"perceptron of a warp, {loss}"] = partial(
+            mlp_meta_step, widths=(3, 6, 5, 2), tasks=3, support=4, query=3, loss=loss
+        )
+        cases[f"perceptron of a block, {loss}"] = partial(
+            mlp_meta_step, widths=(2, 33, 3, 2), tasks=2, support=66, query=7, loss=loss
+        )
+        cases[f"second order of a warp, {loss}"] = partial(
+            mlp_second_order, widths=(3, 6, 5, 2), tasks=3, support=5, query=3, loss=loss
+        )
+        cases[f"second order of a block, {loss}"] = partial(
+            mlp_second_order, widths=(2, 33, 3, 2), tasks=2, support=66, query=7, loss=loss
+        )
+    several: dict[str, Any] = {"widths": (2, 3, 1), "tasks": 35, "support": 2, "query": 2, "loss": "mse"}
+    cases["several tasks of a team"] = partial(mlp_meta_step, **several)
+    # Large tiles, some of them cut at the edge.
+    large: dict[str, Any] = {"widths": (3, 40, 33, 2), "tasks": 12, "support": 5, "query": 5, "loss": "mse"}
+    cases["large tiles"] = partial(mlp_meta_step, **large)
+    for dtype, named in ((torch.float32, "float"), (torch.float64, "double")):
+        cases[f"second order, large tiles, {named}"] = partial(mlp_second_order, **large, dtype=dtype)
+    cases["second order, faults"] = mlp_second_order_faults
+    return cases
 
-    The quick ones come first, because they find most errors.
-    """
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
-        for rows, columns, block in ((3, 1027, 128), (1, 5, 32), (2, 64, 64)):
-            block_sum(native, rows, columns, block)
-        for m, n, k in ((16, 16, 8), (32, 16, 40)):
-            matmul_tf32(native, m, n, k)
-        for m, n, k in ((16, 8, 16), (32, 16, 48)):
-            matmul_bf16(native, m, n, k)
-        for dtype in (torch.float32, torch.float64):
-            for form in ("all", "masked", "element", "segments", "segments masked"):
-                for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
-                    sign_step(native, tasks, parameters, dtype, form, shift)
-            sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
-            sign_step(native, 35, 3, dtype, "all", 0)  # several tasks per block
-            for form in ("all", "element", "segments"):
-                for tasks, parameters, shift in ((3, 1027, 0), (2, 5, 1), (1, 1, 0)):
-                    compact_sign_step(native, tasks, parameters, dtype, form, shift)
-            compact_sign_step(native, 2, 4200, dtype, "all", 1)  # several tiles of a row
-            compact_sign_step(native, 35, 3, dtype, "all", 0)  # several tasks per block
-            for skip in (False, True):
-                for tasks, parameters, shift in ((1, 1027, 0), (3, 5, 1), (11, 33, 0), (9, 2048, 0)):
-                    meta_accumulate(native, tasks, parameters, dtype, skip, shift)
-        for loss in ("mse", "cross_entropy"):
-            mlp_meta_step(native, (3, 6, 5, 2), 3, 4, 3, loss)  # a warp in shared memory
-        mlp_meta_step(native, (2, 3, 1), 35, 2, 2, "mse")  # several tasks per team
-        mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse")  # large tiles, some of them cut at the edge
-        for loss in ("mse", "cross_entropy"):
-            mlp_meta_step(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
-        for loss in ("mse", "cross_entropy"):
-            mlp_second_order(native, (3, 6, 5, 2), 3, 5, 3, loss)  # a warp in shared memory
-            mlp_second_order(native, (2, 33, 3, 2), 2, 66, 7, loss)  # a block in the workspace
-        for dtype in (torch.float32, torch.float64):
-            mlp_second_order(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some cut at the edge
-        mlp_second_order_faults(native)
-    native.configure(multiprocessors=1)
-    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")  # several tiles per block
+
+def several_tiles_of_a_block(native: ModuleType) -> None:
+    sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
     compact_sign_step(native, 1, 33 * 4096 + 3, torch.float32, "all")
 
 
-def run_steps(native: ModuleType, seeds: int = 2) -> None:
-    """The cases of rates that learn or vary within a tensor, sharpness-aware steps and steps that are counted."""
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        native.configure(seed=seed, blocks_alive=1 + 2 * seed, multiprocessors=1)
-        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "tensor and step", "maml")  # a warp in shared memory
-        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "element and step", "maml", adapt=["3.weight", "5.bias"])
-        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "element", "sign-maml")  # a block in the workspace
-        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "step", "sign-maml")
-        mlp_rates(native, (3, 7, 5, 2), (5, 4, 3), "tensor", "fo-maml", adapt=["1.bias", "5.weight"])
-        adaptive = Sharpness(0.05, "l2", adaptive=True)
-        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "tensor and step", "sign-maml", sharpness=adaptive)
-        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "element", "fo-maml", sharpness=Sharpness(0.05))
-        counted = {"task_state": "int8", "adapt": ["1.bias", "5.weight"], "steps": 3}
-        mlp_rates(native, (3, 7, 5, 2), (18, 4, 3), "filter", "sign-maml", sharpness=Sharpness(0.01, "linf"), **counted)
-        mlp_rates(native, (2, 33, 3, 2), (2, 66, 7), "scalar", "sign-maml", learnable=False, task_state="int8")
-    for kind, method in (("step", "sign-maml"), ("tensor and step", "maml"), ("element", "fo-maml"),
-                         ("element and step", "maml")):  # fmt: skip
-        conv_rates(native, kind, method)
-    conv_rates(native, "tensor", "sign-maml", others={"sharpness": Sharpness(0.05, "l2", adaptive=True)})
-    conv_rates(native, "element and step", "fo-maml", others={"sharpness": Sharpness(0.05)})
+def of_mlp_steps() -> dict[str, Case]:
+    """The cases of perceptrons whose rates learn or vary within a tensor, of their sharpness-aware steps and of steps
+    that are counted: of a warp in shared memory and of a block in the workspace."""
+    warp: dict[str, Any] = {"widths": (3, 7, 5, 2), "sizes": (18, 4, 3)}
+    block: dict[str, Any] = {"widths": (2, 33, 3, 2), "sizes": (2, 66, 7)}
+    counted: dict[str, Any] = {"task_state": "int8", "adapt": ["1.bias", "5.weight"], "steps": 3}
+    adaptive = Sharpness(0.05, "l2", adaptive=True)
+    return {
+        name: partial(mlp_rates, **options)
+        for name, options in {
+            "rates of tensors, fo-maml": {
+                "widths": (3, 7, 5, 2), "sizes": (5, 4, 3), "kind": "tensor", "method": "fo-maml",
+                "adapt": ["1.bias", "5.weight"],
+            },
+            "rates of tensors and steps, maml": {**warp, "kind": "tensor and step", "method": "maml"},
+            "rates of elements and steps, maml": {
+                **warp, "kind": "element and step", "method": "maml", "adapt": ["3.weight", "5.bias"]
+            },
+            "rates of elements, sign-maml": {**block, "kind": "element", "method": "sign-maml"},
+            "rates of steps, sign-maml": {**block, "kind": "step", "method": "sign-maml"},
+            "adaptive sharpness": {**warp, "kind": "tensor and step", "method": "sign-maml", "sharpness": adaptive},
+            "sharpness": {**block, "kind": "element", "method": "fo-maml", "sharpness": Sharpness(0.05)},
+            "sharp counted steps": {
+                **warp, "kind": "filter", "method": "sign-maml", "sharpness": Sharpness(0.01, "linf"), **counted
+            },
+            "counted steps": {
+                **block, "kind": "scalar", "method": "sign-maml", "learnable": False, "task_state": "int8"
+            },
+        }.items()
+    }  # fmt: skip
+
+
+def of_conv_steps() -> dict[str, Case]:
+    """The same of convolutional networks."""
     body = [name for name, _ in nets.conv4(layers=2).named_parameters()][:-2]
-    conv_rates(native, "tensor", "fo-maml", adapt=body, others={"sharpness": Sharpness(0.05)})
-    conv_rates(native, "filter", "sign-maml", others={"sharpness": Sharpness(0.01, "linf"), "task_state": "int8"})
-    conv_rates(native, "scalar", "sign-maml", learnable=False, others={"task_state": "int8"}, steps=3)
+    adaptive, linf = Sharpness(0.05, "l2", adaptive=True), Sharpness(0.01, "linf")
+    return {
+        f"conv, {name}": partial(conv_rates, **options)
+        for name, options in {
+            "rates of steps, sign-maml": {"kind": "step", "method": "sign-maml"},
+            "rates of tensors and steps, maml": {"kind": "tensor and step", "method": "maml"},
+            "rates of elements, fo-maml": {"kind": "element", "method": "fo-maml"},
+            "rates of elements and steps, maml": {"kind": "element and step", "method": "maml"},
+            "adaptive sharpness": {"kind": "tensor", "method": "sign-maml", "others": {"sharpness": adaptive}},
+            "sharpness, rates of elements": {
+                "kind": "element and step", "method": "fo-maml", "others": {"sharpness": Sharpness(0.05)}
+            },
+            "sharpness of the body": {
+                "kind": "tensor", "method": "fo-maml", "adapt": body, "others": {"sharpness": Sharpness(0.05)}
+            },
+            "sharp counted steps": {
+                "kind": "filter", "method": "sign-maml", "others": {"sharpness": linf, "task_state": "int8"}
+            },
+            "counted steps": {
+                "kind": "scalar", "method": "sign-maml", "learnable": False, "others": {"task_state": "int8"},
+                "steps": 3,
+            },
+        }.items()
+    }  # fmt: skip
 
 
 # Networks of 8, 32 and 64 columns of products, of every number of channels and both halvings.
@@ -739,83 +822,114 @@ OF_EVERY_KIND = (
 )
 
 
-def run_kernels(native: ModuleType) -> None:
-    """Every kernel that the other groups leave out: each precision, type and kind of address."""
-    torch.manual_seed(0)
-    native.configure(seed=1, multiprocessors=1)
-    for dtype in (torch.float32, torch.float64):
-        for form in ("all", "masked", "element", "segments", "segments masked"):
-            for apart in (0, 1):  # in vectors, or one element at a time
-                sign_step(native, 2, 9001, dtype, form, apart=apart)
-                if not form.endswith("masked"):
-                    compact_sign_step(native, 2, 9001, dtype, form, apart=apart)
-        for skip in (False, True):
-            for tasks, shift in ((17, 0), (9, 1)):
-                meta_accumulate(native, tasks, 1029, dtype, skip, shift)
-        for loss, activation in (("mse", nn.Tanh), ("cross_entropy", nn.ReLU)):
-            for sizes in (
-                ((3, 6, 5, 2), 3, 4, 3),  # a warp in shared memory
-                ((800, 16, 2), 1, 2, 2),  # a warp in the workspace
-                ((3, 33, 5), 2, 70, 66),  # a block, in float in shared memory
-                ((3, 40, 40, 5), 3, 5, 9),  # a block in shared memory
-                ((9, 120, 120, 3), 2, 60, 65),  # a block in the workspace
-            ):
-                mlp_meta_step(native, *sizes, loss, dtype, activation)
-                mlp_second_order(native, *sizes, loss, dtype, activation)
-                mlp_sharp(native, *sizes, loss, dtype, activation)
-        mlp_meta_step(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)  # large tiles, some of them cut at the edge
-        mlp_sharp(native, (3, 40, 33, 2), 12, 5, 5, "mse", dtype)
-        # Small, medium and large tiles, of a warp and of a block.
-        for sizes in (
-            ((3, 160, 2), 12, 3, 3),
-            ((3, 160, 2), 1, 3, 3),
-            ((3, 160, 2), 1, 20, 5),
-            ((3, 64, 64, 2), 1, 12, 12),
-            ((3, 60, 60, 2), 12, 10, 10),
-        ):
-            mlp_meta_step(native, *sizes, "mse", dtype)
-            mlp_second_order(native, *sizes, "mse", dtype)
-            mlp_sharp(native, *sizes, "mse", dtype)
-    for widths, sizes in (((3, 40, 33, 2), (12, 5, 5)), ((9, 120, 120, 3), (2, 20, 21))):  # shared memory, workspace
-        mlp_rates(native, widths, sizes, "element and step", "maml")
-        mlp_rates(native, widths, sizes, "tensor", "fo-maml", loss="cross_entropy", activation=nn.ReLU)
-        sharp = {"sharpness": Sharpness(0.01, "linf", adaptive=True), "task_state": "int8"}
-        mlp_rates(native, widths, sizes, "element", "sign-maml", **sharp)
-        mlp_rates(native, widths, sizes, "tensor", "sign-maml", sharpness=Sharpness(0.05, "l2", adaptive=True))
-    for method in ("sign-maml", "fo-maml"):
-        conv_step_is_exact(native, method)
-    for by_covariance in (True, False):
-        conv_branches(native, conv_cases.Net(height=6, width=7, support=2, query=2), by_covariance=by_covariance)
+def of_products() -> dict[str, Case]:
+    """The products on tensor cores, in every precision."""
+    cases: dict[str, Case] = {}
     for precision in ("fp32", "tf32", "bf16"):
-        for net in OF_EVERY_KIND:
-            for by_covariance in (True, False):
-                conv_precision(native, net, precision, by_covariance)
-            conv_second_order_bits(native, net, precision)
+        for number, net in enumerate(OF_EVERY_KIND):
+            for form, by_covariance in (("by covariance", True), ("by patches", False)):
+                cases[f"conv, {precision}, network {number}, {form}"] = partial(
+                    conv_precision, net=net, precision=precision, by_covariance=by_covariance
+                )
+            cases[f"conv, second order, {precision}, network {number}"] = partial(
+                conv_second_order_bits, net=net, precision=precision
+            )
         # Block 1 of every number of channels, by the covariance of its patches.
         for channels in (1, 2, 3):
-            conv_precision(native, conv_cases.Net(1, channels=channels, query=9), precision, by_covariance=True)
+            net = conv_cases.Net(1, channels=channels, query=9)
+            cases[f"conv, {precision}, {channels} channels"] = partial(
+                conv_precision, net=net, precision=precision, by_covariance=True
+            )
+    return cases
 
 
-def run_sums(native: ModuleType) -> None:
+def of_kernels() -> dict[str, Case]:
+    """Every kernel that the other groups leave out: each type and kind of address, every size of tile."""
+    cases: dict[str, Case] = {}
+    for dtype, named in ((torch.float32, "float"), (torch.float64, "double")):
+        for apart, how in ((0, "vectors"), (1, "elements")):  # in vectors, or one element at a time
+            for form in ("all", "masked", "element", "segments", "segments masked"):
+                call = partial(sign_step, tasks=2, parameters=9001, dtype=dtype, form=form, apart=apart)
+                cases[f"sign step, {named}, {form}, {how}"] = call
+                if not form.endswith("masked"):
+                    call = partial(compact_sign_step, tasks=2, parameters=9001, dtype=dtype, form=form, apart=apart)
+                    cases[f"counts, {named}, {form}, {how}"] = call
+        calls = [(tasks, 1029, dtype, skip, shift) for skip in (False, True) for tasks, shift in ((17, 0), (9, 1))]
+        cases[f"mean, {named}"] = all_of(meta_accumulate, *calls)
+        perceptron = {"mean": mlp_meta_step, "second order": mlp_second_order, "sharp": mlp_sharp}
+        for what, function in perceptron.items():
+            for loss, activation in (("mse", nn.Tanh), ("cross_entropy", nn.ReLU)):
+                for sizes in (
+                    ((3, 6, 5, 2), 3, 4, 3),  # a warp in shared memory
+                    ((800, 16, 2), 1, 2, 2),  # a warp in the workspace
+                    ((3, 33, 5), 2, 70, 66),  # a block, in float in shared memory
+                    ((3, 40, 40, 5), 3, 5, 9),  # a block in shared memory
+                    # A block in the workspace, with large tiles and with small ones.
+                    ((9, 120, 120, 3), 2, *((60, 65) if loss == "mse" else (20, 21))),
+                ):
+                    name = f"perceptron, {what}, {named}, {sizes}, {loss}"
+                    cases[name] = all_of(function, (*sizes, loss, dtype, activation))
+            # Large tiles, some of them cut at the edge; small, medium and large ones, of a warp and of a block.
+            for sizes in (
+                ((3, 40, 33, 2), 12, 5, 5),
+                ((3, 160, 2), 12, 3, 3),
+                ((3, 160, 2), 1, 3, 3),
+                ((3, 160, 2), 1, 20, 5),
+                ((3, 64, 64, 2), 1, 12, 12),
+                ((3, 60, 60, 2), 12, 10, 10),
+            ):
+                cases[f"perceptron, {what}, {named}, {sizes}"] = all_of(function, (*sizes, "mse", dtype))
+    sharp = {"sharpness": Sharpness(0.01, "linf", adaptive=True), "task_state": "int8"}
+    adaptive = {"sharpness": Sharpness(0.05, "l2", adaptive=True)}
+    for widths, numbers in (((3, 40, 33, 2), (12, 5, 5)), ((9, 120, 120, 3), (2, 20, 21))):  # shared memory, workspace
+        call = partial(mlp_rates, widths=widths, sizes=numbers)
+        cases |= {
+            f"rates, maml, {widths}": partial(call, kind="element and step", method="maml"),
+            f"rates, fo-maml, {widths}": partial(
+                call, kind="tensor", method="fo-maml", loss="cross_entropy", activation=nn.ReLU
+            ),
+            f"rates, counted, {widths}": partial(call, kind="element", method="sign-maml", **sharp),
+            f"rates, sharp, {widths}": partial(call, kind="tensor", method="sign-maml", **adaptive),
+        }
+    for method in ("sign-maml", "fo-maml"):
+        cases[f"conv, exact step, {method}"] = partial(conv_step_is_exact, method=method)
+    for form, by_covariance in (("by covariance", True), ("by patches", False)):
+        small = conv_cases.Net(height=6, width=7, support=2, query=2)
+        cases[f"conv, branches, {form}"] = partial(conv_branches, net=small, by_covariance=by_covariance)
+    return cases
+
+
+def of_sums() -> dict[str, Case]:
     """How the emulated tensor cores sum."""
-    for architecture in (80, 90):
-        native.configure(architecture=architecture)
-        tensor_core_sums(native, architecture)
+
+    def sums(architecture: int) -> Case:
+        def run(native: ModuleType) -> None:
+            native.configure(architecture=architecture)
+            tensor_core_sums(native, architecture)
+
+        return run
+
+    return {f"sm_{architecture}": sums(architecture) for architecture in (80, 90)}
 
 
-GROUPS = {
-    "flat": run_flat,
-    "conv": run_conv,
-    "second": run_second,
-    "steps": run_steps,
-    "sums": run_sums,
-    "kernels": run_kernels,
+# Cases by group and name. Each has its own random numbers and order of threads, so it can run alone.
+GROUPS: dict[str, dict[str, Case]] = {
+    "flat": in_orders(of_flat(), (0, 1), (1, 3)) | {"several tiles of a block": seeded(several_tiles_of_a_block, 1, 1)},
+    "conv": in_orders(of_conv(), (0, 2)),
+    "second": in_orders(of_second(), (0, 2)),
+    "steps": in_orders(of_mlp_steps(), (0, 1), (1, 3)) | in_orders(of_conv_steps(), (1, 3)),
+    "sums": of_sums(),
+    "kernels": in_orders(of_kernels(), (1, 1)),
+    "products": in_orders(of_products(), (1, 1)),
 }
 
 
 if __name__ == "__main__":
     from helpers.devices.emulated import load
 
-    chosen = sys.argv[2:] or GROUPS
-    for group in chosen:
-        GROUPS[group](load(Path(sys.argv[1])))
+    native = load(Path(sys.argv[1]))
+    for group in sys.argv[2:] or GROUPS:
+        for name, case in GROUPS[group].items():
+            started = time.process_time()
+            case(native)
+            print(f"{time.process_time() - started:8.2f} s  {group}: {name}", flush=True)

@@ -7,6 +7,8 @@ Every case has two steps, a rate for every tensor or element, and step or not, a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -88,35 +90,64 @@ def perceptron(
     check(native, mlp, perceptrons.problem_of(model, data, loss=loss, **options))
 
 
-def run_conv(native: ModuleType) -> None:
+Case = Callable[[ModuleType], None]
+
+
+def of_conv() -> dict[str, Case]:
     """The quick cases that find most errors come first."""
-    _loader.C = native  # what is not the package's own module runs its CUDA kernels
-    torch.manual_seed(0)
-    convolutional(native, channels=1)
-    convolutional(native, "stride", channels=1)
-    convolutional(native, "stride")
-    convolutional(native, adapt=["classifier.weight", "classifier.bias"])
-    convolutional(native, adapt=["features.1.conv.weight", "features.0.normalize.bias"], learnable=True)
-    convolutional(native, adapt=["features.0.conv.bias"], learnable=True)  # which does not move
-    convolutional(native, elements=True, learnable=True)
+    cases: dict[str, Case] = {
+        "gray": partial(convolutional, channels=1),
+        "gray, stride": partial(convolutional, pooling="stride", channels=1),
+        "stride": partial(convolutional, pooling="stride"),
+        "the classifier": partial(convolutional, adapt=["classifier.weight", "classifier.bias"]),
+        "two tensors": partial(
+            convolutional, adapt=["features.1.conv.weight", "features.0.normalize.bias"], learnable=True
+        ),
+        "a bias that does not move": partial(convolutional, adapt=["features.0.conv.bias"], learnable=True),
+        "elements and steps": partial(convolutional, elements=True, learnable=True),
+    }
     for method, elements in itertools.product(("sign-maml", "fo-maml", "maml"), (False, True)):
-        convolutional(native, elements=elements, learnable=True, by_step=False, method=method)
+        cases[f"{method}, {'elements' if elements else 'tensors'}"] = partial(
+            convolutional, elements=elements, learnable=True, by_step=False, method=method
+        )
     for pooling, layers in (("max", 3), ("stride", 1), ("stride", 3)):
-        convolutional(native, pooling, layers=layers)
+        cases[f"{pooling}, {layers} blocks"] = partial(convolutional, pooling=pooling, layers=layers)
+    return cases
 
 
-def run_mlp(native: ModuleType) -> None:
+def of_mlp() -> dict[str, Case]:
     """The quick cases that find most errors come first."""
-    _loader.C = native
-    torch.manual_seed(0)
+    cases: dict[str, Case] = {}
     for loss, activation in itertools.product(("mse", "cross_entropy"), (nn.Tanh, nn.ReLU)):
-        perceptron(native, activation, loss)
+        cases[f"{loss}, {activation.__name__}"] = partial(perceptron, activation=activation, loss=loss)
     for adapt in (["1.bias"], ["3.weight"], ["1.weight", "5.bias"]):
-        perceptron(native, nn.Tanh, "mse", adapt=adapt, learnable=True)
-    perceptron(native, nn.ReLU, "cross_entropy", learnable=True, elements=True)
+        cases[" and ".join(adapt)] = partial(perceptron, activation=nn.Tanh, loss="mse", adapt=adapt, learnable=True)
+    cases["cross_entropy, elements"] = partial(
+        perceptron, activation=nn.ReLU, loss="cross_entropy", learnable=True, elements=True
+    )
     for method, elements in itertools.product(("sign-maml", "fo-maml", "maml"), (False, True)):
         for by_step in (False, True):
-            perceptron(native, nn.Tanh, "mse", learnable=True, elements=elements, by_step=by_step, method=method)
+            name = f"{method}, {'elements' if elements else 'tensors'}{' and steps' if by_step else ''}"
+            cases[name] = partial(
+                perceptron, activation=nn.Tanh, loss="mse", learnable=True, elements=elements, by_step=by_step,
+                method=method,
+            )  # fmt: skip
+    return cases
 
 
-GROUPS = {"conv": run_conv, "mlp": run_mlp}
+def alone(case: Case) -> Case:
+    """The case with its own random numbers, on a module that runs what the package's own would."""
+
+    def run(native: ModuleType) -> None:
+        _loader.C = native  # what is not the package's own module runs its CUDA kernels
+        torch.manual_seed(0)
+        case(native)
+
+    return run
+
+
+# Cases by group and name. Each can run alone.
+GROUPS: dict[str, dict[str, Case]] = {
+    group: {name: alone(case) for name, case in cases.items()}
+    for group, cases in (("conv", of_conv()), ("mlp", of_mlp()))
+}

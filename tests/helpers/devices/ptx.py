@@ -8,8 +8,10 @@ files) and `selftest_cuda.cu`. Its settings are environment variables that start
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+from compile import resources
 from helpers.devices import emulated
 from helpers.programs import shared
 from helpers.programs.tools import tool
@@ -49,6 +51,39 @@ def build_once(architecture: int) -> Path:
 
     (module,) = shared.once(f"ptx_{architecture}", build).glob("_emulated*.so")
     return module
+
+
+def texts(architecture: int, folder: Path) -> dict[str, str]:
+    """nvcc's PTX for an architecture, by the file of launch/ that it is of."""
+
+    def text(launch: str) -> str:
+        target = folder / f"{launch}.ptx"
+        source = emulated.ROOT / "csrc" / "launch" / f"{launch}.cu"
+        code = f"--generate-code=arch=compute_{architecture},code=compute_{architecture}"
+        resources.output("nvcc", *resources.usual_options(), code, "-ptx", str(source), "-o", str(target))
+        return target.read_text()
+
+    return {launch: text(launch) for launch in resources.LAUNCHES}
+
+
+def texts_in(module: Path) -> set[str]:
+    """The PTX in a module, as `plain` makes it."""
+    return {plain(text.decode()) for text in re.findall(rb"\.version \d[^\0]*", module.read_bytes())}
+
+
+TARGET = re.compile(r"^\.target sm_(\d+)$", re.MULTILINE)
+
+
+def target(text: str) -> int:
+    """The architecture that PTX names."""
+    found = TARGET.search(text)
+    assert found is not None
+    return int(found[1])
+
+
+def plain(text: str) -> str:
+    """PTX without the line that names the architecture, and without comments and spaces, which a module leaves out."""
+    return " ".join(TARGET.sub("", re.sub(r"//.*", "", text)).split())
 
 
 def settings(architecture: int, coverage: Path) -> dict[str, str]:

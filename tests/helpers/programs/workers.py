@@ -11,8 +11,8 @@ import torch
 MEMORY_OF_WORKER = 3 * 2**30
 # The slowest files, slowest first: started late, one of them would keep one process busy after the others finish.
 LONGEST = (
-    "tests/emulated/test_mutations.py",
     "tests/ptx/test_ptx.py",
+    "tests/emulated/test_mutations.py",
     "tests/reliability/test_native.py",
     "tests/ops/test_second_order_mutants.py",
     "tests/emulated/test_emulated_conv_errors.py",
