@@ -238,7 +238,7 @@ class LayersProgram {
     LayersCpuPlan plan_of(std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
         const cpu::Kernels& kernels = cpu::kernels();
         const ConvUnit unit = cpu::layers_stages<float>(kernels).unit;
-        const auto one = static_cast<double>(layers_layout_of(network_, 1, 4, unit).size);
+        const auto one = static_cast<double>(layers_layout_of(network_, 1, std::int64_t{1} << 20, 4, unit).size);
         const auto examples = static_cast<double>(layers_couple_examples(network_) ? count : 1);
         // A generous bound: doubles may double it, and a chunk has up to kLayersChunkBytes more.
         if (one * examples * static_cast<double>(smaller(tasks, threads)) > 0x1p55) {

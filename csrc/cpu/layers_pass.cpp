@@ -142,7 +142,7 @@ void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& p
     if (p.tasks == 0) return;
     const LayersStages<Scalar>& stages = layers_stages<Scalar>(kernels());
     const LayersCpuPlan plan = plan_layers_cpu(network, p.tasks, p.count, sizeof(Scalar), stages.unit, threads);
-    const LayersCpuLayout layout = layers_layout_of(network, plan.chunk, sizeof(Scalar), stages.unit);
+    const LayersCpuLayout layout = layers_layout_of(network, plan.chunk, p.count, sizeof(Scalar), stages.unit);
     const auto address = reinterpret_cast<std::uintptr_t>(p.workspace);
     Scalar* memory = reinterpret_cast<Scalar*>((address + 63) / 64 * 64);
     std::atomic<std::int64_t> next{0};

@@ -122,14 +122,18 @@ constexpr LayersBorder layers_border_of_gradient(const LayersBlock& block) {
             behind(block.made.width, block.in.width, w.stride_w, w.pad_w)};
 }
 
-// F(2x2, 3x3) serves up to this many lanes.
+// F(2x2, 3x3) serves up to this many lanes, and pays from this many positions of all examples on: with fewer, reading
+// and writing transformed weights takes longer than the products that it saves.
 inline constexpr std::int64_t kLayersWinogradLanes = 256;
+inline constexpr std::int64_t kLayersWinogradPositions = 32;
 
-constexpr bool layers_winograd(const LayersBlock& block, bool is_first, std::int64_t most_lanes) {
+// count: examples of a pass.
+constexpr bool layers_winograd(const LayersBlock& block, std::int64_t count, std::int64_t most_lanes) {
     const LayersWindow& w = block.window;
-    return !is_first && most_lanes <= kLayersWinogradLanes && block.product == LayersProduct::kConv && w.height == 3 &&
-           w.width == 3 && w.stride_h == 1 && w.stride_w == 1 && w.pad_h == 1 && w.pad_w == 1 &&
-           conv_winograd_pays(block.made.height, block.made.width);
+    const std::int64_t positions = count * block.made.height * block.made.width;
+    return most_lanes <= kLayersWinogradLanes && positions >= kLayersWinogradPositions &&
+           block.product == LayersProduct::kConv && w.height == 3 && w.width == 3 && w.stride_h == 1 &&
+           w.stride_w == 1 && w.pad_h == 1 && w.pad_w == 1 && conv_winograd_pays(block.made.height, block.made.width);
 }
 
 // Rows of `made` that are pooled together: those under a row of windows, or all where windows overlap.
@@ -148,8 +152,9 @@ constexpr std::int64_t layers_outer_scratch(std::int64_t in_lanes, std::int64_t 
     return 2 * 16 * kConvOuterTiles * layers_outer_step(in_lanes, lanes);
 }
 
-constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::int64_t n, int scalar_bytes,
-                                           ConvUnit unit) {
+// n: examples at once, of `count` in a pass.
+constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::int64_t n, std::int64_t count,
+                                           int scalar_bytes, ConvUnit unit) {
     LayersCpuLayout layout{};
     layout.count = n;
     ConvPlaces places{64 / scalar_bytes, 0};
@@ -169,7 +174,7 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
         }
         plan.made =
             layers_images(places, n, block.made, lanes, i == 0 ? LayersBorder{} : layers_border_of_gradient(block));
-        plan.winograd = layers_winograd(block, i == 0, larger(plan.in.lanes, lanes));
+        plan.winograd = i > 0 && layers_winograd(block, count, larger(plan.in.lanes, lanes));
         // Without a normalisation most gradients of what is made are exactly 0, as ReLU and pooling leave them. Where a
         // tile has a few others, F(2x2, 3x3) would leave rounding instead of 0, and the sign step would act on it.
         plan.winograd_back = plan.winograd && block.norm != LayersNorm::kNone;
@@ -216,8 +221,8 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
 // Examples that a thread takes at once.
 constexpr std::int64_t layers_chunk(const LayersNetwork& network, std::int64_t count, int scalar_bytes, ConvUnit unit) {
     if (layers_couple_examples(network)) return count;
-    const std::int64_t one = layers_layout_of(network, 1, scalar_bytes, unit).size;
-    const std::int64_t each = layers_layout_of(network, 2, scalar_bytes, unit).size - one;
+    const std::int64_t one = layers_layout_of(network, 1, count, scalar_bytes, unit).size;
+    const std::int64_t each = layers_layout_of(network, 2, count, scalar_bytes, unit).size - one;
     return smaller(count, larger(1, kLayersChunkBytes / (each * scalar_bytes)));
 }
 
@@ -230,7 +235,7 @@ struct LayersCpuPlan {
 constexpr LayersCpuPlan plan_layers_cpu(const LayersNetwork& network, std::int64_t tasks, std::int64_t count,
                                         int scalar_bytes, ConvUnit unit, int threads) {
     const std::int64_t chunk = layers_chunk(network, count, scalar_bytes, unit);
-    const std::int64_t scalars = layers_layout_of(network, chunk, scalar_bytes, unit).size;
+    const std::int64_t scalars = layers_layout_of(network, chunk, count, scalar_bytes, unit).size;
     // 64 extra bytes: the start of the workspace is rounded up to a multiple of 64.
     return {chunk, scalars, smaller(tasks, threads) * scalars * scalar_bytes + 64};
 }

@@ -21,7 +21,7 @@ FOLDER = "cpu/isa/layers"
 ACTIVATIONS, CONVOLUTION, LINEAR, TAIL, PASSES = (
     f"{FOLDER}/{name}.h" for name in ("activations", "convolution", "linear", "tail", "passes")
 )
-COURSE = "cpu/layers_pass.cpp"
+COURSE, WINOGRAD = "cpu/layers_pass.cpp", "cpu/isa/conv/winograd.h"
 LEFT_OUT = ""
 
 MUTATIONS = [
@@ -59,7 +59,10 @@ MUTATIONS = [
     Mutation("unmet taps keep rounding", CONVOLUTION, "meets > 0 ? taps[y] : Vector<Scalar>{}", "taps[y]"),
     Mutation("the last row is not met", CONVOLUTION, "part_y < (y == 0 ? 2 : 3)", "part_y < 2"),
     Mutation("what is met is forgotten", CONVOLUTION, "store(of_part, live ? all(Scalar(1)) : load(of_part));", LEFT_OUT),
-    Mutation("tiles of every other row", CONVOLUTION, "y < block.made.height; y += 2) {\n        for (std::int64_t x = 0; x < block.made.width; x += width) {\n            tiles.take(0, y,", "y < block.made.height; y += 4) {\n        for (std::int64_t x = 0; x < block.made.width; x += width) {\n            tiles.take(0, y,"),
+    Mutation("tiles of every other row", CONVOLUTION, "y < block.made.height; y += 2) {", "y < block.made.height; y += 4) {"),
+    Mutation("gradients of the first of a few images", CONVOLUTION, "tiles.take(image, y, x,", "tiles.take(0, y, x,"),
+    Mutation("images of the first example", WINOGRAD, "conv.x + image * conv.x_image", "conv.x"),
+    Mutation("outputs of the first example", WINOGRAD, "conv.out + image * conv.out_image", "conv.out"),
     # Linear layers.
     Mutation("the last features", LINEAR, "total[i][o] += x[i * s.x_row + f] * weight[o * s.features + f];", LEFT_OUT),
     Mutation("the last outputs", LINEAR, "for (; o < s.outputs; ++o) single(out + i * s.out_row + o, x + i * s.x_row, weight + o * s.features, s);", LEFT_OUT),

@@ -126,7 +126,8 @@ struct Convolution {
     std::int64_t x_row;
     std::int64_t rows, positions;
     std::int64_t inputs, input_lanes, channels;
-    bool add;  // to what is in `out`
+    bool add;                                             // to what is in `out`
+    std::int64_t images = 1, x_image = 0, out_image = 0;  // and from one image to the next
 };
 
 // The products of one of four columns, for kTiles tiles, joined into both output rows: the sum and the difference of
@@ -229,7 +230,9 @@ template <typename Scalar, int kVectors>
 void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scratch) {
     constexpr std::int64_t kGroup = kVectors * kLanes<Scalar>, kB = kBlock<Scalar>;
     const std::int64_t channels = conv.channels, lanes = conv.input_lanes;
-    const std::int64_t all_x = (conv.positions + 1) / 2, all_y = (conv.rows + 1) / 2;
+    // Rows of tiles are counted through all images, so that small ones share the weights that are read.
+    const std::int64_t all_x = (conv.positions + 1) / 2, of_image = (conv.rows + 1) / 2;
+    const std::int64_t all_y = conv.images * of_image;
     const std::int64_t chunks_x = pieces(all_x, kConvWinogradTiles);
     const std::int64_t chunks_y = pieces(all_y, all_x < kConvWinogradTiles ? kConvWinogradTiles / all_x : 1);
     const std::int64_t length = conv.inputs % kB == 0 ? kB : 8;
@@ -242,10 +245,11 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scr
         Scalar* inputs = scratch;
         Scalar* products = scratch + 16 * tiles * lanes;
         for (std::int64_t y = 0; y < tiles_y; ++y) {
+            const std::int64_t image = (top + y) / of_image, row = 2 * ((top + y) % of_image);
             for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
                 transform_inputs(inputs + (c / kB * tiles + y * tiles_x) * 16 * kB + c % kB, {16 * kB, kB},
-                                 conv.x + 2 * (top + y) * conv.x_row + 2 * left * lanes + c, conv.x_row, lanes,
-                                 tiles_x);
+                                 conv.x + image * conv.x_image + row * conv.x_row + 2 * left * lanes + c, conv.x_row,
+                                 lanes, tiles_x);
             }
         }
         Runs runs{};
@@ -268,9 +272,10 @@ void winograd(const Convolution<Scalar>& conv, const Scalar* weight, Scalar* scr
         }
         for (std::int64_t first = 0; first < channels; first += kGroup) {
             for (std::int64_t y = 0; y < tiles_y; ++y) {
+                const std::int64_t image = (top + y) / of_image, row = 2 * ((top + y) % of_image);
                 transform_outputs<Scalar, kVectors>(
-                    conv.out + 2 * (top + y) * conv.out_row + 2 * left * channels + first,
-                    products + (first * tiles + y * tiles_x * kGroup) * kValues, conv, conv.rows - 2 * (top + y),
+                    conv.out + image * conv.out_image + row * conv.out_row + 2 * left * channels + first,
+                    products + (first * tiles + y * tiles_x * kGroup) * kValues, conv, conv.rows - row,
                     least(2 * tiles_x, conv.positions - 2 * left));
             }
         }

@@ -129,19 +129,19 @@ void start_convolution(const LayersTask<Scalar>& t, int i) {
     }
 }
 
-// made <- the convolution of an example, without the bias
+// made <- the convolution of examples [first, last), without the bias
 template <typename Scalar>
-void convolve_example(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+void convolve_examples(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersWindow& window = block.window;
     const LayersImages& in = plan.in;
     const LayersImages& made = plan.made;
-    const Scalar* x = t.memory + in.place + example * in.image;  // the window of position (0, 0), with its padding
-    Scalar* out = image_of(t, made, example);
+    const Scalar* x = t.memory + in.place + first * in.image;  // the window of position (0, 0), with its padding
+    Scalar* out = image_of(t, made, first);
     if (plan.winograd) {
         winograd<Scalar>({out, made.row, x, in.row, block.made.height, block.made.width, in.lanes, in.lanes, made.lanes,
-                          /*add=*/false},
+                          /*add=*/false, last - first, in.image, made.image},
                          t.memory + plan.transformed, plan.vectors, t.memory + t.layout->scratch);
         return;
     }
@@ -151,10 +151,12 @@ void convolve_example(const LayersTask<Scalar>& t, int i, std::int64_t example) 
     runs.length = window.width * in.lanes;
     for (int r = 0; r < runs.count; ++r) runs.run[r] = {r * in.row, r * runs.length * group};
     const std::int64_t all = runs.count * runs.length;
-    for (std::int64_t first = 0; first < made.lanes; first += group) {
-        convolve_grid(out + first, {made.lanes, made.row}, x, {window.stride_w * in.lanes, window.stride_h * in.row},
-                      block.made.height, block.made.width, runs, t.memory + plan.weight + first * all, plan.vectors,
-                      /*add=*/false);
+    for (std::int64_t example = first; example < last; ++example, x += in.image, out += made.image) {
+        for (std::int64_t c = 0; c < made.lanes; c += group) {
+            convolve_grid(out + c, {made.lanes, made.row}, x, {window.stride_w * in.lanes, window.stride_h * in.row},
+                          block.made.height, block.made.width, runs, t.memory + plan.weight + c * all, plan.vectors,
+                          /*add=*/false);
+        }
     }
 }
 
@@ -219,14 +221,14 @@ void join_weight_grad(const LayersTask<Scalar>& t, int i) {
 }
 
 template <typename Scalar>
-void add_weight_products(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+void add_weight_products(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersImages& in = plan.in;
     const LayersImages& made = plan.made;
-    note_met(t, i, example);
-    OuterTiles<Scalar> tiles{{t.memory + in.place + example * in.image, in.image, in.row, in.lanes},
-                             {image_of(t, made, example), made.image, made.row, made.lanes},
+    for (std::int64_t example = first; example < last; ++example) note_met(t, i, example);
+    OuterTiles<Scalar> tiles{{t.memory + in.place + first * in.image, in.image, in.row, in.lanes},
+                             {image_of(t, made, first), made.image, made.row, made.lanes},
                              t.memory + t.layout->scratch,
                              most(in.lanes, made.lanes) + kConvOuterGap,
                              in.lanes,
@@ -236,20 +238,21 @@ void add_weight_products(const LayersTask<Scalar>& t, int i, std::int64_t exampl
                              {0, in.lanes},
                              {0, 16}};
     const std::int64_t width = 2 * kConvOuterTiles;
-    for (std::int64_t y = 0; y < block.made.height; y += 2) {
-        for (std::int64_t x = 0; x < block.made.width; x += width) {
-            tiles.take(0, y, x, pieces(least(width, block.made.width - x), 2));
+    for (std::int64_t image = 0; image < last - first; ++image) {
+        for (std::int64_t y = 0; y < block.made.height; y += 2) {
+            for (std::int64_t x = 0; x < block.made.width; x += width) {
+                tiles.take(image, y, x, pieces(least(width, block.made.width - x), 2));
+            }
         }
     }
     tiles.multiply();
 }
 
-// weight_grad += the products of an example's input and the gradient of `made`
+// weight_grad += the products of an example's input and the gradient of `made`, directly
 template <typename Scalar>
-void add_weight_grad(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+void add_weight_grad_directly(const LayersTask<Scalar>& t, int i, std::int64_t example) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
-    if (plan.winograd_back) return add_weight_products(t, i, example);
     const LayersWindow& window = block.window;
     const LayersImages& in = plan.in;
     const LayersImages& made = plan.made;
@@ -281,6 +284,13 @@ void add_weight_grad(const LayersTask<Scalar>& t, int i, std::int64_t example) {
     }
 }
 
+// weight_grad += the products of examples [first, last)
+template <typename Scalar>
+void add_weight_grad(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last) {
+    if (t.layout->block[i].winograd_back) return add_weight_products(t, i, first, last);
+    for (std::int64_t example = first; example < last; ++example) add_weight_grad_directly(t, i, example);
+}
+
 // The taps of a window that meet every stride-th position of an axis, and those positions: position
 // first + stride * j meets, with tap `tap + stride * m`, what is made at from - m + j.
 struct Phase {
@@ -299,21 +309,15 @@ inline Phase phase_of(std::int64_t tap, std::int64_t window, std::int64_t stride
     return phase;
 }
 
-// to [height, width, lanes of the input] <- the gradient of an example's input, from that of `made`
+// to [height, width, lanes of the input] <- the gradient of an example's input, from that of `made`, directly
 template <typename Scalar>
-void convolve_back(const LayersTask<Scalar>& t, int i, std::int64_t example, Scalar* to) {
+void convolve_back_directly(const LayersTask<Scalar>& t, int i, std::int64_t example, Scalar* to) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersWindow& window = block.window;
     const LayersImages& made = plan.made;
     const std::int64_t lanes = plan.in.lanes, row = block.in.width * lanes;
     const Scalar* grads = image_of(t, made, example);
-    if (plan.winograd_back) {
-        winograd<Scalar>({to, row, grads - made.row - made.lanes, made.row, block.in.height, block.in.width, made.lanes,
-                          made.lanes, lanes, /*add=*/false},
-                         t.memory + plan.transformed_back, plan.vectors_back, t.memory + t.layout->scratch);
-        return;
-    }
     if (window.height < window.stride_h || window.width < window.stride_w) fill_zero(to, block.in.height * row);
     const std::int64_t group = plan.vectors_back * kLanes<Scalar>;
     const std::int64_t taps = std::int64_t{window.height} * window.width;
@@ -342,6 +346,25 @@ void convolve_back(const LayersTask<Scalar>& t, int i, std::int64_t example, Sca
                               /*add=*/false);
             }
         }
+    }
+}
+
+// The gradient of the input of examples [first, last), [last - first, height, width, lanes of the input]
+template <typename Scalar>
+void convolve_back(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last, Scalar* to) {
+    const LayersBlock& block = t.network->block[i];
+    const LayersBlockPlan& plan = t.layout->block[i];
+    const LayersImages& made = plan.made;
+    const std::int64_t lanes = plan.in.lanes, row = block.in.width * lanes, image = block.in.height * row;
+    if (plan.winograd_back) {
+        const Scalar* grads = image_of(t, made, first) - made.row - made.lanes;
+        winograd<Scalar>({to, row, grads, made.row, block.in.height, block.in.width, made.lanes, made.lanes, lanes,
+                          /*add=*/false, last - first, made.image, image},
+                         t.memory + plan.transformed_back, plan.vectors_back, t.memory + t.layout->scratch);
+        return;
+    }
+    for (std::int64_t example = first; example < last; ++example, to += image) {
+        convolve_back_directly(t, i, example, to);
     }
 }
 

@@ -109,8 +109,8 @@ void make_product(const LayersTask<Scalar>& t, int i) {
     if (block.product == LayersProduct::kConv) {
         for (std::int64_t e = 0; e < t.count; ++e) {
             if (i == 0) take_image(image_of(t, plan.in, e), plan.in.row, plan.in.lanes, t.x + e * size, block.in);
-            convolve_example(t, i, e);
         }
+        convolve_examples(t, i, 0, t.count);
         return;
     }
     if (block.product == LayersProduct::kLinear) {
@@ -191,16 +191,20 @@ void backward(const LayersTask<Scalar>& t) {
         }
         const bool goes_on = wants(t, block.weight) || i > t.lowest;
         if (!goes_on) continue;
+        // A few small images share the weights that are read; of a large one the gradient is in L2 while it is used.
+        const std::int64_t tiles = pieces(block.made.height, 2) * pieces(block.made.width, 2);
+        const std::int64_t at_once = most(1, kConvOuterTiles / tiles);
+        for (std::int64_t first = 0; first < t.count; first += at_once) {
+            const std::int64_t last = least(first + at_once, t.count);
+            for (std::int64_t e = first; e < last; ++e) make_grad(t, i, e);
+            if (block.product != LayersProduct::kConv) continue;
+            if (wants(t, block.weight)) add_weight_grad(t, i, first, last);
+            if (i <= t.lowest) continue;
+            const std::int64_t image = std::int64_t{block.in.height} * block.in.width * plan.in.lanes;
+            convolve_back(t, i, first, last, output_grad(t, i - 1) + first * image);
+        }
         for (std::int64_t e = 0; e < t.count; ++e) {
-            make_grad(t, i, e);
-            if (block.product == LayersProduct::kConv) {
-                if (wants(t, block.weight)) add_weight_grad(t, i, e);
-                if (i > t.lowest) {
-                    convolve_back(
-                        t, i, e,
-                        output_grad(t, i - 1) + e * block.in.height * block.in.width * std::int64_t{plan.in.lanes});
-                }
-            } else if (block.product == LayersProduct::kNone && i > t.lowest) {
+            if (block.product == LayersProduct::kNone && i > t.lowest) {
                 const Scalar* grad = image_of(t, plan.made, e);
                 const std::int64_t row = block.in.width * plan.in.lanes;
                 Scalar* to = output_grad(t, i - 1) + e * block.in.height * row;
