@@ -123,7 +123,8 @@ def test_tf32_rounds_as_documented(native):
 
 
 def test_tensor_cores_cut_sums_off_as_the_published_models_say(native):
-    emulated_cases.run_sums(native)
+    for case in emulated_cases.GROUPS["sums"].values():
+        case(native)
 
 
 def aligned(value: Fraction, exponent: int, extra_bits: int) -> Fraction:

@@ -1374,7 +1374,7 @@ class Checkpointed(nn.Module):
     def __init__(self, *, checkpointing: bool = True) -> None:
         super().__init__()
         self.enter = nn.Linear(4, 6)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Softplus()) for _ in range(2))
         self.head = nn.Linear(6, WAYS)
         self.checkpointing = checkpointing
 
