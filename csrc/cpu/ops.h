@@ -38,8 +38,8 @@ void conv_meta_step(const ConvMetaStepParams<Scalar>& params, const MeanGradient
 template <typename Scalar>
 void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MeanGradient<Scalar>& mean, int threads);
 
-// A pass of a program of blocks. `params.workspace` has what plan_layers_cpu says for the unit of layers_stages and these
-// threads. The same bits as above.
+// A pass of a program of blocks. `params.workspace` has what plan_layers_cpu says for the unit of layers_stages and
+// these threads. The same bits as above.
 template <typename Scalar>
 void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& params, int threads);
 
