@@ -108,8 +108,8 @@ def meta_step(
         seed: Integer >= 0 that, with task and step, keys the dropout masks; vary it from call to call. None: if
             the model draws random numbers, one is taken from torch's CPU generator, which advances by one draw.
         zero_dead_bias: Whether a bias in front of a BatchNorm on batch statistics, or of an InstanceNorm, has its true
-            gradient, 0. False
-            uses autograd's rounding noise, whose sign moves the bias at random, as the official code does.
+            gradient, 0. False uses autograd's rounding noise, whose sign moves the bias at random, as the official
+            code does.
         first_task: For a meta-batch computed in pieces (over processes, or to save memory): the number of this piece's
             first task in it, so that dropout masks are those of the whole. Weight the pieces' gradients by
             `live_tasks`.

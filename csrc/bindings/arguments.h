@@ -12,6 +12,10 @@
 
 namespace signmaml::bindings {
 
+[[noreturn]] inline void refuse(const std::string& argument, const std::string& expected, const std::string& found) {
+    throw std::invalid_argument(argument + ": expected " + expected + ", found " + found);
+}
+
 // Throws for a negative size, and for sizes whose product exceeds 2^60, because values computed from them could
 // overflow.
 inline void check_product(const char* names, std::initializer_list<std::int64_t> factors) {

@@ -25,10 +25,6 @@ namespace py = pybind11;
 namespace signmaml::bindings {
 namespace {
 
-[[noreturn]] void refuse(const char* argument, const std::string& expected, const std::string& found) {
-    throw std::invalid_argument(std::string(argument) + ": expected " + expected + ", found " + found);
-}
-
 void check_range(const char* argument, std::int64_t value, std::int64_t least, std::int64_t most) {
     if (value < least || value > most) {
         refuse(argument, std::to_string(least) + " to " + std::to_string(most), std::to_string(value));

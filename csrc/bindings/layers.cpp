@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/layers_table.h"
 #include "cpu/ops.h"
@@ -25,10 +26,6 @@ using Address = std::uintptr_t;
 using Pair = std::array<std::int32_t, 2>;
 // An address, and how many scalars lie between two tasks' tensors.
 using Place = std::pair<Address, std::int64_t>;
-
-[[noreturn]] void refuse(const std::string& argument, const std::string& expected, const std::string& found) {
-    throw std::invalid_argument(argument + ": expected " + expected + ", found " + found);
-}
 
 // One block's entries, by name; `at` says which block in messages.
 class Entries {

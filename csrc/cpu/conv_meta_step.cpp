@@ -121,12 +121,6 @@ class ConvTeam {
     std::optional<ConvSharpness<Scalar>> sharpness_;
 };
 
-template <typename Scalar>
-Scalar* aligned(void* workspace) {
-    const auto address = reinterpret_cast<std::uintptr_t>(workspace);
-    return reinterpret_cast<Scalar*>((address + 63) / 64 * 64);
-}
-
 }  // namespace
 
 template <typename Scalar>

@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/layers_table.h"
 #include "cpu/ops.h"
+#include "cpu/scratch_slots.h"
 #include "cpu/thread_pool.h"
 
 namespace signmaml::cpu {
@@ -143,8 +144,7 @@ void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& p
     const LayersStages<Scalar>& stages = layers_stages<Scalar>(kernels());
     const LayersCpuPlan plan = plan_layers_cpu(network, p.tasks, p.count, sizeof(Scalar), stages.unit, threads);
     const LayersCpuLayout layout = layers_layout_of(network, plan.chunk, p.count, sizeof(Scalar), stages.unit);
-    const auto address = reinterpret_cast<std::uintptr_t>(p.workspace);
-    Scalar* memory = reinterpret_cast<Scalar*>((address + 63) / 64 * 64);
+    Scalar* memory = aligned<Scalar>(p.workspace);
     std::atomic<std::int64_t> next{0};
     // An item is a thread's memory, which nobody else uses; it takes tasks until none is left.
     parallel_for(std::min<std::int64_t>(p.tasks, threads), threads, [&](std::int64_t begin, std::int64_t end) {

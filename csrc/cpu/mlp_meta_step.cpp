@@ -9,17 +9,12 @@
 #include "cpu/mlp_table.h"
 #include "cpu/ops.h"
 #include "cpu/ordered_mean.h"
+#include "cpu/scratch_slots.h"
 #include "cpu/thread_pool.h"
 #include "plan/mlp_meta_step_cpu.h"
 
 namespace signmaml::cpu {
 namespace {
-
-template <typename Scalar>
-Scalar* aligned(Scalar* memory) {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory);
-    return reinterpret_cast<Scalar*>((address + kMlpAlignment - 1) / kMlpAlignment * kMlpAlignment);
-}
 
 void share(std::int64_t items, int threads, Sharing::Body body, const void* self) {
     parallel_for(items, threads, [&](std::int64_t begin, std::int64_t end) { body(self, begin, end); });
@@ -36,7 +31,7 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& p, const MeanGradient<Scalar
                                sizeof(Scalar), stages.wide.lanes, stages.narrow.lanes, threads);
     const MlpCpuLayout layout = mlp_cpu_layout(p.shape, p.support.count, p.query.count, p.steps, p.method, p.how);
     const auto meta_step = plan.lanes == stages.wide.lanes ? stages.wide.meta_step : stages.narrow.meta_step;
-    Scalar* memory = aligned(p.workspace);
+    Scalar* memory = aligned<Scalar>(p.workspace, kMlpAlignment);
     const Sharing sharing{plan.within && threads > 1 ? &share : nullptr, threads};
     const std::int64_t columns = mlp_columns(p.shape, p.steps, p.how.rates);
     OrderedMean<Scalar> mean(wanted, p.nonfinite, p.tasks, columns, plan.lanes, ceil_div(plan.mean_rows, plan.lanes));

@@ -8,6 +8,13 @@
 
 namespace signmaml::cpu {
 
+// The first multiple of `bytes` in it.
+template <typename Scalar>
+Scalar* aligned(void* workspace, std::uintptr_t bytes = 64) {
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace);
+    return reinterpret_cast<Scalar*>((address + bytes - 1) / bytes * bytes);
+}
+
 // Numbers 0 to count - 1, each lent to one thread at a time. At most `count` threads hold one at once.
 class ScratchSlots {
   public:

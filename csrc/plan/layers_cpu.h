@@ -35,8 +35,6 @@ struct LayersImages {
     std::int64_t place;  // of the first scalar
     std::int64_t lanes, row, image;
     LayersBorder border;
-
-    constexpr std::int64_t first() const { return place + border.top * row + border.left * lanes; }
 };
 
 struct LayersBlockPlan {
@@ -180,8 +178,7 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
         plan.winograd_back = plan.winograd && block.norm != LayersNorm::kNone;
         plan.vectors = layers_group(lanes, block.made.width, unit);
         plan.vectors_back =
-            layers_group(plan.in.lanes + layers_unit(unit) - 1 - (plan.in.lanes - 1) % layers_unit(unit),
-                         ceil_div(block.in.width, larger(1, block.window.stride_w)), unit);
+            layers_group(plan.in.lanes, ceil_div(block.in.width, larger(1, block.window.stride_w)), unit);
         const bool flattens =
             block.product == LayersProduct::kLinear && std::int64_t{block.in.height} * block.in.width > 1 && i > 0;
         plan.features = flattens ? places.take(n * layers_features(block.in)) : -1;

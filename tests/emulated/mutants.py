@@ -298,6 +298,21 @@ def write(source: Path, mutations: Sequence[Mutation]) -> None:
         path.write_text(f'#include "{HEADER}"\n{combine(path.read_text(), of_file)}')
 
 
+def build_for_cpu(folder: Path, mutations: Sequence[Mutation]) -> Path:
+    """Builds the package's own module with all mutants of the CPU backend, in one instruction set; returns its path."""
+    from helpers.devices import emulated
+
+    source = folder / "source"
+    emulated.copy_sources(source)
+    write(source, mutations)
+    # The module exports its entry and nothing else; here, the number of the mutant and what it reached too.
+    lists, entry = source / "CMakeLists.txt", "global: PyInit__C;"
+    assert lists.read_text().count(entry) == 1
+    lists.write_text(lists.read_text().replace(entry, f"{entry} {SELECTOR}; {REACHED};"))
+    emulated.configure(source, folder / "build", "CMAKE_BUILD_TYPE=Debug", "CMAKE_CXX_FLAGS_DEBUG=-O0")
+    return emulated.compile_module(folder / "build", "_C")
+
+
 def assert_every_variant_is_the_mutant(text: str, mutations: Mapping[int, Mutation]) -> None:
     """Each variant selected from the combined file equals the file with that one mutation."""
     for chosen in (UNCHANGED, *mutations):

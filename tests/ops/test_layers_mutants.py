@@ -111,15 +111,7 @@ GROUP = "layers"
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
     """Outcomes of the mutants that this session's tests ask for."""
-    folder = tmp_path_factory.mktemp("mutations")
-    emulated.copy_sources(folder / "source")
-    mutants.write(folder / "source", MUTATIONS)
-    # The module exports its entry and nothing else; here, the number of the mutant too.
-    lists, entry = folder / "source" / "CMakeLists.txt", "global: PyInit__C;"
-    assert lists.read_text().count(entry) == 1
-    lists.write_text(lists.read_text().replace(entry, f"{entry} {mutants.SELECTOR}; {mutants.REACHED};"))
-    emulated.configure(folder / "source", folder / "build", "CMAKE_BUILD_TYPE=Debug", "CMAKE_CXX_FLAGS_DEBUG=-O0")
-    module = emulated.compile_module(folder / "build", "_C")
+    module = mutants.build_for_cpu(tmp_path_factory.mktemp("mutations"), MUTATIONS)
     chosen = mutants.chosen_of(request.session.items, __file__, NUMBERS, lambda mutation: GROUP)
     found = Outcomes(module, "layers_cases", chosen)
     yield found

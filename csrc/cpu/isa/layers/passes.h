@@ -84,6 +84,14 @@ void give_image(Scalar* x, const Scalar* from, std::int64_t from_row, std::int64
     }
 }
 
+template <typename Scalar>
+void copy_rows(Scalar* to, std::int64_t to_row, const Scalar* from, std::int64_t from_row, std::int64_t rows,
+               std::int64_t length) {
+    for (std::int64_t y = 0; y < rows; ++y) {
+        for (std::int64_t i = 0; i < length; ++i) to[y * to_row + i] = from[y * from_row + i];
+    }
+}
+
 // What a linear layer reads, [count, features], and how many scalars lie between two examples.
 template <typename Scalar>
 struct Features {
@@ -107,8 +115,8 @@ void make_product(const LayersTask<Scalar>& t, int i) {
     const LayersBlockPlan& plan = t.layout->block[i];
     const std::int64_t size = layers_features_of(block.in);
     if (block.product == LayersProduct::kConv) {
-        for (std::int64_t e = 0; e < t.count; ++e) {
-            if (i == 0) take_image(image_of(t, plan.in, e), plan.in.row, plan.in.lanes, t.x + e * size, block.in);
+        for (std::int64_t e = 0; i == 0 && e < t.count; ++e) {
+            take_image(image_of(t, plan.in, e), plan.in.row, plan.in.lanes, t.x + e * size, block.in);
         }
         convolve_examples(t, i, 0, t.count);
         return;
@@ -132,13 +140,9 @@ void make_product(const LayersTask<Scalar>& t, int i) {
         if (i == 0) {
             fill_zero(made, plan.made.image);
             take_image(made, plan.made.row, plan.made.lanes, t.x + e * size, block.in);
-            continue;
-        }
-        const Scalar* in = image_of(t, plan.in, e);
-        for (std::int64_t y = 0; y < block.in.height; ++y) {
-            for (std::int64_t c = 0; c < block.in.width * plan.in.lanes; ++c) {
-                made[y * plan.made.row + c] = in[y * plan.in.row + c];
-            }
+        } else {
+            copy_rows(made, plan.made.row, image_of(t, plan.in, e), plan.in.row, block.in.height,
+                      block.in.width * plan.in.lanes);
         }
     }
 }
@@ -203,17 +207,14 @@ void backward(const LayersTask<Scalar>& t) {
             const std::int64_t image = std::int64_t{block.in.height} * block.in.width * plan.in.lanes;
             convolve_back(t, i, first, last, output_grad(t, i - 1) + first * image);
         }
-        for (std::int64_t e = 0; e < t.count; ++e) {
-            if (block.product == LayersProduct::kNone && i > t.lowest) {
-                const Scalar* grad = image_of(t, plan.made, e);
-                const std::int64_t row = block.in.width * plan.in.lanes;
-                Scalar* to = output_grad(t, i - 1) + e * block.in.height * row;
-                for (std::int64_t y = 0; y < block.in.height; ++y) {
-                    for (std::int64_t c = 0; c < row; ++c) to[y * row + c] = grad[y * plan.made.row + c];
-                }
+        if (block.product == LayersProduct::kLinear) linear_backward(t, i);
+        if (block.product == LayersProduct::kNone && i > t.lowest) {
+            const std::int64_t row = block.in.width * plan.in.lanes;
+            for (std::int64_t e = 0; e < t.count; ++e) {
+                copy_rows(output_grad(t, i - 1) + e * block.in.height * row, row, image_of(t, plan.made, e),
+                          plan.made.row, block.in.height, row);
             }
         }
-        if (block.product == LayersProduct::kLinear) linear_backward(t, i);
     }
 }
 

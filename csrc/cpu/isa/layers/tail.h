@@ -10,11 +10,6 @@
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
 
-template <typename Scalar>
-Scalar root_of(double x) {
-    return static_cast<Scalar>(__builtin_sqrt(x));
-}
-
 // moments <- mean and squared deviations of an example's channels
 template <typename Scalar>
 void measure_example(const LayersTask<Scalar>& t, int i, std::int64_t example) {
@@ -71,10 +66,7 @@ void set_cell(const LayersTask<Scalar>& t, int i, std::int64_t example, std::int
     cell(t, i, example, kLayersOffset)[c] = 0;
 }
 
-template <typename Scalar>
-double inverse_of(const Joined& all, double eps) {
-    return 1 / __builtin_sqrt(all.squares / all.count + eps);
-}
+inline double inverse_of(const Joined& all, double eps) { return 1 / __builtin_sqrt(all.squares / all.count + eps); }
 
 // Mean to shift of every cell, from the moments.
 template <typename Scalar>
@@ -91,7 +83,7 @@ void set_cells(const LayersTask<Scalar>& t, int i) {
             for (std::int64_t e = 0; e < t.count; ++e) {
                 all.take(positions, moment(t, i, e, 0)[c], moment(t, i, e, 1)[c]);
             }
-            set_cell(t, i, 0, c, all.mean + bias[c], inverse_of<Scalar>(all, block.eps));
+            set_cell(t, i, 0, c, all.mean + bias[c], inverse_of(all, block.eps));
         }
     } else {
         const std::int64_t group = channels / block.groups;
@@ -101,7 +93,7 @@ void set_cells(const LayersTask<Scalar>& t, int i) {
                 for (std::int64_t c = first; c < first + group; ++c) {
                     all.take(positions, double{moment(t, i, e, 0)[c]} + bias[c], moment(t, i, e, 1)[c]);
                 }
-                const double inverse = inverse_of<Scalar>(all, block.eps);
+                const double inverse = inverse_of(all, block.eps);
                 for (std::int64_t c = first; c < first + group; ++c) set_cell(t, i, e, c, all.mean, inverse);
             }
             for (std::int64_t c = channels; c < lanes; ++c) set_cell(t, i, e, c, 0, 0);
@@ -109,8 +101,7 @@ void set_cells(const LayersTask<Scalar>& t, int i) {
     }
 }
 
-// ---- pooling of a band of rows
-// ----------------------------------------------------------------------------------------
+// ---- pooling of a band of rows --------------------------------------------------------------------------------------
 
 // The positions under a window, as far as they lie inside the image.
 struct Under {
@@ -173,8 +164,7 @@ Largest<Scalar> largest_of(const Scalar* values, std::int64_t row, std::int64_t 
     return best;
 }
 
-// ---- forward
-// ----------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // to [rows, width, lanes] <- the activation of rows [first, first + rows) of an example
 template <LayersActivation kKind, typename Scalar>
@@ -244,8 +234,7 @@ void finish_example(const LayersTask<Scalar>& t, int i, std::int64_t example) {
     });
 }
 
-// ---- backward
-// ---------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // grads [rows, width, lanes] <- the gradient of the activation's output in rows [first, last), from that of the block's
 // output. values: room for as much.
