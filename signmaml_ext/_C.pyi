@@ -114,7 +114,21 @@ class LayersProgram:
     outputs: int
     couples_examples: bool
     sizes: list[tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]]
-    def plan(self, tasks: int, count: int, is_double: bool, threads: int) -> dict[str, int]: ...
+    def plan(self, tasks: int, count: int, is_double: bool, threads: int, hessian: bool = False) -> dict[str, int]: ...
+    def hessian(
+        self,
+        parameters: Sequence[tuple[int, int]],
+        directions: Sequence[tuple[int, int]],
+        products: Sequence[tuple[int, int]],
+        x: int,
+        labels: int,
+        target: int,
+        workspace: int,
+        tasks: int,
+        count: int,
+        is_double: bool,
+        threads: int,
+    ) -> None: ...
     def run(
         self,
         parameters: Sequence[tuple[int, int]],

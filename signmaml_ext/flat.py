@@ -32,7 +32,7 @@ from .results import Adaptation, CompactParams, MetaGradients, TaskParams
 from .sharpness import ascent, sign
 
 if TYPE_CHECKING:
-    from .layers.call import NativeRun
+    from .layers.run import NativeRun
 
 
 def why_not(problem: Problem, device_type: str) -> str | None:

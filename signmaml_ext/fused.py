@@ -71,15 +71,18 @@ def why_not(
     problem: Problem,
     names: tuple[str, ...],
     precisions: tuple[str, ...] = ("fp32",),
+    *,
+    steps_natively: bool = True,
 ) -> str | None:
-    """Why no fused family serves this problem, whatever its layers; None if one may.
+    """Why no family of native kernels serves this problem, whatever its layers; None if one may.
 
     Args:
         problem: The call.
         names: Parameters that the family's layers use.
         precisions: The precisions that it computes in.
+        steps_natively: Whether its kernels take the steps, too, or only compute gradients.
     """
-    if problem.inner_rule is not None:
+    if steps_natively and problem.inner_rule is not None:
         return no_rule(problem)
     if not isinstance(problem.support_x, Tensor):
         return "the model has several inputs"
@@ -96,7 +99,7 @@ def why_not(
         return "parameters and inputs have several dtypes"
     if not dtypes <= set(ops.SCALARS):
         return f"it computes in float32 or float64, and the model is {dtypes.pop()}"
-    if problem.method == "maml" and problem.sharpness is not None:
+    if steps_natively and problem.method == "maml" and problem.sharpness is not None:
         return "its kernels do not differentiate through sharpness-aware steps"
     if torch.is_autocast_enabled(problem.device.type):
         return "torch.autocast is on around the call"

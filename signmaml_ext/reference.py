@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,20 +41,26 @@ from .results import NAN_COUNT, Adaptation, CompactParams, MetaGradients, TaskPa
 from .sharpness import ascent, sign
 from .watch import Facts, Watch, address
 
+if TYPE_CHECKING:
+    from .layers.run import NativeRun
+
 Value = TypeVar("Value")
 Result = TypeVar("Result", bound=MetaGradients | Adaptation)
 
 
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks, as deterministic as torch's own kernels."""
-    return batched_or_not(problem, _meta_gradients)
+    return batched_or_not(problem, meta_gradients_of)
 
 
 def adapt(problem: Problem) -> Adaptation:
     """The inner loop of all tasks and, if the problem has a query set, its evaluation."""
-    if problem.method == "maml":
-        problem = problem.replace(method="fo-maml")  # they differ only in the meta-gradient
-    return batched_or_not(problem, _adapt)
+    return batched_or_not(of_adapt(problem), adapt_of)
+
+
+def of_adapt(problem: Problem) -> Problem:
+    """The same inner loop without second derivatives: 'maml' and 'fo-maml' differ only in the meta-gradient."""
+    return problem.replace(method="fo-maml") if problem.method == "maml" else problem
 
 
 def sign_step(params: Tensor, grads: Tensor, lr: Tensor | float) -> Tensor:
@@ -529,7 +535,7 @@ def task_loss(loss: Loss, prediction: Any, target: Tensor) -> Tensor:
 
 
 def inner_loop(
-    run: Run, tasks: slice, theta: TaskParams, rates: Mapping[str, Tensor], nonfinite: Tensor
+    run: Run | NativeRun, tasks: slice, theta: TaskParams, rates: Mapping[str, Tensor], nonfinite: Tensor
 ) -> tuple[TaskParams, Tensor, TaskParams]:
     """K inner steps of t tasks.
 
@@ -598,7 +604,7 @@ def inner_loop(
     return phi, torch.stack(losses), counts
 
 
-def _sharpest(run: Run, values: TaskParams, gradients: Mapping[str, Tensor | None]) -> TaskParams:
+def _sharpest(run: Run | NativeRun, values: TaskParams, gradients: Mapping[str, Tensor | None]) -> TaskParams:
     """The parameters with a gradient, moved to the sharpest place near them; see `sharpness`."""
     assert run.problem.sharpness is not None
     names = [name for name, gradient in gradients.items() if gradient is not None]
@@ -611,7 +617,7 @@ def _sharpest(run: Run, values: TaskParams, gradients: Mapping[str, Tensor | Non
     return {n: m if m.requires_grad else m.requires_grad_() for n, m in zip(names, moved, strict=True)}
 
 
-def _all_finite_by_task(run: Run, gradients: Mapping[str, Tensor | None], like: Tensor) -> Tensor:
+def _all_finite_by_task(run: Run | NativeRun, gradients: Mapping[str, Tensor | None], like: Tensor) -> Tensor:
     return all_finite_together([g.detach() for g in run.by_task(gradients.values()) if g is not None], like)
 
 
@@ -623,7 +629,7 @@ def gradients_of(loss: Tensor, params: TaskParams, *, create_graph: bool = False
     return dict(zip(params, grads, strict=True))
 
 
-def _start(run: Run, count: int) -> tuple[TaskParams, TaskParams]:
+def _start(run: Run | NativeRun, count: int) -> tuple[TaskParams, TaskParams]:
     """Theta and the learnable rates, one view per task, as leaves of a new graph."""
 
     def leaf(value: Tensor) -> Tensor:
@@ -650,7 +656,8 @@ class _Part:
     nonfinite: Tensor
 
 
-def _meta_gradients(run: Run) -> MetaGradients:
+def meta_gradients_of(run: Run | NativeRun) -> MetaGradients:
+    """The meta-step of all tasks, with the run's gradients."""
     problem = run.problem
     sums: dict[str, Tensor | None] = {}
     parts = []
@@ -674,7 +681,7 @@ def _meta_gradients(run: Run) -> MetaGradients:
     )
 
 
-def _part(run: Run, tasks: slice) -> _Part:
+def _part(run: Run | NativeRun, tasks: slice) -> _Part:
     """The meta-step of some tasks."""
     problem = run.problem
     assert problem.query_x is not None and problem.query_y is not None
@@ -714,7 +721,8 @@ def _add_live(sums: dict[str, Tensor | None], gradients: Mapping[str, Tensor | N
         sums[name] = of_part if previous is None else previous + of_part
 
 
-def _adapt(run: Run) -> Adaptation:
+def adapt_of(run: Run | NativeRun) -> Adaptation:
+    """The inner loop of all tasks, with the run's gradients."""
     problem = run.problem
     chunks: list[Adaptation] = []
     for tasks in run.chunks():
@@ -737,7 +745,7 @@ def _adapt(run: Run) -> Adaptation:
         chunks.append(Adaptation(moved, support_loss, loss, shares, prediction, nonfinite))
     params = {name: torch.cat([chunk.params[name] for chunk in chunks]) for name in problem.adapted}
     statistics = {}
-    if problem.batch_norm == "support" and problem.query_x is None:
+    if problem.batch_norm == "support" and problem.query_x is None and isinstance(run, Run):
         statistics = run.support_statistics(params)
     return Adaptation(
         params=CompactParams(params, problem.params, problem.rates) if problem.task_state == "int8" else params,

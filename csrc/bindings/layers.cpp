@@ -190,9 +190,10 @@ class LayersProgram {
         return found;
     }
 
-    py::dict plan(std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
+    py::dict plan(std::int64_t tasks, std::int64_t count, bool is_double, int threads, bool hessian) const {
         check_counts(tasks, count, threads);
-        const LayersCpuPlan found = plan_of(tasks, count, is_double, threads);
+        const LayersCpuPlan found =
+            plan_of(hessian ? LayersPass::kHessian : LayersPass::kGradient, tasks, count, is_double, threads);
         py::dict plan;
         plan["chunk"] = found.chunk;
         plan["workspace_bytes"] = found.workspace_bytes;
@@ -203,26 +204,52 @@ class LayersProgram {
              Address target, Address loss, Address predictions, Address workspace, std::int64_t tasks,
              std::int64_t count, bool is_double, int threads) const {
         check_counts(tasks, count, threads);
-        const auto expected = static_cast<std::size_t>(network_.tensors);
-        if (parameters.size() != expected) {
-            refuse("parameters", std::to_string(expected), std::to_string(parameters.size()));
-        }
-        if (!gradients.empty() && gradients.size() != expected) {
-            refuse("gradients", "none or " + std::to_string(expected), std::to_string(gradients.size()));
-        }
-        for (const auto& [address, apart] : parameters) {
-            if (address == 0 && tasks > 0) refuse("parameters", "addresses", "none");
-        }
-        if ((labels == 0) == (target == 0) && tasks > 0) refuse("labels", "labels or a target", "both or none");
+        check_parameters(parameters, tasks);
+        if (!gradients.empty()) check_number("gradients", gradients.size(), "none or ");
+        check_labels(labels, target, tasks);
         if ((x == 0 || loss == 0 || workspace == 0) && tasks > 0) refuse("x, loss, workspace", "addresses", "none");
         py::gil_scoped_release release;
-        if (is_double) {
-            run_as<double>(parameters, gradients, x, labels, target, loss, predictions, workspace, tasks, count,
-                           threads);
-        } else {
-            run_as<float>(parameters, gradients, x, labels, target, loss, predictions, workspace, tasks, count,
-                          threads);
-        }
+        const auto as = [&](auto scalar) {
+            using Scalar = decltype(scalar);
+            const auto tensors = tensors_of<Scalar>(parameters, gradients, {});
+            const LayersPassParams<Scalar> params{tensors.data(),
+                                                  reinterpret_cast<const Scalar*>(x),
+                                                  reinterpret_cast<const std::int64_t*>(labels),
+                                                  reinterpret_cast<const Scalar*>(target),
+                                                  reinterpret_cast<Scalar*>(loss),
+                                                  reinterpret_cast<Scalar*>(predictions),
+                                                  reinterpret_cast<void*>(workspace),
+                                                  tasks,
+                                                  count,
+                                                  !gradients.empty()};
+            cpu::layers_pass(network_, params, threads);
+        };
+        is_double ? as(double{}) : as(float{});
+    }
+
+    void hessian(const std::vector<Place>& parameters, const std::vector<Place>& directions,
+                 const std::vector<Place>& products, Address x, Address labels, Address target, Address workspace,
+                 std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
+        check_counts(tasks, count, threads);
+        check_parameters(parameters, tasks);
+        check_number("directions", directions.size());
+        check_number("products", products.size());
+        check_labels(labels, target, tasks);
+        if ((x == 0 || workspace == 0) && tasks > 0) refuse("x, workspace", "addresses", "none");
+        py::gil_scoped_release release;
+        const auto as = [&](auto scalar) {
+            using Scalar = decltype(scalar);
+            const auto tensors = tensors_of<Scalar>(parameters, products, directions);
+            const LayersHessianParams<Scalar> params{tensors.data(),
+                                                     reinterpret_cast<const Scalar*>(x),
+                                                     reinterpret_cast<const std::int64_t*>(labels),
+                                                     reinterpret_cast<const Scalar*>(target),
+                                                     reinterpret_cast<void*>(workspace),
+                                                     tasks,
+                                                     count};
+            cpu::layers_hessian(network_, params, threads);
+        };
+        is_double ? as(double{}) : as(float{});
     }
 
   private:
@@ -232,7 +259,23 @@ class LayersProgram {
         if (threads < 1) refuse("threads", "1 or more", std::to_string(threads));
     }
 
-    LayersCpuPlan plan_of(std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
+    void check_number(const char* what, std::size_t found, const std::string& or_else = "") const {
+        const auto expected = static_cast<std::size_t>(network_.tensors);
+        if (found != expected) refuse(what, or_else + std::to_string(expected), std::to_string(found));
+    }
+
+    void check_parameters(const std::vector<Place>& parameters, std::int64_t tasks) const {
+        check_number("parameters", parameters.size());
+        for (const auto& [address, apart] : parameters) {
+            if (address == 0 && tasks > 0) refuse("parameters", "addresses", "none");
+        }
+    }
+
+    static void check_labels(Address labels, Address target, std::int64_t tasks) {
+        if ((labels == 0) == (target == 0) && tasks > 0) refuse("labels", "labels or a target", "both or none");
+    }
+
+    LayersCpuPlan plan_of(LayersPass pass, std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
         const cpu::Kernels& kernels = cpu::kernels();
         const ConvUnit unit = cpu::layers_stages<float>(kernels).unit;
         const auto one = static_cast<double>(layers_layout_of(network_, 1, std::int64_t{1} << 20, 4, unit).size);
@@ -241,33 +284,31 @@ class LayersProgram {
         if (one * examples * static_cast<double>(smaller(tasks, threads)) > 0x1p55) {
             throw std::overflow_error("count: expected fewer or smaller examples, found " + std::to_string(count));
         }
-        return is_double ? plan_layers_cpu(network_, tasks, count, 8, cpu::layers_stages<double>(kernels).unit, threads)
-                         : plan_layers_cpu(network_, tasks, count, 4, cpu::layers_stages<float>(kernels).unit, threads);
+        const auto as = [&](int scalar_bytes, ConvUnit of_scalar) {
+            return plan_layers_cpu(network_, pass, tasks, count, scalar_bytes, of_scalar, threads);
+        };
+        return is_double ? as(8, cpu::layers_stages<double>(kernels).unit)
+                         : as(4, cpu::layers_stages<float>(kernels).unit);
     }
 
     template <typename Scalar>
-    void run_as(const std::vector<Place>& parameters, const std::vector<Place>& gradients, Address x, Address labels,
-                Address target, Address loss, Address predictions, Address workspace, std::int64_t tasks,
-                std::int64_t count, int threads) const {
+    static std::vector<LayersTensor<Scalar>> tensors_of(const std::vector<Place>& parameters,
+                                                        const std::vector<Place>& gradients,
+                                                        const std::vector<Place>& directions) {
         std::vector<LayersTensor<Scalar>> tensors(parameters.size());
         for (std::size_t i = 0; i < tensors.size(); ++i) {
             tensors[i].values = reinterpret_cast<const Scalar*>(parameters[i].first);
             tensors[i].values_apart = parameters[i].second;
-            if (gradients.empty()) continue;
-            tensors[i].grads = reinterpret_cast<Scalar*>(gradients[i].first);
-            tensors[i].grads_apart = gradients[i].second;
+            if (!gradients.empty()) {
+                tensors[i].grads = reinterpret_cast<Scalar*>(gradients[i].first);
+                tensors[i].grads_apart = gradients[i].second;
+            }
+            if (!directions.empty()) {
+                tensors[i].direction = reinterpret_cast<const Scalar*>(directions[i].first);
+                tensors[i].direction_apart = directions[i].second;
+            }
         }
-        const LayersPassParams<Scalar> params{tensors.data(),
-                                              reinterpret_cast<const Scalar*>(x),
-                                              reinterpret_cast<const std::int64_t*>(labels),
-                                              reinterpret_cast<const Scalar*>(target),
-                                              reinterpret_cast<Scalar*>(loss),
-                                              reinterpret_cast<Scalar*>(predictions),
-                                              reinterpret_cast<void*>(workspace),
-                                              tasks,
-                                              count,
-                                              !gradients.empty()};
-        cpu::layers_pass(network_, params, threads);
+        return tensors;
     }
 
     LayersNetwork network_{};
@@ -283,7 +324,9 @@ void define_layers(py::module_& m) {
         .def_property_readonly("outputs", &LayersProgram::outputs)
         .def_property_readonly("couples_examples", &LayersProgram::couples)
         .def_property_readonly("sizes", &LayersProgram::sizes)
-        .def("plan", &LayersProgram::plan, "tasks"_a, "count"_a, "is_double"_a, "threads"_a)
+        .def("plan", &LayersProgram::plan, "tasks"_a, "count"_a, "is_double"_a, "threads"_a, "hessian"_a = false)
+        .def("hessian", &LayersProgram::hessian, "parameters"_a, "directions"_a, "products"_a, "x"_a, "labels"_a,
+             "target"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a)
         .def("run", &LayersProgram::run, "parameters"_a, "gradients"_a, "x"_a, "labels"_a, "target"_a, "loss"_a,
              "predictions"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a);
 }

@@ -1,5 +1,5 @@
-// A pass of a program of blocks on the CPU: the loss of every task's examples and its gradient. Tasks run side by side,
-// one thread each. The stages are those of layers_table.h.
+// Passes of a program of blocks on the CPU: the loss of every task's examples and its gradient, or how the gradient
+// changes along a direction. Tasks run side by side, one thread each. The stages are those of layers_table.h.
 
 #include <algorithm>
 #include <atomic>
@@ -20,7 +20,9 @@ namespace {
 template <typename Scalar>
 class Losses {
   public:
-    Losses(const LayersPassParams<Scalar>& p, std::int64_t task, std::int64_t outputs)
+    // Of the examples of a task; Params: of a pass.
+    template <typename Params>
+    Losses(const Params& p, std::int64_t task, std::int64_t outputs)
         : labels_(p.labels == nullptr ? nullptr : p.labels + task * p.count),
           target_(p.target == nullptr ? nullptr : p.target + task * p.count * outputs),
           count_(p.count),
@@ -35,6 +37,27 @@ class Losses {
     // Of an example; grads [outputs] <- the gradient of the mean over all.
     Scalar take(std::int64_t example, const Scalar* outputs, Scalar* grads) const {
         return labels_ != nullptr ? cross_entropy(example, outputs, grads) : squares(example, outputs, grads);
+    }
+
+    // tangents [outputs] <- those of `take`'s gradients, from the outputs' own.
+    void take_tangents(const Scalar* outputs, Scalar* tangents) const {
+        if (labels_ == nullptr) {
+            for (std::int64_t o = 0; o < outputs_; ++o) {
+                tangents[o] = Scalar(2) * tangents[o] / static_cast<Scalar>(count_ * outputs_);
+            }
+            return;
+        }
+        const Scalar largest = *std::max_element(outputs, outputs + outputs_);
+        Scalar sum = 0, mean = 0;
+        for (std::int64_t o = 0; o < outputs_; ++o) {
+            const Scalar weight = std::exp(outputs[o] - largest);
+            sum += weight;
+            mean += weight * tangents[o];
+        }
+        mean /= sum;
+        for (std::int64_t o = 0; o < outputs_; ++o) {
+            tangents[o] = share_ * (std::exp(outputs[o] - largest) / sum) * (tangents[o] - mean);
+        }
     }
 
     Scalar mean(Scalar sum) const { return sum / static_cast<Scalar>(labels_ != nullptr ? count_ : count_ * outputs_); }
@@ -70,32 +93,57 @@ class Losses {
     Scalar share_;
 };
 
+template <typename Scalar>
+bool has_gradient(const LayersTensor<Scalar>& tensor) {
+    return tensor.grads != nullptr;
+}
+
+template <typename Scalar>
+bool has_direction(const LayersTensor<Scalar>& tensor) {
+    return tensor.direction != nullptr;
+}
+
+// The first block with a tensor of some kind; network.blocks if there is none.
+template <typename Scalar, typename Kind>
+int first_block(const LayersNetwork& network, const LayersTensor<Scalar>* tensors, const Kind& kind) {
+    const auto found = [&](std::int32_t tensor) { return tensor >= 0 && kind(tensors[tensor]); };
+    for (int i = 0; i < network.blocks; ++i) {
+        const LayersBlock& block = network.block[i];
+        if (found(block.weight) || found(block.bias) || found(block.scale) || found(block.shift)) return i;
+    }
+    return network.blocks;
+}
+
+// Where a tensor of some task is; null if it is nowhere.
+template <typename Scalar>
+Scalar* of_task(Scalar* first, std::int64_t apart, std::int64_t task) {
+    return first == nullptr ? nullptr : first + task * apart;
+}
+
 // One thread, which takes one task after the other.
 template <typename Scalar>
-class LayersThread {
+class GradientThread {
   public:
-    LayersThread(const LayersNetwork& network, const LayersPassParams<Scalar>& p, const LayersStages<Scalar>& stages,
-                 const LayersCpuLayout& layout, Scalar* memory)
+    using Number = Scalar;
+    using Params = LayersPassParams<Scalar>;
+    static constexpr LayersPass kPass = LayersPass::kGradient;
+
+    GradientThread(const LayersNetwork& network, const Params& p, const LayersStages<Scalar>& stages,
+                   const LayersCpuLayout& layout, Scalar* memory)
         : p_(p), stages_(stages), layout_(layout), values_(network.tensors), grads_(network.tensors) {
-        t_.network = &network;
-        t_.layout = &layout;
-        t_.values = values_.data();
-        t_.grads = grads_.data();
-        t_.memory = memory;
-        t_.lowest = p.differentiates ? lowest(network) : network.blocks;
+        const int lowest = p.differentiates ? first_block(network, p.tensors, has_gradient<Scalar>) : network.blocks;
+        t_ = {&network, &layout, values_.data(), grads_.data(), memory, lowest, nullptr, 0};
         stages_.clear_borders(t_);
     }
 
     void run(std::int64_t task) {
         const LayersNetwork& network = *t_.network;
-        const LayersSize& last = network.block[network.blocks - 1].out;
-        const std::int64_t outputs = layers_features(last), lanes = layout_.out.lanes;
-        const std::int64_t features = layers_features(network.block[0].in);
+        const std::int64_t outputs = layers_features(network.block[network.blocks - 1].out);
+        const std::int64_t lanes = layout_.out.lanes, features = layers_features(network.block[0].in);
         for (std::int32_t i = 0; i < network.tensors; ++i) {
             const LayersTensor<Scalar>& tensor = p_.tensors[i];
-            values_[i] = tensor.values + task * tensor.values_apart;
-            grads_[i] =
-                p_.differentiates && tensor.grads != nullptr ? tensor.grads + task * tensor.grads_apart : nullptr;
+            values_[i] = of_task(tensor.values, tensor.values_apart, task);
+            grads_[i] = p_.differentiates ? of_task(tensor.grads, tensor.grads_apart, task) : nullptr;
         }
         const Losses<Scalar> losses(p_, task, outputs);
         Scalar sum = 0;
@@ -119,16 +167,7 @@ class LayersThread {
     }
 
   private:
-    int lowest(const LayersNetwork& network) const {
-        const auto wanted = [this](std::int32_t tensor) { return tensor >= 0 && p_.tensors[tensor].grads != nullptr; };
-        for (int i = 0; i < network.blocks; ++i) {
-            const LayersBlock& block = network.block[i];
-            if (wanted(block.weight) || wanted(block.bias) || wanted(block.scale) || wanted(block.shift)) return i;
-        }
-        return network.blocks;
-    }
-
-    const LayersPassParams<Scalar>& p_;
+    const Params& p_;
     const LayersStages<Scalar>& stages_;
     const LayersCpuLayout& layout_;
     std::vector<const Scalar*> values_;
@@ -136,13 +175,78 @@ class LayersThread {
     LayersTask<Scalar> t_{};
 };
 
-}  // namespace
-
 template <typename Scalar>
-void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& p, int threads) {
+class HessianThread {
+  public:
+    using Number = Scalar;
+    using Params = LayersHessianParams<Scalar>;
+    static constexpr LayersPass kPass = LayersPass::kHessian;
+
+    HessianThread(const LayersNetwork& network, const Params& p, const LayersStages<Scalar>& stages,
+                  const LayersCpuLayout& layout, Scalar* memory)
+        : p_(p),
+          stages_(stages),
+          layout_(layout),
+          values_(network.tensors),
+          directions_(network.tensors),
+          products_(network.tensors),
+          unwanted_(network.tensors) {
+        const int lowest = first_block(network, p.tensors, has_gradient<Scalar>);
+        d_.value = {&network, &layout, values_.data(), unwanted_.data(), memory, lowest, nullptr, 0};
+        d_.along = {&network, &layout, directions_.data(), products_.data(), memory + layout.size, lowest, nullptr, 0};
+        d_.first_moved = first_block(network, p.tensors, has_direction<Scalar>);
+        stages_.clear_borders(d_.value);
+        stages_.clear_borders(d_.along);
+    }
+
+    void run(std::int64_t task) {
+        const LayersNetwork& network = *d_.value.network;
+        const std::int64_t outputs = layers_features(network.block[network.blocks - 1].out);
+        const std::int64_t lanes = layout_.out.lanes, features = layers_features(network.block[0].in);
+        for (std::int32_t i = 0; i < network.tensors; ++i) {
+            const LayersTensor<Scalar>& tensor = p_.tensors[i];
+            values_[i] = of_task(tensor.values, tensor.values_apart, task);
+            directions_[i] = of_task(tensor.direction, tensor.direction_apart, task);
+            products_[i] = of_task(tensor.grads, tensor.grads_apart, task);
+        }
+        const Losses<Scalar> losses(p_, task, outputs);
+        stages_.start_tangents(d_);
+        for (std::int64_t first = 0; first < p_.count; first += layout_.count) {
+            d_.value.count = d_.along.count = std::min(layout_.count, p_.count - first);
+            d_.value.x = p_.x + (task * p_.count + first) * features;
+            stages_.forward(d_.value);
+            stages_.forward_tangents(d_);
+            for (std::int64_t e = 0; e < d_.value.count; ++e) {
+                const std::int64_t at = layout_.out.place + e * lanes, to = layout_.out_grad[0] + e * lanes;
+                Scalar *grad = d_.value.memory + to, *tangent = d_.along.memory + to;
+                losses.take(first + e, d_.value.memory + at, grad);
+                std::copy_n(d_.along.memory + at, outputs, tangent);
+                losses.take_tangents(d_.value.memory + at, tangent);
+                std::fill(grad + outputs, grad + lanes, Scalar(0));
+                std::fill(tangent + outputs, tangent + lanes, Scalar(0));
+            }
+            stages_.backward_tangents(d_);
+        }
+        stages_.finish(d_.along);
+    }
+
+  private:
+    const Params& p_;
+    const LayersStages<Scalar>& stages_;
+    const LayersCpuLayout& layout_;
+    std::vector<const Scalar*> values_, directions_;
+    std::vector<Scalar*> products_;
+    const std::vector<Scalar*> unwanted_;
+    LayersTangent<Scalar> d_{};
+};
+
+template <typename Thread>
+void run_tasks(const LayersNetwork& network, const typename Thread::Params& p, int threads) {
+    using Scalar = typename Thread::Number;
     if (p.tasks == 0) return;
     const LayersStages<Scalar>& stages = layers_stages<Scalar>(kernels());
-    const LayersCpuPlan plan = plan_layers_cpu(network, p.tasks, p.count, sizeof(Scalar), stages.unit, threads);
+    const LayersCpuPlan plan =
+        plan_layers_cpu(network, Thread::kPass, p.tasks, p.count, sizeof(Scalar), stages.unit, threads);
     const LayersCpuLayout layout = layers_layout_of(network, plan.chunk, p.count, sizeof(Scalar), stages.unit);
     Scalar* memory = aligned<Scalar>(p.workspace);
     std::atomic<std::int64_t> next{0};
@@ -151,13 +255,27 @@ void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& p
         for (std::int64_t item = begin; item < end; ++item) {
             std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
             if (task >= p.tasks) continue;
-            LayersThread<Scalar> thread(network, p, stages, layout, memory + item * plan.thread_scalars);
+            Thread thread(network, p, stages, layout, memory + item * plan.thread_scalars);
             for (; task < p.tasks; task = next.fetch_add(1, std::memory_order_relaxed)) thread.run(task);
         }
     });
 }
 
+}  // namespace
+
+template <typename Scalar>
+void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& p, int threads) {
+    run_tasks<GradientThread<Scalar>>(network, p, threads);
+}
+
+template <typename Scalar>
+void layers_hessian(const LayersNetwork& network, const LayersHessianParams<Scalar>& p, int threads) {
+    run_tasks<HessianThread<Scalar>>(network, p, threads);
+}
+
 template void layers_pass<float>(const LayersNetwork&, const LayersPassParams<float>&, int);
 template void layers_pass<double>(const LayersNetwork&, const LayersPassParams<double>&, int);
+template void layers_hessian<float>(const LayersNetwork&, const LayersHessianParams<float>&, int);
+template void layers_hessian<double>(const LayersNetwork&, const LayersHessianParams<double>&, int);
 
 }  // namespace signmaml::cpu

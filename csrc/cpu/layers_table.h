@@ -24,6 +24,16 @@ struct LayersTask {
     std::int64_t count;           // of them
 };
 
+// A task and how all that it computes changes when its parameters move along a direction.
+template <typename Scalar>
+struct LayersTangent {
+    LayersTask<Scalar> value;  // wants no gradients
+    // The same network, layout and examples. values: the direction, null where a tensor does not move; grads: how the
+    // gradients change; memory: of the same layout, with the tangent of what the other one has at the same place.
+    LayersTask<Scalar> along;
+    int first_moved;  // block with a direction; network->blocks if nothing moves
+};
+
 template <typename Scalar>
 struct LayersStages {
     ConvUnit unit;
@@ -37,6 +47,12 @@ struct LayersStages {
     void (*backward)(const LayersTask<Scalar>&);
     // Sums that are packed to `grads`.
     void (*finish)(const LayersTask<Scalar>&);
+    // `start` of both.
+    void (*start_tangents)(const LayersTangent<Scalar>&);
+    // After `forward` of `value`: the tangents of the same.
+    void (*forward_tangents)(const LayersTangent<Scalar>&);
+    // Adds the examples' tangents of gradients, from the gradients of the outputs and their tangents.
+    void (*backward_tangents)(const LayersTangent<Scalar>&);
 };
 
 struct LayersStageTables {

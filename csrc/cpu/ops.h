@@ -43,4 +43,8 @@ void mlp_meta_step(const MlpMetaStepParams<Scalar>& params, const MeanGradient<S
 template <typename Scalar>
 void layers_pass(const LayersNetwork& network, const LayersPassParams<Scalar>& params, int threads);
 
+// Likewise.
+template <typename Scalar>
+void layers_hessian(const LayersNetwork& network, const LayersHessianParams<Scalar>& params, int threads);
+
 }  // namespace signmaml::cpu

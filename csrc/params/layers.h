@@ -82,6 +82,8 @@ struct LayersTensor {
     std::int64_t values_apart;  // from one task's to the next one's; 0: all tasks share them
     Scalar* grads;              // null: not wanted
     std::int64_t grads_apart;
+    const Scalar* direction;  // of a Hessian's product; null: 0
+    std::int64_t direction_apart;
 };
 
 template <typename Scalar>
@@ -95,6 +97,17 @@ struct LayersPassParams {
     void* workspace;                      // as plan_layers_cpu says
     std::int64_t tasks, count;
     bool differentiates;  // whether any gradient is wanted
+};
+
+// The product of every task's Hessian with a direction, into `grads`: how the gradient of its loss changes along it.
+template <typename Scalar>
+struct LayersHessianParams {
+    const LayersTensor<Scalar>* tensors;  // [network.tensors]
+    const Scalar* x;                      // as in LayersPassParams
+    const std::int64_t* labels;
+    const Scalar* target;
+    void* workspace;
+    std::int64_t tasks, count;
 };
 
 }  // namespace signmaml

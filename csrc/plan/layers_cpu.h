@@ -215,12 +215,16 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
     return layout;
 }
 
+// What a pass computes: gradients, or how they change along a direction, which takes two memories of the layout.
+enum class LayersPass : std::int32_t { kGradient = 1, kHessian = 2 };
+
 // Examples that a thread takes at once.
-constexpr std::int64_t layers_chunk(const LayersNetwork& network, std::int64_t count, int scalar_bytes, ConvUnit unit) {
+constexpr std::int64_t layers_chunk(const LayersNetwork& network, LayersPass pass, std::int64_t count, int scalar_bytes,
+                                    ConvUnit unit) {
     if (layers_couple_examples(network)) return count;
     const std::int64_t one = layers_layout_of(network, 1, count, scalar_bytes, unit).size;
     const std::int64_t each = layers_layout_of(network, 2, count, scalar_bytes, unit).size - one;
-    return smaller(count, larger(1, kLayersChunkBytes / (each * scalar_bytes)));
+    return smaller(count, larger(1, kLayersChunkBytes / (static_cast<int>(pass) * each * scalar_bytes)));
 }
 
 struct LayersCpuPlan {
@@ -229,10 +233,11 @@ struct LayersCpuPlan {
     std::int64_t workspace_bytes;  // for all of them
 };
 
-constexpr LayersCpuPlan plan_layers_cpu(const LayersNetwork& network, std::int64_t tasks, std::int64_t count,
-                                        int scalar_bytes, ConvUnit unit, int threads) {
-    const std::int64_t chunk = layers_chunk(network, count, scalar_bytes, unit);
-    const std::int64_t scalars = layers_layout_of(network, chunk, count, scalar_bytes, unit).size;
+constexpr LayersCpuPlan plan_layers_cpu(const LayersNetwork& network, LayersPass pass, std::int64_t tasks,
+                                        std::int64_t count, int scalar_bytes, ConvUnit unit, int threads) {
+    const std::int64_t chunk = layers_chunk(network, pass, count, scalar_bytes, unit);
+    const std::int64_t scalars =
+        static_cast<int>(pass) * layers_layout_of(network, chunk, count, scalar_bytes, unit).size;
     // 64 extra bytes: the start of the workspace is rounded up to a multiple of 64.
     return {chunk, scalars, smaller(tasks, threads) * scalars * scalar_bytes + 64};
 }

@@ -13,13 +13,14 @@ import pytest
 
 from emulated import mutants
 from emulated.mutants import UNCHANGED, Mutation, Outcomes
-from helpers.cases import layers_cases
+from helpers.cases.layers_cases import GROUPS
 from helpers.devices import emulated
 from signmaml_ext._loader import C
 
 FOLDER = "cpu/isa/layers"
-ACTIVATIONS, CONVOLUTION, LINEAR, TAIL, PASSES = (
-    f"{FOLDER}/{name}.h" for name in ("activations", "convolution", "linear", "tail", "passes")
+ACTIVATIONS, CONVOLUTION, LINEAR, TAIL, TANGENTS, PASSES, HESSIAN = (
+    f"{FOLDER}/{name}.h"
+    for name in ("activations", "convolution", "linear", "tail", "tail_tangents", "passes", "hessian")
 )
 COURSE, WINOGRAD = "cpu/layers_pass.cpp", "cpu/isa/conv/winograd.h"
 LEFT_OUT = ""
@@ -30,9 +31,9 @@ MUTATIONS = [
     Mutation("no label", COURSE, "/ sum - Scalar(1)", "/ sum"),
     Mutation("squares of one output", COURSE, "static_cast<Scalar>(labels_ != nullptr ? count_ : count_ * outputs_)", "static_cast<Scalar>(count_)"),
     Mutation("half of the squares' gradient", COURSE, "Scalar(2) * difference", "difference"),
-    Mutation("examples of the first task", COURSE, "t_.x = p_.x + (task * p_.count + first) * features;", "t_.x = p_.x + first * features;"),
-    Mutation("parameters of the first task", COURSE, "tensor.values + task * tensor.values_apart", "tensor.values"),
-    Mutation("the first examples again", COURSE, "p_.count + first) * features", "p_.count) * features"),
+    Mutation("examples of the first task", COURSE, "            t_.x = p_.x + (task * p_.count + first) * features;", "            t_.x = p_.x + first * features;"),
+    Mutation("parameters of the first task", COURSE, "return first == nullptr ? nullptr : first + task * apart;", "return first;"),
+    Mutation("the first examples again", COURSE, "            t_.x = p_.x + (task * p_.count + first) * features;", "            t_.x = p_.x + task * p_.count * features;"),
     # Activations.
     Mutation("LeakyReLU's slope", ACTIVATIONS, "return x > 0 ? x : slope * x;", "return x > 0 ? x : x;"),
     Mutation("LeakyReLU's gradient", ACTIVATIONS, "return x > 0 ? grad : slope * grad;", "return grad;"),
@@ -54,8 +55,8 @@ MUTATIONS = [
     Mutation("rows of the weight gradient", CONVOLUTION, "products.rows = least(rows, block.made.height - top);", "products.rows = 1;"),
     Mutation("a phase's first tap", CONVOLUTION, "phase.from = (phase.first + pad - tap) / stride;", "phase.from = phase.first / stride;"),
     Mutation("a phase's positions", CONVOLUTION, "phase.first = ((tap - pad) % stride + stride) % stride;", "phase.first = tap % stride;"),
-    Mutation("phases without taps keep what was there", CONVOLUTION, "if (window.height < window.stride_h || window.width < window.stride_w) fill_zero(to, block.in.height * row);", LEFT_OUT),
-    Mutation("taps of a row apart", CONVOLUTION, "{-m * made.row - n * made.lanes,", "{-m * made.row,"),
+    Mutation("phases without taps keep what was there", CONVOLUTION, "if (!meets_all && !add) fill_zero(to, block.in.height * row);", LEFT_OUT),
+    Mutation("taps of a row apart", CONVOLUTION, "{-j * made.row - n * made.lanes,", "{-j * made.row,"),
     Mutation("unmet taps keep rounding", CONVOLUTION, "meets > 0 ? taps[y] : Vector<Scalar>{}", "taps[y]"),
     Mutation("the last row is not met", CONVOLUTION, "part_y < (y == 0 ? 2 : 3)", "part_y < 2"),
     Mutation("what is met is forgotten", CONVOLUTION, "store(of_part, live ? all(Scalar(1)) : load(of_part));", LEFT_OUT),
@@ -104,46 +105,124 @@ MUTATIONS = [
     Mutation("no border", PASSES, "fill_zero(at, border.top * images.row);", LEFT_OUT),
 ]  # fmt: skip
 
-NUMBERS = {mutation.name: number for number, mutation in enumerate(MUTATIONS, 1)}
-GROUP = "layers"
+# Of the Hessian's products.
+SECOND_ORDER = [
+    # The loss.
+    Mutation("scores not centred", COURSE, "(tangents[o] - mean)", "tangents[o]"),
+    Mutation("tangents of the sum", COURSE, "tangents[o] = share_ * (", "tangents[o] = ("),
+    Mutation("half of the squares' tangent", COURSE, "Scalar(2) * tangents[o]", "tangents[o]"),
+    Mutation("products of the first task", COURSE, "products_[i] = of_task(tensor.grads, tensor.grads_apart, task);", "products_[i] = tensor.grads;"),
+    Mutation("directions of the first task", COURSE, "directions_[i] = of_task(tensor.direction, tensor.direction_apart, task);", "directions_[i] = tensor.direction;"),
+    Mutation("the last block moves alone", COURSE, "d_.first_moved = first_block(network, p.tensors, has_direction<Scalar>);", "d_.first_moved = network.blocks - 1;"),
+    # Activations.
+    Mutation("ELU does not bend", ACTIVATIONS, "return x > 0 ? Vector<Scalar>{} : slope * exp_of<Simd<Scalar>>(x);", "return Vector<Scalar>{};"),
+    Mutation("SiLU's bend", ACTIVATIONS, "(Scalar(2) + x * (Scalar(1) - Scalar(2) * share))", "Scalar(2)"),
+    Mutation("tanh's bend", ACTIVATIONS, "Scalar(-2) * y * (Scalar(1) - y * y)", "Scalar(2) * y * (Scalar(1) - y * y)"),
+    Mutation("the sigmoid's bend", ACTIVATIONS, "y * (Scalar(1) - y) * (Scalar(1) - Scalar(2) * y)", "y * (Scalar(1) - y)"),
+    Mutation("GELU's bend", ACTIVATIONS, "density * (Scalar(2) - x * x)", "density * (Scalar(1) - x * x)"),
+    Mutation("GELU by tanh without its cubic's bend", ACTIVATIONS, "Scalar(12 * kRootTwoOverPi * kGeluCubic)", "Scalar(0 * kGeluCubic)"),
+    # Norms.
+    Mutation("squared deviations' tangent not centred", TANGENTS, "product_of_row += (load(z) - mean) * load(tangent);", "product_of_row += load(z) * load(tangent);"),
+    Mutation("the mean's tangent keeps the bias", TANGENTS, "static_cast<Scalar>(mean - d.along.memory[plan.bias + c])", "static_cast<Scalar>(mean)"),
+    Mutation("a scale that does not move", TANGENTS, "static_cast<Scalar>(of_gamma * cell(d.value, i, example, kLayersInverse)[c] + gamma * inverse)", "static_cast<Scalar>(gamma * inverse)"),
+    Mutation("a deviation that does not move", TANGENTS, "static_cast<Scalar>(of_gamma * cell(d.value, i, example, kLayersInverse)[c] + gamma * inverse)", "static_cast<Scalar>(of_gamma * cell(d.value, i, example, kLayersInverse)[c])"),
+    Mutation("a shift that does not move", TANGENTS, "d.along.memory[plan.affine + plan.made.lanes + c];", "0;"),
+    Mutation("deviations of the items alone", TANGENTS, "products += of_products + n * deviation * of_mean;", "products += of_products;"),
+    Mutation("the deviation's tangent", TANGENTS, "-inverse * inverse * inverse * products / count", "-inverse * inverse * products / count"),
+    Mutation("groups' mean moves without the bias", TANGENTS, "double{moment(along, i, e, 0)[c]} + of_bias[c]", "double{moment(along, i, e, 0)[c]}"),
+    Mutation("z alone moves", TANGENTS, "scale * (of_z - of_mean) + of_scale * (z - mean) + of_shift", "scale * (of_z - of_mean)"),
+    Mutation("the mean does not move", TANGENTS, "scale * (of_z - of_mean) + of_scale", "scale * of_z + of_scale"),
+    Mutation("sums do not move with z", TANGENTS, "own.tangent * (value - cells.mean) + own.grad * (moves - cells.of_mean)", "own.tangent * (value - cells.mean)"),
+    Mutation("scales do not move", TANGENTS, "cells.scale * own.tangent + cells.of_scale * own.grad +", "cells.scale * own.tangent +"),
+    Mutation("slopes do not move", TANGENTS, "of_slope * deviation + of_offset", "of_offset"),
+    Mutation("offsets do not move", TANGENTS, "of_slope * deviation + of_offset", "of_slope * deviation"),
+    Mutation("deviations do not move", TANGENTS, "slope * (moves - cells.of_mean) + of_slope", "of_slope"),
+    Mutation("products of the values alone", TANGENTS, "a.tangent * b.value + a.value * b.tangent", "a.tangent * b.value"),
+    Mutation("a group's slope without its scale", TANGENTS, "product = product + dual(gammas, c) * dual(grad_sum(value, i, e, 1), c);", "product = product + dual(grad_sum(value, i, e, 1), c);"),
+    Mutation("a batch's offset without its scale", TANGENTS, "share * (inverse * gamma * sum)", "share * (inverse * sum)"),
+    Mutation("a batch's scale's change", TANGENTS, "scales[c] += (inverse * product).tangent;", "scales[c] += product.tangent;"),
+    Mutation("a group's scale's change", TANGENTS, "scales[c] += (inverse * dual(grad_sum(value, i, e, 1), c)).tangent;", "scales[c] += dual(grad_sum(value, i, e, 1), c).tangent;"),
+    Mutation("a bias's change only by itself", TANGENTS, "if (!alone) biases[c] += positions * (slope * from_mean + offset).tangent;", LEFT_OUT),
+    Mutation("sums of another channel", TANGENTS, "const Dual sum = dual(grad_sum(value, i, e, 0), c);", "const Dual sum = dual(grad_sum(value, i, e, 0), first);"),
+    # Activation and pooling.
+    Mutation("the activation's tangent is that of its input", TANGENTS, "passed<kKind, Scalar>(cells.normalised(value), moves, slope)", "moves"),
+    Mutation("nothing bends", TANGENTS, "straight + bend * grad * cells.tangent(z, of_z)", "straight"),
+    Mutation("the last of a window moves", TANGENTS, "taken = number == own ? load(from) : taken;", "taken = load(from);"),
+    Mutation("gradients for their tangents", TANGENTS, "spread_grads(d.along, i, example, first, last, tangents, grads + plan.band * row);", "spread_grads(d.value, i, example, first, last, tangents, grads + plan.band * row);"),
+    Mutation("the first example's tangents", TANGENTS, "output_grad(d.along, i) + example * block.made.height * row", "output_grad(d.along, i)"),
+    Mutation("means of the example before", TANGENTS, "if (block.pool == LayersPool::kMean) fill_zero(out, lanes);", LEFT_OUT),
+    # The pass.
+    Mutation("tangents start with scale 1", HESSIAN, "start_with(d.along, Scalar(0));", "start_with(d.along, Scalar(1));"),
+    Mutation("what stood still before", HESSIAN, "fill_zero(image_of(t, made, e) + y * made.row, size.width * made.lanes);", LEFT_OUT),
+    Mutation("outputs that moved before", HESSIAN, "fill_zero(along.memory + out.place, along.count * out.image);", LEFT_OUT),
+    Mutation("cells that moved before", HESSIAN, "fill_zero(along.memory + along.layout->block[i].cells, rows * kLayersVectors * made.lanes);", LEFT_OUT),
+    Mutation("moments that moved before", HESSIAN, "fill_zero(moment(along, i, e, 0), 2 * made.lanes);", LEFT_OUT),
+    Mutation("images do not move", HESSIAN, "convolve_examples(value, i, {along.memory, value.memory, along.memory}", "convolve_examples(value, i, {value.memory, value.memory, along.memory}"),
+    Mutation("the weight's tangent alone", HESSIAN, "value.count, moves);", "value.count, false);"),
+    Mutation("features do not move", HESSIAN, "add_linear(along, i, features_of(along, i), value.values[block.weight]);", LEFT_OUT),
+    Mutation("features of images not taken", HESSIAN, "flatten_examples(along, i);", LEFT_OUT),
+    Mutation("a linear weight does not move", HESSIAN, "if (turns) add_linear(along, i, features_of(value, i), along.values[block.weight]);", LEFT_OUT),
+    Mutation("copied inputs do not move", HESSIAN, "for (std::int64_t e = 0; e < value.count; ++e) copy_input(along, i, e);", LEFT_OUT),
+    Mutation("weight's change without the images'", HESSIAN, "add_weight_grad(value, i, {along.memory, along.memory, value.memory}, first, last);", ";"),
+    Mutation("weight's change without the gradients'", HESSIAN, "add_weight_grad(value, i, {value.memory, along.memory, along.memory}, first, last);", LEFT_OUT),
+    Mutation("input's change without the weight's", HESSIAN, "convolve_back(value, i, {nullptr, along.memory, value.memory}, first, last, to, /*add=*/true);", LEFT_OUT),
+    Mutation("input's change without the gradients'", HESSIAN, "convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, /*add=*/false);", LEFT_OUT),
+    Mutation("input's change of the first examples", HESSIAN, "output_grad(along, i - 1) + at;", "output_grad(along, i - 1);"),
+    Mutation("a linear weight's change without the features'", HESSIAN, "if (i > d.first_moved) add_linear_weight_grad(along, i, grads, features_of(along, i));", LEFT_OUT),
+    Mutation("a linear weight's change without the gradients'", HESSIAN, "add_linear_weight_grad(along, i, tangents, features_of(value, i));", LEFT_OUT),
+    Mutation("features' change without the weight's", HESSIAN, "if (weight_moves(d, i)) linear_input_grad(along, i, grads, along.values[block.weight], /*add=*/true);", LEFT_OUT),
+    Mutation("features' gradients not given on", HESSIAN, "give_linear_input_grad(value, i);", LEFT_OUT),
+    Mutation("features' change not given on", HESSIAN, "give_linear_input_grad(along, i);", LEFT_OUT),
+    Mutation("a block's own change stops it", HESSIAN, "const bool goes_on = wants(along, block.weight) || i > value.lowest;", "const bool goes_on = wants(along, block.weight);"),
+    Mutation("copied changes stop", HESSIAN, "copy_grads(along, i);", LEFT_OUT),
+]  # fmt: skip
+
+ALL = MUTATIONS + SECOND_ORDER
+NUMBERS = {mutation.name: number for number, mutation in enumerate(ALL, 1)}
+
+
+def group_of(mutation: Mutation) -> str:
+    """The cases that must see it."""
+    return "layers, second order" if mutation in SECOND_ORDER else "layers"
 
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory) -> Iterator[Outcomes]:
     """Outcomes of the mutants that this session's tests ask for."""
-    module = mutants.build_for_cpu(tmp_path_factory.mktemp("mutations"), MUTATIONS)
-    chosen = mutants.chosen_of(request.session.items, __file__, NUMBERS, lambda mutation: GROUP)
+    module = mutants.build_for_cpu(tmp_path_factory.mktemp("mutations"), ALL)
+    chosen = mutants.chosen_of(request.session.items, __file__, NUMBERS, group_of)
     found = Outcomes(module, "layers_cases", chosen)
     yield found
     found.close()
 
 
 def test_names_are_unique():
-    assert len(NUMBERS) == len(MUTATIONS)
+    assert len(NUMBERS) == len(ALL)
 
 
-@pytest.mark.parametrize("case", layers_cases.GROUPS[GROUP])
-def test_the_packages_own_module_passes(case):
-    layers_cases.GROUPS[GROUP][case](C)
+@pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind in GROUPS for case in GROUPS[kind]])
+def test_the_packages_own_module_passes(kind, case):
+    GROUPS[kind][case](C)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted({mutation.file for mutation in MUTATIONS}))
+@pytest.mark.parametrize("file", sorted({mutation.file for mutation in ALL}))
 def test_every_variant_is_the_mutant(file):
     text = (emulated.ROOT / "csrc" / file).read_text()
-    of_file = {NUMBERS[mutation.name]: mutation for mutation in MUTATIONS if mutation.file == file}
+    of_file = {NUMBERS[mutation.name]: mutation for mutation in ALL if mutation.file == file}
     mutants.assert_every_variant_is_the_mutant(text, of_file)
 
 
 @pytest.mark.slow
-def test_unchanged_sources_pass(outcomes):
-    outcome = outcomes[UNCHANGED, GROUP]
+@pytest.mark.parametrize("group", GROUPS)
+def test_unchanged_sources_pass(outcomes, group):
+    outcome = outcomes[UNCHANGED, group]
     assert outcome.code == 0, outcome.said[-2000:]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutation", ALL, ids=lambda m: m.name)
 def test_mutant_is_caught(outcomes, mutation):
-    outcome = outcomes[NUMBERS[mutation.name], GROUP]
+    outcome = outcomes[NUMBERS[mutation.name], group_of(mutation)]
     outcome.assert_caught()
     assert outcome.report.startswith("AssertionError: "), outcome.report

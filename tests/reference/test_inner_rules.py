@@ -115,16 +115,16 @@ def close(found: Any, expected: Any) -> None:
 
 
 @cases
-@pytest.mark.parametrize("batching", ["together", "one-by-one"])
-def test_steps_are_those_of_the_definition(method: str, rule: InnerRule, batching: str) -> None:
+@pytest.mark.parametrize(("backend", "batching"), [("torch", "together"), ("torch", "one-by-one"), ("cpu", "auto")])
+def test_steps_are_those_of_the_definition(method: str, rule: InnerRule, backend: str, batching: str) -> None:
     model, data = smooth()
     for steps in (0, 1, STEPS):
         expected, _, moved = expected_of(model, data, rule, method, steps=steps)
         options: dict[str, Any] = {"inner_lr": LR, "inner_steps": steps, "method": method, "inner_rule": rule}
-        result = meta_step(model, *data, **options, batching=batching)
-        assert result.backend == "torch"
+        options |= {"backend": backend, "batching": batching}
+        assert meta_step(model, *data, **options).backend == backend
         close(nets.grads(model), expected)
-        close(dict(adapt(model, *data[:2], **options, batching=batching)), moved)
+        close(dict(adapt(model, *data[:2], **options)), moved)
 
 
 @cases
@@ -472,7 +472,7 @@ def test_what_one_task_writes_does_not_decay_in_another(method: str) -> None:
         ),
         ({"inner_rule": Signum(), "compile": True}, ValueError, r"compile: expected False with Signum\("),
         (
-            {"inner_rule": Signum(), "backend": "cpu"},
+            {"inner_rule": Signum(), "backend": "cpu", "model": nn.Sequential(nn.Linear(4, 3), nn.Softplus())},
             ValueError,
             r"backend: expected one that serves this call, found 'cpu': .*flat: its steps are plain, and inner_rule is",
         ),
@@ -521,10 +521,14 @@ def test_what_is_no_rule_is_refused(make: Any, error: type[Exception], message: 
 
 
 @pytest.mark.parametrize(
-    ("model", "family"), [(nets.mlp, "mlp"), (lambda: nets.conv4(filters=8), "conv"), (nets.Tied, "flat")]
-)
-def test_explain_says_why_no_kernel_serves_it(model: Any, family: str) -> None:
+    ("model", "family", "instead"),
+    [
+        (nets.mlp, "mlp", ("cpu", "layers")), (lambda: nets.conv4(filters=8), "conv", ("cpu", "layers")),
+        (nets.Tied, "flat", ("torch", "reference")),
+    ],
+)  # fmt: skip
+def test_explain_says_why_no_kernel_takes_its_steps(model: Any, family: str, instead: tuple[str, str]) -> None:
     found = signmaml_ext.explain(model(), inner_rule=Signum())
-    assert (found.backend, found.family) == ("torch", "reference")
+    assert (found.backend, found.family) == instead
     assert found.families["cpu"][family] == f"its steps are plain, and inner_rule is {Signum()}"
     assert signmaml_ext.explain(model()).family == family

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.cases import nets
-from signmaml_ext import Sharpness, Signum, adapt, evaluate, explain, layers, meta_step
+from signmaml_ext import Adam, Lion, Momentum, Plain, Sharpness, Signum, adapt, evaluate, explain, layers, meta_step
 from signmaml_ext._loader import C
+from signmaml_ext.checks import check_problem
 
 OPTIONS: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 3}
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -168,7 +169,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     C.select_cpu_isa(before)
 
 
-@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
 @pytest.mark.parametrize("name", NETS)
 def test_every_network_as_the_reference(name: str, method: str, isa: str) -> None:
     make, shape = NETS[name]
@@ -187,15 +188,47 @@ def test_every_network_as_the_reference(name: str, method: str, isa: str) -> Non
         {"sharpness": Sharpness(0.05, "l2")},
         {"sharpness": Sharpness(0.05, "linf", adaptive=True)},
         {"nonfinite": "skip"},
+        {"method": "maml", "adapt": ["*.weight"]},
+        {"method": "maml", "adapt": ["*.bias"]},
+        {"method": "maml", "inner_steps": 0},
+        {"method": "maml", "nonfinite": "skip"},
+        {"method": "maml", "sharpness": Sharpness(0.05, "l2")},
+        {"method": "maml", "sharpness": Sharpness(0.05, "linf", adaptive=True)},
+        {"method": "maml", "inner_rule": Momentum(0.9)},
+        {"method": "maml", "inner_rule": Adam()},
+        {"method": "fo-maml", "inner_rule": Momentum(0.5, weight_decay=0.1), "sharpness": Sharpness(0.05, "l2")},
+        {"inner_rule": Signum(0.9)},
+        {"inner_rule": Lion(weight_decay=0.3), "adapt": ["*.weight"]},
+        {"inner_rule": Plain(weight_decay=0.1)},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: " ".join(str(value) for value in options.values()),
 )
 def test_every_kind_of_call(name: str, options: dict[str, Any]) -> None:
     make, shape = NETS[name]
     compare(make().double(), tasks(*shape), **options)
 
 
-@pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
+@pytest.mark.parametrize("name", ["GroupNorm", "features with LayerNorm"])
+@pytest.mark.parametrize("part", ["the head", "the body", "nothing of the head"])
+def test_exact_maml_of_a_part(name: str, part: str) -> None:
+    make, shape = NETS[name]
+    model = make().double()
+    names = [name for name, _ in model.named_parameters()]
+    if part == "nothing of the head":
+        for name in names[-2:]:
+            model.get_parameter(name).requires_grad_(False)
+        compare(model, tasks(*shape), method="maml", inner_lr=0.3)
+        return
+    compare(model, tasks(*shape), method="maml", inner_lr=0.3, adapt=names[-2:] if part == "the head" else names[:-2])
+
+
+def test_exact_maml_of_a_few_tasks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers.run, "TOGETHER_BYTES", 1)
+    make, shape = NETS["GroupNorm"]
+    compare(make().double(), tasks(*shape, count=5), method="maml")
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
 def test_rates_that_learn_and_vary(method: str) -> None:
     make, shape = NETS["GroupNorm"]
     model, data, found = make().double(), tasks(*shape), []
@@ -228,12 +261,14 @@ def test_parameters_and_images_in_another_memory_format() -> None:
     compare(model, data, adapt=["13.*"])
     model.zero_grad()
     compare(model, data)
+    compare(model, data, method="maml")
 
 
-def test_targets_of_a_regression() -> None:
+@pytest.mark.parametrize("method", ["sign-maml", "fo-maml", "maml"])
+def test_targets_of_a_regression(method: str) -> None:
     model = nn.Sequential(nn.Linear(2, 17), nn.LayerNorm(17), nn.Tanh(), nn.Linear(17, 2)).double()
     x, y = torch.randn(3, 6, 2, dtype=torch.float64), torch.randn(3, 6, 2, dtype=torch.float64)
-    compare(model, (x, y, x + 1, y), loss="mse")
+    compare(model, (x, y, x + 1, y), loss="mse", method=method)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (1, 7), (9, 1)])
@@ -292,16 +327,18 @@ def test_chains_at_random(seed: int) -> None:
     data = tasks(*shape, shots=1 + seed % 3)
     if not any(isinstance(module, nn.Conv2d) for module in model):
         model.insert(0, nn.Flatten())
-    compare(model.double(), data, of=1e-7, method="fo-maml")
+    for method in ("fo-maml", "maml"):
+        compare(model.double(), data, of=1e-7, method=method)
 
 
+@pytest.mark.parametrize(("method", "steps"), [("sign-maml", 0), ("maml", 2)])
 @pytest.mark.parametrize("name", NETS)
-def test_float32_is_as_exact_as_torch(name: str) -> None:
-    """Gradients of one pass: the distance from the float64 reference, against that of the loop in float32."""
+def test_float32_is_as_exact_as_torch(name: str, method: str, steps: int) -> None:
+    """Gradients of a pass, and through two steps: the distance from float64, against that of torch in float32."""
     make, shape = NETS[name]
     model, data = make(), tasks(*shape, shots=4, dtype=torch.float32)
     exact = copy.deepcopy(model).double()
-    options = {**OPTIONS, "inner_steps": 0}
+    options = {"inner_lr": 0.01, "inner_steps": steps, "method": method}
     meta_step(exact, data[0].double(), data[1], data[2].double(), data[3], **options, backend="torch")
     truths, errors = nets.grads(exact), []
     for backend in ("cpu", "torch"):
@@ -379,8 +416,6 @@ class Wraps(nn.Module):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "exact MAML": (NETS["GroupNorm"][0], {"method": "maml"}, "first derivatives only"),
-    "a rule": (NETS["GroupNorm"][0], {"inner_rule": Signum(0.9)}, "its steps are plain"),
     "running statistics": (NETS["BatchNorm, widths"][0], {"batch_norm": "running"}, "normalises by the batch"),
     "statistics of the support set": (NETS["GroupNorm"][0], {"batch_norm": "support"}, "no statistics"),
     "rounding noise": (NETS["BatchNorm, widths"][0], {"zero_dead_bias": False}, "asks for rounding noise"),
@@ -475,3 +510,33 @@ def test_native_calls_are_checked() -> None:
         arguments = {"parameters": [(8, 1), (8, 1)], "gradients": [], "is_double": False, "threads": 1, **call, **wrong}
         with pytest.raises(ValueError, match=message):
             program.run(**arguments)
+    call = {name: call[name] for name in ("x", "labels", "target", "workspace", "tasks", "count")}
+    for wrong, message in (
+        ({"parameters": [(8, 1)]}, "parameters: expected 2, found 1"),
+        ({"directions": []}, "directions: expected 2, found 0"),
+        ({"products": [(8, 1)]}, "products: expected 2, found 1"),
+        ({"labels": 0}, "expected labels or a target, found both or none"),
+        ({"workspace": 0}, "x, workspace: expected addresses, found none"),
+        ({"count": 0}, "count: expected 1 or more, found 0"),
+    ):
+        places = {name: [(8, 1), (8, 1)] for name in ("parameters", "directions", "products")}
+        with pytest.raises(ValueError, match=message):
+            program.hessian(**{**places, "is_double": False, "threads": 1, **call, **wrong})
+
+
+def test_the_hessian_is_symmetric() -> None:
+    """<u, H w> = <w, H u>, for directions that are no part of any step."""
+    make, shape = NETS["GroupNorm"]
+    model, (x, y, _, _) = make().double(), tasks(*shape)
+    options = {"loss": "cross_entropy", "adapt": None, "backend": "auto", "precision": "fp32", "nonfinite": "propagate"}
+    others = {"batch_norm": "batch", "seed": None, "zero_dead_bias": True, "method": "maml"}
+    run = layers.run.NativeRun.of(check_problem(model, x, y, x, y, **OPTIONS, **options, **others))
+    values = {name: torch.stack([p.detach()] * 3) for name, p in model.named_parameters()}
+    one, other = ({name: torch.randn_like(value) for name, value in values.items()} for _ in range(2))
+
+    def along(direction: dict[str, Tensor], of: dict[str, Tensor]) -> Tensor:
+        products = run.hessian(values, layers.run.Examples(x, y), direction)
+        pairs = zip(of.values(), products, strict=True)
+        return torch.stack([(value * product).flatten(1).sum(1) for value, product in pairs]).sum(0)
+
+    torch.testing.assert_close(along(one, other), along(other, one), rtol=1e-9, atol=1e-9)

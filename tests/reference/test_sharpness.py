@@ -336,5 +336,6 @@ def test_the_upper_step_refuses_what_are_no_parameters() -> None:
 def test_explain_says_who_serves_it() -> None:
     model = nets.mlp()
     assert signmaml_ext.explain(model, sharpness=0.1).family == "mlp"
-    found = signmaml_ext.explain(model, method="maml", sharpness=0.1)
+    assert signmaml_ext.explain(model, method="maml", sharpness=0.1).family == "layers"
+    found = signmaml_ext.explain(nets.Tied(), method="maml", sharpness=0.1)
     assert found.backend == "torch" and "differentiates through them" in found.families["cpu"]["flat"]

@@ -1,4 +1,5 @@
-"""Passes of programs of layers by a native module, against torch in float64: losses, predictions and gradients.
+"""Passes of programs of layers by a native module, against torch in float64: losses, predictions, gradients, and the
+products of the Hessian.
 
 Memory starts as NaN, so that nothing unwritten may be read.
 """
@@ -19,6 +20,67 @@ from signmaml_ext import layers
 TASKS, EXAMPLES, WAYS = 3, 7, 3
 
 
+class Setting:
+    """A network, random parameters of three tasks and their examples, as native calls take them.
+
+    Args:
+        native: The module.
+        make: Makes the network.
+        shape: Of an example.
+        squares: Whether the loss is the mean squared error.
+        shares: Whether the tasks share every other tensor.
+        row: The only row of images that is not 0; None: all.
+    """
+
+    def __init__(
+        self, native: ModuleType, make: Callable[[], nn.Module], shape: tuple[int, ...], *, squares: bool,
+        shares: bool, row: int | None,
+    ) -> None:  # fmt: skip
+        model = make()
+        spec = layers.read(model)
+        assert not isinstance(spec, str), spec
+        self.spec, self.squares = spec, squares
+        self.program = native.LayersProgram([block.entries() for block in spec.blocks], spec.size(shape))
+        sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.x = torch.randn(TASKS, EXAMPLES, *shape, dtype=torch.float64)
+        if row is not None:
+            kept = self.x[..., row, :].clone()
+            self.x.zero_()[..., row, :] = kept
+        self.labels = torch.randint(WAYS, (TASKS, EXAMPLES))
+        self.target = torch.randn(TASKS, EXAMPLES, WAYS, dtype=torch.float64)
+        shared = list(spec.names)[::2] if shares else ()
+        self.parameters = {
+            name: 0.4 * torch.randn(1 if name in shared else TASKS, *sizes[name], dtype=torch.float64)
+            .expand(TASKS, *sizes[name]) for name in spec.names
+        }  # fmt: skip
+
+    def goal(self) -> tuple[int, int]:
+        return (0, self.target.data_ptr()) if self.squares else (self.labels.data_ptr(), 0)
+
+    def places(self, tensors: dict[str, Tensor]) -> list[tuple[int, int]]:
+        """Where each parameter's tensor is; nowhere for those that are not given."""
+        found = {name: (tensor.data_ptr(), tensor.stride(0)) for name, tensor in tensors.items()}
+        return [found.get(name, (0, 0)) for name in self.spec.names]
+
+    def unwritten(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        return {
+            name: torch.full(value.shape, torch.nan, dtype=torch.float64)
+            for name, value in self.parameters.items() if wanted(name)
+        }  # fmt: skip
+
+    def workspace(self, *, hessian: bool = False) -> Tensor:
+        size = self.program.plan(TASKS, EXAMPLES, True, 1, hessian)["workspace_bytes"]
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def expected(self, task: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A task's loss, predictions, and gradients that can be differentiated."""
+        own = {name: value[task].clone().requires_grad_() for name, value in self.parameters.items()}
+        out = self.spec.forward(own, self.x[task])
+        loss = F.mse_loss(out, self.target[task]) if self.squares else F.cross_entropy(out, self.labels[task])
+        self.own = own
+        return loss, out, dict(zip(own, torch.autograd.grad(loss, list(own.values()), create_graph=True), strict=True))
+
+
 def passes(
     native: ModuleType, make: Callable[[], nn.Module], shape: tuple[int, ...], *, squares: bool = False,
     wanted: Callable[[str], bool] = lambda name: True, row: int | None = None,
@@ -33,49 +95,69 @@ def passes(
         wanted: Which parameters get a gradient.
         row: The only row of images that is not 0; None: all.
     """
-    spec = layers.read(make())
-    assert not isinstance(spec, str), spec
-    size = spec.size(shape)
-    program = native.LayersProgram([block.entries() for block in spec.blocks], size)
-    sizes = {name: parameter.shape for name, parameter in make().named_parameters()}
-    x = torch.randn(TASKS, EXAMPLES, *shape, dtype=torch.float64)
-    if row is not None:
-        kept = x[..., row, :].clone()
-        x.zero_()[..., row, :] = kept
-    labels = torch.randint(WAYS, (TASKS, EXAMPLES))
-    target = torch.randn(TASKS, EXAMPLES, WAYS, dtype=torch.float64)
     for shares in (False, True):
-        parameters = {name: 0.4 * torch.randn(TASKS, *sizes[name], dtype=torch.float64) for name in spec.names}
-        for name in list(spec.names)[::2] if shares else ():
-            parameters[name][1:] = parameters[name][:1]
-        grads = {name: torch.full_like(value, torch.nan) for name, value in parameters.items()}
+        at = Setting(native, make, shape, squares=squares, shares=shares, row=row)
+        grads = at.unwritten(wanted)
         loss = torch.full((TASKS,), torch.nan, dtype=torch.float64)
         predictions = torch.full((TASKS, EXAMPLES, WAYS), torch.nan, dtype=torch.float64)
-        workspace = torch.full((program.plan(TASKS, EXAMPLES, True, 1)["workspace_bytes"],), 255, dtype=torch.uint8)
-        apart = [0 if shares and i % 2 == 0 else sizes[name].numel() for i, name in enumerate(spec.names)]
-        program.run(
-            [(value.data_ptr(), by) for value, by in zip(parameters.values(), apart, strict=True)],
-            [(grads[name].data_ptr() if wanted(name) else 0, sizes[name].numel()) for name in spec.names],
-            x.data_ptr(), 0 if squares else labels.data_ptr(), target.data_ptr() if squares else 0, loss.data_ptr(),
+        workspace = at.workspace()
+        at.program.run(
+            at.places(at.parameters), at.places(grads), at.x.data_ptr(), *at.goal(), loss.data_ptr(),
             predictions.data_ptr(), workspace.data_ptr(), TASKS, EXAMPLES, True, 1,
         )  # fmt: skip
         for task in range(TASKS):
-            own = {name: value[task].clone().requires_grad_() for name, value in parameters.items()}
-            out = spec.forward(own, x[task])
-            expected = F.mse_loss(out, target[task]) if squares else F.cross_entropy(out, labels[task])
+            expected, out, gradients = at.expected(task)
+            scale = 1e-4 * max(float(gradient.detach().norm()) for gradient in gradients.values())
             _close("loss", loss[task], expected)
             _close("predictions", predictions[task], out)
-            gradients = torch.autograd.grad(expected, list(own.values()))
-            for name, gradient in zip(own, gradients, strict=True):
-                if not wanted(name):
-                    assert grads[name].isnan().all(), f"{name} was written"
-                elif name not in spec.unmoved:
-                    _close(name, grads[name][task], gradient)
-                    assert bool((grads[name][task][gradient == 0] == 0).all()), f"{name} is not exactly 0"
+            for name, found in grads.items():
+                if name in at.spec.unmoved:
+                    continue
+                _close(name, found[task], gradients[name], scale)
+                assert bool((found[task][gradients[name] == 0] == 0).all()), f"{name} is not exactly 0"
 
 
-def _close(name: str, found: Tensor, expected: Tensor) -> None:
-    error = float((found - expected.detach()).norm() / (expected.detach().norm() + 1e-9))
+def hessian(
+    native: ModuleType, make: Callable[[], nn.Module], shape: tuple[int, ...], *, squares: bool = False,
+    wanted: Callable[[str], bool] = lambda name: True, moves: Callable[[str], bool] = lambda name: True,
+    row: int | None = None,
+) -> None:  # fmt: skip
+    """The product of three tasks' Hessians with random directions; tasks share every other tensor.
+
+    Args:
+        native: The module.
+        make: Makes the network.
+        shape: Of an example.
+        squares: Whether the loss is the mean squared error.
+        wanted: Of which parameters the gradient's change is computed.
+        moves: Which parameters have a direction.
+        row: The only row of images that is not 0; None: all.
+    """
+    at = Setting(native, make, shape, squares=squares, shares=True, row=row)
+    products = at.unwritten(wanted)
+    directions = {name: torch.randn_like(value) for name, value in at.parameters.items() if moves(name)}
+    workspace = at.workspace(hessian=True)
+    at.program.hessian(
+        at.places(at.parameters), at.places(directions), at.places(products), at.x.data_ptr(), *at.goal(),
+        workspace.data_ptr(), TASKS, EXAMPLES, True, 1,
+    )  # fmt: skip
+    for task in range(TASKS):
+        _, _, gradients = at.expected(task)
+        along = sum(
+            ((gradients[name] * direction[task]).sum() for name, direction in directions.items()),
+            start=0 * sum(gradient.sum() for gradient in gradients.values()),
+        )
+        changes = torch.autograd.grad(along, list(at.own.values()), allow_unused=True)
+        scale = max((float(change.norm()) for change in changes if change is not None), default=0.0)
+        for name, change in zip(at.own, changes, strict=True):
+            if name in products:
+                expected = torch.zeros_like(at.own[name]) if change is None else change
+                _close(f"the change of {name}", products[name][task], expected, scale)
+
+
+def _close(name: str, found: Tensor, expected: Tensor, scale: float = 0.0) -> None:
+    """Asserts that the error is small beside the expected values, or beside `scale` if that is larger."""
+    error = float((found - expected.detach()).norm() / max(float(expected.detach().norm()), scale, 1e-9))
     assert error <= 1e-9, f"{name} is {error:.1e} away"
 
 
@@ -98,9 +180,9 @@ def after_zeros() -> nn.Module:
     )  # fmt: skip
 
 
-def _cases() -> dict[str, Case]:
+def _cases(check: Callable[..., None]) -> dict[str, Case]:
     def case(make: Callable[[], nn.Module], shape: tuple[int, ...] = SIZE, **options: Any) -> Case:
-        return alone(lambda native: passes(native, make, shape, **options))
+        return alone(lambda native: check(native, make, shape, **options))
 
     found = {
         "3x3 by tiles": case(
@@ -161,5 +243,31 @@ def _cases() -> dict[str, Case]:
     return found
 
 
+def _directions() -> dict[str, Case]:
+    """Directions of which some parameters are no part."""
+
+    def make() -> nn.Module:
+        return network(
+            nn.Conv2d(3, 6, 3, 1, 1), nn.GroupNorm(2, 6), nn.SiLU(), nn.Conv2d(6, 5, 3, 1, 1), nn.BatchNorm2d(5),
+            nn.Tanh(), nn.Sigmoid(), features=5 * 42,
+        )  # fmt: skip
+
+    def moving(*parts: str, wanted: Callable[[str], bool] = lambda name: True) -> Case:
+        return alone(
+            lambda native: hessian(native, make, SIZE, wanted=wanted, moves=lambda name: name.startswith(parts))
+        )
+
+    return {
+        "the head moves alone": moving("8."),
+        "the second convolution moves alone": moving("3."),
+        "norms move alone": moving("1.", "4."),
+        "a bias moves alone": moving("0.bias"),
+        "the first layer moves, the head is wanted": moving("0.", wanted=lambda name: name.startswith("8.")),
+        "nothing moves": moving("none"),
+    }
+
+
 # Cases by group and name. Each can run alone.
-GROUPS: dict[str, dict[str, Case]] = {"layers": _cases()}
+GROUPS: dict[str, dict[str, Case]] = {
+    "layers": _cases(passes), "layers, second order": _cases(hessian) | _directions(),
+}  # fmt: skip

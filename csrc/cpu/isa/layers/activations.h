@@ -72,6 +72,12 @@ Vector<Scalar> gelu_share(Vector<Scalar> x) {
     }
 }
 
+// The derivative of what that tanh is taken of.
+template <typename Scalar>
+Vector<Scalar> gelu_inner_rise(Vector<Scalar> x) {
+    return Scalar(kRootTwoOverPi) * (Scalar(1) + Scalar(3 * kGeluCubic) * x * x);
+}
+
 template <LayersActivation kKind, typename Scalar>
 [[gnu::always_inline]] inline Vector<Scalar> activated(Vector<Scalar> x, [[maybe_unused]] Scalar slope) {
     if constexpr (kKind == LayersActivation::kNone) {
@@ -119,8 +125,37 @@ template <LayersActivation kKind, typename Scalar>
         return grad * (gelu_share<kKind, Scalar>(x) + x * density);
     } else {
         const Vector<Scalar> share = gelu_share<kKind, Scalar>(x);
-        const Vector<Scalar> inner = Scalar(kRootTwoOverPi) * (Scalar(1) + Scalar(3 * kGeluCubic) * x * x);
+        const Vector<Scalar> inner = gelu_inner_rise<Scalar>(x);
         return grad * (share + Scalar(2) * x * share * (Scalar(1) - share) * inner);
+    }
+}
+
+// The second derivative at x.
+template <LayersActivation kKind, typename Scalar>
+[[gnu::always_inline]] inline Vector<Scalar> bend_at(Vector<Scalar> x, [[maybe_unused]] Scalar slope) {
+    if constexpr (kKind == LayersActivation::kElu) {
+        return x > 0 ? Vector<Scalar>{} : slope * exp_of<Simd<Scalar>>(x);
+    } else if constexpr (kKind == LayersActivation::kSilu) {
+        const Vector<Scalar> share = sigmoid_of<Scalar>(x);
+        return share * (Scalar(1) - share) * (Scalar(2) + x * (Scalar(1) - Scalar(2) * share));
+    } else if constexpr (kKind == LayersActivation::kTanh) {
+        const Vector<Scalar> y = tanh_of<Simd<Scalar>>(x);
+        return Scalar(-2) * y * (Scalar(1) - y * y);
+    } else if constexpr (kKind == LayersActivation::kSigmoid) {
+        const Vector<Scalar> y = sigmoid_of<Scalar>(x);
+        return y * (Scalar(1) - y) * (Scalar(1) - Scalar(2) * y);
+    } else if constexpr (kKind == LayersActivation::kGelu) {
+        const Vector<Scalar> density = Scalar(0.5 * kRootTwoOverPi) * exp_of<Simd<Scalar>>(Scalar(-0.5) * x * x);
+        return density * (Scalar(2) - x * x);
+    } else if constexpr (kKind == LayersActivation::kGeluTanh) {
+        const Vector<Scalar> share = gelu_share<kKind, Scalar>(x), rest = Scalar(1) - share;
+        const Vector<Scalar> inner = gelu_inner_rise<Scalar>(x);
+        const Vector<Scalar> rises = Scalar(2) * share * rest * inner;
+        const Vector<Scalar> bends =
+            Scalar(2) * rises * (rest - share) * inner + Scalar(12 * kRootTwoOverPi * kGeluCubic) * share * rest * x;
+        return Scalar(2) * rises + x * bends;
+    } else {
+        return Vector<Scalar>{};  // straight on both sides of 0
     }
 }
 

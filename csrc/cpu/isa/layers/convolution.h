@@ -12,6 +12,20 @@
 namespace signmaml::cpu::SIGNMAML_ISA {
 namespace {
 
+// The memories that a convolution's input, weight and output are in, and so the gradients of the last two: a task's
+// own, or that of its tangents.
+template <typename Scalar>
+struct ConvMemories {
+    Scalar* in;
+    Scalar* weight;
+    Scalar* made;
+};
+
+template <typename Scalar>
+ConvMemories<Scalar> memories_of(const LayersTask<Scalar>& t) {
+    return {t.memory, t.memory, t.memory};
+}
+
 static_assert(kLayersWindow <= kMostRuns && kLayersWinogradLanes <= 8 * kMostRuns);
 
 // Where, in packed weights [groups, window, inputs, group], value q of an output's [in channels, window] lies.
@@ -102,23 +116,25 @@ void pack_weight_back(Scalar* to, const Scalar* packed, const LayersBlock& block
     }
 }
 
+// The packed weight, and the sums of its gradient <- 0.
 template <typename Scalar>
 void start_convolution(const LayersTask<Scalar>& t, int i) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
-    const Scalar* weight = t.values[block.weight];
-    Scalar* packed = t.memory + plan.weight;
-    pack_weight(packed, weight, block, plan);
-    if (plan.winograd) {
-        transform_kernels(t.memory + plan.transformed, packed, plan.in.lanes, plan.made.lanes,
-                          plan.vectors * kLanes<Scalar>);
-    }
     if (wants(t, block.weight) && plan.winograd_back) {
         fill_zero(t.memory + plan.products, 16 * plan.in.lanes * plan.made.lanes);
         fill_zero(t.memory + plan.met, 9 * plan.in.lanes);
     } else if (wants(t, block.weight)) {
         fill_zero(t.memory + plan.weight_grad,
                   std::int64_t{block.window.height} * block.window.width * plan.in.lanes * plan.made.lanes);
+    }
+    const Scalar* weight = t.values[block.weight];
+    if (weight == nullptr) return;
+    Scalar* packed = t.memory + plan.weight;
+    pack_weight(packed, weight, block, plan);
+    if (plan.winograd) {
+        transform_kernels(t.memory + plan.transformed, packed, plan.in.lanes, plan.made.lanes,
+                          plan.vectors * kLanes<Scalar>);
     }
     if (i <= t.lowest) return;
     Scalar* back = t.memory + plan.weight_back;
@@ -129,20 +145,21 @@ void start_convolution(const LayersTask<Scalar>& t, int i) {
     }
 }
 
-// made <- the convolution of examples [first, last), without the bias
+// made (+)= the convolution of examples [first, last), without the bias
 template <typename Scalar>
-void convolve_examples(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last) {
+void convolve_examples(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t first,
+                       std::int64_t last, bool add) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersWindow& window = block.window;
     const LayersImages& in = plan.in;
     const LayersImages& made = plan.made;
-    const Scalar* x = t.memory + in.place + first * in.image;  // the window of position (0, 0), with its padding
-    Scalar* out = image_of(t, made, first);
+    const Scalar* x = m.in + in.place + first * in.image;  // the window of position (0, 0), with its padding
+    Scalar* out = image_in(m.made, made, first);
     if (plan.winograd) {
         winograd<Scalar>({out, made.row, x, in.row, block.made.height, block.made.width, in.lanes, in.lanes, made.lanes,
-                          /*add=*/false, last - first, in.image, made.image},
-                         t.memory + plan.transformed, plan.vectors, t.memory + t.layout->scratch);
+                          add, last - first, in.image, made.image},
+                         m.weight + plan.transformed, plan.vectors, t.memory + t.layout->scratch);
         return;
     }
     const std::int64_t group = plan.vectors * kLanes<Scalar>;
@@ -154,8 +171,8 @@ void convolve_examples(const LayersTask<Scalar>& t, int i, std::int64_t first, s
     for (std::int64_t example = first; example < last; ++example, x += in.image, out += made.image) {
         for (std::int64_t c = 0; c < made.lanes; c += group) {
             convolve_grid(out + c, {made.lanes, made.row}, x, {window.stride_w * in.lanes, window.stride_h * in.row},
-                          block.made.height, block.made.width, runs, t.memory + plan.weight + c * all, plan.vectors,
-                          /*add=*/false);
+                          block.made.height, block.made.width, runs, m.weight + plan.weight + c * all, plan.vectors,
+                          add);
         }
     }
 }
@@ -163,17 +180,17 @@ void convolve_examples(const LayersTask<Scalar>& t, int i, std::int64_t first, s
 // Notes in which parts of an example a block's input is other than 0: its first, middle and last rows by its first,
 // middle and last columns.
 template <typename Scalar>
-void note_met(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+void note_met(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t example) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersImages& in = plan.in;
     const std::int64_t ys[] = {0, 1, block.in.height - 1, block.in.height};
     const std::int64_t xs[] = {0, 1, block.in.width - 1, block.in.width};
-    Scalar* met = t.memory + plan.met;
+    Scalar* met = m.weight + plan.met;
     for (std::int64_t c = 0; c < in.lanes; c += kLanes<Scalar>) {
         const std::int64_t count = least(kLanes<Scalar>, block.in.channels - c);
         if (all_set<Scalar>(load(met + 4 * in.lanes + c) != Vector<Scalar>{}, count)) continue;  // all taps meet it
-        const Images<Scalar> x{image_of(t, in, example) + c, in.image, in.row, in.lanes};
+        const Images<Scalar> x{image_in(m.in, in, example) + c, in.image, in.row, in.lanes};
         for (int part = 0; part < 9; ++part) {
             const Mask<Scalar> live =
                 live_channels(x, 1, ys[part / 3], ys[part / 3 + 1], xs[part % 3], xs[part % 3 + 1], count);
@@ -221,19 +238,20 @@ void join_weight_grad(const LayersTask<Scalar>& t, int i) {
 }
 
 template <typename Scalar>
-void add_weight_products(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last) {
+void add_weight_products(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t first,
+                         std::int64_t last) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersImages& in = plan.in;
     const LayersImages& made = plan.made;
-    for (std::int64_t example = first; example < last; ++example) note_met(t, i, example);
-    OuterTiles<Scalar> tiles{{t.memory + in.place + first * in.image, in.image, in.row, in.lanes},
-                             {image_of(t, made, first), made.image, made.row, made.lanes},
+    for (std::int64_t example = first; example < last; ++example) note_met(t, i, m, example);
+    OuterTiles<Scalar> tiles{{m.in + in.place + first * in.image, in.image, in.row, in.lanes},
+                             {image_in(m.made, made, first), made.image, made.row, made.lanes},
                              t.memory + t.layout->scratch,
                              most(in.lanes, made.lanes) + kConvOuterGap,
                              in.lanes,
                              plan.vectors,
-                             t.memory + plan.products,
+                             m.weight + plan.products,
                              /*add=*/true,
                              {0, in.lanes},
                              {0, 16}};
@@ -250,7 +268,7 @@ void add_weight_products(const LayersTask<Scalar>& t, int i, std::int64_t first,
 
 // weight_grad += the products of an example's input and the gradient of `made`, directly
 template <typename Scalar>
-void add_weight_grad_directly(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+void add_weight_grad_directly(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t example) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersWindow& window = block.window;
@@ -260,8 +278,8 @@ void add_weight_grad_directly(const LayersTask<Scalar>& t, int i, std::int64_t e
     const std::int64_t tiles = pieces(length, most_rows(plan.vectors));
     // Few enough rows that they stay in L1 while all tiles read them.
     const std::int64_t rows = most(1, 128 / block.made.width);
-    const Scalar* x = t.memory + in.place + example * in.image;
-    const Scalar* grad = image_of(t, made, example);
+    const Scalar* x = m.in + in.place + example * in.image;
+    const Scalar* grad = image_in(m.made, made, example);
     OuterProducts<Scalar> products;
     products.x_step = window.stride_w * in.lanes;
     products.x_row = window.stride_h * in.row;
@@ -273,7 +291,7 @@ void add_weight_grad_directly(const LayersTask<Scalar>& t, int i, std::int64_t e
         for (std::int64_t first = 0; first < made.lanes; first += group) {
             products.grad = grad + top * made.row + first;
             for (std::int64_t r = 0; r < window.height; ++r) {
-                Scalar* to = t.memory + plan.weight_grad + (first * window.height + r * group) * length;
+                Scalar* to = m.weight + plan.weight_grad + (first * window.height + r * group) * length;
                 for (std::int64_t tile = 0; tile < tiles; ++tile) {
                     const std::int64_t from = start_of(tile, length, tiles), end = start_of(tile + 1, length, tiles);
                     products.x = x + top * products.x_row + r * in.row + from;
@@ -286,9 +304,10 @@ void add_weight_grad_directly(const LayersTask<Scalar>& t, int i, std::int64_t e
 
 // weight_grad += the products of examples [first, last)
 template <typename Scalar>
-void add_weight_grad(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last) {
-    if (t.layout->block[i].winograd_back) return add_weight_products(t, i, first, last);
-    for (std::int64_t example = first; example < last; ++example) add_weight_grad_directly(t, i, example);
+void add_weight_grad(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t first,
+                     std::int64_t last) {
+    if (t.layout->block[i].winograd_back) return add_weight_products(t, i, m, first, last);
+    for (std::int64_t example = first; example < last; ++example) add_weight_grad_directly(t, i, m, example);
 }
 
 // The taps of a window that meet every stride-th position of an axis, and those positions: position
@@ -309,16 +328,18 @@ inline Phase phase_of(std::int64_t tap, std::int64_t window, std::int64_t stride
     return phase;
 }
 
-// to [height, width, lanes of the input] <- the gradient of an example's input, from that of `made`, directly
+// to [height, width, lanes of the input] (+)= the gradient of an example's input, from that of `made`, directly
 template <typename Scalar>
-void convolve_back_directly(const LayersTask<Scalar>& t, int i, std::int64_t example, Scalar* to) {
+void convolve_back_directly(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t example,
+                            Scalar* to, bool add) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersWindow& window = block.window;
     const LayersImages& made = plan.made;
     const std::int64_t lanes = plan.in.lanes, row = block.in.width * lanes;
-    const Scalar* grads = image_of(t, made, example);
-    if (window.height < window.stride_h || window.width < window.stride_w) fill_zero(to, block.in.height * row);
+    const Scalar* grads = image_in(m.made, made, example);
+    const bool meets_all = window.height >= window.stride_h && window.width >= window.stride_w;
+    if (!meets_all && !add) fill_zero(to, block.in.height * row);
     const std::int64_t group = plan.vectors_back * kLanes<Scalar>;
     const std::int64_t taps = std::int64_t{window.height} * window.width;
     for (std::int64_t y = 0; y < window.stride_h; ++y) {
@@ -330,11 +351,11 @@ void convolve_back_directly(const LayersTask<Scalar>& t, int i, std::int64_t exa
             const bool adjacent = window.stride_w == 1;
             Runs runs{};
             runs.length = (adjacent ? columns.taps : 1) * made.lanes;
-            for (std::int64_t m = rows.taps - 1; m >= 0; --m) {
+            for (std::int64_t j = rows.taps - 1; j >= 0; --j) {
                 for (std::int64_t n = columns.taps - 1; n >= 0; n -= adjacent ? columns.taps : 1) {
                     const std::int64_t tap =
-                        (rows.tap + m * window.stride_h) * window.width + columns.tap + n * window.stride_w;
-                    runs.run[runs.count++] = {-m * made.row - n * made.lanes, (taps - 1 - tap) * made.lanes * group};
+                        (rows.tap + j * window.stride_h) * window.width + columns.tap + n * window.stride_w;
+                    runs.run[runs.count++] = {-j * made.row - n * made.lanes, (taps - 1 - tap) * made.lanes * group};
                 }
             }
             const Scalar* from = grads + rows.from * made.row + columns.from * made.lanes;
@@ -342,29 +363,29 @@ void convolve_back_directly(const LayersTask<Scalar>& t, int i, std::int64_t exa
                 convolve_grid(to + rows.first * row + columns.first * lanes + first,
                               {window.stride_w * lanes, window.stride_h * row}, from, {made.lanes, made.row},
                               rows.positions, columns.positions, runs,
-                              t.memory + plan.weight_back + first * taps * made.lanes, plan.vectors_back,
-                              /*add=*/false);
+                              m.weight + plan.weight_back + first * taps * made.lanes, plan.vectors_back, add);
             }
         }
     }
 }
 
-// The gradient of the input of examples [first, last), [last - first, height, width, lanes of the input]
+// to [last - first, height, width, lanes of the input] (+)= the gradient of the input of examples [first, last)
 template <typename Scalar>
-void convolve_back(const LayersTask<Scalar>& t, int i, std::int64_t first, std::int64_t last, Scalar* to) {
+void convolve_back(const LayersTask<Scalar>& t, int i, const ConvMemories<Scalar>& m, std::int64_t first,
+                   std::int64_t last, Scalar* to, bool add) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const LayersImages& made = plan.made;
     const std::int64_t lanes = plan.in.lanes, row = block.in.width * lanes, image = block.in.height * row;
     if (plan.winograd_back) {
-        const Scalar* grads = image_of(t, made, first) - made.row - made.lanes;
-        winograd<Scalar>({to, row, grads, made.row, block.in.height, block.in.width, made.lanes, made.lanes, lanes,
-                          /*add=*/false, last - first, made.image, image},
-                         t.memory + plan.transformed_back, plan.vectors_back, t.memory + t.layout->scratch);
+        const Scalar* grads = image_in(m.made, made, first) - made.row - made.lanes;
+        winograd<Scalar>({to, row, grads, made.row, block.in.height, block.in.width, made.lanes, made.lanes, lanes, add,
+                          last - first, made.image, image},
+                         m.weight + plan.transformed_back, plan.vectors_back, t.memory + t.layout->scratch);
         return;
     }
     for (std::int64_t example = first; example < last; ++example, to += image) {
-        convolve_back_directly(t, i, example, to);
+        convolve_back_directly(t, i, m, example, to, add);
     }
 }
 

@@ -21,7 +21,7 @@ struct LinearSizes {
     std::int64_t x_row, out_row;
 };
 
-// out[i, o] = sum over f of x[i, f] weight[o, f], for kRows rows i and kOuts outputs o
+// out[i, o] += sum over f of x[i, f] weight[o, f], for kRows rows i and kOuts outputs o
 template <typename Scalar, int kRows, int kOuts>
 void linear_tile(Scalar* out, const Scalar* x, const Scalar* weight, const LinearSizes& s) {
     constexpr int kL = kLanes<Scalar>;
@@ -55,7 +55,7 @@ void linear_tile(Scalar* out, const Scalar* x, const Scalar* weight, const Linea
         }
     }
     for (int i = 0; i < kRows; ++i) {
-        for (int o = 0; o < kOuts; ++o) out[i * s.out_row + o] = total[i][o];
+        for (int o = 0; o < kOuts; ++o) out[i * s.out_row + o] += total[i][o];
     }
 }
 

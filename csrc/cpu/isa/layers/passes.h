@@ -37,8 +37,9 @@ void clear_borders(const LayersTask<Scalar>& t) {
     }
 }
 
+// scale: of a normalisation without one.
 template <typename Scalar>
-void start(const LayersTask<Scalar>& t) {
+void start_with(const LayersTask<Scalar>& t, Scalar scale) {
     for (int i = 0; i < t.network->blocks; ++i) {
         const LayersBlock& block = t.network->block[i];
         const LayersBlockPlan& plan = t.layout->block[i];
@@ -46,10 +47,11 @@ void start(const LayersTask<Scalar>& t) {
         // Padding is written too: an earlier task may have left NaN there.
         const auto take = [&](Scalar* to, std::int32_t tensor, Scalar otherwise) {
             for (std::int64_t c = 0; c < lanes; ++c) {
-                to[c] = c >= channels ? Scalar(0) : tensor >= 0 ? t.values[tensor][c] : otherwise;
+                const Scalar* from = tensor >= 0 ? t.values[tensor] : nullptr;
+                to[c] = c >= channels ? Scalar(0) : from != nullptr ? from[c] : otherwise;
             }
         };
-        take(t.memory + plan.affine, block.scale, Scalar(1));
+        take(t.memory + plan.affine, block.scale, block.scale < 0 ? scale : Scalar(0));
         take(t.memory + plan.affine + lanes, block.shift, Scalar(0));
         take(t.memory + plan.bias, block.bias, Scalar(0));
         fill_zero(affine_grad(t, i, 0), 3 * lanes);
@@ -58,6 +60,11 @@ void start(const LayersTask<Scalar>& t) {
             fill_zero(t.grads[block.weight], channels * layers_features_of(block.in));
         }
     }
+}
+
+template <typename Scalar>
+void start(const LayersTask<Scalar>& t) {
+    start_with(t, Scalar(1));
 }
 
 // An example in torch's order, [channels, height, width], to positions of channels.
@@ -110,6 +117,35 @@ Features<Scalar> features_of(const LayersTask<Scalar>& t, int i) {
 }
 
 template <typename Scalar>
+void flatten_examples(const LayersTask<Scalar>& t, int i) {
+    const LayersBlock& block = t.network->block[i];
+    const LayersBlockPlan& plan = t.layout->block[i];
+    if (plan.features < 0) return;
+    const std::int64_t size = layers_features_of(block.in);
+    for (std::int64_t e = 0; e < t.count; ++e) {
+        give_image(t.memory + plan.features + e * size, image_of(t, plan.in, e), plan.in.row, plan.in.lanes, block.in);
+    }
+}
+
+// made += what a linear layer makes of x
+template <typename Scalar>
+void add_linear(const LayersTask<Scalar>& t, int i, const Features<Scalar>& x, const Scalar* weight) {
+    const LayersBlock& block = t.network->block[i];
+    const LayersImages& made = t.layout->block[i].made;
+    linear_forward(t.memory + made.place, x.first, weight,
+                   {t.count, layers_features_of(block.in), block.made.channels, x.row, made.image});
+}
+
+// made <- the input of an example, where a block has no product
+template <typename Scalar>
+void copy_input(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+    const LayersSize& size = t.network->block[i].in;
+    const LayersImages &in = t.layout->block[i].in, &made = t.layout->block[i].made;
+    copy_rows(image_of(t, made, example), made.row, image_of(t, in, example), in.row, size.height,
+              size.width * in.lanes);
+}
+
+template <typename Scalar>
 void make_product(const LayersTask<Scalar>& t, int i) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
@@ -118,31 +154,22 @@ void make_product(const LayersTask<Scalar>& t, int i) {
         for (std::int64_t e = 0; i == 0 && e < t.count; ++e) {
             take_image(image_of(t, plan.in, e), plan.in.row, plan.in.lanes, t.x + e * size, block.in);
         }
-        convolve_examples(t, i, 0, t.count);
+        convolve_examples(t, i, memories_of(t), 0, t.count, /*add=*/false);
         return;
     }
     if (block.product == LayersProduct::kLinear) {
-        if (plan.features >= 0) {
-            for (std::int64_t e = 0; e < t.count; ++e) {
-                give_image(t.memory + plan.features + e * size, image_of(t, plan.in, e), plan.in.row, plan.in.lanes,
-                           block.in);
-            }
-        }
-        const Features<Scalar> x = features_of(t, i);
-        Scalar* made = t.memory + plan.made.place;
-        fill_zero(made, t.count * plan.made.image);  // lanes beyond the outputs
-        linear_forward(made, x.first, t.values[block.weight],
-                       {t.count, size, block.made.channels, x.row, plan.made.image});
+        flatten_examples(t, i);
+        fill_zero(t.memory + plan.made.place, t.count * plan.made.image);
+        add_linear(t, i, features_of(t, i), t.values[block.weight]);
         return;
     }
     for (std::int64_t e = 0; e < t.count; ++e) {
-        Scalar* made = image_of(t, plan.made, e);
         if (i == 0) {
+            Scalar* made = image_of(t, plan.made, e);
             fill_zero(made, plan.made.image);
             take_image(made, plan.made.row, plan.made.lanes, t.x + e * size, block.in);
         } else {
-            copy_rows(made, plan.made.row, image_of(t, plan.in, e), plan.in.row, block.in.height,
-                      block.in.width * plan.in.lanes);
+            copy_input(t, i, e);
         }
     }
 }
@@ -159,29 +186,67 @@ void forward(const LayersTask<Scalar>& t) {
     }
 }
 
-// From the gradient of `made` to that of the weight and of the block's input.
+// The gradient of a linear layer's weight, from those of what it makes, laid out as `made`.
 template <typename Scalar>
-void linear_backward(const LayersTask<Scalar>& t, int i) {
+void add_linear_weight_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads, const Features<Scalar>& x) {
+    const LayersBlock& block = t.network->block[i];
+    const std::int64_t size = layers_features_of(block.in);
+    outer<Scalar>({t.grads[block.weight], size, grads, 1, t.layout->block[i].made.image, x.first, x.row,
+                   block.made.channels, t.count, size, /*add=*/true});
+}
+
+// (+)= the gradient of a linear layer's input, as features
+template <typename Scalar>
+void linear_input_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads, const Scalar* weight, bool add) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
-    const std::int64_t size = layers_features_of(block.in), outputs = block.made.channels;
-    const Scalar* grads = t.memory + plan.made.place;
-    if (wants(t, block.weight)) {
-        const Features<Scalar> x = features_of(t, i);
-        outer<Scalar>({t.grads[block.weight], size, grads, 1, plan.made.image, x.first, x.row, outputs, t.count, size,
-                       /*add=*/true});
-    }
-    if (i <= t.lowest) return;
-    Scalar* to = output_grad(t, i - 1);
-    const std::int64_t lanes = plan.in.lanes, positions = std::int64_t{block.in.height} * block.in.width;
-    Scalar* of_features = plan.feature_grads < 0 ? to : t.memory + plan.feature_grads;
-    fill_zero(to, t.count * positions * lanes);  // lanes beyond the channels
-    outer<Scalar>({of_features, plan.feature_grads < 0 ? lanes : size, grads, plan.made.image, 1,
-                   t.values[block.weight], size, t.count, outputs, size, /*add=*/false});
+    const std::int64_t size = layers_features_of(block.in);
+    const bool apart = plan.feature_grads >= 0;
+    Scalar* to = apart ? t.memory + plan.feature_grads : output_grad(t, i - 1);
+    if (!apart && !add) fill_zero(to, t.count * plan.in.lanes);  // lanes beyond the channels
+    outer<Scalar>({to, apart ? size : plan.in.lanes, grads, plan.made.image, 1, weight, size, t.count,
+                   block.made.channels, size, add});
+}
+
+// Features to images, where a linear layer reads images.
+template <typename Scalar>
+void give_linear_input_grad(const LayersTask<Scalar>& t, int i) {
+    const LayersBlock& block = t.network->block[i];
+    const LayersBlockPlan& plan = t.layout->block[i];
     if (plan.feature_grads < 0) return;
+    const std::int64_t lanes = plan.in.lanes, image = std::int64_t{block.in.height} * block.in.width * lanes;
+    const std::int64_t size = layers_features_of(block.in);
+    Scalar* to = output_grad(t, i - 1);
+    fill_zero(to, t.count * image);  // lanes beyond the channels
     for (std::int64_t e = 0; e < t.count; ++e) {
-        take_image(to + e * positions * lanes, block.in.width * lanes, lanes, of_features + e * size, block.in);
+        take_image(to + e * image, block.in.width * lanes, lanes, t.memory + plan.feature_grads + e * size, block.in);
     }
+}
+
+template <typename Scalar>
+void linear_backward(const LayersTask<Scalar>& t, int i) {
+    const std::int32_t weight = t.network->block[i].weight;
+    const Scalar* grads = t.memory + t.layout->block[i].made.place;
+    if (wants(t, weight)) add_linear_weight_grad(t, i, grads, features_of(t, i));
+    if (i <= t.lowest) return;
+    linear_input_grad(t, i, grads, t.values[weight], /*add=*/false);
+    give_linear_input_grad(t, i);
+}
+
+// The gradient of a block's input, where it has no product.
+template <typename Scalar>
+void copy_grads(const LayersTask<Scalar>& t, int i) {
+    const LayersSize& size = t.network->block[i].in;
+    const LayersImages& made = t.layout->block[i].made;
+    const std::int64_t row = size.width * made.lanes;
+    for (std::int64_t e = 0; e < t.count; ++e) {
+        copy_rows(output_grad(t, i - 1) + e * size.height * row, row, image_of(t, made, e), made.row, size.height, row);
+    }
+}
+
+// A few small images share the weights that are read; of a large one the gradient is in L2 while it is used.
+inline std::int64_t examples_at_once(const LayersBlock& block) {
+    return most(1, kConvOuterTiles / (pieces(block.made.height, 2) * pieces(block.made.width, 2)));
 }
 
 template <typename Scalar>
@@ -195,26 +260,18 @@ void backward(const LayersTask<Scalar>& t) {
         }
         const bool goes_on = wants(t, block.weight) || i > t.lowest;
         if (!goes_on) continue;
-        // A few small images share the weights that are read; of a large one the gradient is in L2 while it is used.
-        const std::int64_t tiles = pieces(block.made.height, 2) * pieces(block.made.width, 2);
-        const std::int64_t at_once = most(1, kConvOuterTiles / tiles);
+        const std::int64_t at_once = examples_at_once(block);
         for (std::int64_t first = 0; first < t.count; first += at_once) {
             const std::int64_t last = least(first + at_once, t.count);
             for (std::int64_t e = first; e < last; ++e) make_grad(t, i, e);
             if (block.product != LayersProduct::kConv) continue;
-            if (wants(t, block.weight)) add_weight_grad(t, i, first, last);
+            if (wants(t, block.weight)) add_weight_grad(t, i, memories_of(t), first, last);
             if (i <= t.lowest) continue;
             const std::int64_t image = std::int64_t{block.in.height} * block.in.width * plan.in.lanes;
-            convolve_back(t, i, first, last, output_grad(t, i - 1) + first * image);
+            convolve_back(t, i, memories_of(t), first, last, output_grad(t, i - 1) + first * image, /*add=*/false);
         }
         if (block.product == LayersProduct::kLinear) linear_backward(t, i);
-        if (block.product == LayersProduct::kNone && i > t.lowest) {
-            const std::int64_t row = block.in.width * plan.in.lanes;
-            for (std::int64_t e = 0; e < t.count; ++e) {
-                copy_rows(output_grad(t, i - 1) + e * block.in.height * row, row, image_of(t, plan.made, e),
-                          plan.made.row, block.in.height, row);
-            }
-        }
+        if (block.product == LayersProduct::kNone && i > t.lowest) copy_grads(t, i);
     }
 }
 

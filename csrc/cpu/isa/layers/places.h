@@ -12,9 +12,14 @@ namespace {
 
 // Position (0, 0) of an example's image, inside its border.
 template <typename Scalar>
-Scalar* image_of(const LayersTask<Scalar>& t, const LayersImages& images, std::int64_t example) {
-    return t.memory + images.place + example * images.image + images.border.top * images.row +
+Scalar* image_in(Scalar* memory, const LayersImages& images, std::int64_t example) {
+    return memory + images.place + example * images.image + images.border.top * images.row +
            images.border.left * images.lanes;
+}
+
+template <typename Scalar>
+Scalar* image_of(const LayersTask<Scalar>& t, const LayersImages& images, std::int64_t example) {
+    return image_in(t.memory, images, example);
 }
 
 // What a block writes its output to.

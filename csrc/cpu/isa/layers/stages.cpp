@@ -2,6 +2,7 @@
 // set. SIGNMAML_ISA names the namespace, and products are fused multiply-adds where there are any. The order of every
 // sum is fixed. Readable twin: LayersSpec.forward in signmaml_ext/layers/spec.py.
 
+#include "cpu/isa/layers/hessian.h"
 #include "cpu/isa/layers/passes.h"
 #include "cpu/layers_table.h"
 
@@ -17,6 +18,9 @@ constexpr LayersStages<Scalar> table() {
     stages.forward = forward<Scalar>;
     stages.backward = backward<Scalar>;
     stages.finish = finish<Scalar>;
+    stages.start_tangents = start_tangents<Scalar>;
+    stages.forward_tangents = forward_tangents<Scalar>;
+    stages.backward_tangents = backward_tangents<Scalar>;
     return stages;
 }
 

@@ -186,6 +186,34 @@ void activate_rows(const LayersTask<Scalar>& t, int i, std::int64_t example, std
     }
 }
 
+// out, an image of rows out_row apart, <- the averages over the windows of a band `values` [last - first, width,
+// lanes]; or, of all positions, out [lanes] += their share.
+template <typename Scalar>
+void average_band(const LayersBlock& block, std::int64_t band, std::int64_t lanes, std::int64_t first,
+                  std::int64_t last, const Scalar* values, Scalar* out, std::int64_t out_row) {
+    const std::int64_t width = block.made.width;
+    if (block.pool == LayersPool::kMean) {
+        const Scalar share = Scalar(1) / static_cast<Scalar>(block.made.height * width);
+        for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
+            Vector<Scalar> sum = {};
+            for (std::int64_t x = 0; x < (last - first) * width; ++x) sum += load(values + x * lanes + c);
+            store(out + c, load(out + c) + share * sum);
+        }
+        return;
+    }
+    each_window(block, first, last, band, [&](std::int64_t y, std::int64_t x, const Under& under) {
+        const Scalar* from = values + ((under.top - first) * width + under.left) * lanes;
+        const std::int64_t rows = under.bottom - under.top, columns = under.right - under.left;
+        for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
+            Vector<Scalar> sum = {};
+            for (std::int64_t p = 0; p < rows * columns; ++p) {
+                sum += load(from + (p / columns * width + p % columns) * lanes + c);
+            }
+            store(out + y * out_row + x * lanes + c, sum / static_cast<Scalar>(under.divisor));
+        }
+    });
+}
+
 // The block's output of an example, from what was made and the cells.
 template <typename Scalar>
 void finish_example(const LayersTask<Scalar>& t, int i, std::int64_t example) {
@@ -205,42 +233,29 @@ void finish_example(const LayersTask<Scalar>& t, int i, std::int64_t example) {
         for (std::int64_t first = 0; first < height; first += plan.band) {
             const std::int64_t last = least(first + plan.band, height);
             activate_rows<kKind>(t, i, example, first, last - first, values, width * lanes);
-            if (block.pool == LayersPool::kMean) {
-                const Scalar share = Scalar(1) / static_cast<Scalar>(height * width);
-                for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
-                    Vector<Scalar> sum = {};
-                    for (std::int64_t x = 0; x < (last - first) * width; ++x) sum += load(values + x * lanes + c);
-                    store(out + c, load(out + c) + share * sum);
-                }
+            if (block.pool == LayersPool::kMax) {
+                each_window(block, first, last, plan.band, [&](std::int64_t y, std::int64_t x, const Under& under) {
+                    const Scalar* from = values + ((under.top - first) * width + under.left) * lanes;
+                    Scalar* at = out + y * to.row + x * lanes;
+                    const std::int64_t rows = under.bottom - under.top, columns = under.right - under.left;
+                    for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
+                        store(at + c, largest_of(from + c, width * lanes, lanes, rows, columns).value);
+                    }
+                });
                 continue;
             }
-            each_window(block, first, last, plan.band, [&](std::int64_t y, std::int64_t x, const Under& under) {
-                const Scalar* from = values + ((under.top - first) * width + under.left) * lanes;
-                Scalar* at = out + y * to.row + x * lanes;
-                const std::int64_t rows = under.bottom - under.top, columns = under.right - under.left;
-                for (std::int64_t c = 0; c < lanes; c += kLanes<Scalar>) {
-                    if (block.pool == LayersPool::kMax) {
-                        store(at + c, largest_of(from + c, width * lanes, lanes, rows, columns).value);
-                        continue;
-                    }
-                    Vector<Scalar> sum = {};
-                    for (std::int64_t p = 0; p < rows * columns; ++p) {
-                        sum += load(from + (p / columns * width + p % columns) * lanes + c);
-                    }
-                    store(at + c, sum / static_cast<Scalar>(under.divisor));
-                }
-            });
+            average_band(block, plan.band, lanes, first, last, static_cast<const Scalar*>(values), out, to.row);
         }
     });
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// grads [rows, width, lanes] <- the gradient of the activation's output in rows [first, last), from that of the block's
-// output. values: room for as much.
-template <LayersActivation kKind, typename Scalar>
+// grads [rows, width, lanes] <- the gradient of the activation's output in rows [first, last) of an example, from that
+// of the block's output. values: the activation's output there, for a maximum.
+template <typename Scalar>
 void spread_grads(const LayersTask<Scalar>& t, int i, std::int64_t example, std::int64_t first, std::int64_t last,
-                  Scalar* grads, Scalar* values) {
+                  Scalar* grads, const Scalar* values) {
     const LayersBlock& block = t.network->block[i];
     const std::int64_t lanes = t.layout->block[i].made.lanes, width = block.made.width;
     const std::int64_t out_row = block.out.width * lanes;
@@ -258,7 +273,6 @@ void spread_grads(const LayersTask<Scalar>& t, int i, std::int64_t example, std:
     // Then each position has at most one gradient.
     const bool apart =
         block.pool_window.stride_h >= block.pool_window.height && block.pool_window.stride_w >= block.pool_window.width;
-    if (takes_largest) activate_rows<kKind>(t, i, example, first, last - first, values, width * lanes);
     each_window(block, first, last, t.layout->block[i].band, [&](std::int64_t y, std::int64_t x, const Under& under) {
         const std::int64_t place = ((under.top - first) * width + under.left) * lanes;
         const std::int64_t rows = under.bottom - under.top, columns = under.right - under.left;
@@ -297,7 +311,11 @@ void each_band_of_grads(const LayersTask<Scalar>& t, int i, std::int64_t example
         Scalar* grads = t.memory + t.layout->scratch;
         for (std::int64_t first = 0; first < height; first += plan.band) {
             const std::int64_t last = least(first + plan.band, height);
-            spread_grads<decltype(kind)::kind>(t, i, example, first, last, grads, grads + plan.band * row);
+            Scalar* values = grads + plan.band * row;
+            if (block.pool == LayersPool::kMax) {
+                activate_rows<decltype(kind)::kind>(t, i, example, first, last - first, values, row);
+            }
+            spread_grads(t, i, example, first, last, grads, static_cast<const Scalar*>(values));
             body(kind, first, last, static_cast<const Scalar*>(grads), row);
         }
     });

@@ -1,0 +1,253 @@
+"""Passes over the tasks of a problem whose gradients native code computes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _loader, chain, fused
+from ..inputs import Inputs, only
+from ..problem import Problem
+from ..results import TaskParams
+from .spec import LayersSpec, read
+
+# The parameters and gradients of the tasks that run together take about this many bytes: they stay in the cache.
+TOGETHER_BYTES = 8 * 2**20
+
+
+def program_of(problem: Problem, found: LayersSpec, native: ModuleType = _loader.C) -> Any:
+    """The native program for a problem's examples, kept until the module changes; or why there is none."""
+    size = found.size(tuple(only(problem.support_x).shape[2:]))
+    answers = chain.of_module(problem.model).answers
+    key = ("native layers program", found, size)
+    if key not in answers:
+        try:
+            answers[key] = native.LayersProgram([block.entries() for block in found.blocks], size)
+        except ValueError as error:
+            answers[key] = str(error)
+    return answers[key]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the loss of a pass is computed on.
+
+    Attributes:
+        x: `[t, S, ...]`, contiguous.
+        y: `[t, S]` labels, or `[t, S, outputs]`; contiguous.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class NativeRun:
+    """One pass over the tasks of a problem, with native gradients: what `flat` and `reference` need of a `Run`.
+
+    Attributes:
+        problem: The call.
+        spec: The module's program.
+        program: The same, as native code takes it.
+    """
+
+    problem: Problem
+    spec: LayersSpec
+    program: Any
+    batched = True
+
+    @classmethod
+    def of(cls, problem: Problem) -> NativeRun:
+        found = read(problem.model)
+        assert not isinstance(found, str), "why_not has a reason for this problem"
+        run = cls(problem, found, program_of(problem, found))
+        fused.check_classes(problem, found)
+        return run
+
+    @cached_property
+    def _unmoved(self) -> frozenset[str]:
+        return frozenset(self.spec.unmoved)
+
+    def chunks(self) -> list[slice]:
+        """Slices of the task axis: tasks that run together."""
+        tasks, threads = self.problem.tasks, torch.get_num_threads()
+        of_task = 2 * sum(p.numel() for p in self.problem.params.values()) * self.problem.dtype.itemsize
+        size = max(1, TOGETHER_BYTES // (of_task * threads)) * threads
+        return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
+
+    def threads(self) -> int:
+        """One chunk at a time: the native call has the threads."""
+        return 1
+
+    def stop(self) -> None:
+        """Nothing waits for a first task here."""
+
+    def dead(self, step: int) -> frozenset[str]:
+        """Parameters whose gradient is exactly 0."""
+        return self._unmoved
+
+    def by_task(self, values: Iterable[Any]) -> list[Any]:
+        """Tensors of a pass as `[t, *shape]`, as they are."""
+        return list(values)
+
+    def loss_and_prediction(
+        self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `reference.Run`. The loss's graph has two derivatives of the adapted parameters, in an inner step."""
+        wanted = self.problem.adapted if step < self.problem.steps else tuple(params)
+        examples = Examples(only(x).contiguous(), y.contiguous())
+        loss, prediction = _Loss.apply(self, examples, tuple(params), frozenset(wanted), *params.values())
+        return loss, prediction
+
+    def gradients(
+        self, views: TaskParams, x: Inputs, y: Tensor, *, differentiates: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One pass of t tasks.
+
+        Args:
+            views: Their own parameters by name, `[t, *shape]`; all others are the model's.
+            x: `[t, S, ...]`.
+            y: `[t, S]` labels, or `[t, S, outputs]`.
+            differentiates: Whether gradients are wanted.
+
+        Returns:
+            Loss `[t]`, predictions `[t, S, outputs]`, and the gradients of `views` side by side, `[t, columns]`.
+        """
+        return self.run(views, Examples(only(x).contiguous(), y.contiguous()), views if differentiates else ())
+
+    def run(self, views: TaskParams, on: Examples, wanted: Collection[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `gradients`, which are those of the views in `wanted`, in their order; None if there are none."""
+        tasks, count = on.y.shape[:2]
+        parameters = self._parameters(views)
+        row, places = _row({name: view for name, view in views.items() if name in wanted}, on.x)
+        gradients = [] if row is None else [places.get(name, _NOWHERE) for name in self.spec.names]
+        loss, predictions = on.x.new_empty(tasks), on.x.new_empty(tasks, count, self.spec.outputs)
+        threads, is_double = torch.get_num_threads(), on.x.dtype == torch.float64
+        plan = self.program.plan(tasks, count, is_double, threads)
+        with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
+            self.program.run(
+                [_place(value) for value in parameters], gradients, on.x.data_ptr(), *self._goal(on), loss.data_ptr(),
+                predictions.data_ptr(), workspace.data_ptr(), tasks, count, is_double, threads,
+            )  # fmt: skip
+        return loss, predictions, row
+
+    def hessian(self, views: TaskParams, on: Examples, directions: TaskParams) -> list[Tensor]:
+        """How the gradients of all views change along a direction.
+
+        Args:
+            views: Parameters of the tasks, as for `gradients`.
+            on: Examples of the tasks.
+            directions: `[t, *shape]` by name; 0 for others.
+
+        Returns:
+            The product of the loss's Hessian with the direction, `[t, *shape]` for each view.
+        """
+        tasks, count = on.y.shape[:2]
+        parameters = self._parameters(views)
+        along = {name: _dense(direction) for name, direction in directions.items()}
+        row, places = _row(views, on.x)
+        assert row is not None, "there are views"
+        threads, is_double = torch.get_num_threads(), on.x.dtype == torch.float64
+        plan = self.program.plan(tasks, count, is_double, threads, hessian=True)
+        with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
+            self.program.hessian(
+                [_place(value) for value in parameters],
+                [_place(along[name]) if name in along else _NOWHERE for name in self.spec.names],
+                [places.get(name, _NOWHERE) for name in self.spec.names],
+                on.x.data_ptr(), *self._goal(on), workspace.data_ptr(), tasks, count, is_double, threads,
+            )  # fmt: skip
+        return _parts(row, views)
+
+    def _parameters(self, views: TaskParams) -> list[Tensor]:
+        """All parameters in the program's order, `[t, *shape]`."""
+        of_model: Mapping[str, Tensor] = self.problem.params
+
+        def shared(name: str) -> Tensor:
+            value = of_model[name] if name in of_model else self.problem.model.get_parameter(name)
+            return value.detach().contiguous()[None].expand(self.problem.tasks, *value.shape)
+
+        return [_dense(views[name]) if name in views else shared(name) for name in self.spec.names]
+
+    def _goal(self, on: Examples) -> tuple[int, int]:
+        """Addresses of the labels and the target, of which one is there."""
+        return (on.y.data_ptr(), 0) if self.problem.loss == "cross_entropy" else (0, on.y.data_ptr())
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of a pass, with `_Gradients` as its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: NativeRun, on: Examples, names: tuple[str, ...], wanted: frozenset[str], *values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needed = [name for name, needs in zip(names, ctx.needs_input_grad[4:], strict=True) if needs and name in wanted]
+        loss, prediction, ctx.row = run.run(dict(zip(names, values, strict=True)), on, needed)
+        ctx.run, ctx.on, ctx.names, ctx.needed = run, on, names, needed
+        ctx.save_for_backward(*values)
+        ctx.mark_non_differentiable(prediction)
+        return loss, prediction
+
+    @staticmethod
+    def backward(ctx: Any, of_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        found = _Gradients.apply(ctx.run, ctx.on, ctx.names, ctx.needed, ctx.row, *ctx.saved_tensors)
+        by_name = dict(zip(ctx.needed, found, strict=True))
+        scaled = {name: of_loss.view(-1, *[1] * (grad.ndim - 1)) * grad for name, grad in by_name.items()}
+        return (None, None, None, None, *map(scaled.get, ctx.names))
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients that a pass has computed, with the Hessian as their derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: NativeRun, on: Examples, names: tuple[str, ...], needed: list[str], row: Tensor, *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.run, ctx.on, ctx.names, ctx.needed = run, on, names, needed
+        ctx.save_for_backward(*values)
+        ctx.set_materialize_grads(False)
+        views = dict(zip(names, values, strict=True))
+        return tuple(_parts(row, {name: views[name] for name in needed}))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
+        views = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        directions = {name: value for name, value in zip(ctx.needed, along, strict=True) if value is not None}
+        return (*[None] * 5, *ctx.run.hessian(views, ctx.on, directions))
+
+
+# An address, and how many values lie between two tasks' tensors.
+Place = tuple[int, int]
+_NOWHERE: Place = (0, 0)
+
+
+def _dense(view: Tensor) -> Tensor:
+    """A tensor `[t, *shape]` whose tasks' values are contiguous, wherever each task's are."""
+    return view if view.shape[0] == 0 or view[0].is_contiguous() else view.contiguous()
+
+
+def _place(view: Tensor) -> Place:
+    return view.data_ptr(), view.stride(0)
+
+
+def _row(views: TaskParams, like: Tensor) -> tuple[Tensor | None, dict[str, Place]]:
+    """Room for tensors of the views' shapes side by side, `[t, columns]`, and where each is; None for no views."""
+    if not views:
+        return None, {}
+    sizes = [view[0].numel() for view in views.values()]
+    row = like.new_empty(like.shape[0], sum(sizes))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    address, step = row.data_ptr(), row.element_size()
+    return row, {name: (address + at * step, row.shape[1]) for name, at in zip(views, starts, strict=True)}
+
+
+def _parts(row: Tensor, views: TaskParams) -> list[Tensor]:
+    """What lies side by side in a row, as `[t, *shape]`."""
+    parts = row.split([view[0].numel() for view in views.values()], dim=1)
+    return [part.view(view.shape) for part, view in zip(parts, views.values(), strict=True)]
