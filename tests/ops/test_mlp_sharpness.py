@@ -123,11 +123,11 @@ def test_float32_error():
         assert error <= 4 * theirs[name], name
 
 
-def test_maml_is_left_to_the_reference():
+def test_maml_is_left_to_chains_of_layers():
     widths = (2, 5, 3)
     model, data = network(widths, nn.ReLU), tasks_for(widths, "cross_entropy", 3, 4, 5, torch.float32)
     found = explain(model, *data, method="maml", sharpness=0.1)
-    assert found.backend == "torch"
+    assert (found.backend, found.family) == ("cpu", "layers")
     assert found.families["cpu"]["mlp"] == "its kernels do not differentiate through sharpness-aware steps"
     problem = problem_of(model, data, loss="cross_entropy", sharpness=0.1, method="maml")
     assert mlp.why_not(problem, on_cuda=True) == found.families["cpu"]["mlp"]

@@ -365,10 +365,17 @@ class Group {
         });
     }
 
+    // In eight sums, which round less than one long one.
     static V product_of(const V* a, const V* b, std::int64_t count) {
-        V sum{};
-        for (std::int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-        return sum;
+        constexpr int kSums = 8;
+        V sums[kSums]{};
+        std::int64_t i = 0;
+        for (; i + kSums <= count; i += kSums) {
+#pragma GCC unroll 8
+            for (int s = 0; s < kSums; ++s) sums[s] += a[i + s] * b[i + s];
+        }
+        for (int s = 0; i < count; ++i, ++s) sums[s] += a[i] * b[i];
+        return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     }
 
     // What moves <- its start plus the perturbation along its gradient.
