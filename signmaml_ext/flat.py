@@ -8,8 +8,9 @@ Definition: reference.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -219,6 +220,27 @@ class Layout:
         return StepRate(torch.cat([rate.expand(1, *problem.params[n].shape).reshape(-1) for n, rate in of.items()]))
 
 
+class Rooms:
+    """Tensors by name in one block of memory, or in memory of their own where there is none or no more.
+
+    Args:
+        block: `[n]`, which nobody else uses meanwhile.
+    """
+
+    def __init__(self, block: Tensor | None = None) -> None:
+        self._free, self._named = block, dict[str, Tensor]()
+
+    def of(self, name: str, *shape: int, like: Tensor) -> Tensor:
+        """The tensor of a name, uninitialised at first; its shape is the same each time."""
+        if name not in self._named:
+            size = math.prod(shape)
+            if self._free is None or size > self._free.numel():
+                self._named[name] = like.new_empty(shape)
+            else:
+                self._named[name], self._free = self._free[:size].view(shape), self._free[size:]
+        return self._named[name]
+
+
 class Tasks:
     """Some tasks in one buffer: their inner loop and their query pass.
 
@@ -226,7 +248,8 @@ class Tasks:
         run: The pass they belong to: with gradients by torch or by native code.
         layout: The layout of their parameters.
         which: Their slice of the task axis.
-        learns: Whether the gradient of inner rates will be needed.
+        learns: Whether the steps will be differentiated: through gradients ('maml') and inner rates.
+        rooms: Memory for the buffer and native gradients.
 
     Attributes:
         buffer: `[t, P]`, their parameters.
@@ -235,14 +258,18 @@ class Tasks:
         nonfinite: `[t]` bool.
     """
 
-    def __init__(self, run: Run | NativeRun, layout: Layout, which: slice, *, learns: bool = False) -> None:
+    def __init__(
+        self, run: Run | NativeRun, layout: Layout, which: slice, *, learns: bool = False, rooms: Rooms | None = None
+    ) -> None:
         self.run, self.layout, self.which = run, layout, which
         self.number = which.stop - which.start
-        self.buffer = layout.theta.repeat(self.number, 1)
+        self._rooms = rooms or Rooms()
+        self.buffer = self._room("buffer", layout.theta.numel()).copy_(layout.theta)
         self.nonfinite = torch.zeros(self.number, dtype=torch.bool, device=layout.theta.device)
         self._row: Tensor | None = None  # the last native pass's gradients, side by side
         self.counts: Tensor | None = None
         self.directions: list[Tensor] | None = [] if run.problem.rates.learnable() and learns else None
+        self._path: list[Tensor] | None = [] if run.problem.method == "maml" and learns else None
         if run.problem.task_state == "int8":
             self.counts = self.buffer.new_zeros((self.number, layout.adapted_size), dtype=torch.int8)
 
@@ -251,9 +278,13 @@ class Tasks:
         problem = self.run.problem
         x, y = inputs.take(problem.support_x, self.which), problem.support_y[self.which]
         adapted_part = self.buffer[:, : self.layout.adapted_size]
-        moved = adapted_part.contiguous()  # the buffer itself when everything adapts
+        moved = adapted_part  # the buffer itself when everything adapts
+        if not moved.is_contiguous():
+            moved = self._room("moved", self.layout.adapted_size).copy_(adapted_part)
         losses = []
         for step, rate in enumerate(self.layout.rates):
+            if self._path is not None:
+                self._path.append(self._room(f"step {step}", self.layout.adapted_size).copy_(moved))
             views = self.layout.views(moved, self.run.batched)
             loss, _, gradients = self._pass(views, x, y, step)
             losses.append(loss)
@@ -277,6 +308,9 @@ class Tasks:
         support_loss = torch.stack(losses) if losses else self.buffer.new_empty(0, self.number)
         self.nonfinite |= ~support_loss.isfinite().all(0)
         return support_loss
+
+    def _room(self, name: str, columns: int) -> Tensor:
+        return self._rooms.of(name, self.number, columns, like=self.layout.theta)
 
     def gather(self, gradients: Mapping[str, Tensor | None], step: int, whole: bool) -> list[Stretch]:
         """The gradients of the last pass as stretches; see `Layout.gather`."""
@@ -327,23 +361,48 @@ class Tasks:
         self.nonfinite |= ~loss.isfinite()
         return loss, prediction, gradients
 
-    def rate_gradients(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def differentiate_steps(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The gradient of each learnable rate, `[t, *rate_shape]` by key, from that of the query loss.
 
-        Directions are constants, so d loss / d rate = -<gradient, direction>, summed over all that share the rate.
+        With 'maml', the query gradients, which must be native ones, also become the meta-gradients, from the last step
+        to the first: v <- v - H (rate * v), and the rates of a step see v before that.
         """
-        rates, totals = self.run.problem.rates, dict[str, Tensor]()
-        for step, direction in enumerate(self.directions or ()):
-            moved_by = self.layout.by_name(direction)
-            products = {
-                name: gradient.reshape(moved_by[name].shape) * moved_by[name]
-                for name, gradient in gradients.items()
-                if gradient is not None and name in moved_by
-            }
-            for key in rates.learnable():
-                of_key = products if key == "" else {name: products[name] for name in products if name == key}
-                rates.sum_to_rate(key, step, of_key, totals)
+        totals = dict[str, Tensor]()
+        if self._path is None:
+            for step, direction in enumerate(self.directions or ()):
+                self._add_rate_gradients(step, gradients, direction, totals)
+            return totals
+        run, row, layout = self.run, self._row, self.layout
+        assert not isinstance(run, Run) and row is not None
+        problem = run.problem
+        x, y = inputs.take(problem.support_x, self.which), problem.support_y[self.which]
+        theta = layout.by_name(layout.theta.expand(self.number, -1))
+        of_moved = row[:, : layout.adapted_size]
+        for step in reversed(range(problem.steps)):
+            if self.directions is not None:
+                self._add_rate_gradients(step, layout.by_name(of_moved), self.directions[step], totals)
+            here = theta | layout.by_name(self._path[step])
+            rates = layout.rates[step].within(0, layout.adapted_size)
+            along = torch.mul(of_moved, rates, out=self._room("along", layout.adapted_size))
+            row -= run.hessian(here, x, y, layout.by_name(along), self._room("products", row.shape[1]))
         return totals
+
+    def _add_rate_gradients(
+        self, step: int, gradients: Mapping[str, Tensor | None], direction: Tensor, totals: dict[str, Tensor]
+    ) -> None:
+        """Adds the gradients of a step's rates to `totals`.
+
+        d loss / d rate = -<gradient, direction>, of the parameters after the step, summed over all that share the rate.
+        """
+        rates, moved_by = self.run.problem.rates, self.layout.by_name(direction)
+        products = {
+            name: gradient.reshape(moved_by[name].shape) * moved_by[name]
+            for name, gradient in gradients.items()
+            if gradient is not None and name in moved_by
+        }
+        for key in rates.learnable():
+            of_key = products if key == "" else {name: products[name] for name in products if name == key}
+            rates.sum_to_rate(key, step, of_key, totals)
 
     def _pass(
         self, views: TaskParams, x: inputs.Inputs, y: Tensor, step: int
@@ -352,7 +411,10 @@ class Tasks:
         run, first = self.run, self.which.start
         differentiates = any(view.requires_grad for view in views.values())
         if not isinstance(run, Run):
-            loss, prediction, self._row = run.gradients(views, x, y, differentiates=differentiates)
+            columns = sum(view.numel() for view in views.values()) // self.number if differentiates else 0
+            # A name for each kind of pass: the support set's gradients may be of fewer parameters.
+            into = self._room("query" if step == run.problem.steps else "support", columns) if columns else None
+            loss, prediction, self._row = run.gradients(views, x, y, views if differentiates else (), into)
             return loss, prediction, {} if self._row is None else {**self.layout.by_name(self._row)}
         by_support = run.problem.batch_norm == "support" and step == run.problem.steps
         if run.problem.compile and not by_support:
@@ -381,14 +443,15 @@ def meta_gradients_of(run: Run | NativeRun) -> MetaGradients:
     assert problem.query_y is not None
     skip = problem.nonfinite == "skip"
 
-    def part_of(which: slice) -> _Part:
-        tasks = Tasks(run, layout, which, learns=True)
+    def part_of(which: slice, block: Tensor | None) -> _Part:
+        tasks = Tasks(run, layout, which, learns=True, rooms=Rooms(block))
         support_loss = tasks.inner_loop()
         loss, prediction, gradients = tasks.query(wants_gradients=True)
         assert problem.query_y is not None
+        rate_gradients = tasks.differentiate_steps(gradients)
         return _Part(
             grads=tasks.gather(gradients, problem.steps, skip),
-            rates=tasks.rate_gradients(gradients),
+            rates=rate_gradients,
             reached=frozenset(name for name, gradient in gradients.items() if gradient is not None),
             loss=loss,
             accuracy=accuracy(problem.loss, prediction, problem.query_y[which]),
@@ -400,8 +463,12 @@ def meta_gradients_of(run: Run | NativeRun) -> MetaGradients:
     rates = {key: torch.zeros_like(rate.detach()) for key, rate in problem.rates.learnable().items()}
     lives, parts, reached = [], [], frozenset[str]()
     chunks = run.chunks()
-    with closing(threads.map_in_order(part_of, chunks, run.threads(), run.stop)) as found_in_order:
-        for part in found_in_order:
+    memory = nullcontext() if isinstance(run, Run) else run.memory(layout.theta.numel())
+    with (
+        memory as block,
+        closing(threads.map_in_order(lambda which: part_of(which, block), chunks, run.threads(), run.stop)) as in_order,
+    ):
+        for part in in_order:
             reached |= part.reached
             for first, last, grads in part.grads:
                 _add(total[first:last], grads, part.nonfinite, skip, whole=len(chunks) == 1)

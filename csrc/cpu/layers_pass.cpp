@@ -132,7 +132,7 @@ class GradientThread {
                    const LayersCpuLayout& layout, Scalar* memory)
         : p_(p), stages_(stages), layout_(layout), values_(network.tensors), grads_(network.tensors) {
         const int lowest = p.differentiates ? first_block(network, p.tensors, has_gradient<Scalar>) : network.blocks;
-        t_ = {&network, &layout, values_.data(), grads_.data(), memory, lowest, nullptr, 0};
+        t_ = {&network, &layout, values_.data(), grads_.data(), memory, lowest, nullptr, 0, false};
         stages_.clear_borders(t_);
     }
 
@@ -150,6 +150,7 @@ class GradientThread {
         stages_.start(t_);
         for (std::int64_t first = 0; first < p_.count; first += layout_.count) {
             t_.count = std::min(layout_.count, p_.count - first);
+            t_.adds = first > 0;
             t_.x = p_.x + (task * p_.count + first) * features;
             stages_.forward(t_);
             for (std::int64_t e = 0; e < t_.count; ++e) {
@@ -192,8 +193,9 @@ class HessianThread {
           products_(network.tensors),
           unwanted_(network.tensors) {
         const int lowest = first_block(network, p.tensors, has_gradient<Scalar>);
-        d_.value = {&network, &layout, values_.data(), unwanted_.data(), memory, lowest, nullptr, 0};
-        d_.along = {&network, &layout, directions_.data(), products_.data(), memory + layout.size, lowest, nullptr, 0};
+        d_.value = {&network, &layout, values_.data(), unwanted_.data(), memory, lowest, nullptr, 0, false};
+        d_.along = {&network, &layout, directions_.data(), products_.data(), memory + layout.size, lowest, nullptr,
+                    0,        false};
         d_.first_moved = first_block(network, p.tensors, has_direction<Scalar>);
         stages_.clear_borders(d_.value);
         stages_.clear_borders(d_.along);
@@ -213,6 +215,7 @@ class HessianThread {
         stages_.start_tangents(d_);
         for (std::int64_t first = 0; first < p_.count; first += layout_.count) {
             d_.value.count = d_.along.count = std::min(layout_.count, p_.count - first);
+            d_.along.adds = first > 0;
             d_.value.x = p_.x + (task * p_.count + first) * features;
             stages_.forward(d_.value);
             stages_.forward_tangents(d_);

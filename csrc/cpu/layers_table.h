@@ -22,6 +22,7 @@ struct LayersTask {
     int lowest;                   // block that has a gradient; network->blocks if none has
     const Scalar* x;              // of the examples at hand
     std::int64_t count;           // of them
+    bool adds;                    // to what earlier examples of the task left in `grads`
 };
 
 // A task and how all that it computes changes when its parameters move along a direction.

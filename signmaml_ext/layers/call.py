@@ -67,7 +67,7 @@ def _why_not_examples(problem: Problem, found: LayersSpec) -> str | None:
 
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
-    if problem.method == "maml" or problem.inner_rule is not None:
+    if problem.inner_rule is not None or (problem.method == "maml" and problem.sharpness is not None):
         with torch.enable_grad():
             return reference.meta_gradients_of(NativeRun.of(problem))
     if problem.task_state == "int8":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -20,6 +21,8 @@ from .spec import LayersSpec, read
 # The parameters and gradients of the tasks that run together take about this many bytes: they stay in the cache.
 TOGETHER_BYTES = 8 * 2**20
 
+ROWS = fused.Scratch()
+
 
 def program_of(problem: Problem, found: LayersSpec, native: ModuleType = _loader.C) -> Any:
     """The native program for a problem's examples, kept until the module changes; or why there is none."""
@@ -32,19 +35,6 @@ def program_of(problem: Problem, found: LayersSpec, native: ModuleType = _loader
         except ValueError as error:
             answers[key] = str(error)
     return answers[key]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What the loss of a pass is computed on.
-
-    Attributes:
-        x: `[t, S, ...]`, contiguous.
-        y: `[t, S]` labels, or `[t, S, outputs]`; contiguous.
-    """
-
-    x: Tensor
-    y: Tensor
 
 
 @dataclass
@@ -81,6 +71,19 @@ class NativeRun:
         size = max(1, TOGETHER_BYTES // (of_task * threads)) * threads
         return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
 
+    @contextmanager
+    def memory(self, columns: int) -> Iterator[Tensor]:
+        """Memory for the parameters and gradients of a chunk, which a call leaves to the next one.
+
+        Args:
+            columns: Trainable parameters of a task.
+        """
+        first = self.chunks()[0]
+        # At most: where the tasks are, what moves, two rows of gradients, products and their direction; and the path.
+        rows = 6 + (self.problem.steps if self.problem.method == "maml" else 0)
+        with ROWS.of((rows * (first.stop - first.start) * columns,), self.problem.dtype) as block:
+            yield block
+
     def threads(self) -> int:
         """One chunk at a time: the native call has the threads."""
         return 1
@@ -101,12 +104,12 @@ class NativeRun:
     ) -> tuple[Tensor, Tensor]:
         """See `reference.Run`. The loss's graph has two derivatives of the adapted parameters, in an inner step."""
         wanted = self.problem.adapted if step < self.problem.steps else tuple(params)
-        examples = Examples(only(x).contiguous(), y.contiguous())
-        loss, prediction = _Loss.apply(self, examples, tuple(params), frozenset(wanted), *params.values())
+        x, y = only(x).contiguous(), y.contiguous()
+        loss, prediction = _Loss.apply(self, x, y, tuple(params), frozenset(wanted), *params.values())
         return loss, prediction
 
     def gradients(
-        self, views: TaskParams, x: Inputs, y: Tensor, *, differentiates: bool
+        self, views: TaskParams, x: Inputs, y: Tensor, wanted: Collection[str], into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass of t tasks.
 
@@ -114,55 +117,59 @@ class NativeRun:
             views: Their own parameters by name, `[t, *shape]`; all others are the model's.
             x: `[t, S, ...]`.
             y: `[t, S]` labels, or `[t, S, outputs]`.
-            differentiates: Whether gradients are wanted.
+            wanted: The views whose gradients are wanted.
+            into: Memory for the gradients; None: their own.
 
         Returns:
-            Loss `[t]`, predictions `[t, S, outputs]`, and the gradients of `views` side by side, `[t, columns]`.
+            Loss `[t]`, predictions `[t, S, outputs]`, and the gradients of the wanted views, in the order of `views`
+            side by side, `[t, columns]`; None if there are none.
         """
-        return self.run(views, Examples(only(x).contiguous(), y.contiguous()), views if differentiates else ())
-
-    def run(self, views: TaskParams, on: Examples, wanted: Collection[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `gradients`, which are those of the views in `wanted`, in their order; None if there are none."""
-        tasks, count = on.y.shape[:2]
+        x, y = only(x).contiguous(), y.contiguous()
+        tasks, count = y.shape[:2]
         parameters = self._parameters(views)
-        row, places = _row({name: view for name, view in views.items() if name in wanted}, on.x)
+        row, places = _row({name: view for name, view in views.items() if name in wanted}, x, into)
         gradients = [] if row is None else [places.get(name, _NOWHERE) for name in self.spec.names]
-        loss, predictions = on.x.new_empty(tasks), on.x.new_empty(tasks, count, self.spec.outputs)
-        threads, is_double = torch.get_num_threads(), on.x.dtype == torch.float64
+        loss, predictions = x.new_empty(tasks), x.new_empty(tasks, count, self.spec.outputs)
+        threads, is_double = torch.get_num_threads(), x.dtype == torch.float64
         plan = self.program.plan(tasks, count, is_double, threads)
         with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
             self.program.run(
-                [_place(value) for value in parameters], gradients, on.x.data_ptr(), *self._goal(on), loss.data_ptr(),
+                [_place(value) for value in parameters], gradients, x.data_ptr(), *self._goal(y), loss.data_ptr(),
                 predictions.data_ptr(), workspace.data_ptr(), tasks, count, is_double, threads,
             )  # fmt: skip
         return loss, predictions, row
 
-    def hessian(self, views: TaskParams, on: Examples, directions: TaskParams) -> list[Tensor]:
-        """How the gradients of all views change along a direction.
+    def hessian(
+        self, views: TaskParams, x: Inputs, y: Tensor, directions: TaskParams, into: Tensor | None = None
+    ) -> Tensor:
+        """How the gradients of all views change along a direction: the product with the loss's Hessian.
 
         Args:
             views: Parameters of the tasks, as for `gradients`.
-            on: Examples of the tasks.
+            x: Likewise.
+            y: Likewise.
             directions: `[t, *shape]` by name; 0 for others.
+            into: Memory for the products; None: their own.
 
         Returns:
-            The product of the loss's Hessian with the direction, `[t, *shape]` for each view.
+            The products for the views side by side, `[t, columns]`.
         """
-        tasks, count = on.y.shape[:2]
+        x, y = only(x).contiguous(), y.contiguous()
+        tasks, count = y.shape[:2]
         parameters = self._parameters(views)
         along = {name: _dense(direction) for name, direction in directions.items()}
-        row, places = _row(views, on.x)
+        row, places = _row(views, x, into)
         assert row is not None, "there are views"
-        threads, is_double = torch.get_num_threads(), on.x.dtype == torch.float64
+        threads, is_double = torch.get_num_threads(), x.dtype == torch.float64
         plan = self.program.plan(tasks, count, is_double, threads, hessian=True)
         with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
             self.program.hessian(
                 [_place(value) for value in parameters],
                 [_place(along[name]) if name in along else _NOWHERE for name in self.spec.names],
                 [places.get(name, _NOWHERE) for name in self.spec.names],
-                on.x.data_ptr(), *self._goal(on), workspace.data_ptr(), tasks, count, is_double, threads,
+                x.data_ptr(), *self._goal(y), workspace.data_ptr(), tasks, count, is_double, threads,
             )  # fmt: skip
-        return _parts(row, views)
+        return row
 
     def _parameters(self, views: TaskParams) -> list[Tensor]:
         """All parameters in the program's order, `[t, *shape]`."""
@@ -174,9 +181,9 @@ class NativeRun:
 
         return [_dense(views[name]) if name in views else shared(name) for name in self.spec.names]
 
-    def _goal(self, on: Examples) -> tuple[int, int]:
+    def _goal(self, y: Tensor) -> tuple[int, int]:
         """Addresses of the labels and the target, of which one is there."""
-        return (on.y.data_ptr(), 0) if self.problem.loss == "cross_entropy" else (0, on.y.data_ptr())
+        return (y.data_ptr(), 0) if self.problem.loss == "cross_entropy" else (0, y.data_ptr())
 
 
 class _Loss(torch.autograd.Function):
@@ -184,21 +191,21 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: NativeRun, on: Examples, names: tuple[str, ...], wanted: frozenset[str], *values: Tensor
+        ctx: Any, run: NativeRun, x: Tensor, y: Tensor, names: tuple[str, ...], wanted: frozenset[str], *values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        needed = [name for name, needs in zip(names, ctx.needs_input_grad[4:], strict=True) if needs and name in wanted]
-        loss, prediction, ctx.row = run.run(dict(zip(names, values, strict=True)), on, needed)
-        ctx.run, ctx.on, ctx.names, ctx.needed = run, on, names, needed
+        needed = [name for name, needs in zip(names, ctx.needs_input_grad[5:], strict=True) if needs and name in wanted]
+        loss, prediction, ctx.row = run.gradients(dict(zip(names, values, strict=True)), x, y, needed)
+        ctx.call, ctx.needed = (run, x, y, names), needed
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(prediction)
         return loss, prediction
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        found = _Gradients.apply(ctx.run, ctx.on, ctx.names, ctx.needed, ctx.row, *ctx.saved_tensors)
+        found = _Gradients.apply(*ctx.call, ctx.needed, ctx.row, *ctx.saved_tensors)
         by_name = dict(zip(ctx.needed, found, strict=True))
         scaled = {name: of_loss.view(-1, *[1] * (grad.ndim - 1)) * grad for name, grad in by_name.items()}
-        return (None, None, None, None, *map(scaled.get, ctx.names))
+        return (*[None] * 5, *map(scaled.get, ctx.call[3]))
 
 
 class _Gradients(torch.autograd.Function):
@@ -206,9 +213,10 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: NativeRun, on: Examples, names: tuple[str, ...], needed: list[str], row: Tensor, *values: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.run, ctx.on, ctx.names, ctx.needed = run, on, names, needed
+        ctx: Any, run: NativeRun, x: Tensor, y: Tensor, names: tuple[str, ...], needed: list[str], row: Tensor,
+        *values: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.call, ctx.needed = (run, x, y, names), needed
         ctx.save_for_backward(*values)
         ctx.set_materialize_grads(False)
         views = dict(zip(names, values, strict=True))
@@ -217,9 +225,10 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
-        views = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        run, x, y, names = ctx.call
+        views = dict(zip(names, ctx.saved_tensors, strict=True))
         directions = {name: value for name, value in zip(ctx.needed, along, strict=True) if value is not None}
-        return (*[None] * 5, *ctx.run.hessian(views, ctx.on, directions))
+        return (*[None] * 6, *_parts(run.hessian(views, x, y, directions), views))
 
 
 # An address, and how many values lie between two tasks' tensors.
@@ -236,12 +245,12 @@ def _place(view: Tensor) -> Place:
     return view.data_ptr(), view.stride(0)
 
 
-def _row(views: TaskParams, like: Tensor) -> tuple[Tensor | None, dict[str, Place]]:
+def _row(views: TaskParams, like: Tensor, into: Tensor | None) -> tuple[Tensor | None, dict[str, Place]]:
     """Room for tensors of the views' shapes side by side, `[t, columns]`, and where each is; None for no views."""
     if not views:
         return None, {}
     sizes = [view[0].numel() for view in views.values()]
-    row = like.new_empty(like.shape[0], sum(sizes))
+    row = like.new_empty(like.shape[0], sum(sizes)) if into is None else into
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     address, step = row.data_ptr(), row.element_size()
     return row, {name: (address + at * step, row.shape[1]) for name, at in zip(views, starts, strict=True)}

@@ -226,6 +226,12 @@ def _cases(check: Callable[..., None]) -> dict[str, Case]:
             ),
             (19,),
         ),
+        "wide features, a few examples at once": case(
+            lambda: nn.Sequential(
+                nn.Linear(40, 7000), nn.SiLU(), nn.Linear(7000, 9), nn.Tanh(), nn.Linear(9, WAYS)
+            ),
+            (40,),
+        ),
         "squares": case(lambda: nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, WAYS)), (5,), squares=True),
         "a norm first": case(
             lambda: network(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Tanh(), features=126)

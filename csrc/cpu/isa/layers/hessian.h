@@ -120,8 +120,8 @@ void linear_tangents_back(const LayersTangent<Scalar>& d, int i) {
     const Scalar* grads = value.memory + value.layout->block[i].made.place;
     const Scalar* tangents = along.memory + along.layout->block[i].made.place;
     if (wants(along, block.weight)) {
-        if (i > d.first_moved) add_linear_weight_grad(along, i, grads, features_of(along, i));
-        add_linear_weight_grad(along, i, tangents, features_of(value, i));
+        linear_weight_grad(along, i, tangents, features_of(value, i), along.adds);
+        if (i > d.first_moved) linear_weight_grad(along, i, grads, features_of(along, i), /*add=*/true);
     }
     if (i <= value.lowest) return;
     linear_input_grad(value, i, grads, value.values[block.weight], /*add=*/false);

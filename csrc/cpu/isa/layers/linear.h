@@ -59,20 +59,32 @@ void linear_tile(Scalar* out, const Scalar* x, const Scalar* weight, const Linea
     }
 }
 
+// Rows of a weight of `length` scalars each that stay in L2 while all examples meet them.
+template <typename Scalar>
+std::int64_t rows_in_cache(std::int64_t length) {
+    constexpr std::int64_t kBytes = 128 * 1024;
+    const std::int64_t rows = kBytes / (length * static_cast<std::int64_t>(sizeof(Scalar)));
+    return most(kLinearRows, rows / kLinearRows * kLinearRows);
+}
+
 template <typename Scalar>
 void linear_forward(Scalar* out, const Scalar* x, const Scalar* weight, const LinearSizes& s) {
-    std::int64_t i = 0;
-    const auto rows = [&](auto tile, auto single, std::int64_t step) {
-        for (; i + step <= s.count; i += step) {
-            std::int64_t o = 0;
-            for (; o + kLinearRows <= s.outputs; o += kLinearRows) {
-                tile(out + i * s.out_row + o, x + i * s.x_row, weight + o * s.features, s);
+    const std::int64_t block = rows_in_cache<Scalar>(s.features);
+    for (std::int64_t first = 0; first < s.outputs; first += block) {
+        const std::int64_t last = least(first + block, s.outputs);
+        std::int64_t i = 0;
+        const auto rows = [&](auto tile, auto single, std::int64_t step) {
+            for (; i + step <= s.count; i += step) {
+                std::int64_t o = first;
+                for (; o + kLinearRows <= last; o += kLinearRows) {
+                    tile(out + i * s.out_row + o, x + i * s.x_row, weight + o * s.features, s);
+                }
+                for (; o < last; ++o) single(out + i * s.out_row + o, x + i * s.x_row, weight + o * s.features, s);
             }
-            for (; o < s.outputs; ++o) single(out + i * s.out_row + o, x + i * s.x_row, weight + o * s.features, s);
-        }
-    };
-    rows(linear_tile<Scalar, kLinearRows, kLinearRows>, linear_tile<Scalar, kLinearRows, 1>, kLinearRows);
-    rows(linear_tile<Scalar, 1, kLinearRows>, linear_tile<Scalar, 1, 1>, 1);
+        };
+        rows(linear_tile<Scalar, kLinearRows, kLinearRows>, linear_tile<Scalar, kLinearRows, 1>, kLinearRows);
+        rows(linear_tile<Scalar, 1, kLinearRows>, linear_tile<Scalar, 1, 1>, 1);
+    }
 }
 
 // to[a, f] (+)= sum over b of factor[a, b] row[b, f], f in vectors: a product whose left matrix is read by scalars.
@@ -138,9 +150,17 @@ void outer_rows(const Outer<Scalar>& p, std::int64_t a) {
 
 template <typename Scalar>
 void outer(const Outer<Scalar>& p) {
-    std::int64_t a = 0;
-    for (; a + kLinearRows <= p.as; a += kLinearRows) outer_rows<Scalar, kLinearRows>(p, a);
-    for (; a < p.as; ++a) outer_rows<Scalar, 1>(p, a);
+    const std::int64_t block = rows_in_cache<Scalar>(p.features);
+    Outer<Scalar> part = p;
+    for (std::int64_t first = 0; first < p.bs; first += block) {
+        part.factor = p.factor + first * p.b_step;
+        part.row = p.row + first * p.row_step;
+        part.bs = least(block, p.bs - first);
+        part.add = p.add || first > 0;
+        std::int64_t a = 0;
+        for (; a + kLinearRows <= p.as; a += kLinearRows) outer_rows<Scalar, kLinearRows>(part, a);
+        for (; a < p.as; ++a) outer_rows<Scalar, 1>(part, a);
+    }
 }
 
 }  // namespace

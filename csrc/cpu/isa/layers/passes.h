@@ -56,9 +56,6 @@ void start_with(const LayersTask<Scalar>& t, Scalar scale) {
         take(t.memory + plan.bias, block.bias, Scalar(0));
         fill_zero(affine_grad(t, i, 0), 3 * lanes);
         if (block.product == LayersProduct::kConv) start_convolution(t, i);
-        if (block.product == LayersProduct::kLinear && wants(t, block.weight)) {
-            fill_zero(t.grads[block.weight], channels * layers_features_of(block.in));
-        }
     }
 }
 
@@ -186,13 +183,13 @@ void forward(const LayersTask<Scalar>& t) {
     }
 }
 
-// The gradient of a linear layer's weight, from those of what it makes, laid out as `made`.
+// (+)= the gradient of a linear layer's weight, from those of what it makes, laid out as `made`.
 template <typename Scalar>
-void add_linear_weight_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads, const Features<Scalar>& x) {
+void linear_weight_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads, const Features<Scalar>& x, bool add) {
     const LayersBlock& block = t.network->block[i];
     const std::int64_t size = layers_features_of(block.in);
     outer<Scalar>({t.grads[block.weight], size, grads, 1, t.layout->block[i].made.image, x.first, x.row,
-                   block.made.channels, t.count, size, /*add=*/true});
+                   block.made.channels, t.count, size, add});
 }
 
 // (+)= the gradient of a linear layer's input, as features
@@ -227,7 +224,7 @@ template <typename Scalar>
 void linear_backward(const LayersTask<Scalar>& t, int i) {
     const std::int32_t weight = t.network->block[i].weight;
     const Scalar* grads = t.memory + t.layout->block[i].made.place;
-    if (wants(t, weight)) add_linear_weight_grad(t, i, grads, features_of(t, i));
+    if (wants(t, weight)) linear_weight_grad(t, i, grads, features_of(t, i), t.adds);
     if (i <= t.lowest) return;
     linear_input_grad(t, i, grads, t.values[weight], /*add=*/false);
     give_linear_input_grad(t, i);
