@@ -56,6 +56,29 @@ def test_other_names_for_the_validation_split(root: Path) -> None:
     assert folder(root, "val", progress=False).class_names == ("b",)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train", "Val", "Test"), ("TRAIN", "VALID", "TEST"), ("training", "validation", "testing"),
+        ("meta-train", "meta-val", "meta-test"), ("metatrain", "metaval", "metatest"), ("train_set", "dev-set", "TestSet"),
+        ("base", "val", "novel"), ("Base classes", "Validation classes", "Novel classes"), ("trainImages", "val", "test"),
+    ],
+)  # fmt: skip
+def test_names_of_split_folders(root: Path, names: tuple[str, str, str]) -> None:
+    write_tree(root, {f"{name}/{kind}{i}": 1 for name, kind in zip(names, "abc", strict=True) for i in range(3)})
+    for split, kind in zip(("train", "val", "test"), "abc", strict=True):
+        assert folder(root, split, progress=False).class_names == (f"{kind}0", f"{kind}1", f"{kind}2")
+    zipped = zip_tree(root, root.with_suffix(".zip"), prefix="data/")
+    assert folder(zipped, "test", progress=False).class_names == ("c0", "c1", "c2")
+
+
+def test_names_that_are_no_splits_by_themselves(root: Path) -> None:
+    """Alphabets, of which one is called "novel", and one "latest"."""
+    write_tree(root, {f"{top}/{name}": 1 for top in ("novel", "greek", "latest") for name in "abc"})
+    names = sum((folder(root, split, progress=False).class_names for split in ("train", "val", "test")), ())
+    assert sorted(names) == sorted(f"{top}/{name}" for top in ("novel", "greek", "latest") for name in "abc")
+
+
 def test_without_split_folders_classes_are_dealt_out(root: Path, tmp_path: Path) -> None:
     names = {f"class {number}": 1 for number in range(25)}
     write_tree(root, names)
@@ -93,12 +116,18 @@ def test_unicode_names(root: Path) -> None:
     assert set(folder(zipped, "train", progress=False).class_names) == set(names)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".bmp", ".webp", ".gif", ".jpg", ".JPEG"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".png", ".PNG", ".bmp", ".webp", ".gif", ".jpg", ".JPEG", ".jfif", ".tif", ".TIFF", ".pgm", ".pnm", ".jp2",
+        ".pcx",
+    ],
+)  # fmt: skip
 def test_formats(root: Path, suffix: str) -> None:
     for split in ("train", "val", "test"):
         write_image(root / split / f"class of {split}" / f"1{suffix}", 7)
     pixels = folder(root, "train", channels=1, progress=False).images[0, 0].numpy().astype(int)
-    tolerance = 25 if suffix.lower() in (".jpg", ".jpeg", ".webp") else 2
+    tolerance = 25 if suffix.lower() in (".jpg", ".jpeg", ".jfif", ".webp") else 2
     assert np.abs(pixels - picture(7)).max() <= tolerance
 
 
@@ -127,19 +156,47 @@ def deep() -> Image.Image:
     return Image.fromarray((picture(3).astype(np.uint16) << 8) + 77)
 
 
+def shares() -> Image.Image:
+    return Image.fromarray(picture(3).astype(np.float32) / 255)
+
+
 def palette() -> Image.Image:
     return Image.fromarray(picture(3)).convert("P")
 
 
 @pytest.mark.parametrize(
     ("make", "wanted"),
-    [(transparent, np.full((12, 12), 255)), (deep, picture(3)), (palette, picture(3))],
+    [(deep, picture(3)), (palette, picture(3)), (shares, picture(3))],
 )
-def test_pixel_formats(root: Path, make: Callable[[], Image.Image], wanted: np.ndarray) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_pixel_formats(root: Path, make: Callable[[], Image.Image], wanted: np.ndarray, suffix: str) -> None:
+    if make is shares and suffix == ".png":
+        pytest.skip("PNG has no floating-point pixels")
     write_tree(root, {"val/b": 1, "test/c": 1})
     (root / "train" / "a").mkdir(parents=True)
-    make().save(root / "train" / "a" / "1.png")
+    make().save(root / "train" / "a" / f"1{suffix}")
     assert np.array_equal(folder(root, "train", channels=1, progress=False).images[0, 0].numpy(), wanted)
+
+
+def test_transparent_images_lie_on_white_and_a_set_without_contrast_is_reported(root: Path) -> None:
+    write_tree(root, {"val/b": 1, "test/c": 1})
+    (root / "train" / "a").mkdir(parents=True)
+    transparent().save(root / "train" / "a" / "1.png")
+    for _ in range(2):  # decoded, and from the cache
+        with pytest.warns(UserWarning, match="1 of 1 images of 'train' have the same value everywhere"):
+            images = folder(root, "train", channels=1, progress=False).images
+    assert bool((images == 255).all())
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
+def test_floating_point_pixels_outside_of_the_range_are_refused(root: Path, value: float) -> None:
+    write_tree(root, {"val/b": 1, "test/c": 1})
+    (root / "train" / "a").mkdir(parents=True)
+    pixels = np.full((12, 12), 0.5, np.float32)
+    pixels[3, 4] = value
+    Image.fromarray(pixels).save(root / "train" / "a" / "1.tif")
+    with pytest.raises(ValueError, match=r"cannot decode 'train/a/1.tif': expected floating-point pixels in 0\.\.1"):
+        folder(root, "train", progress=False)
 
 
 def test_exif_rotation_is_applied(root: Path) -> None:
@@ -246,6 +303,19 @@ def test_a_split_that_is_not_there(root: Path) -> None:
 def test_classes_inside_and_outside_of_split_folders(root: Path) -> None:
     write_tree(root, {"train/a": 1, "test/b": 1, "c": 1})
     with pytest.raises(ValueError, match=r"found both: 'test/b', but also c"):
+        folder(root, "train")
+
+
+def test_two_folders_of_one_split(root: Path) -> None:
+    write_tree(root, {"train/a": 1, "Training/b": 1, "test/c": 1})
+    with pytest.raises(ValueError, match="expected one folder of train classes, found Training, train"):
+        folder(root, "train")
+
+
+@pytest.mark.parametrize("top", ["train_1", "my-test", "fold 2 validation"])
+def test_names_that_suggest_a_split(root: Path, top: str) -> None:
+    write_tree(root, {f"{top}/{name}": 1 for name in "abc"} | {f"other/{name}": 1 for name in "abc"})
+    with pytest.raises(ValueError, match=f"expected split folders named like 'train', .*, found '{top}'; rename it"):
         folder(root, "train")
 
 

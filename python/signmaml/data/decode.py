@@ -38,7 +38,8 @@ class Decoding:
         channels: 1: grey (ITU-R 601 luma); 3: RGB.
         invert: 255 minus the pixel, after resizing.
 
-    Transparent images are composited on white; EXIF rotation is applied; 16-bit grey keeps its high byte.
+    Transparent images are composited on white; EXIF rotation is applied; 16-bit grey keeps its high byte;
+    floating-point grey is from 0, black, to 1.
     """
 
     image_size: int
@@ -110,8 +111,8 @@ def to_pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:
     """An opened image as ``[C, H, W]`` uint8.
 
     Raises:
-        ValueError: The image has more pixels than Pillow's ``MAX_IMAGE_PIXELS`` (Pillow itself only warns), or a
-            pixel format other than 8 or 16 bits per channel.
+        ValueError: The image has more pixels than Pillow's ``MAX_IMAGE_PIXELS`` (Pillow itself only warns), 32-bit
+            integers, or floating-point pixels outside 0..1.
         OSError: The file is damaged.
     """
     _check_pixels(image)
@@ -119,7 +120,7 @@ def to_pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:
     if image.mode.startswith("I"):
         image = _high_byte(image)
     elif image.mode == "F":
-        raise ValueError("expected 8 or 16 bits a channel, found floating-point pixels")
+        image = _of_shares(image)
     image = image.convert("L" if decoding.channels == 1 else "RGB")
     side = decoding.image_size
     if image.size != (side, side):
@@ -208,6 +209,15 @@ def _high_byte(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError("expected 8 or 16 bits a channel, found 32-bit pixels")
     return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _of_shares(image: Image.Image) -> Image.Image:
+    """Floating-point grey from 0 to 1 as 8-bit grey."""
+    values = np.asarray(image)
+    least, greatest = float(values.min()), float(values.max())  # NaN if any is
+    if not (least >= 0 and greatest <= 1):
+        raise ValueError(f"expected floating-point pixels in 0..1, found {least:g} to {greatest:g}")
+    return Image.fromarray(np.rint(255 * values).astype(np.uint8))
 
 
 def _threads() -> ThreadPoolExecutor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -16,7 +17,13 @@ from .decode import IMAGE_SIZES, Decoding, common_size, decode, probe
 from .image_set import ImageSet
 from .sources import Source, SourceFile, by_folder, fingerprint, open_source
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Names of split folders, in lower case and without "meta" before and "set", "data" and the like after them.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
+# Names that may as well be a class's: they are split folders if all folders on top are.
+PERHAPS_SPLIT_FOLDERS = {"base": "train", "novel": "test", "dev": "val"}
 SHARES = {"val": 0.16, "test": 0.20}  # of the classes; the other 64 % are for training, as in mini-ImageNet
 
 
@@ -32,10 +39,11 @@ def folder(
     seed: int = 0,
     progress: bool = True,
 ) -> ImageSet:
-    """Own images, one folder per class: PNG, JPEG, BMP, GIF (first frame) or WebP.
+    """Own images, one folder per class: PNG, JPEG, BMP, GIF (first frame), WebP, TIFF, PPM, PGM, PBM, JPEG 2000 or PCX.
 
-    ``ROOT/{train,val,test}/CLASS/*`` defines the splits. Without split folders, ``ROOT/CLASS/*``, classes are divided
-    64 / 16 / 20 %: sorted by the SHA-256 of ``"SEED:CLASS"`` (the name in Unicode's composed form), the first 20 % of
+    ``ROOT/{train,val,test}/CLASS/*`` defines the splits. Such folders may also be named like ``Training``,
+    ``meta-train``, ``test_set``, ``validation`` or, together, ``base``, ``val`` and ``novel``; see `split_of`.
+    Without split folders, ``ROOT/CLASS/*``, classes are divided 64 / 16 / 20 %: sorted by the SHA-256 of ``"SEED:CLASS"`` (the name in Unicode's composed form), the first 20 % of
     them (rounded, at least one) are test classes and the next 16 % are val classes. Few-shot tests thus use classes
     that training has not seen. Folders may be nested: the class of ``latin/a/1.png`` is ``latin/a``. Hidden files and
     ``__MACOSX`` are ignored; other files that are not images, and empty folders, are skipped with a warning.
@@ -55,7 +63,7 @@ def folder(
     Raises:
         FileNotFoundError: Nothing is at `root`.
         ValueError: An argument is out of range; there are no class folders, or too few to split; the split has no
-            folder; images have no common size and `image_size` is None; an image is damaged (the message names it);
+            folder, or two; a folder's name suggests a split and does not say which; images have no common size and `image_size` is None; an image is damaged (the message names it);
             an archive is rejected (paths that lead outside, encryption, expansion far beyond its size).
     """
     check_split(split)
@@ -81,7 +89,8 @@ def find_classes(source: Source, *, seed: int = 0) -> dict[str, Classes]:
     if stray:
         _warn(f"{source.label}: {len(stray)} images are in no class folder and left out, such as {stray[0].path!r}")
     classes = _without_common_folders(folders)
-    in_split = {name for name in classes if name.partition("/")[0] in SPLIT_FOLDERS and "/" in name}
+    of_top = _splits_of_tops(classes, source.label)
+    in_split = {name for name in classes if name.partition("/")[0] in of_top and "/" in name}
     if in_split and len(in_split) < len(classes):
         rest = sorted(set(classes) - in_split)
         raise ValueError(
@@ -93,9 +102,50 @@ def find_classes(source: Source, *, seed: int = 0) -> dict[str, Classes]:
     splits: dict[str, dict[str, list[SourceFile]]] = {split: {} for split in SPLITS}
     for name, files in classes.items():
         top, _, name_in_split = name.partition("/")
-        splits[SPLIT_FOLDERS[top]].setdefault(name_in_split, []).extend(files)
+        splits[of_top[top]][name_in_split] = list(files)
     _warn_of_shared_classes(splits, source.label)
     return {split: dict(sorted(found.items())) for split, found in splits.items()}
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder's name says; None if it says none.
+
+    Example:
+        >>> [split_of(name) for name in ("Train", "meta-val", "Test_Set", "trainImages", "novel", "latest")]
+        ['train', 'val', 'test', 'train', None, None]
+    """
+    return SPLIT_FOLDERS.get(_bare(name))
+
+
+def _bare(name: str) -> str:
+    word = re.sub(r"[\W_]", "", name.casefold()).removeprefix("meta")
+    for end in ("set", "data", "images", "classes", "split"):
+        if word.endswith(end) and word != end:
+            return word.removesuffix(end)
+    return word
+
+
+def _splits_of_tops(classes: Classes, label: str) -> dict[str, str]:
+    """The splits of the folders on top that hold class folders, as far as their names say one.
+
+    Raises:
+        ValueError: Two folders are the same split, or a name suggests a split without being one.
+    """
+    tops = sorted({name.partition("/")[0] for name in classes if "/" in name})
+    perhaps = {top: split_of(top) or PERHAPS_SPLIT_FOLDERS.get(_bare(top)) for top in tops}
+    all_are = None not in perhaps.values() and all("/" in name for name in classes)
+    found = {top: split for top in tops if (split := perhaps[top] if all_are else split_of(top)) is not None}
+    for split in SPLITS:
+        named = [top for top, of_top in found.items() if of_top == split]
+        if len(named) > 1:
+            raise ValueError(f"{label}: expected one folder of {split} classes, found {a_few(named)}")
+    for top in tops:
+        if top not in found and not SPLIT_FOLDERS.keys().isdisjoint(re.findall("[a-z]+", top.casefold())):
+            raise ValueError(
+                f"{label}: expected split folders named like 'train', 'val' and 'test', found {top!r}; rename it, "
+                "also if it is no split"
+            )
+    return found
 
 
 def decode_own(
@@ -133,7 +183,9 @@ def decode_own(
             depth = (3 if shapes.colour else 1) if depth is None else depth
         return decode(source, classes, Decoding(size, depth), name="folder", split=split, progress=progress)
 
-    return cached(key, build) if use_cache else build()
+    found_images = cached(key, build) if use_cache else build()
+    _warn_of_constant_images(found_images, source.label)
+    return found_images
 
 
 def deal_out(names: list[str], seed: int) -> dict[str, list[str]]:
@@ -173,7 +225,7 @@ def _without_common_folders(folders: dict[str, list[SourceFile]]) -> dict[str, l
     """Strips folders that contain all classes, such as the top folder that archivers add."""
     while len(folders) > 1:
         tops = {name.partition("/")[0] for name in folders}
-        if len(tops) > 1 or tops & SPLIT_FOLDERS.keys() or any("/" not in name for name in folders):
+        if len(tops) > 1 or any(map(split_of, tops)) or any("/" not in name for name in folders):
             break
         folders = {name.partition("/")[2]: files for name, files in folders.items()}
     return folders
@@ -186,6 +238,16 @@ def _warn_of_shared_classes(splits: Mapping[str, Classes], label: str) -> None:
         _warn(
             f"{label}: {len(shared)} classes are in more than one split ({a_few(shared, 3)}); a few-shot test is meant "
             "to be on classes that training has not seen"
+        )
+
+
+def _warn_of_constant_images(images: ImageSet, label: str) -> None:
+    pixels = images.images.flatten(1)
+    constant = int((pixels.amin(1) == pixels.amax(1)).sum())
+    if 2 * constant > len(pixels):
+        _warn(
+            f"{label}: {constant} of {len(pixels)} images of {images.split!r} have the same value everywhere once they "
+            "are 8 bits a channel; do they use a small part of their range?"
         )
 
 

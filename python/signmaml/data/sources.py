@@ -18,8 +18,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP")  # formats that Pillow may open; all others are rejected
+# Formats that Pillow may open, and their suffixes; all others are rejected.
+SUFFIXES = {
+    "PNG": (".png", ".apng"), "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "BMP": (".bmp", ".dib"), "GIF": (".gif",),
+    "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k"), "PCX": (".pcx",),
+}  # fmt: skip
+FORMATS = tuple(SUFFIXES)
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 MAX_FILE_BYTES = 64 * 2**20  # per image; an uncompressed 4600 x 4600 bitmap
 MAX_INNER_ARCHIVE_BYTES = 512 * 2**20
 # Images hardly compress, and bilevel bitmaps by about 100 times. An archive beyond this is a zip bomb.
