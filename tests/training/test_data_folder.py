@@ -60,8 +60,9 @@ def test_other_names_for_the_validation_split(root: Path) -> None:
     "names",
     [
         ("Train", "Val", "Test"), ("TRAIN", "VALID", "TEST"), ("training", "validation", "testing"),
-        ("meta-train", "meta-val", "meta-test"), ("metatrain", "metaval", "metatest"), ("train_set", "dev-set", "TestSet"),
-        ("base", "val", "novel"), ("Base classes", "Validation classes", "Novel classes"), ("trainImages", "val", "test"),
+        ("meta-train", "meta-val", "meta-test"), ("metatrain", "metaval", "metatest"),
+        ("train_set", "dev-set", "TestSet"), ("trainImages", "val", "test"), ("base", "val", "novel"),
+        ("Base classes", "Validation classes", "Novel classes"),
     ],
 )  # fmt: skip
 def test_names_of_split_folders(root: Path, names: tuple[str, str, str]) -> None:

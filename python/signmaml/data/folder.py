@@ -42,11 +42,12 @@ def folder(
     """Own images, one folder per class: PNG, JPEG, BMP, GIF (first frame), WebP, TIFF, PPM, PGM, PBM, JPEG 2000 or PCX.
 
     ``ROOT/{train,val,test}/CLASS/*`` defines the splits. Such folders may also be named like ``Training``,
-    ``meta-train``, ``test_set``, ``validation`` or, together, ``base``, ``val`` and ``novel``; see `split_of`.
-    Without split folders, ``ROOT/CLASS/*``, classes are divided 64 / 16 / 20 %: sorted by the SHA-256 of ``"SEED:CLASS"`` (the name in Unicode's composed form), the first 20 % of
-    them (rounded, at least one) are test classes and the next 16 % are val classes. Few-shot tests thus use classes
-    that training has not seen. Folders may be nested: the class of ``latin/a/1.png`` is ``latin/a``. Hidden files and
-    ``__MACOSX`` are ignored; other files that are not images, and empty folders, are skipped with a warning.
+    ``meta-train``, ``test_set``, ``validation`` or, together, ``base``, ``val`` and ``novel``; see `split_of`. Without
+    split folders, ``ROOT/CLASS/*``, classes are divided 64 / 16 / 20 %: sorted by the SHA-256 of ``"SEED:CLASS"`` (the
+    name in Unicode's composed form), the first 20 % of them (rounded, at least one) are test classes and the next 16 %
+    are val classes. Few-shot tests thus use classes that training has not seen. Folders may be nested: the class of
+    ``latin/a/1.png`` is ``latin/a``. Hidden files and ``__MACOSX`` are ignored; other files that are not images, and
+    empty folders, are skipped with a warning.
 
     Args:
         root: The folder, or a .zip of it.
@@ -63,8 +64,9 @@ def folder(
     Raises:
         FileNotFoundError: Nothing is at `root`.
         ValueError: An argument is out of range; there are no class folders, or too few to split; the split has no
-            folder, or two; a folder's name suggests a split and does not say which; images have no common size and `image_size` is None; an image is damaged (the message names it);
-            an archive is rejected (paths that lead outside, encryption, expansion far beyond its size).
+            folder, or two; a folder's name suggests a split and does not say which; images have no common size and
+            `image_size` is None; an image is damaged (the message names it); an archive is rejected (paths that lead
+            outside, encryption, expansion far beyond its size).
     """
     check_split(split)
     seed = check_integer("seed", seed, 0, 2**63 - 1)
