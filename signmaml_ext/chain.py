@@ -32,8 +32,8 @@ class Layer:
     Attributes:
         kind: "conv" and "norm" (of images), "conv1d", "norm1d" (of features or series), "group_norm", "instance_norm",
             "layer_norm", "linear"; an activation, see `ACTIVATIONS`; "pool" (2x2 maximum), "max_pool" and
-            "average_pool" (any others), "mean" (over all positions); "flatten", or "images" (a view as images,
-            regardless of the shape before).
+            "average_pool" (any others), "mean" (over all positions; of series "mean1d"); "flatten", or "images" (a view
+            as images, regardless of the shape before).
         name: In messages: the module's path, or the node of the graph.
         module: The module of a layer with parameters or of a normalisation; its path is `name`.
         size: The sizes that a "flatten" or "images" view spells out, if it does: `[features]`, `[C, H, W]`.
@@ -306,7 +306,7 @@ class _Reader:
         for layer in reversed(self.layers):
             if layer.kind in ("conv", "images"):
                 return "norm"
-            if layer.kind in ("conv1d", "linear", "flatten", "mean"):
+            if layer.kind in ("conv1d", "linear", "flatten", "mean", "mean1d"):
                 return "norm1d"
         raise _Refused(f"it uses batch_norm before a layer that tells its number of axes (at {node.name!r})")
 
@@ -323,8 +323,9 @@ class _Reader:
             return read(name, (), {key: getattr(module, key) for key in settings}, ())
         if isinstance(module, nn.modules.dropout._DropoutNd):
             raise _Refused(f"it uses {kind.__name__} in training mode")
-        if kind is nn.AdaptiveAvgPool2d:
-            return _adaptive(name, (module.output_size,), {}, ())
+        if kind in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
+            read = _adaptive if kind is nn.AdaptiveAvgPool2d else _adaptive_1d
+            return read(name, (module.output_size,), {}, ())
         if kind is nn.Flatten:
             return _flatten(name, (module.start_dim, module.end_dim), {}, ())
         raise _Refused(f"it uses {kind.__name__}")
@@ -444,9 +445,19 @@ def _adaptive(name: str, arguments: _Arguments, keywords: dict[str, Any], is_cou
     return Layer("mean", name)
 
 
+def _adaptive_1d(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+    if [value if isinstance(value, int) else tuple(value) for value in (*arguments, *keywords.values())] not in (
+        [1], [(1,)],
+    ):  # fmt: skip
+        raise _Refused(f"its average pooling is not over the whole series (at {name!r})")
+    return Layer("mean1d", name)
+
+
 def _mean(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
     keep = keywords.pop("keepdim", False)
     axes = [*arguments, *keywords.values()]
+    if not keep and axes in ([2], [-1], [(2,)], [(-1,)], [[2]], [[-1]]):
+        return Layer("mean1d", name)
     if keep or len(axes) != 1 or sorted(a % 4 if isinstance(a, int) else -1 for a in _pair(axes[0])) != [2, 3]:
         raise _Refused(f"its mean is not over height and width (at {name!r})")
     return Layer("mean", name)
@@ -522,6 +533,8 @@ _FUNCTIONS: list[tuple[Any, _Read]] = [
     (F.avg_pool2d, _AVERAGE_2D),
     (F.avg_pool1d, _AVERAGE_1D),
     (F.adaptive_avg_pool2d, _adaptive),
+    (F.adaptive_avg_pool1d, _adaptive_1d),
+    (torch.adaptive_avg_pool1d, _adaptive_1d),
     (torch.mean, _mean),
     (torch.flatten, _flatten),
 ]

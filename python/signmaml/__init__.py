@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .episodes import Episodes, EpisodeSampler, SinusoidSampler
     from .evaluation import Evaluation, evaluate
     from .models import MLP, Conv4, load_learn2learn_state_dict
+    from .tensors import TensorSampler
     from .trainer import MetaTrainer
 
 _HOME = {
@@ -30,6 +31,7 @@ _HOME = {
     "MLP": "models",
     "MetaTrainer": "trainer",
     "SinusoidSampler": "episodes",
+    "TensorSampler": "tensors",
     "TrainConfig": "config",
     "evaluate": "evaluation",
     "load_learn2learn_state_dict": "models",
@@ -46,6 +48,7 @@ __all__ = [
     "Evaluation",
     "MetaTrainer",
     "SinusoidSampler",
+    "TensorSampler",
     "TrainConfig",
     "evaluate",
     "load_learn2learn_state_dict",

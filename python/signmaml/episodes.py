@@ -111,6 +111,42 @@ def _named(parts: Sequence[torch.Tensor], sampler: Sampler) -> Episodes:
     return Episodes(*found)
 
 
+class ClassDraw:
+    """The classes and examples of tasks: `ways` different classes, and of each `each` different examples.
+
+    Args:
+        class_sizes: ``[classes]`` int64; the examples of a class are adjacent.
+        ways: Classes of a task.
+        each: Examples of a class.
+        seed: Of all tasks.
+        device: Where tasks are drawn.
+        copies: How often each class counts, as a class of its own.
+    """
+
+    def __init__(
+        self, class_sizes: torch.Tensor, *, ways: int, each: int, seed: int, device: torch.device, copies: int = 1
+    ) -> None:
+        self._seed, self._ways, self._each, self._classes = seed, ways, each, len(class_sizes)
+        self._starts = (torch.cumsum(class_sizes, 0) - class_sizes).to(device)
+        self._sizes = class_sizes.to(device)
+        self._class_numbers = torch.arange(copies * self._classes, device=device)
+        self._example_numbers = torch.arange(int(class_sizes.max()), device=device)
+        self._ways_numbers = torch.arange(ways, device=device)
+
+    def indices(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class numbers ``[T, ways]`` and rows of the set ``[T, ways, each]`` of the tasks with these numbers."""
+        order = _children(_children(_stream(self._seed, _CLASSES), numbers)[:, None], self._class_numbers)
+        classes = _first_in_order(order, self._class_numbers, self._ways)
+
+        real = classes.remainder(self._classes)
+        task_keys = _children(_stream(self._seed, _IMAGES), numbers)
+        class_keys = _children(task_keys[:, None], self._ways_numbers)
+        order = _children(class_keys[:, :, None], self._example_numbers)
+        missing = self._example_numbers >= self._sizes[real][:, :, None]
+        places = _first_in_order(order, self._example_numbers, self._each, missing)
+        return classes, self._starts[real][:, :, None] + places
+
+
 class EpisodeSampler:
     """Draws few-shot classification tasks from an image set.
 
@@ -182,18 +218,18 @@ class EpisodeSampler:
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.rotations = rotations
         self.normalize = _checked_normalization(normalize, channels)
-        self.device = _checked_device(device)
+        self.device = checked_device(device)
         _check_class_sizes(images, self.shots, self.queries)
         self._name, self._split, self._class_names = images.name, images.split, images.class_names
 
         self._images = images.images.to(self.device)
-        self._class_starts = images.class_starts.to(self.device)
-        self._class_sizes = images.class_sizes.to(self.device)
-        self._class_numbers = torch.arange(self.classes, device=self.device)
-        self._image_numbers = torch.arange(int(images.class_sizes.max()), device=self.device)
-        self._ways_numbers = torch.arange(self.ways, device=self.device)
-        self._support_labels = self._ways_numbers.repeat_interleave(self.shots)
-        self._query_labels = self._ways_numbers.repeat_interleave(self.queries)
+        self._chances = ClassDraw(
+            images.class_sizes, ways=self.ways, each=self.shots + self.queries, seed=self.seed, device=self.device,
+            copies=4 if rotations else 1,
+        )  # fmt: skip
+        ways_numbers = torch.arange(self.ways, device=self.device)
+        self._support_labels = ways_numbers.repeat_interleave(self.shots)
+        self._query_labels = ways_numbers.repeat_interleave(self.queries)
         self._turned_pixels = _turned_pixels(height, self.device) if rotations else None
         self._shift, self._scale = _shift_and_scale(self.normalize, channels, self.device)
 
@@ -234,7 +270,7 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: An argument is not an integer in range.
         """
-        return self._draw(_task_numbers(first_task, tasks, self.device))
+        return self._draw(task_numbers(first_task, tasks, self.device))
 
     def draw_at(self, iteration: torch.Tensor) -> Episodes:
         """The meta-batch of an iteration whose number is a tensor on the device; equals `draw` of that number.
@@ -251,12 +287,12 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: `iteration` is not such a tensor.
         """
-        return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
+        return self._draw(numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
         """The tasks with these numbers `[T]`."""
         tasks = len(numbers)
-        classes, rows = self._indices(numbers)
+        classes, rows = self._chances.indices(numbers)
         turns = classes.div(len(self._class_names), rounding_mode="floor") if self.rotations else None
         return Episodes(
             self._pick(rows[:, :, : self.shots], turns),
@@ -279,19 +315,7 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: An argument is not an integer in range.
         """
-        return self._indices(_task_numbers(first_task, tasks, self.device))
-
-    def _indices(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        order = _children(_children(_stream(self.seed, _CLASSES), numbers)[:, None], self._class_numbers)
-        classes = _first_in_order(order, self._class_numbers, self.ways)
-
-        real = classes.remainder(len(self._class_names))
-        task_keys = _children(_stream(self.seed, _IMAGES), numbers)
-        class_keys = _children(task_keys[:, None], self._ways_numbers)
-        order = _children(class_keys[:, :, None], self._image_numbers)
-        missing = self._image_numbers >= self._class_sizes[real][:, :, None]
-        places = _first_in_order(order, self._image_numbers, self.shots + self.queries, missing)
-        return classes, self._class_starts[real][:, :, None] + places
+        return self._chances.indices(task_numbers(first_task, tasks, self.device))
 
     def class_name(self, number: int) -> str:
         """The name of a class that `draw_indices` returned as a number, with its rotation if there is one.
@@ -386,7 +410,7 @@ class SinusoidSampler:
         self.amplitude = _checked_range("amplitude", amplitude)
         self.phase = _checked_range("phase", phase)
         self.x_range = _checked_range("x_range", x_range)
-        self.device = _checked_device(device)
+        self.device = checked_device(device)
 
     def __repr__(self) -> str:
         return f"SinusoidSampler({self.shots} support and {self.queries} query points, {self.tasks} tasks)"
@@ -398,11 +422,11 @@ class SinusoidSampler:
 
     def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
         """The tasks ``first_task`` to ``first_task + tasks - 1``; see `EpisodeSampler.draw_tasks`."""
-        return self._draw(_task_numbers(first_task, tasks, self.device))
+        return self._draw(task_numbers(first_task, tasks, self.device))
 
     def draw_at(self, iteration: torch.Tensor) -> Episodes:
         """The meta-batch of an iteration whose number is a tensor on the device; see `EpisodeSampler.draw_at`."""
-        return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
+        return self._draw(numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
         """The tasks with these numbers `[T]`."""
@@ -438,14 +462,14 @@ class SinusoidSampler:
 # --- task numbers ----------------------------------------------------------------------------------------------------
 
 
-def _task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Tensor:
+def task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Tensor:
     """``first_task`` to ``first_task + tasks - 1``, checked."""
     tasks = check_integer("tasks", tasks, 1)
     first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
     return torch.arange(first_task, first_task + tasks, device=device)
 
 
-def _numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.device) -> torch.Tensor:
+def numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.device) -> torch.Tensor:
     """The task numbers of an iteration whose number is on the device."""
     expected = f"iteration: expected an int64 tensor [] on {device}"
     if not isinstance(iteration, torch.Tensor):
@@ -511,7 +535,7 @@ def _between(limits: tuple[float, float], share: torch.Tensor) -> torch.Tensor:
 # --- checks and tables made once -------------------------------------------------------------------------------------
 
 
-def _checked_device(device: torch.device | str) -> torch.device:
+def checked_device(device: torch.device | str) -> torch.device:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:

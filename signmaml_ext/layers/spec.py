@@ -223,7 +223,7 @@ class _Refused(Exception):
 
 _PRODUCTS = ("conv", "conv1d", "linear")
 _NORMS = ("norm", "norm1d", "group_norm", "instance_norm", "layer_norm")
-_POOLS = ("pool", "max_pool", "average_pool", "mean")
+_POOLS = ("pool", "max_pool", "average_pool", "mean", "mean1d")
 
 
 class _Matcher:
@@ -347,7 +347,9 @@ class _Matcher:
     def _pool(self, layer: Layer) -> dict[str, Any]:
         if self.axes < 2:
             raise _Refused(f"{layer.name!r} pools something else than images")
-        if layer.kind == "mean":
+        if layer.kind in ("mean", "mean1d"):
+            if (layer.kind == "mean1d") != (self.axes == 2):
+                raise _Refused(f"its mean is not over all positions (at {layer.name!r})")
             self.flattened = True
             return {"pool": "mean"}
         kernel, stride, padding = layer.window or ((2, 2), (2, 2), (0, 0))

@@ -60,6 +60,15 @@ class Functions(nn.Module):
         return self.head(nn.functional.avg_pool2d(nn.functional.gelu(x), 3, 1, 1).mean((2, 3)))
 
 
+class SeriesMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(2, 8, 5, padding=2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x)).mean(dim=-1))
+
+
 SIZE = (3, 12, 14)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": nn.ReLU, "LeakyReLU": lambda: nn.LeakyReLU(0.1), "ELU": lambda: nn.ELU(0.7), "GELU": nn.GELU,
@@ -128,6 +137,13 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (2, 23),
     ),
+    "mean of series": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 8, 5), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3)
+        ),
+        (2, 23),
+    ),
+    "mean of series as a method": (lambda: SeriesMean(), (2, 23)),
     "one image wide": (lambda: of_widths(nn.BatchNorm2d), (3, 8, 8)),
     "130 channels": (
         lambda: images(
@@ -436,6 +452,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "running InstanceNorm": (
         lambda: of_widths(lambda c: nn.InstanceNorm2d(c, track_running_stats=True)), {}, "keeps running statistics",
+    ),
+    "the mean of each row": (
+        lambda: Wraps(nn.Conv2d(3, 2, 3), lambda conv, x: conv(x).mean(-1).flatten(1)), {}, "not over all positions",
     ),
     "no linear layer": (lambda: nn.Sequential(nn.Flatten(), nn.ReLU(), nn.LayerNorm(504)), {}, "no convolution and no"),
     "linear along the last axis": (

@@ -19,6 +19,7 @@ MODULES = (
     "schedule",
     "splitmix",
     "stats",
+    "tensors",
     "trainer",
     "values",
 )
