@@ -111,7 +111,8 @@ class TensorSampler:
             if not isinstance(item, (tuple, list)) or len(item) < 2:
                 raise TypeError(f"dataset: expected items (example, label), found {type(item).__name__} at {i}")
             try:
-                examples.append(torch.as_tensor(item[0]))
+                given = item[0]
+                examples.append(given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu"))
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"dataset: expected examples that are tensors, arrays or numbers, found {type(item[0]).__name__} "

@@ -65,7 +65,7 @@ def png(width: int = 8, height: int = 8) -> bytes:
 
 def good_png() -> bytes:
     buffer = io.BytesIO()
-    Image.new("L", (8, 8), 128).save(buffer, "PNG")
+    Image.linear_gradient("L").resize((8, 8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -101,11 +101,11 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
         TrainConfig(**changes)
 
 
-def test_a_native_backend_is_refused_before_the_run_begins(tmp_path: Path) -> None:
+def test_a_native_backend_that_cannot_is_refused_before_the_run_begins(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"backend: expected one that serves this call, found 'cpu': .*inner_rule is Li"
     ):
-        trainer_of(tmp_path / "run", 4, inner_rule="lion", backend="cpu")
+        trainer_of(tmp_path / "run", 4, inner_rule="lion", backend="cpu", batch_norm="support")
     assert not (tmp_path / "run").exists()
 
 
