@@ -324,7 +324,7 @@ class _Reader:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             raise _Refused(f"it uses {kind.__name__} in training mode")
         if kind in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
-            read = _adaptive if kind is nn.AdaptiveAvgPool2d else _adaptive_1d
+            read = _ADAPTIVE_2D if kind is nn.AdaptiveAvgPool2d else _ADAPTIVE_1D
             return read(name, (module.output_size,), {}, ())
         if kind is nn.Flatten:
             return _flatten(name, (module.start_dim, module.end_dim), {}, ())
@@ -439,18 +439,19 @@ def _pair(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
-def _adaptive(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
-    if [_pair(value) for value in (*arguments, *keywords.values())] != [(1, 1)]:
-        raise _Refused(f"its average pooling is not over the whole image (at {name!r})")
-    return Layer("mean", name)
+def _adaptive_of(kind: str, what: str) -> _Read:
+    """Reads an average pooling to one position."""
+
+    def read(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
+        sizes = [*arguments, *keywords.values()]
+        if len(sizes) != 1 or set(_pair(sizes[0])) != {1}:
+            raise _Refused(f"its average pooling is not over the whole {what} (at {name!r})")
+        return Layer(kind, name)
+
+    return read
 
 
-def _adaptive_1d(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
-    if [value if isinstance(value, int) else tuple(value) for value in (*arguments, *keywords.values())] not in (
-        [1], [(1,)],
-    ):  # fmt: skip
-        raise _Refused(f"its average pooling is not over the whole series (at {name!r})")
-    return Layer("mean1d", name)
+_ADAPTIVE_1D, _ADAPTIVE_2D = _adaptive_of("mean1d", "series"), _adaptive_of("mean", "image")
 
 
 def _mean(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
@@ -532,9 +533,9 @@ _FUNCTIONS: list[tuple[Any, _Read]] = [
     (F.max_pool1d, _MAX_1D),
     (F.avg_pool2d, _AVERAGE_2D),
     (F.avg_pool1d, _AVERAGE_1D),
-    (F.adaptive_avg_pool2d, _adaptive),
-    (F.adaptive_avg_pool1d, _adaptive_1d),
-    (torch.adaptive_avg_pool1d, _adaptive_1d),
+    (F.adaptive_avg_pool2d, _ADAPTIVE_2D),
+    (F.adaptive_avg_pool1d, _ADAPTIVE_1D),
+    (torch.adaptive_avg_pool1d, _ADAPTIVE_1D),
     (torch.mean, _mean),
     (torch.flatten, _flatten),
 ]

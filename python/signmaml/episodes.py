@@ -147,7 +147,70 @@ class ClassDraw:
         return classes, self._starts[real][:, :, None] + places
 
 
-class EpisodeSampler:
+class NumberedSampler:
+    """Calls that draw tasks by their numbers; a subclass makes the tasks with given numbers.
+
+    Attributes:
+        tasks: Tasks per meta-batch.
+        device: Where tasks are drawn.
+    """
+
+    tasks: int
+    device: torch.device
+
+    def draw(self, iteration: int) -> Episodes:
+        """The meta-batch of one iteration: tasks ``iteration * T`` to ``iteration * T + T - 1``.
+
+        Args:
+            iteration: 0 or more.
+
+        Returns:
+            `Episodes` with ``T = tasks`` on the sampler's device.
+
+        Raises:
+            TypeError, ValueError: `iteration` is not an integer in range.
+        """
+        iteration = check_integer("iteration", iteration, 0, MAX_TASK // self.tasks)
+        return self.draw_tasks(iteration * self.tasks, self.tasks)
+
+    def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
+        """The tasks ``first_task`` to ``first_task + tasks - 1``, the same however they are split into calls.
+
+        Args:
+            first_task: 0 or more.
+            tasks: 1 or more.
+
+        Returns:
+            `Episodes` with ``T = tasks`` on the sampler's device.
+
+        Raises:
+            TypeError, ValueError: An argument is not an integer in range.
+        """
+        return self._draw(_task_numbers(first_task, tasks, self.device))
+
+    def draw_at(self, iteration: torch.Tensor) -> Episodes:
+        """The meta-batch of an iteration whose number is a tensor on the device; equals `draw` of that number.
+
+        Shapes and launches do not depend on the number, so this call can be captured in a CUDA graph.
+
+        Args:
+            iteration: ``[]`` int64 on the sampler's device, 0 or more. The value is not checked, because the host
+                does not read it.
+
+        Returns:
+            `Episodes` with ``T = tasks``.
+
+        Raises:
+            TypeError, ValueError: `iteration` is not such a tensor.
+        """
+        return self._draw(_numbers_of_iteration(iteration, self.tasks, self.device))
+
+    def _draw(self, numbers: torch.Tensor) -> Episodes:
+        """The tasks with these numbers `[T]`."""
+        raise NotImplementedError
+
+
+class EpisodeSampler(NumberedSampler):
     """Draws few-shot classification tasks from an image set.
 
     Each task takes ``ways`` different classes and ``shots + queries`` different images of each. All classes are
@@ -219,7 +282,8 @@ class EpisodeSampler:
         self.rotations = rotations
         self.normalize = _checked_normalization(normalize, channels)
         self.device = checked_device(device)
-        _check_class_sizes(images, self.shots, self.queries)
+        where = f"{images.name}/{images.split}"
+        check_class_sizes(images.class_names, images.class_sizes.tolist(), self.shots, self.queries, "images", where)
         self._name, self._split, self._class_names = images.name, images.split, images.class_names
 
         self._images = images.images.to(self.device)
@@ -241,53 +305,6 @@ class EpisodeSampler:
         """Numbers of classes and images in the set, as text."""
         turned = f" ({self.classes:,} with rotations)" if self.rotations else ""
         return f"{len(self._class_names):,} classes{turned}, {len(self._images):,} images"
-
-    def draw(self, iteration: int) -> Episodes:
-        """The meta-batch of one iteration: tasks ``iteration * T`` to ``iteration * T + T - 1``.
-
-        Args:
-            iteration: 0 or more.
-
-        Returns:
-            `Episodes` with ``T = tasks`` on the sampler's device.
-
-        Raises:
-            TypeError, ValueError: `iteration` is not an integer in range.
-        """
-        iteration = check_integer("iteration", iteration, 0, MAX_TASK // self.tasks)
-        return self.draw_tasks(iteration * self.tasks, self.tasks)
-
-    def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
-        """The tasks ``first_task`` to ``first_task + tasks - 1``, the same however they are split into calls.
-
-        Args:
-            first_task: 0 or more.
-            tasks: 1 or more.
-
-        Returns:
-            `Episodes` with ``T = tasks`` on the sampler's device.
-
-        Raises:
-            TypeError, ValueError: An argument is not an integer in range.
-        """
-        return self._draw(task_numbers(first_task, tasks, self.device))
-
-    def draw_at(self, iteration: torch.Tensor) -> Episodes:
-        """The meta-batch of an iteration whose number is a tensor on the device; equals `draw` of that number.
-
-        Shapes and launches do not depend on the number, so this call can be captured in a CUDA graph.
-
-        Args:
-            iteration: ``[]`` int64 on the sampler's device, 0 or more. The value is not checked, because the host
-                does not read it.
-
-        Returns:
-            `Episodes` with ``T = tasks``.
-
-        Raises:
-            TypeError, ValueError: `iteration` is not such a tensor.
-        """
-        return self._draw(numbers_of_iteration(iteration, self.tasks, self.device))
 
     def _draw(self, numbers: torch.Tensor) -> Episodes:
         """The tasks with these numbers `[T]`."""
@@ -315,7 +332,7 @@ class EpisodeSampler:
         Raises:
             TypeError, ValueError: An argument is not an integer in range.
         """
-        return self._chances.indices(task_numbers(first_task, tasks, self.device))
+        return self._chances.indices(_task_numbers(first_task, tasks, self.device))
 
     def class_name(self, number: int) -> str:
         """The name of a class that `draw_indices` returned as a number, with its rotation if there is one.
@@ -362,7 +379,7 @@ class EpisodeSampler:
         return x.view(tasks, ways * k, *x.shape[1:])
 
 
-class SinusoidSampler:
+class SinusoidSampler(NumberedSampler):
     """Draws the sinusoid regression tasks of Finn et al. (2017): y = amplitude * sin(x + phase).
 
     Amplitude and phase are uniform over tasks, each x uniform over `x_range`.
@@ -415,19 +432,6 @@ class SinusoidSampler:
     def __repr__(self) -> str:
         return f"SinusoidSampler({self.shots} support and {self.queries} query points, {self.tasks} tasks)"
 
-    def draw(self, iteration: int) -> Episodes:
-        """The meta-batch of one iteration; see `EpisodeSampler.draw`. x and y: ``[T, points, 1]`` float32."""
-        iteration = check_integer("iteration", iteration, 0, MAX_TASK // self.tasks)
-        return self.draw_tasks(iteration * self.tasks, self.tasks)
-
-    def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
-        """The tasks ``first_task`` to ``first_task + tasks - 1``; see `EpisodeSampler.draw_tasks`."""
-        return self._draw(task_numbers(first_task, tasks, self.device))
-
-    def draw_at(self, iteration: torch.Tensor) -> Episodes:
-        """The meta-batch of an iteration whose number is a tensor on the device; see `EpisodeSampler.draw_at`."""
-        return self._draw(numbers_of_iteration(iteration, self.tasks, self.device))
-
     def _draw(self, numbers: torch.Tensor) -> Episodes:
         """The tasks with these numbers `[T]`."""
         wave_keys = _children(_stream(self.seed, _SINE), numbers)[:, None]
@@ -462,14 +466,14 @@ class SinusoidSampler:
 # --- task numbers ----------------------------------------------------------------------------------------------------
 
 
-def task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Tensor:
+def _task_numbers(first_task: int, tasks: int, device: torch.device) -> torch.Tensor:
     """``first_task`` to ``first_task + tasks - 1``, checked."""
     tasks = check_integer("tasks", tasks, 1)
     first_task = check_integer("first_task", first_task, 0, MAX_TASK - tasks)
     return torch.arange(first_task, first_task + tasks, device=device)
 
 
-def numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.device) -> torch.Tensor:
+def _numbers_of_iteration(iteration: torch.Tensor, tasks: int, device: torch.device) -> torch.Tensor:
     """The task numbers of an iteration whose number is on the device."""
     expected = f"iteration: expected an int64 tensor [] on {device}"
     if not isinstance(iteration, torch.Tensor):
@@ -542,17 +546,16 @@ def checked_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda', found {device!r}") from error
 
 
-def _check_class_sizes(images: ImageSet, shots: int, queries: int) -> None:
+def check_class_sizes(
+    names: Sequence[Any], sizes: Sequence[int], shots: int, queries: int, what: str, where: str
+) -> None:
+    """Refuses classes with fewer examples than a task takes; `what` these are and `where`, for the message."""
     needed = shots + queries
-    small = [
-        f"{name!r} ({size})"
-        for name, size in zip(images.class_names, images.class_sizes.tolist(), strict=True)
-        if size < needed
-    ]
+    small = [f"{name!r} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
     if small:
         raise ValueError(
-            f"shots, queries: {shots} + {queries} needs at least {needed} images in every class of "
-            f"{images.name}/{images.split}, found fewer in {a_few(small)}"
+            f"shots, queries: {shots} + {queries} needs at least {needed} {what} in every class of {where}, "
+            f"found fewer in {a_few(small)}"
         )
 
 

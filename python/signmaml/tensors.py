@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from .data.arguments import a_few, check_integer
-from .episodes import MAX_SEED, MAX_TASK, ClassDraw, Episodes, checked_device, numbers_of_iteration, task_numbers
+from .episodes import MAX_SEED, ClassDraw, Episodes, NumberedSampler, check_class_sizes, checked_device
 
 
-class TensorSampler:
+class TensorSampler(NumberedSampler):
     """Draws few-shot classification tasks from labelled examples of any shape and dtype.
 
     Each task takes ``ways`` different classes and ``shots + queries`` different examples of each. All classes are
@@ -75,17 +75,12 @@ class TensorSampler:
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.device = checked_device(device)
         self.name, self.split = name, split
-        needed = self.shots + self.queries
-        small = [f"{label!r} ({len(of_class)})" for label, of_class in rows.items() if len(of_class) < needed]
-        if small:
-            raise ValueError(
-                f"shots, queries: {self.shots} + {self.queries} needs at least {needed} examples in every class of "
-                f"{name}/{split}, found fewer in {a_few(small)}"
-            )
+        counts = [len(of_class) for of_class in rows.values()]
+        check_class_sizes(self.class_names, counts, self.shots, self.queries, "examples", f"{name}/{split}")
         order = torch.tensor([row for of_class in rows.values() for row in of_class], device=examples.device)
         self._examples = examples.index_select(0, order).to(self.device)
-        sizes = torch.tensor([len(of_class) for of_class in rows.values()], device="cpu")
-        self._chances = ClassDraw(sizes, ways=self.ways, each=needed, seed=self.seed, device=self.device)
+        sizes, each = torch.tensor(counts, device="cpu"), self.shots + self.queries
+        self._chances = ClassDraw(sizes, ways=self.ways, each=each, seed=self.seed, device=self.device)
 
     @classmethod
     def from_dataset(cls, dataset: Any, **options: Any) -> TensorSampler:
@@ -130,19 +125,6 @@ class TensorSampler:
         examples = f"{len(self._examples):,} examples" + (f" of {shape}" if shape else "")
         return f"TensorSampler({self.name}/{self.split}: {self.classes:,} classes, {examples}; {task})"
 
-    def draw(self, iteration: int) -> Episodes:
-        """The meta-batch of one iteration; see `EpisodeSampler.draw`."""
-        iteration = check_integer("iteration", iteration, 0, MAX_TASK // self.tasks)
-        return self.draw_tasks(iteration * self.tasks, self.tasks)
-
-    def draw_tasks(self, first_task: int, tasks: int) -> Episodes:
-        """The tasks ``first_task`` to ``first_task + tasks - 1``; see `EpisodeSampler.draw_tasks`."""
-        return self._draw(task_numbers(first_task, tasks, self.device))
-
-    def draw_at(self, iteration: torch.Tensor) -> Episodes:
-        """The meta-batch of an iteration whose number is a tensor on the device; see `EpisodeSampler.draw_at`."""
-        return self._draw(numbers_of_iteration(iteration, self.tasks, self.device))
-
     def describe(self) -> dict[str, Any]:
         """Everything that determines the tasks drawn but the examples, for a run's records (JSON types only)."""
         counts = {name: getattr(self, name) for name in ("classes", "ways", "shots", "queries", "tasks", "seed")}
@@ -182,11 +164,16 @@ def _checked_labels(y: Any) -> list[Any]:
         return list(y.tolist())
     if isinstance(y, (str, bytes)) or not isinstance(y, Iterable):
         raise TypeError(f"y: expected labels, one for each example, found {type(y).__name__}")
-    labels = [label.item() if isinstance(label, (torch.Tensor, np.generic)) else label for label in y]
+    labels = [_plain(label) for label in y]
     for label in labels:
         if not isinstance(label, (int, str, tuple)):
             raise TypeError(f"y: expected labels that are integers or strings, found {type(label).__name__}")
     return labels
+
+
+def _plain(label: Any) -> Any:
+    """A label as Python's own number or string, so that equal ones are one."""
+    return label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
 
 
 def _rows_by_class(labels: list[Any], wanted: Collection[Hashable] | None) -> dict[Any, list[int]]:
@@ -195,7 +182,7 @@ def _rows_by_class(labels: list[Any], wanted: Collection[Hashable] | None) -> di
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
     if wanted is not None:
-        chosen = [label.item() if isinstance(label, (torch.Tensor, np.generic)) else label for label in wanted]
+        chosen = [_plain(label) for label in wanted]
         absent = [repr(label) for label in chosen if label not in rows]
         if absent:
             raise ValueError(f"classes: expected labels that y has, found {a_few(absent)}")

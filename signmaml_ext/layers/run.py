@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -71,8 +71,7 @@ class NativeRun:
         size = max(1, TOGETHER_BYTES // (of_task * threads)) * threads
         return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
 
-    @contextmanager
-    def memory(self, columns: int) -> Iterator[Tensor]:
+    def memory(self, columns: int) -> AbstractContextManager[Tensor]:
         """Memory for the parameters and gradients of a chunk, which a call leaves to the next one.
 
         Args:
@@ -81,8 +80,7 @@ class NativeRun:
         first = self.chunks()[0]
         # At most: where the tasks are, what moves, two rows of gradients, products and their direction; and the path.
         rows = 6 + (self.problem.steps if self.problem.method == "maml" else 0)
-        with ROWS.of((rows * (first.stop - first.start) * columns,), self.problem.dtype) as block:
-            yield block
+        return ROWS.of((rows * (first.stop - first.start) * columns,), self.problem.dtype)
 
     def threads(self) -> int:
         """One chunk at a time: the native call has the threads."""

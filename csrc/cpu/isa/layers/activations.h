@@ -130,7 +130,12 @@ template <LayersActivation kKind, typename Scalar>
     }
 }
 
-// The second derivative at x.
+// Whether the second derivative is other than 0 anywhere.
+template <LayersActivation kKind>
+constexpr bool kBends =
+    kKind != LayersActivation::kNone && kKind != LayersActivation::kRelu && kKind != LayersActivation::kLeakyRelu;
+
+// The second derivative at x, of an activation that bends.
 template <LayersActivation kKind, typename Scalar>
 [[gnu::always_inline]] inline Vector<Scalar> bend_at(Vector<Scalar> x, [[maybe_unused]] Scalar slope) {
     if constexpr (kKind == LayersActivation::kElu) {
@@ -147,15 +152,13 @@ template <LayersActivation kKind, typename Scalar>
     } else if constexpr (kKind == LayersActivation::kGelu) {
         const Vector<Scalar> density = Scalar(0.5 * kRootTwoOverPi) * exp_of<Simd<Scalar>>(Scalar(-0.5) * x * x);
         return density * (Scalar(2) - x * x);
-    } else if constexpr (kKind == LayersActivation::kGeluTanh) {
+    } else {
         const Vector<Scalar> share = gelu_share<kKind, Scalar>(x), rest = Scalar(1) - share;
         const Vector<Scalar> inner = gelu_inner_rise<Scalar>(x);
         const Vector<Scalar> rises = Scalar(2) * share * rest * inner;
         const Vector<Scalar> bends =
             Scalar(2) * rises * (rest - share) * inner + Scalar(12 * kRootTwoOverPi * kGeluCubic) * share * rest * x;
         return Scalar(2) * rises + x * bends;
-    } else {
-        return Vector<Scalar>{};  // straight on both sides of 0
     }
 }
 

@@ -236,8 +236,11 @@ template <LayersActivation kKind, typename Scalar>
     const Vector<Scalar> y = cells.normalised(z);
     const Vector<Scalar> own = passed<kKind, Scalar>(y, grad, slope);
     const Vector<Scalar> straight = passed<kKind, Scalar>(y, of_grad, slope);
-    const Vector<Scalar> bend = bend_at<kKind, Scalar>(y, slope);
-    return {own, straight + bend * grad * cells.tangent(z, of_z)};
+    if constexpr (kBends<kKind>) {
+        const Vector<Scalar> bend = bend_at<kKind, Scalar>(y, slope);
+        return {own, straight + bend * grad * cells.tangent(z, of_z)};
+    }
+    return {own, straight};
 }
 
 // sums, as sum_grads, and their tangents
