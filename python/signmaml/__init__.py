@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .checkpoint import load_weights, save_weights
     from .config import TrainConfig
     from .episodes import Episodes, EpisodeSampler, SinusoidSampler
+    from .estimators import FewShotClassifier, FewShotRegressor
     from .evaluation import Evaluation, evaluate
+    from .examples import ExampleFormat
+    from .learner import Learner
     from .models import MLP, Conv4, load_learn2learn_state_dict
     from .tensors import TensorSampler
     from .trainer import MetaTrainer
@@ -28,6 +31,10 @@ _HOME = {
     "Episodes": "episodes",
     "EpisodeSampler": "episodes",
     "Evaluation": "evaluation",
+    "ExampleFormat": "examples",
+    "FewShotClassifier": "estimators",
+    "FewShotRegressor": "estimators",
+    "Learner": "learner",
     "MLP": "models",
     "MetaTrainer": "trainer",
     "SinusoidSampler": "episodes",
@@ -46,6 +53,10 @@ __all__ = [
     "EpisodeSampler",
     "Episodes",
     "Evaluation",
+    "ExampleFormat",
+    "FewShotClassifier",
+    "FewShotRegressor",
+    "Learner",
     "MetaTrainer",
     "SinusoidSampler",
     "TensorSampler",

@@ -15,6 +15,7 @@ from signmaml_ext import Adam, InnerRule, Lion, Momentum, Plain, Sharpness, Sign
 from .config import TrainConfig
 from .episodes import Sampler, draw
 from .evaluation import EvaluationArguments, StepArguments
+from .examples import ExampleFormat
 from .models import MLP, Conv4, ResNet12
 from .networks import named
 from .rates import InnerRates
@@ -141,12 +142,21 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
             too small for its blocks.
     """
     episodes = draw(sampler, 0)
-    shape, targets = tuple(episodes.support_x.shape[2:]), episodes.support_y
+    targets = episodes.support_y
+    outputs = config.ways if targets.dtype == torch.int64 else targets.shape[-1]
+    return build_network(config, tuple(episodes.support_x.shape[2:]), outputs)
+
+
+def build_network(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> nn.Module:
+    """The configuration's network for inputs of a shape, with `outputs` numbers in a prediction.
+
+    Raises:
+        ValueError: As `build_model`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = named(config.model)
         if network.kind == "mlp":
-            outputs = config.ways if targets.dtype == torch.int64 else targets.shape[-1]
             return MLP(math.prod(shape), outputs, config.hidden, config.activation or "relu")
         if len(shape) != 3 or shape[1] != shape[2]:
             raise ValueError(
@@ -154,10 +164,10 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
             )
         if network.kind == "resnet12":
             activation = config.activation or "leaky-relu"
-            return ResNet12(config.ways, shape[0], network.widths, shape[1], config.norm, activation)
+            return ResNet12(outputs, shape[0], network.widths, shape[1], config.norm, activation)
         filters = network.widths or (config.filters,) * network.blocks
         return Conv4(
-            config.ways,
+            outputs,
             shape[0],
             filters,
             shape[1],
@@ -165,6 +175,21 @@ def build_model(config: TrainConfig, sampler: Sampler) -> nn.Module:
             norm=config.norm,
             activation=config.activation or "relu",
         )
+
+
+def example_format(config: TrainConfig, source: Source, sampler: Sampler) -> ExampleFormat | None:
+    """How examples become a run's inputs; None if the caller's own sampler makes them."""
+    from .episodes import EpisodeSampler, SinusoidSampler
+
+    shape = tuple(draw(sampler, 0).support_x.shape[2:])
+    if isinstance(sampler, SinusoidSampler):
+        return ExampleFormat(shape)
+    if not isinstance(sampler, EpisodeSampler):
+        return None
+    from . import data
+
+    known = data.DATASETS.get(config.data) if source is None else None
+    return ExampleFormat(shape, sampler.normalize, known is not None and known.invert)
 
 
 def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor]) -> StepArguments:

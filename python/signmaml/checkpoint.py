@@ -1,8 +1,8 @@
 """Checkpoints: safetensors files with JSON in their header. Nothing here pickles or unpickles.
 
 A *weights* file holds a model's state dict under its own names, so that any safetensors reader can use it. A
-*training* file holds the trainer's tensors under prefixed names. The header's entry "signmaml" is JSON with `kind`,
-`version` and the caller's metadata.
+*training* file holds the trainer's tensors under prefixed names, an *adapted* file a learner adapted to one task. The
+header's entry "signmaml" is JSON with `kind`, `version` and the caller's metadata.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .files import write_atomically
 
 FORMAT_VERSION = 1
 _ENTRY = "signmaml"
+_LONGEST_HEADER = 100_000_000  # safetensors' own limit
 # Names of tensors in a weights file that are not the model's begin so. No module's name has a slash.
 BESIDE_WEIGHTS = "inner_rates/"
 
@@ -29,7 +30,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, metadata
     Args:
         path: File to write; its folder must exist.
         tensors: Name -> tensor, on any device; tied tensors are stored once per name.
-        kind: "weights" or "training".
+        kind: "weights", "training" or "adapted".
         metadata: Anything that JSON can hold. Floats are restored exactly.
 
     Raises:
@@ -48,7 +49,7 @@ def load(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor
 
     Args:
         path: File to read.
-        kind: "weights" or "training" to accept only a file of signmaml of that kind; None: any.
+        kind: "weights", "training" or "adapted" to accept only a file of signmaml of that kind; None: any.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -59,6 +60,18 @@ def load(path: str | Path, *, kind: str | None = None) -> tuple[dict[str, Tensor
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a .safetensors file, found nothing at {path}")
     return parse(path.read_bytes(), path, kind=kind)
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a file, from its header alone; None if signmaml did not write it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _LONGEST_HEADER))
+    try:
+        kind: str | None = json.loads(json.loads(header)["__metadata__"][_ENTRY])["kind"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return kind
 
 
 def parse(content: bytes, path: Path, *, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,7 +96,7 @@ def parse(content: bytes, path: Path, *, kind: str | None = None) -> tuple[dict[
 def _metadata(text: str | None, path: Path, kind: str | None) -> dict[str, Any]:
     if text is None:
         if kind is not None:
-            raise ValueError(f"checkpoint: expected a {kind} file of signmaml, found one of another program: {path}")
+            raise ValueError(f"checkpoint: expected {_a(kind)} file of signmaml, found one of another program: {path}")
         return {}
     try:
         metadata = json.loads(text)
@@ -93,8 +106,12 @@ def _metadata(text: str | None, path: Path, kind: str | None) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(f"checkpoint: expected format version {FORMAT_VERSION}, found {version} in {path}")
     if kind is not None and found_kind != kind:
-        raise ValueError(f"checkpoint: expected a {kind} file, found a {found_kind} file: {path}")
+        raise ValueError(f"checkpoint: expected {_a(kind)} file, found {_a(found_kind)} file: {path}")
     return dict(metadata)
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind == "adapted" else f"a {kind}"
 
 
 def save_weights(
@@ -141,8 +158,8 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
             every difference, and the model is unchanged.
     """
     tensors, metadata = load(path)
-    if metadata.get("kind") == "training":
-        raise ValueError(f"checkpoint: expected a weights file, found a training file: {path}")
+    if metadata.get("kind", "weights") != "weights":
+        raise ValueError(f"checkpoint: expected a weights file, found {_a(metadata['kind'])} file: {path}")
     copy_into(model.state_dict(), of_model(tensors), str(path))
     return metadata
 

@@ -1,4 +1,4 @@
-"""The command `signmaml`: train, evaluate, plot, data, info.
+"""The command `signmaml`: train, evaluate, predict, plot, data, info.
 
 This module parses the command line and reports errors; `commands` does the work. Help and usage errors do not import
 torch.
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from . import config as configs
 from . import version
 from .config import TrainConfig
-from .options import EVALUATION_FIELDS
+from .options import EVALUATION_FIELDS, PREDICTION_FIELDS
 from .presets import PRESETS
 
 # Errors that the user can fix; their messages say what was expected and what was found.
@@ -59,7 +59,16 @@ examples:
   signmaml train --resume runs/NAME                 continue a run that was stopped
   signmaml train --distributed --processes 8        8 processes here; more machines: docs/howto/distributed.md
   signmaml evaluate runs/NAME --tasks 1000          test accuracy with its 95% interval
+  signmaml predict runs/NAME --support examples --query new_images
+                                                    classes of new images, from examples/CLASS/*.png
   signmaml plot runs/A runs/B --out both.png        compare two runs
+"""
+
+_PREDICT_EXAMPLES = """\
+examples:
+  signmaml predict runs/NAME --support examples --query new_images       examples/CLASS/*.png
+  signmaml predict runs/NAME --support examples --query a.png b.png --json -
+  signmaml predict runs/NAME --support examples --query new_images --csv answers.csv --sheet answers.png
 """
 
 
@@ -169,6 +178,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_predict(commands)
     _add_plot(commands)
     _add_data(commands)
     info = _command(commands, "info", "info", "versions, devices, and which backends can be used")
@@ -210,10 +220,59 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="classes to draw from (test)")
     parser.add_argument("--tasks", type=int, default=1000, metavar="INT", help="number of tasks (1000)")
     parser.add_argument("--queries", type=int, metavar="INT", help="query examples a class (the run's)")
+    _add_head(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the result to a JSON file; - for stdout alone")
     group = parser.add_argument_group("other than the run was configured")
     for name in EVALUATION_FIELDS:
         add_field(group, name, with_default=False)
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        "predict",
+        "classify new images, from a few examples of each class",
+        epilog=_PREDICT_EXAMPLES,
+    )
+    parser.add_argument(
+        "weights", metavar="RUN", help="run folder, a weights file, or what --save wrote (then without --support)"
+    )
+    parser.add_argument("--support", metavar="DIR", help="examples: a folder or .zip with one folder a class")
+    parser.add_argument(
+        "--query", metavar="PATH", nargs="+", required=True, help="images to classify: files, folders or .zip files"
+    )
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder (best)")
+    _add_head(parser)
+    parser.add_argument(
+        "--transductive",
+        action="store_true",
+        help="BatchNorm by the query images together, not by the support set: better for many images of all classes "
+        "alike, wrong for few or for one class",
+    )
+    parser.add_argument(
+        "--invert",
+        action=argparse.BooleanOptionalAction,
+        help="invert images first, as dark ink on white for a network trained on Omniglot (as in the run)",
+    )
+    results = parser.add_argument_group("results, beside the table")
+    results.add_argument("--csv", metavar="FILE", help="also write a CSV file; - for stdout alone")
+    results.add_argument("--json", metavar="FILE", help="also write a JSON file; - for stdout alone")
+    results.add_argument("--sheet", metavar="FILE", help="also draw support and query images, a PNG file")
+    results.add_argument("--save", metavar="FILE", help="also write the adapted learner, a .safetensors file")
+    group = parser.add_argument_group("other than the run was configured")
+    for name in PREDICTION_FIELDS:
+        add_field(group, name, with_default=False)
+
+
+def _add_head(parser: Any) -> None:
+    parser.add_argument(
+        "--head",
+        choices=("auto", "trained", "prototypes"),
+        default="auto",
+        help="what the last layer starts from: as trained (its first rows for fewer classes), or the classes' "
+        "prototypes; auto: as trained for as many classes as in training, else prototypes",
+    )
 
 
 def _add_plot(commands: Any) -> None:

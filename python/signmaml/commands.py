@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -13,15 +14,19 @@ import torch
 import yaml
 from torch import nn
 
-from . import building, checkpoint, data, distributed, plots
+from . import building, data, distributed
 from . import config as configs
 from .config import TrainConfig
-from .episodes import Sampler, draw
-from .evaluation import Evaluation, default_chunk, evaluate_sampler, loss_for
+from .episodes import Episodes, Sampler, draw
+from .estimators import FewShotClassifier, is_adapted
+from .evaluation import Evaluation, Rates, default_chunk, evaluate_sampler, loss_for
+from .examples import ExampleFormat
+from .files import write_atomically
+from .learner import Learner, Stored, read_weights
 from .loggers import clock, counting
 from .options import EVALUATION_FIELDS, given_fields
+from .prediction import Support, json_of, predictions, read_queries, read_support, with_inversion
 from .presets import PRESETS
-from .rates import InnerRates
 from .results import FitResult
 from .runs import RunFolder
 from .trainer import MetaTrainer
@@ -156,18 +161,18 @@ def summary(result: FitResult, run: RunFolder) -> str:
 
 def evaluate(parsed: argparse.Namespace) -> int:
     """`signmaml evaluate`."""
-    stored, tensors, inner_rates = read_weights(parsed.weights, parsed.checkpoint)
+    stored = read_weights(parsed.weights, parsed.checkpoint)
     overrides = given_fields(parsed)
     assert set(overrides) <= set(EVALUATION_FIELDS)
-    config = stored.replace(**overrides, test_queries=parsed.queries or stored.test_queries)
+    config = stored.config.replace(**overrides, test_queries=parsed.queries or stored.config.test_queries)
     settle_threads(config)
     device = building.resolve_device(config.device)
     sampler = building.make_sampler(config, None, parsed.split, device)
-    model, rates = rebuild(config, stored, sampler, tensors, inner_rates, device)
+    learner = trained_on(config, stored, sampler, device)
     if "inner_lr" in overrides:
-        rates = InnerRates(model, "none", config.inner_lr, config.inner_steps)
+        learner = learner.changed(inner_lr=config.inner_lr)
     with counting("evaluate", parsed.tasks, enabled=parsed.json != "-") as count:
-        result = _evaluation(config, model, rates, sampler, parsed.split, parsed.tasks, count)
+        result = _evaluation(config, learner, sampler, parsed, count)
     text = json.dumps(result.to_dict(), indent=2)
     if parsed.json == "-":
         print(text)
@@ -179,92 +184,106 @@ def evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _evaluation(
-    config: TrainConfig, model: nn.Module, rates: InnerRates, sampler: Sampler, split: str, tasks: int, count: Any
+    config: TrainConfig, learner: Learner, sampler: Sampler, parsed: argparse.Namespace, count: Any
 ) -> Evaluation:
-    if tasks < 1:
-        raise ValueError(f"--tasks: expected an integer >= 1, found {tasks}")
+    if parsed.tasks < 1:
+        raise ValueError(f"--tasks: expected an integer >= 1, found {parsed.tasks}")
+    model, start = learner.model, None
+    episodes = draw(sampler, 0)
+    if episodes.support_y.dtype == torch.int64:
+        ways = config.ways
+
+        def start_of(episodes: Episodes) -> tuple[nn.Module, Rates]:
+            return learner.start(episodes.support_x[0], episodes.support_y[0], ways, parsed.head)[:2]
+
+        if learner.takes_prototypes(episodes.support_x[0], ways, parsed.head):
+            start = start_of
+        else:
+            model, learner.arguments["inner_lr"] = start_of(episodes.part(0, 1))
     return evaluate_sampler(
         model,
         sampler,
-        tasks=tasks,
-        chunk=default_chunk(next(model.parameters()).device),
-        report={"data": config.data, "split": split},
+        tasks=parsed.tasks,
+        chunk=default_chunk(learner.device),
+        report={"data": config.data, "split": parsed.split},
         progress=count,
-        **building.evaluation_arguments(config, rates, loss_for(draw(sampler, 0))),
+        start=start,
+        **learner.arguments,
     )
 
 
-def read_weights(source: str, which: str) -> tuple[TrainConfig, dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Configuration, tensors of a weights file by name, and inner rates of a run's checkpoint or a weights file.
-
-    Args:
-        source: Run folder or file.
-        which: "best" or "last", for a run folder.
-
-    Raises:
-        FileNotFoundError: There is no such run or file.
-        ValueError: The file is damaged, or has no information about its run.
-    """
-    path = Path(source)
-    if path.is_dir():
-        run = RunFolder(path)
-        path = run.best if which == "best" else run.last
-        if not path.is_file():
-            raise FileNotFoundError(f"run folder: expected {path.name} in {run.path}, found none (no checkpoint yet?)")
-    tensors, metadata = checkpoint.load(path)
-    if not isinstance(metadata.get("config"), dict) or "self_contained" not in metadata:
-        raise ValueError(f"weights: expected a file that a run wrote, with its configuration, found {path}")
-    if not metadata["self_contained"]:
-        raise ValueError(
-            f"weights: expected those of a run whose configuration names its model and data, found {path} of a run "
-            "with a model, data or a loss of its own; load them in Python with signmaml.load_weights"
-        )
-    config = TrainConfig.from_dict(metadata["config"], str(path))
-    if metadata["kind"] == "training":
-        # As in a weights file.
-        names = {"model.": "", "rates.": checkpoint.BESIDE_WEIGHTS}
-        tensors = {
-            new + name.removeprefix(old): tensor
-            for name, tensor in tensors.items()
-            for old, new in names.items()
-            if name.startswith(old)
-        }
-    return config, tensors, metadata.get("inner_rates")
+def trained_on(config: TrainConfig, stored: Stored, sampler: Sampler, device: torch.device) -> Learner:
+    """A stored run's learner for the examples of a sampler, which adapts as `config` says."""
+    episodes = draw(sampler, 0)
+    shape = tuple(episodes.support_x.shape[2:])
+    model = stored.network(shape).to(device).eval()
+    arguments = building.evaluation_arguments(config, stored.rates(model), loss_for(episodes))
+    return Learner(model, arguments, stored.example, stored.config, str(stored.path))
 
 
-def rebuild(
-    config: TrainConfig,
-    stored: TrainConfig,
-    sampler: Sampler,
-    tensors: dict[str, torch.Tensor],
-    inner_rates: dict[str, Any] | None,
-    device: torch.device,
-) -> tuple[nn.Module, InnerRates]:
-    """The trained model and its inner rates, from the result of `read_weights`.
+def predict(parsed: argparse.Namespace) -> int:
+    """`signmaml predict`."""
+    if parsed.json == parsed.csv == "-":
+        raise ValueError("--csv, --json: expected at most one of them on stdout, found both")
+    for name in ("csv", "json", "sheet", "save"):  # before any work
+        place = getattr(parsed, name)
+        if place not in (None, "-") and not Path(place).parent.is_dir():
+            raise FileNotFoundError(f"--{name}: expected a file in an existing folder, found none at {place}")
+    classifier, support, how = _classifier(parsed)
+    queries = read_queries(parsed.query, _format_of_images(classifier.example(), parsed.weights))
+    shared = 0 if support is None else sum(file in support.files for file in queries.files)
+    if shared:
+        print(f"signmaml: {shared} of {len(queries.files)} query images are support images too", file=sys.stderr)
+    found = predictions(classifier, queries, how)
+    written = {parsed.json: json_of(found), parsed.csv: found.to_csv()}
+    if parsed.sheet:
+        from . import sheets
 
-    Args:
-        config: Configuration of the evaluation.
-        stored: Configuration of the run.
-        sampler: Sampler of the examples that the model must accept.
-        tensors: The tensors of the weights file.
-        inner_rates: The rates as stored.
-        device: Device for the model.
+        sheets.draw_predictions(found, queries.inputs, support, Path(parsed.sheet), title=str(how["learner"]))
+    if parsed.save:
+        classifier.save(parsed.save)
+    for place, text in written.items():
+        if place not in (None, "-"):
+            write_atomically(place, text)
+    print(written["-"].rstrip("\n") if "-" in written else found)
+    return 0
 
-    Raises:
-        ValueError: The weights belong to another network, or to fewer classes than asked for.
-    """
-    if config.ways > stored.ways:
-        raise ValueError(f"ways: expected at most {stored.ways}, the trained network's, found {config.ways}")
-    model = building.build_model(stored, sampler).to(device)
-    checkpoint.copy_into(model.state_dict(), checkpoint.of_model(tensors), "the weights file")
-    rates = InnerRates(model, stored.learn_inner_lr, stored.inner_lr, stored.inner_steps, stored.adapt)
-    if inner_rates is not None:
-        rates.load_json(inner_rates, tensors)
-    return model, rates
+
+def _classifier(parsed: argparse.Namespace) -> tuple[FewShotClassifier, Support | None, dict[str, Any]]:
+    """The adapted classifier, the support set that it was adapted to now, and both in words."""
+    overrides = given_fields(parsed)
+    device = overrides.pop("device", None)
+    if is_adapted(parsed.weights):
+        given = [name for name in ("support", "transductive", "invert") if getattr(parsed, name)]
+        if given or overrides or parsed.head != "auto":
+            word = (given or sorted(overrides) or ["head"])[0].replace("_", "-")
+            raise ValueError(f"--{word}: expected none with an adapted learner, which is as it was saved, found one")
+        classifier = FewShotClassifier.load(parsed.weights, device=device)
+        return classifier, None, {"learner": parsed.weights, **classifier.in_words()}
+    if parsed.support is None:
+        raise ValueError("--support: expected a folder with examples of each class, found none")
+    learner = Learner.load(parsed.weights, parsed.checkpoint, device=device or "auto", **overrides)
+    example = with_inversion(_format_of_images(learner.example, parsed.weights), parsed.invert)
+    learner = dataclasses.replace(learner, example=example)
+    if learner.config is not None:
+        settle_threads(learner.config)
+    support = read_support(parsed.support, example)
+    classifier = FewShotClassifier(learner, head=parsed.head, transductive=parsed.transductive)
+    classifier.fit(support.inputs, support.labels)
+    return classifier, support, {"learner": f"{parsed.weights}", **classifier.in_words()}
+
+
+def _format_of_images(example: ExampleFormat | None, weights: str) -> ExampleFormat:
+    if example is None or example.decoding is None:
+        found = "none" if example is None else str(example)
+        raise ValueError(f"predict: expected a learner of images, whose format is stored, found {found} in {weights}")
+    return example
 
 
 def plot(parsed: argparse.Namespace) -> int:
     """`signmaml plot`."""
+    from . import plots  # here: matplotlib takes long to import
+
     runs = [RunFolder(path) for path in parsed.runs]
     for run in runs:
         if not run.metrics.is_file():
@@ -286,14 +305,15 @@ def plot(parsed: argparse.Namespace) -> int:
 def _plot_episode(run: RunFolder, task: int) -> None:
     if task < 0:
         raise ValueError(f"--task: expected an integer >= 0, found {task}")
-    config, tensors, inner_rates = read_weights(str(run.path), "best")
+    from . import plots
+
+    stored = read_weights(run.path)
+    config = stored.config
     device = building.resolve_device(config.device)
     sampler = building.make_sampler(config, None, "test", device)
-    model, rates = rebuild(config, config, sampler, tensors, inner_rates, device)
-    arguments = building.evaluation_arguments(config, rates, loss_for(draw(sampler, 0)))
-    if plots.draw_task(
-        model, sampler, run.episode, task=task, title=f"{config.data}/test, {config.method}", **arguments
-    ):
+    learner = trained_on(config, stored, sampler, device)
+    title = f"{config.data}/test, {config.method}"
+    if plots.draw_task(learner.model, sampler, run.episode, task=task, title=title, **learner.arguments):
         print(run.episode)
 
 
@@ -345,6 +365,8 @@ def data_verify(parsed: argparse.Namespace) -> int:
 
 def data_show(parsed: argparse.Namespace) -> int:
     """`signmaml data show`."""
+    from . import plots
+
     building.check_data_name(parsed.name)
     images = data.load(parsed.name, parsed.split, root=parsed.data_root, image_size=parsed.image_size)
     out = Path(parsed.out or f"{parsed.name}-{parsed.split}.png")

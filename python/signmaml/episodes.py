@@ -26,12 +26,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from . import splitmix
-from .data.arguments import a_few, check_choice, check_integer
+from .data.arguments import a_few, check_integer
 from .data.image_set import ImageSet
+from .pixels import Normalization, PixelNormalizer, checked_normalization
 
-Normalization = str | tuple[float | Sequence[float], float | Sequence[float]]
-
-NORMALIZATIONS = ("zero-one", "signed", "raw")
 MAX_TASK = 2**62  # task numbers stay far from the int64 limit
 MAX_SEED = 2**63 - 1
 MAX_POINTS = 2**24  # per sine wave; a larger number is a mistake and would only exhaust memory
@@ -280,7 +278,7 @@ class EpisodeSampler(NumberedSampler):
         self.tasks = check_integer("tasks", tasks, 1)
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.rotations = rotations
-        self.normalize = _checked_normalization(normalize, channels)
+        self.normalize = checked_normalization(normalize, channels)
         self.device = checked_device(device)
         where = f"{images.name}/{images.split}"
         check_class_sizes(images.class_names, images.class_sizes.tolist(), self.shots, self.queries, "images", where)
@@ -295,7 +293,7 @@ class EpisodeSampler(NumberedSampler):
         self._support_labels = ways_numbers.repeat_interleave(self.shots)
         self._query_labels = ways_numbers.repeat_interleave(self.queries)
         self._turned_pixels = _turned_pixels(height, self.device) if rotations else None
-        self._shift, self._scale = _shift_and_scale(self.normalize, channels, self.device)
+        self._normalize_pixels = PixelNormalizer(self.normalize, channels, self.device)
 
     def __repr__(self) -> str:
         task = f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class"
@@ -371,11 +369,7 @@ class EpisodeSampler(NumberedSampler):
             sources = self._turned_pixels.index_select(0, turns.repeat_interleave(k, 1).reshape(-1))
             turned = pixels.flatten(2).gather(2, sources[:, None].expand(-1, channels, -1))
             pixels = turned.view_as(pixels)
-        x = pixels.to(torch.float32)
-        if self._shift is not None:
-            x.sub_(self._shift)
-        if self._scale is not None:
-            x.div_(self._scale)
+        x = self._normalize_pixels(pixels)
         return x.view(tasks, ways * k, *x.shape[1:])
 
 
@@ -557,56 +551,6 @@ def check_class_sizes(
             f"shots, queries: {shots} + {queries} needs at least {needed} {what} in every class of {where}, "
             f"found fewer in {a_few(small)}"
         )
-
-
-def _checked_normalization(value: Any, channels: int) -> str | tuple[tuple[float, ...], tuple[float, ...]]:
-    """The name, or mean and standard deviation with one number per channel each."""
-    if isinstance(value, str):
-        return check_choice("normalize", value, NORMALIZATIONS)
-    expected = f"normalize: expected one of {', '.join(NORMALIZATIONS)} or a pair (mean, std)"
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{expected}, found {value!r}")
-    parts = []
-    for name, part in zip(("mean", "std"), value, strict=True):
-        try:
-            numbers = [float(v) for v in part] if isinstance(part, Sequence) else [float(part)] * channels
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"normalize: expected {name} as numbers, found {part!r}") from error
-        if len(numbers) != channels or not all(math.isfinite(v) for v in numbers):
-            raise ValueError(f"normalize: expected {name} as {channels} finite numbers (channels), found {part!r}")
-        parts.append(tuple(numbers))
-    if min(parts[1]) <= 0:
-        raise ValueError(f"normalize: expected std above 0, found {value[1]!r}")
-    shift, scale = _shift_and_scale((parts[0], parts[1]), channels, torch.device("cpu"))
-    assert shift is not None and scale is not None
-    extremes = (torch.tensor([[[0.0, 255.0]]], device="cpu") - shift) / scale
-    if not bool(extremes.isfinite().all()):
-        raise ValueError(
-            f"normalize: expected mean and std by which black and white stay finite in float32, found {value!r}"
-        )
-    return parts[0], parts[1]
-
-
-def _shift_and_scale(
-    normalize: str | tuple[tuple[float, ...], tuple[float, ...]], channels: int, device: torch.device
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """``[C, 1, 1]`` tensors s, d such that the normalised pixel is (x - s) / d; None if the operation is not needed.
-
-    The divisor is a tensor on the device because torch on CUDA divides by a Python number by multiplying with its
-    reciprocal, which differs from the CPU's result in the last bit.
-    """
-
-    def per_channel(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor([255.0 * value for value in values], dtype=torch.float32, device=device).view(-1, 1, 1)
-
-    if normalize == "raw":
-        return None, None
-    if normalize == "zero-one":
-        return None, per_channel([1.0] * channels)
-    if isinstance(normalize, str):
-        return per_channel([0.5] * channels), per_channel([0.5] * channels)
-    mean, std = normalize
-    return per_channel(mean), per_channel(std)
 
 
 def _turned_pixels(size: int, device: torch.device) -> torch.Tensor:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .data import ImageSet
 
 Rates = float | Tensor | Mapping[str, Tensor]
+# From one task's episodes to its model before the inner loop, and the rates for it.
+Start = Callable[[Episodes], tuple[nn.Module, Rates]]
 
 
 class StepArguments(TypedDict):
@@ -79,6 +81,7 @@ class Evaluation:
         precision: "fp32", "tf32" or "bf16".
         sharpness: How inner gradients were perturbed, in words; "none" if they were not.
         inner_rule: The rule of the inner steps, in words; "none" for plain steps.
+        head: "trained", or "prototypes" if each task had a head of its own (see `signmaml.heads`).
     """
 
     metric: str
@@ -103,6 +106,7 @@ class Evaluation:
     precision: str
     sharpness: str = "none"
     inner_rule: str = "none"
+    head: str = "trained"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; a number that is not finite becomes None."""
@@ -129,6 +133,7 @@ class Evaluation:
         # Statistics of the query set use all its images at once.
         transductive = " (transductive)" if self.batch_norm == "batch" else ""
         seed = "" if self.seed is None else f", seed {self.seed}"
+        setting += "" if self.head == "trained" else f", head from {self.head}"
         return (
             f"{setting}, {self.data}/{self.split}{rotated}; {self.method}{steps}, {self.test_steps} test steps, "
             f"inner_lr {rate}, BatchNorm on {self.batch_norm} statistics{transductive}; {self.tasks} tasks{seed}, "
@@ -266,6 +271,7 @@ def evaluate_sampler(
     report: Mapping[str, Any],
     progress: Callable[[int], None] | None = None,
     group: Group | None = None,
+    start: Start | None = None,
     **arguments: Unpack[EvaluationArguments],
 ) -> Evaluation:
     """`evaluate` for an existing sampler.
@@ -279,6 +285,7 @@ def evaluate_sampler(
         progress: As in `evaluate`.
         group: Processes over which the chunks are dealt out; their number does not change the result. None: this
             process alone.
+        start: What each task starts from, if it has a model of its own; tasks are then computed one by one.
         **arguments: For `signmaml_ext.evaluate`.
     """
     group = group or Group()
@@ -288,7 +295,10 @@ def evaluate_sampler(
         for first, episodes in _chunks(sampler, tasks, chunk, group):
             if arguments["loss"] is None:
                 arguments["loss"] = loss_for(episodes)
-            result, at_once = _evaluate_in_memory(model, episodes, at_once, arguments)
+            if start is None:
+                result, at_once = _evaluate_in_memory(model, episodes, at_once, arguments)
+            else:
+                result = _evaluate_each(episodes, start, arguments)
             metric = result.query_loss if result.query_accuracy is None else result.query_accuracy
             rows = (metric.double(), result.query_loss.double(), result.nonfinite.double())
             numbers[:, first : first + len(metric)] = torch.stack(rows)
@@ -324,6 +334,7 @@ def evaluate_sampler(
         precision=arguments["precision"],
         sharpness=_in_words(arguments["sharpness"]),
         inner_rule="none" if arguments["inner_rule"] in (None, Plain()) else str(arguments["inner_rule"]),
+        head="trained" if start is None else "prototypes",
     )
     group.bytes_of_first(json.dumps(dataclasses.asdict(evaluation)).encode())
     return evaluation
@@ -350,10 +361,26 @@ def _evaluate_in_memory(
             at_once = fewer_tasks(piece.tasks, episodes, error)
             continue
         done += piece.tasks
+    return _joined(parts), at_once
+
+
+def _evaluate_each(episodes: Episodes, start: Start, arguments: EvaluationArguments) -> signmaml_ext.EvaluateResult:
+    """`signmaml_ext.evaluate` on tasks that start from models of their own."""
+    parts = []
+    for task in range(episodes.tasks):
+        piece = episodes.part(task, task + 1)
+        model, rates = start(piece)
+        own: EvaluationArguments = {**arguments, "inner_lr": rates}
+        parts.append(signmaml_ext.evaluate(model, *piece, **own))  # type: ignore[arg-type]
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[signmaml_ext.EvaluateResult]) -> signmaml_ext.EvaluateResult:
+    """The results of several calls as one."""
     if len(parts) == 1:
-        return parts[0], at_once
+        return parts[0]
     accuracies = [part.query_accuracy for part in parts if part.query_accuracy is not None]
-    joined = dataclasses.replace(
+    return dataclasses.replace(
         parts[0],
         query_loss=torch.cat([part.query_loss for part in parts]),
         query_accuracy=torch.cat(accuracies) if accuracies else None,
@@ -361,7 +388,6 @@ def _evaluate_in_memory(
         support_loss=torch.cat([part.support_loss for part in parts], dim=1),
         nonfinite=torch.cat([part.nonfinite for part in parts]),
     )
-    return joined, at_once
 
 
 def fewer_tasks(count: int, episodes: Episodes, error: torch.OutOfMemoryError) -> int:

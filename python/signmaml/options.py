@@ -16,6 +16,10 @@ EVALUATION_FIELDS = (
     "precision", "backend", "seed", "device",
 )  # fmt: skip
 
+# Those that `signmaml predict` may override.
+_OF_DATA = ("data", "data_root", "ways", "shots", "batch_norm", "seed")
+PREDICTION_FIELDS = tuple(name for name in EVALUATION_FIELDS if name not in _OF_DATA)
+
 
 def given_fields(parsed: argparse.Namespace) -> dict[str, Any]:
     """The fields that the command line set, in their types.

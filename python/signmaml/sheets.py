@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,10 @@ from .files import write_atomically
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .prediction import Predictions, Support
+
 RIGHT, WRONG = "#2e7d32", "#c62828"
+_MOST_PREDICTED_ROWS = 20
 _MOST_ROWS, _MOST_SUPPORT, _MOST_QUERIES = 10, 5, 10
 # Inches.
 _LABEL, _CELL, _ROW, _HEADING = 2.0, 0.95, 1.2, 0.85
@@ -78,6 +82,63 @@ def draw_episode(
     setting = f"{len(labels)}-way {len(support_y) // len(labels)}-shot"
     steps = arguments["inner_steps"]
     summary = f"{setting}: {hits} of {len(query_y)} query images right after {steps} inner steps{rest}"
+    figure.suptitle(f"{title}\n{summary}" if title else summary, fontsize=11, y=0.995, va="top")
+    save_figure(figure, out)
+
+
+def draw_predictions(
+    found: Predictions, queries: Tensor, support: Support | None, out: Path, *, title: str = ""
+) -> None:
+    """A contact sheet of new images: one row per class, its support images left, the queries predicted as it right.
+
+    Above each query stands its probability, and in red the class that its folder is named like where that is another.
+    Images are as the network sees them.
+
+    Args:
+        found: The predictions.
+        queries: `[n, C, H, W]`, the images.
+        support: The support set; None: its column stays empty.
+        out: PNG file to write.
+        title: First line above the sheet.
+    """
+    predicted = found.predicted
+    counts = Counter(predicted)
+    order = [name for name in found.classes if counts[name]] + [name for name in found.classes if not counts[name]]
+    shown = order[:_MOST_PREDICTED_ROWS]
+    of_class = {name: [i for i, label in enumerate(predicted) if label == name][:_MOST_QUERIES] for name in shown}
+    examples: dict[str, list[Tensor]] = {name: [] for name in shown}
+    if support is not None:
+        for image, label in zip(support.inputs, support.labels, strict=True):
+            if label in examples and len(examples[label]) < _MOST_SUPPORT:
+                examples[label].append(image)
+    left = max(1, *(len(images) for images in examples.values()))
+    right = max(1, *(len(rows) for rows in of_class.values()))
+    figure, grid = _episode_grid(len(shown), left, right)
+    limits = float(queries.min()), float(queries.max())
+    for row, name in enumerate(shown):
+        axis = None
+        for column, image in enumerate(examples[name]):
+            axis = _image(figure, grid, (row, column), image, limits)
+            if column == 0:
+                _label_row(axis, _shorten(name))
+                if row == 0:
+                    _head(axis, "support")
+        for column, index in enumerate(of_class[name]):
+            axis = _image(figure, grid, (row, left + 1 + column), queries[index], limits)
+            truth = found.truth[index]
+            _mark_probability(axis, float(found.probabilities[index].max()), None if truth == name else truth)
+            if column == 0:
+                if row == 0:
+                    _head(axis, "query, by predicted class")
+                if not examples[name]:
+                    _label_row(axis, _shorten(name))
+        hidden = counts[name] - len(of_class[name])
+        if hidden and axis is not None:
+            axis.text(1.06, 0.5, f"+{hidden}", transform=axis.transAxes, ha="left", va="center", fontsize=9)
+    hits, known = found.right()
+    summary = f"{len(found.names)} images, {len(found.classes)} classes"
+    summary += f": {hits} of {known} agree with the name of their folder" if known else ""
+    summary += f"; {len(shown)} classes shown" if len(shown) < len(order) else ""
     figure.suptitle(f"{title}\n{summary}" if title else summary, fontsize=11, y=0.995, va="top")
     save_figure(figure, out)
 
@@ -159,6 +220,16 @@ def _mark(axis: Axes, predicted: int, label: int) -> None:
     for spine in axis.spines.values():
         spine.set_color(colour)
         spine.set_linewidth(1.0 if right else 3.0)
+
+
+def _mark_probability(axis: Axes, probability: float, wrong: str | None) -> None:
+    """`wrong`: the class that the image's folder is named like, where it is another than the predicted one."""
+    text = f"{probability:.2f}" if wrong is None else f"{probability:.2f} (is {_shorten(wrong, 8)})"
+    axis.set_title(text, fontsize=7 if wrong else 8, color=WRONG if wrong else "0.25", pad=3)
+    if wrong is not None:
+        for spine in axis.spines.values():
+            spine.set_color(WRONG)
+            spine.set_linewidth(2.5)
 
 
 def _head(axis: Axes, text: str) -> None:

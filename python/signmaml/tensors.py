@@ -164,14 +164,14 @@ def _checked_labels(y: Any) -> list[Any]:
         return list(y.tolist())
     if isinstance(y, (str, bytes)) or not isinstance(y, Iterable):
         raise TypeError(f"y: expected labels, one for each example, found {type(y).__name__}")
-    labels = [_plain(label) for label in y]
+    labels = [plain_label(label) for label in y]
     for label in labels:
         if not isinstance(label, (int, str, tuple)):
             raise TypeError(f"y: expected labels that are integers or strings, found {type(label).__name__}")
     return labels
 
 
-def _plain(label: Any) -> Any:
+def plain_label(label: Any) -> Any:
     """A label as Python's own number or string, so that equal ones are one."""
     return label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
 
@@ -182,7 +182,7 @@ def _rows_by_class(labels: list[Any], wanted: Collection[Hashable] | None) -> di
     for row, label in enumerate(labels):
         rows.setdefault(label, []).append(row)
     if wanted is not None:
-        chosen = [_plain(label) for label in wanted]
+        chosen = [plain_label(label) for label in wanted]
         absent = [repr(label) for label in chosen if label not in rows]
         if absent:
             raise ValueError(f"classes: expected labels that y has, found {a_few(absent)}")

@@ -112,6 +112,7 @@ class MetaTrainer:
                 self._test_sampler = building.make_sampler(config, test, "test", self.device, progress=progress)
         self.data_name = building.data_name(config, [train, val, test])
 
+        self._example = building.example_format(config, train, self._train_sampler)
         self.model = building.build_model(config, self._train_sampler) if model is None else model
         self.model.to(self.device)
         kinds = (config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)
@@ -374,6 +375,7 @@ class MetaTrainer:
             "inner_rates": self.rates.to_json(),
             "config": self.config.to_dict(),
             "self_contained": self._self_contained,
+            "example": None if self._example is None else self._example.to_json(),
             "torch": torch.__version__,
         }
         try:
@@ -414,6 +416,7 @@ class MetaTrainer:
             "inner_rates": self.rates.to_json(),
             "config": self.config.to_dict(),
             "self_contained": self._self_contained,
+            "example": None if self._example is None else self._example.to_json(),
         }
         self.group.first_does(
             lambda: checkpoint.save_weights(self.model, self.run.best, metadata, self.rates.tensors())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image, ImageOps
 from .arguments import a_few
 from .image_set import ImageSet
 from .progress import track
-from .sources import Source, SourceFile
+from .sources import FORMATS, MAX_FILE_BYTES, Source, SourceFile
 
 IMAGE_SIZES = (8, 1024)  # least and greatest height and width that images may be resized to
 # Errors of Pillow, zipfile and zlib on damaged files; Pillow's PNG reader raises SyntaxError.
@@ -105,6 +107,26 @@ def decode_file(source: Source, file: SourceFile, decoding: Decoding) -> np.ndar
             return to_pixels(image, decoding)
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(f"{source.label}: cannot decode {file.path!r}: {error}") from error
+
+
+def decode_path(path: Path, decoding: Decoding) -> np.ndarray:
+    """One image file, ``[C, H, W]`` uint8.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be decoded; the message names it.
+    """
+    path = path.expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"image: expected a file, found {'a folder' if path.is_dir() else 'nothing'} at {path}")
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"image: expected at most {MAX_FILE_BYTES} bytes, found {size} in {path}")
+    try:
+        with Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS) as image:
+            return to_pixels(image, decoding)
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise ValueError(f"image: cannot decode {path}: {error}") from error
 
 
 def to_pixels(image: Image.Image, decoding: Decoding) -> np.ndarray:

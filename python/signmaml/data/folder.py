@@ -82,15 +82,7 @@ def folder(
 
 def find_classes(source: Source, *, seed: int = 0) -> dict[str, Classes]:
     """Split -> its classes in order; see `folder` for the rules and errors."""
-    folders = by_folder(source.images)
-    stray = folders.pop("", [])
-    if not folders:
-        lying = f"{len(stray)} images directly in it" if stray else "no images"
-        others = f" and {len(source.others)} other files" if source.others else ""
-        raise ValueError(f"{source.label}: expected one folder of images a class, found {lying}{others}")
-    if stray:
-        _warn(f"{source.label}: {len(stray)} images are in no class folder and left out, such as {stray[0].path!r}")
-    classes = _without_common_folders(folders)
+    classes = _class_folders(source)
     of_top = _splits_of_tops(classes, source.label)
     in_split = {name for name in classes if name.partition("/")[0] in of_top and "/" in name}
     if in_split and len(in_split) < len(classes):
@@ -107,6 +99,36 @@ def find_classes(source: Source, *, seed: int = 0) -> dict[str, Classes]:
         splits[of_top[top]][name_in_split] = list(files)
     _warn_of_shared_classes(splits, source.label)
     return {split: dict(sorted(found.items())) for split, found in splits.items()}
+
+
+def class_folders(source: Source) -> Classes:
+    """The classes of a set without splits, in order: one folder of images each.
+
+    Raises:
+        ValueError: There are no class folders, or they lie in split folders.
+    """
+    classes = _class_folders(source)
+    tops = {name.partition("/")[0] for name in classes if "/" in name}
+    splits = sorted(top for top in tops if split_of(top) is not None)
+    if splits:
+        raise ValueError(
+            f"{source.label}: expected one folder of images a class, found folders of splits: {a_few(splits)}; "
+            f"give one of them"
+        )
+    return dict(sorted(classes.items()))
+
+
+def _class_folders(source: Source) -> dict[str, list[SourceFile]]:
+    """Class name -> its files, without folders that contain all classes."""
+    folders = by_folder(source.images)
+    stray = folders.pop("", [])
+    if not folders:
+        lying = f"{len(stray)} images directly in it" if stray else "no images"
+        others = f" and {len(source.others)} other files" if source.others else ""
+        raise ValueError(f"{source.label}: expected one folder of images a class, found {lying}{others}")
+    if stray:
+        _warn(f"{source.label}: {len(stray)} images are in no class folder and left out, such as {stray[0].path!r}")
+    return _without_common_folders(folders)
 
 
 def split_of(name: str) -> str | None:

@@ -1,0 +1,592 @@
+"""`FewShotClassifier` and `FewShotRegressor`: meta-trained learners under scikit-learn's conventions.
+
+scikit-learn itself is not needed; with it they work in pipelines, searches and cross-validation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .adapted import Adapted, CountedState, Counts, FullState, adapt_tasks, check_task_state, prepared
+from .config import TrainConfig
+from .data.arguments import a_few
+from .examples import ExampleFormat
+from .heads import check_head, rates_for_head, with_stored_rows
+from .learner import Learner, as_learner, network_of
+from .tensors import plain_label
+
+_Self = TypeVar("_Self", bound="_FewShotEstimator")
+_Classifier = TypeVar("_Classifier", bound="FewShotClassifier")
+_Regressor = TypeVar("_Regressor", bound="FewShotRegressor")
+
+
+class NotFittedError(ValueError, AttributeError):
+    """The estimator predicts only after `fit`; scikit-learn's error of this name has the same base classes."""
+
+
+class _FewShotEstimator:
+    """What classifier and regressor share; scikit-learn's protocol without its base classes."""
+
+    learner: Any
+    inner_lr: Any
+    inner_steps: int | None
+    transductive: bool
+    task_state: str
+    device: str | None
+
+    _estimator_type = ""
+    _loss = ""
+    _adapted: Adapted | None = None
+    _learner: Learner
+
+    @classmethod
+    def _parameters(cls) -> list[str]:
+        return list(inspect.signature(cls).parameters)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments of the constructor by name."""
+        return {name: getattr(self, name) for name in self._parameters()}
+
+    def set_params(self: _Self, **params: Any) -> _Self:
+        """Changes arguments of the constructor; they act on the next `fit`.
+
+        Raises:
+            ValueError: There is no such argument.
+        """
+        known = self._parameters()
+        for name, value in params.items():
+            if name not in known:
+                raise ValueError(f"set_params: expected any of {', '.join(known)}, found {name!r}")
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        changed = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name)
+            usual = value is parameter.default or (isinstance(value, (str, float)) and value == parameter.default)
+            if not usual:
+                changed.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._adapted is not None
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import ClassifierTags, InputTags, RegressorTags, Tags, TargetTags
+
+        classifier = self._estimator_type == "classifier"
+        return Tags(
+            estimator_type=self._estimator_type,
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags() if classifier else None,
+            regressor_tags=None if classifier else RegressorTags(),
+            input_tags=InputTags(three_d_array=True, two_d_array=True, string=True),
+        )
+
+    def module(self) -> nn.Module:
+        """The adapted model as a plain module in evaluation mode.
+
+        It takes inputs as the model does and returns scores `[n, classes]`, or predictions. Unless `transductive`, its
+        BatchNorms hold the support set's statistics as their running ones.
+
+        Raises:
+            NotFittedError: Before `fit`.
+        """
+        return self._fitted().module()
+
+    def _fitted(self) -> Adapted:
+        if self._adapted is None:
+            raise NotFittedError(f"{type(self).__name__}: expected a call of fit first, found none")
+        return self._adapted
+
+    def example(self) -> ExampleFormat | None:
+        """How examples become inputs; None if they must be the inputs.
+
+        Raises:
+            NotFittedError: Before `fit`.
+        """
+        self._fitted()
+        return self._learner.example
+
+    def in_words(self) -> dict[str, str]:
+        """How it was adapted, in words by name.
+
+        Raises:
+            NotFittedError: Before `fit`.
+        """
+        adapted, learner = self._fitted(), self._learner
+        words = {"steps": learner.in_words()}
+        if learner.has_batch_norm():
+            sources = {True: "the images predicted together (transductive)", False: "the support set"}
+            running = learner.arguments["batch_norm"] == "running" and not adapted.transductive
+            words["batch_norm"] = f"BatchNorm on {'training data' if running else sources[adapted.transductive]}"
+        if learner.example is not None:
+            words["examples"] = str(learner.example)
+        return words
+
+    def _outputs(self, X: Any) -> Tensor:
+        adapted, learner = self._fitted(), self._learner
+        x = learner.inputs(X)
+        if adapted.transductive and learner.has_batch_norm() and len(x) < 2:
+            raise ValueError(
+                "X: expected at least 2 examples for a transductive prediction, which normalises them by their own "
+                f"statistics, found {len(x)}"
+            )
+        return adapted.predict(x).cpu()
+
+    def _settle(self) -> Learner:
+        """The learner with this estimator's changes.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: An argument of the constructor is out of range.
+        """
+        if not isinstance(self.transductive, bool):
+            raise TypeError(f"transductive: expected True or False, found {self.transductive!r}")
+        check_task_state(self.task_state)
+        learner = as_learner(self.learner, self.device, inner_lr=self.inner_lr, inner_steps=self.inner_steps)
+        loss = learner.arguments["loss"]
+        if isinstance(loss, str) and loss != self._loss:
+            wanted = "classes" if self._loss == "cross_entropy" else "numbers"
+            raise ValueError(f"learner: expected one that predicts {wanted}, found {learner!r} with loss {loss!r}")
+        return learner.changed(loss=loss or self._loss)
+
+    # ---- Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the adapted learner as a safetensors file, without pickling anything.
+
+        With ``task_state="full"`` the file is complete if the learner came from a run, and else needs the module to
+        load. With "int8" it holds one byte a parameter and needs the learner.
+
+        Args:
+            path: File to write; its folder must exist.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            TypeError: Class labels are neither strings nor integers.
+            OSError: Writing failed; a previous file at `path` is untouched.
+        """
+        adapted, learner = self._fitted(), self._learner
+        numbers = {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps}
+        metadata = {
+            "estimator": type(self).__name__,
+            "parameters": {n: v for n, v in numbers.items() if isinstance(v, (int, float))},
+            "transductive": adapted.transductive,
+            "task_state": self.task_state,
+            "head_name": adapted.head if isinstance(adapted, CountedState) else None,
+            "learner": learner.digest,
+            "source": learner.source,
+            "config": None if learner.config is None else learner.config.to_dict(),
+            "example": None if learner.example is None else learner.example.to_json(),
+            **self._metadata(),
+        }
+        checkpoint.save(Path(path), adapted.tensors(), kind="adapted", metadata=metadata)
+
+    @classmethod
+    def load(
+        cls: type[_Self],
+        path: str | os.PathLike[str],
+        learner: Learner | nn.Module | str | os.PathLike[str] | None = None,
+        *,
+        device: str | None = None,
+    ) -> _Self:
+        """Reads what `save` wrote.
+
+        Args:
+            path: The file.
+            learner: The learner it was adapted from; None where the file is complete (see `save`).
+            device: As in the constructor.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or another estimator's; it is not complete and no learner is given; the
+                learner is another one.
+        """
+        tensors, stored = checkpoint.load(Path(path), kind="adapted")
+        if stored.get("estimator") != cls.__name__:
+            raise ValueError(f"load: expected a {cls.__name__}, found a {stored.get('estimator')} in {path}")
+        try:
+            return cls._restored(tensors, stored, learner, device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"load: expected an adapted learner, found a damaged header in {path}: {error}") from error
+
+    @classmethod
+    def _restored(
+        cls: type[_Self], tensors: dict[str, Tensor], stored: Mapping[str, Any], learner: Any, device: str | None
+    ) -> _Self:
+        parameters = dict(stored["parameters"])
+        counted = stored["task_state"] == "int8"
+        if learner is not None:
+            found = as_learner(learner, device, **{n: parameters.get(n) for n in ("inner_lr", "inner_steps")})
+        elif not counted and stored["config"] is not None and stored["example"] is not None:
+            config, example = TrainConfig.from_dict(stored["config"]), ExampleFormat.from_json(stored["example"])
+            found = network_of(config, example, device, stored["source"])
+        else:
+            kind = "int8 steps" if counted else "a module's parameters"
+            raise ValueError(f"load: expected learner= for a file that holds {kind}, found none")
+        if counted and found.digest != stored["learner"]:
+            raise ValueError(
+                f"load: expected the learner that it was adapted from ({stored['source']}), found {found!r}"
+            )
+        own = {
+            "learner": found if learner is None else learner, "transductive": stored["transductive"],
+            "task_state": stored["task_state"], "device": device, **parameters,
+        }  # fmt: skip
+        estimator = cls(**own)
+        moved = {name: tensor.to(found.device) for name, tensor in tensors.items()}
+        estimator._learner = found
+        estimator._adapted = estimator._state_of(moved, stored, found)
+        return estimator
+
+    def _metadata(self) -> dict[str, Any]:
+        return {}
+
+    def _state_of(self, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], learner: Learner) -> Adapted:
+        transductive = stored["transductive"]
+        if stored["task_state"] == "full":
+            return FullState(
+                prepared(with_stored_rows(learner.model, tensors), tensors), learner.arguments, transductive
+            )
+        parts: dict[str, dict[str, Tensor]] = {"steps": {}, "statistics": {}, "head": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        head, rates = stored["head_name"], learner.arguments["inner_lr"]
+        if head is not None:
+            rates = rates_for_head(rates, learner.model, head)
+        return CountedState(learner, Counts(**parts), transductive, rates, head)
+
+
+class FewShotClassifier(_FewShotEstimator):
+    """Learns new classes from a few examples of each, with a meta-trained learner.
+
+    `fit` adapts the learner to a support set; `predict` and `predict_proba` classify. The conventions are
+    scikit-learn's (`get_params`, `set_params`, `score`, `classes_`, `clone`), and so it works in a `Pipeline`, in
+    `cross_val_score` and in `GridSearchCV`. scikit-learn is not needed.
+
+    Examples are paths of image files, PIL images, uint8 arrays of images, or arrays and tensors of the model's inputs;
+    `signmaml.examples.ExampleFormat.inputs` has the rules. Images become inputs as in training.
+
+    Args:
+        learner: Run folder or weights file of `signmaml train`, a `Learner`, or a module (a copy of which is used).
+        inner_lr: Inner learning rate; None: the learner's. A module needs it.
+        inner_steps: Inner steps, likewise.
+        head: How the head begins: "trained", "prototypes", or "auto": the trained one for as many classes as it has,
+            else prototypes; see `signmaml.heads`. With the trained head the order of the classes has an influence.
+        transductive: False: BatchNorm normalises by the support set, so that the answer for an example depends on it
+            and the support set alone. True: by the examples that are predicted together, as in MAML's published tests;
+            usually better where they are many and of all classes alike, and wrong where they are few or of one class.
+            Without BatchNorm both are the same.
+        task_state: "full", or "int8": the fitted classifier keeps one byte a parameter and shares the rest with all
+            that use the same `Learner`. For sign-maml.
+        device: Where a run is loaded: "auto", "cpu", "cuda" or "cuda:INDEX"; None: "auto". A module stays where it is.
+
+    Attributes:
+        classes_: The labels, sorted; after `fit`.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: On `fit` and `predict`, for what does not fit.
+
+    Determinism: `fit` draws nothing at random.
+
+    Example:
+        >>> import torch, signmaml
+        >>> net = signmaml.MLP(8, 3)  # meta-trained, in earnest
+        >>> x, y = torch.randn(6, 8), ["ant", "bee", "cat"] * 2
+        >>> classifier = FewShotClassifier(net, inner_lr=0.01, inner_steps=5).fit(x, y)
+        >>> classifier.predict_proba(x).shape, [str(label) for label in classifier.classes_]
+        ((6, 3), ['ant', 'bee', 'cat'])
+    """
+
+    _estimator_type = "classifier"
+    _loss = "cross_entropy"
+    classes_: np.ndarray
+
+    def __init__(
+        self,
+        learner: Learner | nn.Module | str | os.PathLike[str],
+        *,
+        inner_lr: Any = None,
+        inner_steps: int | None = None,
+        head: str = "auto",
+        transductive: bool = False,
+        task_state: str = "full",
+        device: str | None = None,
+    ) -> None:
+        self.learner = learner
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.head = head
+        self.transductive = transductive
+        self.task_state = task_state
+        self.device = device
+
+    def fit(self: _Classifier, X: Any, y: Any) -> _Classifier:
+        """Adapts to a support set.
+
+        Args:
+            X: n examples, of at least two classes.
+            y: Their n labels: strings, integers or other values that can be sorted.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: An argument does not fit, or one of the constructor's.
+            FloatingPointError: The inner loop met a NaN or an Inf.
+        """
+        return self._take(self._fit_all([(X, y)])[0])
+
+    def fit_each(self: _Classifier, tasks: Iterable[tuple[Any, Any]]) -> list[_Classifier]:
+        """Adapts to several support sets, each with classes of its own; this classifier stays as it is.
+
+        Tasks of one size that start from the trained head are adapted together.
+
+        Args:
+            tasks: Pairs (X, y), as for `fit`.
+
+        Returns:
+            A fitted classifier for each, with this one's arguments.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError, FloatingPointError: As `fit`.
+        """
+        return [type(self)(**self.get_params())._take(fitted) for fitted in self._fit_all(list(tasks))]
+
+    def _take(self: _Classifier, fitted: tuple[Learner, np.ndarray, Adapted]) -> _Classifier:
+        self._learner, self.classes_, self._adapted = fitted
+        return self
+
+    def in_words(self) -> dict[str, str]:
+        words = super().in_words()
+        return {"head": "head from prototypes" if self._fitted().prototypes else "head as trained", **words}
+
+    def _fit_all(self, tasks: Sequence[tuple[Any, Any]]) -> list[tuple[Learner, np.ndarray, Adapted]]:
+        check_head(self.head)
+        learner = self._settle()
+        sets = [_support(learner, X, y) for X, y in tasks]
+        found: list[tuple[Learner, np.ndarray, Adapted] | None] = [None] * len(sets)
+        sizes: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for number, (x, _, classes) in enumerate(sets):
+            sizes.setdefault((len(classes), tuple(x.shape)), []).append(number)
+        for (ways, _), numbers in sizes.items():
+            adapted = adapt_tasks(
+                learner,
+                torch.stack([sets[n][0] for n in numbers]),
+                torch.stack([sets[n][1] for n in numbers]),
+                ways=ways,
+                head=self.head,
+                transductive=self.transductive,
+                task_state=self.task_state,
+            )
+            for number, state in zip(numbers, adapted, strict=True):
+                found[number] = (learner, sets[number][2], state)
+        return [entry for entry in found if entry is not None]
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """The scores `[n, classes]` before the softmax.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            TypeError, ValueError, FileNotFoundError: `X` does not fit.
+        """
+        return self._outputs(X).numpy()
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probabilities `[n, classes]`, in the order of `classes_`; a row's sum is 1. Errors: `decision_function`.
+
+        They are the softmax of the scores, and not calibrated.
+        """
+        return self._outputs(X).double().softmax(-1).numpy()
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """The logarithms of `predict_proba`."""
+        return self._outputs(X).double().log_softmax(-1).numpy()
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The labels `[n]`. Errors: `decision_function`."""
+        scores = self._outputs(X)
+        return self.classes_[scores.argmax(-1).numpy()]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The mean accuracy. Errors: `decision_function`."""
+        labels = _labels(y)
+        right = self.predict(X) == labels
+        return float(np.average(right, weights=sample_weight))
+
+    def _metadata(self) -> dict[str, Any]:
+        labels = self.classes_.tolist()
+        if not all(isinstance(label, (str, int)) for label in labels):
+            raise TypeError(
+                f"save: expected labels that are strings or integers, found {a_few([repr(label) for label in labels])}"
+            )
+        return {"classes": labels, "head": self.head, "prototypes": self._fitted().prototypes}
+
+    def _state_of(self, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], learner: Learner) -> Adapted:
+        self.classes_ = _as_array(stored["classes"])
+        self.head = stored["head"]
+        state = super()._state_of(tensors, stored, learner)
+        state.prototypes = stored["prototypes"]
+        return state
+
+
+class FewShotRegressor(_FewShotEstimator):
+    """Learns a new function from a few points, with a meta-trained learner; scikit-learn's conventions.
+
+    As `FewShotClassifier`, without heads and classes; the learner's loss is the mean squared error.
+
+    Args:
+        learner: As in `FewShotClassifier`, like the following.
+        inner_lr: Inner learning rate; None: the learner's.
+        inner_steps: Inner steps, likewise.
+        transductive: Whether BatchNorm normalises by the examples that are predicted together.
+        task_state: "full" or "int8".
+        device: Where a run is loaded.
+
+    Example:
+        >>> import numpy as np, signmaml
+        >>> net = signmaml.MLP(1, 1)  # meta-trained, in earnest
+        >>> x = np.linspace(-5, 5, 10)[:, None]
+        >>> FewShotRegressor(net, inner_lr=0.01, inner_steps=5).fit(x, np.sin(x[:, 0])).predict(x).shape
+        (10,)
+    """
+
+    _estimator_type = "regressor"
+    _loss = "mse"
+
+    def __init__(
+        self,
+        learner: Learner | nn.Module | str | os.PathLike[str],
+        *,
+        inner_lr: Any = None,
+        inner_steps: int | None = None,
+        transductive: bool = False,
+        task_state: str = "full",
+        device: str | None = None,
+    ) -> None:
+        self.learner = learner
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.transductive = transductive
+        self.task_state = task_state
+        self.device = device
+
+    def fit(self: _Regressor, X: Any, y: Any) -> _Regressor:
+        """Adapts to the points of one function.
+
+        Args:
+            X: n examples.
+            y: Their targets, `[n]` or `[n, targets]`.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: An argument does not fit, or one of the constructor's.
+            FloatingPointError: The inner loop met a NaN or an Inf.
+        """
+        learner = self._settle()
+        x = learner.inputs(X)
+        targets = torch.as_tensor(np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y), device="cpu")
+        if targets.is_complex() or targets.dtype == torch.bool or targets.ndim not in (1, 2):
+            raise ValueError(f"y: expected targets [n] or [n, targets], found {targets.dtype} {list(targets.shape)}")
+        if len(targets) != len(x):
+            raise ValueError(f"y: expected {len(x)} targets, one for each example of X, found {len(targets)}")
+        if not bool(targets.isfinite().all()):
+            raise ValueError("y: expected finite targets, found NaN or Inf")
+        rows = targets.to(next(learner.model.parameters()).dtype).reshape(len(x), -1).to(learner.device)
+        (adapted,) = adapt_tasks(
+            learner,
+            x[None],
+            rows[None],
+            ways=None,
+            head="trained",
+            transductive=self.transductive,
+            task_state=self.task_state,
+        )
+        self._learner, self._adapted, self._one = learner, adapted, targets.ndim == 1
+        return self
+
+    _one: bool
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The predictions, `[n]` or `[n, targets]` as the targets of `fit` were.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            TypeError, ValueError, FileNotFoundError: `X` does not fit.
+        """
+        outputs = self._outputs(X).numpy()
+        return outputs[:, 0] if self._one else outputs
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The coefficient of determination R^2, the mean over targets; NaN if all targets are equal."""
+        truth = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y, dtype=np.float64)
+        truth = truth.reshape(len(truth), -1)
+        found = np.asarray(self.predict(X), dtype=np.float64).reshape(truth.shape)
+        weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        mean = np.average(truth, axis=0, weights=weights)
+        left = np.average((truth - found) ** 2, axis=0, weights=weights)
+        spread = np.average((truth - mean) ** 2, axis=0, weights=weights)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.mean(np.where(spread > 0, 1 - left / spread, np.nan)))
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"one": self._one}
+
+    def _state_of(self, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], learner: Learner) -> Adapted:
+        self._one = bool(stored["one"])
+        return super()._state_of(tensors, stored, learner)
+
+
+def is_adapted(path: str | os.PathLike[str]) -> bool:
+    """Whether a file was written by `save`; a folder or another file was not."""
+    return Path(path).is_file() and checkpoint.kind_of(Path(path)) == "adapted"
+
+
+def _support(learner: Learner, X: Any, y: Any) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Inputs, labels 0..ways-1 and classes of a support set."""
+    labels = _labels(y)
+    x = learner.inputs(X)
+    if len(labels) != len(x):
+        raise ValueError(f"y: expected {len(x)} labels, one for each example of X, found {len(labels)}")
+    try:
+        classes, numbers = np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(f"y: expected labels that can be sorted, found others: {error}") from error
+    if len(classes) < 2:
+        raise ValueError(f"y: expected at least 2 classes, found {len(classes)}")
+    return x, torch.from_numpy(numbers.astype(np.int64)).to(learner.device), classes
+
+
+def _labels(y: Any) -> np.ndarray:
+    if hasattr(y, "to_numpy"):
+        y = y.to_numpy()
+    if isinstance(y, Tensor):
+        y = y.detach().cpu().numpy()
+    if isinstance(y, np.ndarray) and y.dtype != object:
+        labels = y
+    elif isinstance(y, (str, bytes)) or not isinstance(y, Iterable):
+        raise TypeError(f"y: expected labels, one for each example, found {type(y).__name__}")
+    else:
+        labels = _as_array([plain_label(label) for label in y])
+    if labels.ndim != 1:
+        raise ValueError(f"y: expected labels [n], found shape {list(labels.shape)}")
+    if np.issubdtype(labels.dtype, np.inexact) and not np.all(labels == np.floor(labels)):
+        raise ValueError("y: expected class labels, found fractions; FewShotRegressor takes numbers")
+    return labels
+
+
+def _as_array(labels: list[Any]) -> np.ndarray:
+    """Labels of one kind as an array of it, others as objects."""
+    if all(isinstance(label, (str, np.str_)) for label in labels) or all(
+        type(label) in (int, bool) for label in labels
+    ):
+        return np.asarray(labels)
+    array = np.empty(len(labels), dtype=object)
+    array[:] = labels
+    return array
