@@ -186,6 +186,7 @@ def _adapt(
     if arguments["batch_norm"] == "support":
         arguments["batch_norm"] = "batch"  # the same inner steps
     params = signmaml_ext.adapt(model, x, y, task_state=state, **arguments)
+    own_head = {} if head is None else _tensors_of(model, head)
     tasks: list[Adapted] = []
     for i in range(len(x)):
         of_task = params.task(i) if isinstance(params, CompactParams) else {name: p[i] for name, p in params.items()}
@@ -193,11 +194,11 @@ def _adapt(
         if inductive and _norms(model):
             statistics = _support_statistics(with_parameters(model, of_task), x[i], own)
         if isinstance(params, CompactParams):
-            own_head = {} if head is None else _tensors_of(model, head)
             steps = {name: steps[i] for name, steps in params.counts.items()}
             tasks.append(CountedState(learner, Counts(steps, statistics, own_head), transductive, rates, head))
         else:
-            adapted = finished(model, of_task, statistics, transductive)
+            # The head too where the inner loop does not move it: the learner makes the next task's in its place.
+            adapted = finished(model, {**own_head, **of_task}, statistics, transductive)
             tasks.append(FullState(adapted, own, transductive))
     return tasks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -23,6 +24,7 @@ from .rates import InnerRates
 from .runs import RunFolder
 
 Place = str | os.PathLike[str]
+_MOST_TWINS = 64
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,30 @@ def read_weights(source: Place, which: str = "best", *, own: bool = False) -> St
     )
 
 
+@dataclass(eq=False)
+class _Known:
+    """What is known of a model: its head, and copies of it with other heads by thread and number of classes.
+
+    A copy is made once, since the package verifies a module when it first meets it.
+    """
+
+    head: Head | None = None
+    twins: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
+
+    def with_head(self, model: nn.Module, name: str, layer: nn.Linear) -> nn.Module:
+        key = (threading.get_ident(), layer.out_features)
+        twin = self.twins.get(key)
+        if twin is None:
+            if len(self.twins) >= _MOST_TWINS:
+                self.twins.clear()
+            twin = self.twins[key] = with_head(model, name, layer)
+        twin.get_submodule(name).load_state_dict(layer.state_dict())
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"head": self.head, "twins": {}}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Learner:
     """A meta-trained model with everything that it takes to adapt it to new classes; nothing changes it.
@@ -141,7 +167,7 @@ class Learner:
     example: ExampleFormat | None
     config: TrainConfig | None
     source: str
-    _known_head: list[Head] = field(default_factory=list)
+    _known: _Known = field(default_factory=lambda: _Known())
 
     @classmethod
     def load(
@@ -281,7 +307,7 @@ class Learner:
             arguments["inner_steps"] = inner_steps
         if loss is not None:
             arguments["loss"] = loss
-        return Learner(self.model, arguments, self.example, self.config, self.source, self._known_head)
+        return Learner(self.model, arguments, self.example, self.config, self.source, self._known)
 
     def inputs(self, examples: Any, name: str = "X") -> Tensor:
         """Examples of any kind as the model's inputs `[n, ...]`, on its device; see `ExampleFormat.inputs`.
@@ -304,8 +330,8 @@ class Learner:
                 `signmaml.heads`); "auto": the trained head for as many classes as it has, else prototypes.
 
         Returns:
-            The model, which shares the learner's tensors; its inner rates; and the name of its head, if that is not
-            the trained one as a whole.
+            The model, which shares the learner's tensors, and whose head is good until this thread's next call; its
+            inner rates; and the name of its head, if that is not the trained one as a whole.
 
         Raises:
             ValueError: The head cannot be had.
@@ -325,7 +351,8 @@ class Learner:
             layer = first_rows(trained, ways)
         else:
             layer = prototype_head(self.model, end.name, x, y, ways, self.arguments)
-        return with_head(self.model, end.name, layer), rates_for_head(rates, self.model, end.name), end.name
+        model = self._known.with_head(self.model, end.name, layer)
+        return model, rates_for_head(rates, self.model, end.name), end.name
 
     def takes_prototypes(self, x: Tensor, ways: int, head: str) -> bool:
         """Whether tasks of so many classes have heads of their own in `start`, where `x` are some inputs `[n, ...]`."""
@@ -337,9 +364,9 @@ class Learner:
         Raises:
             ValueError: It does not predict `[n, outputs]`.
         """
-        if not self._known_head:
-            self._known_head.append(head_of(self.model, x))
-        return self._known_head[0]
+        if self._known.head is None:
+            self._known.head = head_of(self.model, x)
+        return self._known.head
 
     def has_batch_norm(self) -> bool:
         """Whether the transductive and the inductive prediction differ."""

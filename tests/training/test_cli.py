@@ -285,7 +285,11 @@ def test_evaluate_another_protocol(run: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("--ways 4", "ways: expected at most 3"), ("--tasks 0", "--tasks"), ("--shots 9", "at least 12 images")],
+    [
+        ("--ways 4 --head trained", "more than the 3 classes"),
+        ("--tasks 0", "--tasks"),
+        ("--shots 9", "at least 12 images"),
+    ],
 )
 def test_evaluate_refuses(run: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert cli.main(["evaluate", str(run), *words.split()]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -652,3 +653,29 @@ def test_parameters_and_repr() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"set_params: expected any of learner, .*found 'ways'"):
         classifier.set_params(ways=3)
+
+
+def test_a_head_that_the_inner_loop_does_not_move_stays_with_its_task() -> None:
+    mine = Learner.of(conv(), inner_lr=0.05, inner_steps=2, adapt=["features.*"])
+    tasks = [(images(4, seed=i), labels(4, 4)) for i in range(2)]
+    new = images(3, seed=9)
+    for state in ("full", "int8"):
+        first = FewShotClassifier(mine, task_state=state).fit(*tasks[0])
+        before = first.predict_proba(new)
+        second = FewShotClassifier(mine, task_state=state).fit(*tasks[1])
+        np.testing.assert_array_equal(first.predict_proba(new), before)
+        assert not np.allclose(second.predict_proba(new), before)
+
+
+def test_threads_share_a_learner() -> None:
+    mine = Learner.of(conv(), inner_lr=0.05, inner_steps=2)
+    tasks = [(images(8, seed=i), labels(4, 8)) for i in range(12)]
+    new = images(3, seed=99)
+
+    def answer(task: tuple[Tensor, list[str]]) -> np.ndarray:
+        return FewShotClassifier(mine).fit(*task).predict_proba(new)
+
+    expected = [answer(task) for task in tasks]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(answer, tasks))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
