@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .examples import ExampleFormat
     from .learner import Learner
     from .models import MLP, Conv4, load_learn2learn_state_dict
+    from .tasks import TaskSampler
     from .tensors import TensorSampler
     from .trainer import MetaTrainer
 
@@ -38,6 +39,7 @@ _HOME = {
     "MLP": "models",
     "MetaTrainer": "trainer",
     "SinusoidSampler": "episodes",
+    "TaskSampler": "tasks",
     "TensorSampler": "tensors",
     "TrainConfig": "config",
     "evaluate": "evaluation",
@@ -59,6 +61,7 @@ __all__ = [
     "Learner",
     "MetaTrainer",
     "SinusoidSampler",
+    "TaskSampler",
     "TensorSampler",
     "TrainConfig",
     "evaluate",

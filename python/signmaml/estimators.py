@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from . import checkpoint
 from .adapted import Adapted, CountedState, Counts, FullState, adapt_tasks, check_task_state, prepared
 from .config import TrainConfig
-from .data.arguments import a_few
+from .data.arguments import a_few, plain_label
 from .examples import ExampleFormat
 from .heads import check_head, rates_for_head, with_stored_rows
 from .learner import Learner, as_learner, network_of
-from .tensors import plain_label
 
 _Self = TypeVar("_Self", bound="_FewShotEstimator")
 _Classifier = TypeVar("_Classifier", bound="FewShotClassifier")

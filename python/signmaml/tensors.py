@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.arguments import a_few, check_integer
+from .data.arguments import a_few, check_integer, plain_label
 from .episodes import MAX_SEED, ClassDraw, Episodes, NumberedSampler, check_class_sizes, checked_device
 
 
@@ -169,11 +169,6 @@ def _checked_labels(y: Any) -> list[Any]:
         if not isinstance(label, (int, str, tuple)):
             raise TypeError(f"y: expected labels that are integers or strings, found {type(label).__name__}")
     return labels
-
-
-def plain_label(label: Any) -> Any:
-    """A label as Python's own number or string, so that equal ones are one."""
-    return label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
 
 
 def _rows_by_class(labels: list[Any], wanted: Collection[Hashable] | None) -> dict[Any, list[int]]:

@@ -20,7 +20,14 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")
 OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "csrc/README.md")]
 NOT_RUN = "<!-- not run: "
 # Pages that train, which takes half a second or more.
-SLOW = ("README.md", "docs/start.md", "docs/howto/own_data.md", "docs/howto/own_model.md", "docs/howto/predict.md", "docs/howto/resume.md")
+SLOW = (
+    "README.md",
+    "docs/start.md",
+    "docs/howto/own_data.md",
+    "docs/howto/own_model.md",
+    "docs/howto/predict.md",
+    "docs/howto/resume.md",
+)
 
 
 def name_of(path: Path) -> str:

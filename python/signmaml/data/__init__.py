@@ -14,6 +14,7 @@ from __future__ import annotations
 from .arguments import SPLITS
 from .cache import cache_dir
 from .cifar import cifar_fs, fc100
+from .datasets import from_dataset
 from .folder import folder
 from .glyphs import glyphs
 from .image_set import ImageSet
@@ -33,6 +34,7 @@ __all__ = [
     "complete_splits",
     "fc100",
     "folder",
+    "from_dataset",
     "glyphs",
     "load",
     "mini_imagenet",

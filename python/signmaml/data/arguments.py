@@ -6,6 +6,9 @@ from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+import torch
+
 SPLITS = ("train", "val", "test")
 
 
@@ -53,3 +56,8 @@ def a_few(names: Collection[str], limit: int = 5) -> str:
     shown = list(names)[:limit]
     rest = len(names) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def plain_label(label: Any) -> Any:
+    """A label as Python's own number or string, so that equal ones are one."""
+    return label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
