@@ -64,7 +64,16 @@ def load_images(config: TrainConfig, split: str, *, progress: bool = True) -> Im
     from . import data
 
     check_data_name(config.data)
-    return data.load(config.data, split, root=config.data_root, image_size=config.image_size, progress=progress)
+    return data.load(
+        config.data,
+        split,
+        root=config.data_root,
+        image_size=config.image_size,
+        split_by=config.split_by,
+        min_images=config.min_images,
+        skip_damaged=config.skip_damaged,
+        progress=progress,
+    )
 
 
 def check_data_name(name: str) -> None:

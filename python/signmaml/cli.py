@@ -298,6 +298,9 @@ def _add_data(commands: Any) -> None:
         )
         action.add_argument("--data-root", metavar="DIR", help="where it lies on disk (the cache folder)")
         action.add_argument("--image-size", type=int, metavar="INT", help="pixels (the set's usual)")
+        own = action.add_argument_group("own images")
+        for field in ("split_by", "min_images", "skip_damaged"):
+            add_field(own, field, with_default=False)
         if name == "show":
             action.add_argument("--split", choices=("train", "val", "test"), default="train", help="(train)")
             action.add_argument("--out", metavar="FILE", help="PNG file (NAME-SPLIT.png)")

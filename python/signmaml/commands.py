@@ -17,6 +17,7 @@ from torch import nn
 from . import building, data, distributed
 from . import config as configs
 from .config import TrainConfig
+from .data.folder import Selection
 from .episodes import Episodes, Sampler, draw
 from .estimators import FewShotClassifier, is_adapted
 from .evaluation import Evaluation, Rates, default_chunk, evaluate_sampler, loss_for
@@ -346,7 +347,14 @@ def data_fetch(parsed: argparse.Namespace) -> int:
     """`signmaml data fetch`: downloads, draws or decodes the data that training would need."""
     for split in _splits_of(parsed):
         downloads = data.DATASETS[parsed.name].download
-        images = data.load(parsed.name, split, root=parsed.data_root, image_size=parsed.image_size, download=downloads)
+        images = data.load(
+            parsed.name,
+            split,
+            root=parsed.data_root,
+            image_size=parsed.image_size,
+            download=downloads,
+            **given_fields(parsed),
+        )
         print(f"{parsed.name}/{split}: {images.classes} classes, {len(images.images)} images of {_shape(images)}")
     return 0
 
@@ -354,7 +362,8 @@ def data_fetch(parsed: argparse.Namespace) -> int:
 def data_verify(parsed: argparse.Namespace) -> int:
     """`signmaml data verify`; returns 1 if there are problems."""
     building.check_data_name(parsed.name)
-    reports = data.verify(parsed.name, root=parsed.data_root, image_size=parsed.image_size)
+    selection = _selection(parsed)
+    reports = data.verify(parsed.name, root=parsed.data_root, image_size=parsed.image_size, selection=selection)
     for report in reports:
         found = f"{report.classes} classes, {report.images} images" if report.classes else "cannot be loaded"
         print(f"{parsed.name}/{report.split}: {found}: {'problems' if report.problems else 'complete'}")
@@ -368,7 +377,9 @@ def data_show(parsed: argparse.Namespace) -> int:
     from . import plots
 
     building.check_data_name(parsed.name)
-    images = data.load(parsed.name, parsed.split, root=parsed.data_root, image_size=parsed.image_size)
+    images = data.load(
+        parsed.name, parsed.split, root=parsed.data_root, image_size=parsed.image_size, **given_fields(parsed)
+    )
     out = Path(parsed.out or f"{parsed.name}-{parsed.split}.png")
     plots.draw_images(images, out)
     print(out)
@@ -379,8 +390,21 @@ def _splits_of(parsed: argparse.Namespace) -> tuple[str, ...]:
     """The splits of a set; for own images, those that exist."""
     building.check_data_name(parsed.name)
     if parsed.name == "folder" and parsed.data_root is not None:
-        return data.complete_splits(parsed.name, parsed.data_root) or data.SPLITS
+        splits = data.complete_splits(parsed.name, parsed.data_root, selection=_selection(parsed))
+        return splits or data.SPLITS
     return data.SPLITS
+
+
+def _selection(parsed: argparse.Namespace) -> Selection:
+    """How a command line selects among own images.
+
+    Raises:
+        ValueError: It does, but the set is another.
+    """
+    given = given_fields(parsed)
+    if given and parsed.name != "folder":
+        raise ValueError(f"{next(iter(given))}: expected none for {parsed.name!r}, whose splits are fixed, found one")
+    return Selection(**given)
 
 
 def _shape(images: data.ImageSet) -> str:

@@ -57,6 +57,13 @@ class TrainConfig:
     data: str = _option("glyphs", "data set (see 'signmaml data list'), 'folder' for own images, or 'sinusoid'")
     data_root: str | None = _option(None, "where the data set lies on disk; none: the cache folder")
     image_size: int | None = _option(None, "height and width of the images in pixels; none: the set's usual", least=1)
+    split_by: str | None = _option(
+        None,
+        "how own images are split: shares of classes such as 70:15:15, 'images' (same classes, other images), a file "
+        "or a folder of lists; none: by folders",
+    )
+    min_images: int = _option(1, "leave out classes of own images that have fewer", least=1)
+    skip_damaged: bool = _option(False, "leave out own images that cannot be decoded")
     rotations: bool | None = _option(
         None, "train on classes rotated by 90, 180, 270 degrees as classes of their own; none: as is usual for the set"
     )
@@ -168,6 +175,9 @@ class TrainConfig:
             raise ValueError(f"device: expected auto, cpu, cuda, cuda:INDEX or INDEX, found {self.device!r}")
         if self.data == "folder" and self.data_root is None:
             raise ValueError("data_root: expected the folder that holds the images for data 'folder', found none")
+        for name, none in (("split_by", None), ("min_images", 1), ("skip_damaged", False)):
+            if self.data != "folder" and getattr(self, name) != none:
+                raise ValueError(f"{name}: expected {none!r} for data {self.data!r}, found {getattr(self, name)!r}")
         self._check_model()
         if self.learn_inner_lr != "none" and self.inner_steps == 0:
             raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
@@ -361,7 +371,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, found {error}") from error
     if path.suffix in (".yaml", ".yml"):
-        values = _parse_yaml(text, path)
+        values = parse_yaml(text, path)
     elif path.suffix == ".toml":
         values = _parse_toml(text, path)
     else:
@@ -373,7 +383,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
     return check_names(values, str(path))
 
 
-def _parse_yaml(text: str, path: Path) -> Any:
+def parse_yaml(text: str, path: Path) -> Any:
+    """The values of YAML from a file that may be hostile.
+
+    Raises:
+        ValueError: It is no YAML, nested too deep, or has aliases.
+    """
     import yaml
 
     try:

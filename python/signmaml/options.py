@@ -10,14 +10,15 @@ from .values import parse_word
 
 # Fields of TrainConfig that an evaluation may override.
 EVALUATION_FIELDS = (
-    "data", "data_root", "ways", "shots", "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
+    "data", "data_root", "split_by", "min_images", "skip_damaged", "ways", "shots",
+    "method", "inner_lr", "test_steps", "batch_norm", "nonfinite",
     "sharpness_lower", "sharpness_norm", "sharpness_adaptive", "inner_rule", "inner_momentum", "inner_eps",
     "inner_weight_decay",
     "precision", "backend", "seed", "device",
 )  # fmt: skip
 
 # Those that `signmaml predict` may override.
-_OF_DATA = ("data", "data_root", "ways", "shots", "batch_norm", "seed")
+_OF_DATA = ("data", "data_root", "split_by", "min_images", "skip_damaged", "ways", "shots", "batch_norm", "seed")
 PREDICTION_FIELDS = tuple(name for name in EVALUATION_FIELDS if name not in _OF_DATA)
 
 

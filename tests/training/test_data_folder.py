@@ -17,7 +17,7 @@ from PIL import Image
 
 from helpers.cases.images import picture, write_image, write_tree, zip_tree
 from signmaml.data import decode, folder, sources
-from signmaml.data.folder import deal_out
+from signmaml.data.splitting import deal_out
 from signmaml.episodes import EpisodeSampler
 
 THREE = {"train/a": 3, "train/b": 2, "val/c": 2, "test/d": 1}

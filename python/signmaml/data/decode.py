@@ -61,6 +61,8 @@ def decode(
     name: str,
     split: str,
     progress: bool,
+    skip_damaged: bool = False,
+    min_images: int = 1,
 ) -> ImageSet:
     """Decodes the files of each class.
 
@@ -71,18 +73,26 @@ def decode(
         name: The set's name.
         split: The split's name.
         progress: Whether to show progress on stderr.
+        skip_damaged: Whether files that cannot be decoded are left out.
+        min_images: Classes that then have fewer images are left out.
 
     Raises:
-        ValueError: A file cannot be decoded; the message names it.
+        ValueError: A file cannot be decoded; the message names it. With `skip_damaged`: no class has enough images.
     """
     sizes = [len(files) for files in classes.values()]
     side = decoding.image_size
     images = torch.empty(sum(sizes), decoding.channels, side, side, dtype=torch.uint8, device="cpu")
     pixels = images.numpy()
+    good = np.ones(len(pixels), dtype=bool)
 
     def decode_class(first: int, files: Sequence[SourceFile]) -> None:
         for row, file in enumerate(files, start=first):
-            pixels[row] = decode_file(source, file, decoding)
+            try:
+                pixels[row] = decode_file(source, file, decoding)
+            except ValueError:
+                if not skip_damaged:
+                    raise
+                good[row] = False
 
     starts = [0, *accumulate(sizes)][:-1]
     with _threads() as pool:
@@ -93,7 +103,21 @@ def decode(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # report the error without decoding the rest
             raise
-    return ImageSet(name, split, images, tuple(classes), torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+    names = list(classes)
+    if not good.all():
+        counts = [int(good[first : first + size].sum()) for first, size in zip(starts, sizes, strict=True)]
+        for first, size, count in zip(starts, sizes, counts, strict=True):
+            if count < min_images:
+                good[first : first + size] = False
+        kept = [(name, count) for name, count in zip(names, counts, strict=True) if count >= min_images]
+        if not kept:
+            raise ValueError(
+                f"{source.label}: expected a class with at least {min_images} images of {split!r} that can be decoded, "
+                "found none"
+            )
+        names, sizes = [name for name, _ in kept], [count for _, count in kept]
+        images = images[torch.from_numpy(good)]
+    return ImageSet(name, split, images, tuple(names), torch.tensor(sizes, dtype=torch.int64, device="cpu"))
 
 
 def decode_file(source: Source, file: SourceFile, decoding: Decoding) -> np.ndarray:
@@ -165,23 +189,37 @@ class Shapes:
     colour: bool
 
 
-def probe(source: Source, files: Sequence[SourceFile], *, what: str, progress: bool) -> Shapes:
+def probe(
+    source: Source, files: Sequence[SourceFile], *, what: str, progress: bool, skip_damaged: bool = False
+) -> Shapes:
     """Reads the headers of images.
 
     Raises:
-        ValueError: A file is not an image; the message names it.
+        ValueError: A file is not an image; the message names it. With `skip_damaged`: none is.
     """
+
+    def header(file: SourceFile) -> tuple[tuple[int, int], str] | None:
+        try:
+            return _header(source, file)
+        except ValueError:
+            if not skip_damaged:
+                raise
+            return None
+
     sizes: Counter[tuple[int, int]] = Counter()
     colour = False
     with _threads() as pool:
         try:
-            headers = pool.map(lambda file: _header(source, file), files)
-            for size, mode in track(headers, total=len(files), what=what, unit="images", show=progress):
-                sizes[size] += 1
-                colour = colour or mode in _COLOUR_MODES
+            headers = pool.map(header, files)
+            for found in track(headers, total=len(files), what=what, unit="images", show=progress):
+                if found is not None:
+                    sizes[found[0]] += 1
+                    colour = colour or found[1] in _COLOUR_MODES
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if not sizes:
+        raise ValueError(f"{source.label}: expected an image that can be decoded, found none")
     return Shapes(sizes, colour)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import PurePosixPath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from .arguments import SPLITS, a_few, check_integer, check_split
 from .cache import cached
 from .decode import IMAGE_SIZES, Decoding, common_size, decode, probe
 from .image_set import ImageSet
 from .sources import Source, SourceFile, by_folder, fingerprint, open_source
+from .splitting import SHARES, Classes, Rule, by_classes, by_images, by_lists, rule_of
 
 # Names of split folders, in lower case and without "meta" before and "set", "data" and the like after them.
 SPLIT_FOLDERS = {
@@ -24,10 +24,6 @@ SPLIT_FOLDERS = {
 }  # fmt: skip
 # Names that may as well be a class's: they are split folders if all folders on top are.
 PERHAPS_SPLIT_FOLDERS = {"base": "train", "novel": "test", "dev": "val"}
-SHARES = {"val": 0.16, "test": 0.20}  # of the classes; the other 64 % are for training, as in mini-ImageNet
-
-
-Classes = Mapping[str, list[SourceFile]]  # class name -> its files
 
 
 def folder(
@@ -37,6 +33,9 @@ def folder(
     image_size: int | None = None,
     channels: int | None = None,
     seed: int = 0,
+    split_by: str | None = None,
+    min_images: int = 1,
+    skip_damaged: bool = False,
     progress: bool = True,
 ) -> ImageSet:
     """Own images, one folder per class: PNG, JPEG, BMP, GIF (first frame), WebP, TIFF, PPM, PGM, PBM, JPEG 2000 or PCX.
@@ -55,7 +54,16 @@ def folder(
         image_size: Height and width, 8 to 1024, that images are resized to (antialiased, the aspect ratio is not
             kept). None: the images' own size, which must be square and the same in all splits.
         channels: 1: grey; 3: RGB; None: RGB if any image of any split has colour channels, else grey.
-        seed: Determines the split if the tree has no split folders. Default 0.
+        seed: Determines the split if the tree has no split folders, or images are split. Default 0.
+        split_by: How the splits are made. None: by folders, as above. ``"70:15:15"``: shares of the classes for train,
+            val and test; 0 for none. ``"images"`` or ``"images:70:15:15"``: every split has all classes, with other
+            images of each: for a task of your own, not for new classes. The path of a .json or .yaml file with a list
+            of classes under each of ``train``, ``val`` and ``test``. The path of a folder with ``train.csv``,
+            ``val.csv`` and ``test.csv``, whose columns ``filename`` and ``label`` list images, as mini-ImageNet's
+            releases do; the images may then lie anywhere. Split folders in the tree allow None alone. Images and
+            classes that no list names are left out, with a warning.
+        min_images: Classes with fewer images are left out, with a warning; before classes are split.
+        skip_damaged: Whether images that cannot be decoded are left out, with a warning, instead of being an error.
         progress: Whether to show progress on stderr.
 
     Returns:
@@ -74,15 +82,49 @@ def folder(
         image_size = check_integer("image_size", image_size, *IMAGE_SIZES)
     if channels not in (None, 1, 3):
         raise ValueError(f"channels: expected 1, 3 or None, found {channels!r}")
+    selection = Selection(split_by, min_images, skip_damaged)
     with open_source(root) as source:
-        found = find_classes(source, seed=seed)
+        found = find_classes(source, selection, seed=seed)
         _report_left_out(source)
-        return decode_own(source, found, split, image_size=image_size, channels=channels, progress=progress)
+        return decode_own(
+            source, found, split, image_size=image_size, channels=channels, selection=selection, progress=progress
+        )
 
 
-def find_classes(source: Source, *, seed: int = 0) -> dict[str, Classes]:
+@dataclass(frozen=True)
+class Selection:
+    """Which of own images are in which split; see `folder`.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: An attribute is out of range.
+    """
+
+    split_by: str | None = None
+    min_images: int = 1
+    skip_damaged: bool = False
+
+    def __post_init__(self) -> None:
+        check_integer("min_images", self.min_images, 1)
+        if not isinstance(self.skip_damaged, bool):
+            raise TypeError(f"skip_damaged: expected True or False, found {self.skip_damaged!r}")
+        if self.split_by is not None:
+            rule_of(self.split_by)
+
+    def least_of_a_split(self) -> int:
+        """The least number of images of a class in one split: any, if the images of a class are in several."""
+        shared = self.split_by is not None and rule_of(self.split_by).of == "images"
+        return 1 if shared else self.min_images
+
+
+def find_classes(source: Source, selection: Selection | None = None, *, seed: int = 0) -> dict[str, Classes]:
     """Split -> its classes in order; see `folder` for the rules and errors."""
-    classes = _class_folders(source)
+    selection = selection or Selection()
+    rule = None if selection.split_by is None else rule_of(selection.split_by)
+    if rule is not None and rule.place is not None and rule.place.is_dir():
+        splits, left = by_lists({}, source, rule.place)
+        _warn_of_unlisted(source.label, rule.place, left, "images")
+        return {split: _large(classes, selection.min_images, source.label) for split, classes in splits.items()}
+    classes: Classes = _class_folders(source)
     of_top = _splits_of_tops(classes, source.label)
     in_split = {name for name in classes if name.partition("/")[0] in of_top and "/" in name}
     if in_split and len(in_split) < len(classes):
@@ -91,14 +133,42 @@ def find_classes(source: Source, *, seed: int = 0) -> dict[str, Classes]:
             f"{source.label}: expected class folders in split folders (train, val, test) or no split folders at "
             f"all, found both: {min(in_split)!r}, but also {a_few(rest, 3)}"
         )
+    if in_split and rule is not None:
+        raise ValueError(
+            f"split_by: expected None for a tree with split folders ({', '.join(sorted(of_top))}), found "
+            f"{selection.split_by!r}"
+        )
+    classes = _large(classes, selection.min_images, source.label)
     if not in_split:
-        return _dealt_out(classes, seed, source.label)
-    splits: dict[str, dict[str, list[SourceFile]]] = {split: {} for split in SPLITS}
+        return _divided(classes, source, seed, rule)
+    splits = {split: {} for split in SPLITS}
     for name, files in classes.items():
         top, _, name_in_split = name.partition("/")
-        splits[of_top[top]][name_in_split] = list(files)
+        splits[of_top[top]] = {**splits[of_top[top]], name_in_split: list(files)}
     _warn_of_shared_classes(splits, source.label)
     return {split: dict(sorted(found.items())) for split, found in splits.items()}
+
+
+def _divided(classes: Classes, source: Source, seed: int, rule: Rule | None) -> dict[str, Classes]:
+    """The splits of a tree without split folders."""
+    if rule is not None and rule.place is not None:
+        splits, left = by_lists(classes, source, rule.place)
+        _warn_of_unlisted(source.label, rule.place, left, "classes")
+        return splits
+    divide = by_images if rule is not None and rule.of == "images" else by_classes
+    try:
+        return divide(classes, seed, SHARES if rule is None else rule.shares)
+    except ValueError as error:
+        advice = "; or make the folders train, val and test" if rule is None else ""
+        raise ValueError(f"{source.label}: {error}{advice}") from error
+
+
+def _large(classes: Classes, min_images: int, label: str) -> Classes:
+    """The classes that have enough images."""
+    small = [f"{name} ({len(files)})" for name, files in classes.items() if len(files) < min_images]
+    if small:
+        _warn(f"{label}: {len(small)} classes have fewer than {min_images} images and are left out: {a_few(small)}")
+    return {name: files for name, files in classes.items() if len(files) >= min_images}
 
 
 def class_folders(source: Source) -> Classes:
@@ -180,20 +250,24 @@ def decode_own(
     image_size: int | None,
     channels: int | None,
     progress: bool,
+    selection: Selection | None = None,
     use_cache: bool = True,
 ) -> ImageSet:
     """Decodes one split of an open source, or takes it from the cache."""
+    selection = selection or Selection()
     classes = found[split]
     if not classes:
-        have = ", ".join(s for s in SPLITS if found[s])
+        have = ", ".join(s for s in SPLITS if found[s]) or "none"
         raise ValueError(f"split: {source.label} has no classes for {split!r}, it has {have}")
     key = {
         "name": "folder",
         "split": split,
         "source": fingerprint(source, source.images),
+        "files": fingerprint(source, [file for files in classes.values() for file in files]),
         "classes": list(classes),
         "image_size": image_size,
         "channels": channels,
+        "selection": [selection.least_of_a_split(), selection.skip_damaged],
         "decoding": 1,
     }
 
@@ -202,47 +276,25 @@ def decode_own(
         if size is None or depth is None:
             # Look at all splits, so that a network trained on one can be tested on another.
             files = [file for group in found.values() for part in group.values() for file in part]
-            shapes = probe(source, files, what="folder: reading headers", progress=progress)
+            what = "folder: reading headers"
+            shapes = probe(source, files, what=what, progress=progress, skip_damaged=selection.skip_damaged)
             size = common_size(shapes, source.label) if size is None else size
             depth = (3 if shapes.colour else 1) if depth is None else depth
-        return decode(source, classes, Decoding(size, depth), name="folder", split=split, progress=progress)
-
-    found_images = cached(key, build) if use_cache else build()
-    _warn_of_constant_images(found_images, source.label)
-    return found_images
-
-
-def deal_out(names: list[str], seed: int) -> dict[str, list[str]]:
-    """Classes by split, 64 / 16 / 20 %, determined by name and seed alone; see `folder`.
-
-    Raises:
-        ValueError: Fewer than three classes.
-
-    Example:
-        >>> deal_out(["a", "b", "c", "d", "e"], seed=0)
-        {'train': ['b', 'c', 'e'], 'val': ['a'], 'test': ['d']}
-    """
-    if len(names) < len(SPLITS):
-        raise ValueError(
-            f"expected at least {len(SPLITS)} classes to split into train, val and test, found {len(names)}"
+        return decode(
+            source,
+            classes,
+            Decoding(size, depth),
+            name="folder",
+            split=split,
+            progress=progress,
+            skip_damaged=selection.skip_damaged,
+            min_images=selection.least_of_a_split(),
         )
 
-    def rank(name: str) -> bytes:
-        composed = unicodedata.normalize("NFC", name)
-        return hashlib.sha256(f"{seed}:{composed}".encode("utf-8", "surrogateescape")).digest()
-
-    ranked = sorted(names, key=rank)
-    test, val = (max(1, round(SHARES[split] * len(names))) for split in ("test", "val"))
-    parts = {"train": ranked[test + val :], "val": ranked[test : test + val], "test": ranked[:test]}
-    return {split: sorted(part) for split, part in parts.items()}
-
-
-def _dealt_out(classes: Classes, seed: int, label: str) -> dict[str, Classes]:
-    try:
-        parts = deal_out(list(classes), seed)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}; or make the folders train, val and test") from error
-    return {split: {name: classes[name] for name in names} for split, names in parts.items()}
+    found_images = cached(key, build) if use_cache else build()
+    _warn_of_damaged(classes, found_images, source.label)
+    _warn_of_constant_images(found_images, source.label)
+    return found_images
 
 
 def _without_common_folders(folders: dict[str, list[SourceFile]]) -> dict[str, list[SourceFile]]:
@@ -263,6 +315,23 @@ def _warn_of_shared_classes(splits: Mapping[str, Classes], label: str) -> None:
             f"{label}: {len(shared)} classes are in more than one split ({a_few(shared, 3)}); a few-shot test is meant "
             "to be on classes that training has not seen"
         )
+
+
+def _warn_of_damaged(classes: Classes, images: ImageSet, label: str) -> None:
+    """Says what `skip_damaged` left out, also of a set that comes from the cache."""
+    here = dict(zip(images.class_names, images.class_sizes.tolist(), strict=True))
+    lost = {name: len(files) - here.get(name, 0) for name, files in classes.items()}
+    if not any(lost.values()):
+        return
+    shown = a_few([f"{count} of {name}" for name, count in lost.items() if count])
+    gone = [name for name in classes if name not in here]
+    classes_lost = f"; {len(gone)} classes then have too few images and are left out: {a_few(gone)}" if gone else ""
+    _warn(f"{label}: images of {images.split!r} that cannot be decoded are left out: {shown}{classes_lost}")
+
+
+def _warn_of_unlisted(label: str, place: Path, names: Sequence[str], what: str) -> None:
+    if names:
+        _warn(f"{label}: {len(names)} {what} are in no list of {place} and left out ({a_few(names, 3)})")
 
 
 def _warn_of_constant_images(images: ImageSet, label: str) -> None:

@@ -123,6 +123,9 @@ def load(
     root: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     download: bool = False,
+    split_by: str | None = None,
+    min_images: int = 1,
+    skip_damaged: bool = False,
     progress: bool = True,
 ) -> ImageSet:
     """Loads one split of a named set; each set also has its own function with more options.
@@ -134,6 +137,9 @@ def load(
             sets that can be downloaded. ``"folder"`` requires it, ``"glyphs"`` does not allow it.
         image_size: Height and width. None: the set's default, `DatasetInfo.image_size`.
         download: Whether missing files may be downloaded. It has no effect for glyphs and own images.
+        split_by: For own images, as in `folder`; likewise the next two.
+        min_images: Least number of images in a class.
+        skip_damaged: Whether damaged images are left out.
         progress: Whether to show progress on stderr.
 
     Returns:
@@ -152,12 +158,29 @@ def load(
     check_choice("name", name, DATASETS)
     check_split(split)
     check_root(name, root)
+    check_selection(name, split_by, min_images, skip_damaged)
     if name == "glyphs":
         return glyphs(split, image_size=28 if image_size is None else image_size, progress=progress)
     if name == "folder":
         assert root is not None
-        return folder(root, split, image_size=image_size, progress=progress)
+        return folder(
+            root,
+            split,
+            image_size=image_size,
+            split_by=split_by,
+            min_images=min_images,
+            skip_damaged=skip_damaged,
+            progress=progress,
+        )
     return _LOADERS[name](split, root=root, image_size=image_size, download=download, progress=progress)
+
+
+def check_selection(name: str, split_by: str | None, min_images: int, skip_damaged: bool) -> None:
+    """Raises ValueError if a set that is not own images is given what selects among them."""
+    given = {"split_by": split_by is not None, "min_images": min_images != 1, "skip_damaged": bool(skip_damaged)}
+    for argument, is_given in given.items():
+        if is_given and name != "folder":
+            raise ValueError(f"{argument}: expected none for {name!r}, whose splits are fixed, found one")
 
 
 def check_root(name: str, root: str | os.PathLike[str] | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .arguments import SPLITS, a_few, check_choice, check_integer
 from .decode import IMAGE_SIZES
-from .folder import decode_own, find_classes
+from .folder import Selection, decode_own, find_classes
 from .glyphs import GLYPH_SIZES, draw_split
 from .image_set import ImageSet
 from .registry import DATASETS, STANDARD, check_root
@@ -37,12 +37,13 @@ class SplitReport:
     problems: tuple[str, ...] = ()
 
 
-def complete_splits(name: str, root: Place = None) -> tuple[str, ...]:
+def complete_splits(name: str, root: Place = None, *, selection: Selection | None = None) -> tuple[str, ...]:
     """The splits that have all their classes on disk. Only lists files; nothing is decoded or downloaded.
 
     Args:
         name: A key of `DATASETS`.
         root: As for `load`.
+        selection: Which own images are in which split.
 
     Returns:
         Splits in order; empty if nothing is there.
@@ -62,7 +63,7 @@ def complete_splits(name: str, root: Place = None) -> tuple[str, ...]:
         return ()
     if name == "folder":
         with open_source(place) as source:
-            splits = find_classes(source)
+            splits = find_classes(source, selection)
         return tuple(split for split in SPLITS if splits[split])
     standard = STANDARD[name]
     with standard.open(Path(place).expanduser()) as source:
@@ -71,7 +72,12 @@ def complete_splits(name: str, root: Place = None) -> tuple[str, ...]:
 
 
 def verify(
-    name: str, *, root: Place = None, image_size: int | None = None, progress: bool = True
+    name: str,
+    *,
+    root: Place = None,
+    image_size: int | None = None,
+    selection: Selection | None = None,
+    progress: bool = True,
 ) -> tuple[SplitReport, ...]:
     """Checks that every split is complete, every image decodes (bypassing the cache) and counts are as published.
 
@@ -79,6 +85,7 @@ def verify(
         name: A key of `DATASETS`.
         root: As for `load`.
         image_size: As for `load`; needed only for own images of different sizes.
+        selection: Which own images are in which split.
         progress: Whether to show progress on stderr.
 
     Returns:
@@ -93,11 +100,12 @@ def verify(
     if image_size is not None:
         image_size = check_integer("image_size", image_size, *(GLYPH_SIZES if name == "glyphs" else IMAGE_SIZES))
     expected = DATASETS[name].images_per_class
-    return tuple(_report(split, read, expected) for split, read in _readers(name, root, image_size, progress))
+    readers = _readers(name, root, image_size, progress, selection)
+    return tuple(_report(split, read, expected) for split, read in readers)
 
 
 def _readers(
-    name: str, root: Place, image_size: int | None, progress: bool
+    name: str, root: Place, image_size: int | None, progress: bool, selection: Selection | None
 ) -> Iterator[tuple[str, Callable[[], ImageSet]]]:
     """For each split, a function that decodes it again; sources stay open during the iteration."""
     if name == "glyphs":
@@ -107,8 +115,8 @@ def _readers(
     if name == "folder":
         assert root is not None
         with open_source(root) as source:
-            found = find_classes(source)
-            read_own = partial(decode_own, source, found, image_size=image_size, channels=None)
+            found = find_classes(source, selection)
+            read_own = partial(decode_own, source, found, image_size=image_size, channels=None, selection=selection)
             for split in filter(found.get, SPLITS):
                 yield split, partial(read_own, split, progress=progress, use_cache=False)
         return
