@@ -331,7 +331,8 @@ def data_list(parsed: argparse.Namespace) -> int:
         print(f"{name:<14} {known.summary}")
         if known.classes:
             counts = " / ".join(map(str, known.classes.values()))
-            size = f"{known.images_per_class} images, {known.image_size} x {known.image_size} pixels"
+            each = known.images_per_class or "various numbers of"
+            size = f"{each} images, {known.image_size} x {known.image_size} pixels"
             print(f"{'':<14} {counts} classes (train / val / test) of {size}")
         print(f"{'':<14} from: {known.origin}")
         here = ", ".join(data.complete_splits(name))

@@ -16,11 +16,12 @@ from PIL import Image
 from helpers.cases.images import picture, write_image, write_tree, zip_tree
 from signmaml import data
 from signmaml.data.cifar import CIFAR_FS, FC100
+from signmaml.data.cub import CUB
 from signmaml.data.mini_imagenet import MINI_IMAGENET
 from signmaml.data.omniglot import OMNIGLOT
 from signmaml.data.standard import split_facts
 
-SETS = {standard.name: standard for standard in (OMNIGLOT, FC100, CIFAR_FS, MINI_IMAGENET)}
+SETS = {standard.name: standard for standard in (OMNIGLOT, FC100, CIFAR_FS, MINI_IMAGENET, CUB)}
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,7 @@ SIZES = {
     "fc100": (60, 20, 20),
     "cifar_fs": (64, 16, 20),
     "mini_imagenet": (64, 16, 20),
+    "cub": (100, 50, 50),
 }
 
 
@@ -68,6 +70,11 @@ def test_fc100_shares_no_superclass_and_both_cifar_splits_cover_cifar100() -> No
     assert sum(map(len, supers)) == len(set.union(*supers)) == 20
     for standard in (FC100, CIFAR_FS):
         assert set().union(*standard.classes.values()) == set(coarse)
+
+
+def test_cub_is_split_by_the_numbers_of_the_species() -> None:
+    numbers = {split: [int(name[:3]) for name in CUB.classes[split]] for split in data.SPLITS}
+    assert numbers == {"train": list(range(1, 201, 2)), "val": list(range(2, 201, 4)), "test": list(range(4, 201, 4))}
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -260,7 +267,7 @@ def test_verify_own_images(tmp_path: Path) -> None:
 
 
 def test_registry_says_what_can_be_named() -> None:
-    assert list(data.DATASETS) == ["glyphs", "omniglot", "fc100", "cifar_fs", "mini_imagenet", "folder"]
+    assert list(data.DATASETS) == ["glyphs", "omniglot", "fc100", "cifar_fs", "mini_imagenet", "cub", "folder"]
     for name, info in data.DATASETS.items():
         assert info.name == name and info.summary and info.origin
         json.dumps(dict(info.classes))
@@ -316,3 +323,19 @@ def test_data_needs_no_native_code() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_cub_from_the_release(tmp_path: Path) -> None:
+    """Photographs of several sizes, beside masks under the same names."""
+    root = tmp_path / "CUB_200_2011"
+    for number, name in enumerate(CUB.classes["test"]):
+        for index in range(2 + number % 2):
+            write_image(root / "images" / name / f"{index}.png", number, size=20 + index, channels=3)
+        write_image(root / "segmentations" / name / "0.png", number, size=20)
+    images = data.cub("test", root=root, image_size=16, progress=False)
+    assert images.class_names == CUB.classes["test"] and images.image_shape == (3, 16, 16)
+    assert images.class_sizes.tolist() == [2 + number % 2 for number in range(50)]
+    reports = {report.split: report for report in data.verify("cub", root=root, image_size=16, progress=False)}
+    assert not reports["test"].problems and "100 of 100 classes are missing" in reports["train"].problems[0]
+    with pytest.raises(ValueError, match="download: cub has no public download"):
+        data.load("cub", "test", download=True)

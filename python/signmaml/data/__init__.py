@@ -14,6 +14,7 @@ from __future__ import annotations
 from .arguments import SPLITS
 from .cache import cache_dir
 from .cifar import cifar_fs, fc100
+from .cub import cub
 from .datasets import from_dataset
 from .folder import folder
 from .glyphs import glyphs
@@ -32,6 +33,7 @@ __all__ = [
     "cache_dir",
     "cifar_fs",
     "complete_splits",
+    "cub",
     "fc100",
     "folder",
     "from_dataset",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .arguments import SPLITS, check_choice, check_split
 from .cifar import CIFAR_FS, FC100, cifar_fs, fc100
+from .cub import CUB, cub
 from .folder import folder
 from .glyphs import class_counts, glyphs
 from .image_set import ImageSet
@@ -27,7 +28,7 @@ class DatasetInfo:
         image_size: Default height and width; None: the images' own.
         channels: 1 (grey) or 3 (RGB); None: as the images are.
         classes: Split -> number of classes, without rotations; empty if it depends on the images.
-        images_per_class: As published; None if it depends on the images.
+        images_per_class: As published; None if classes differ, or it depends on the images.
         rotations: Whether training usually counts rotated classes as separate classes.
         download: Whether `load` can fetch it with ``download=True``.
         needs_root: Whether `root` is required.
@@ -48,13 +49,14 @@ class DatasetInfo:
 
 
 STANDARD: Mapping[str, StandardSet] = {
-    standard.name: standard for standard in (OMNIGLOT, FC100, CIFAR_FS, MINI_IMAGENET)
+    standard.name: standard for standard in (OMNIGLOT, FC100, CIFAR_FS, MINI_IMAGENET, CUB)
 }
 _LOADERS: Mapping[str, Callable[..., ImageSet]] = {
     "omniglot": omniglot,
     "fc100": fc100,
     "cifar_fs": cifar_fs,
     "mini_imagenet": mini_imagenet,
+    "cub": cub,
 }
 
 
@@ -101,6 +103,11 @@ DATASETS: dict[str, DatasetInfo] = {
             "mini_imagenet",
             "100 classes of ImageNet (Ravi and Larochelle split)",
             "ImageNet's terms: non-commercial research, no public download; your own copy",
+        ),
+        _published(
+            "cub",
+            "photographs of 200 species of birds (split of Chen et al. 2019)",
+            "CUB-200-2011 (Wah et al. 2011), for research; your own copy",
         ),
         DatasetInfo(
             name="folder",

@@ -28,7 +28,7 @@ class StandardSet:
         name: The set's name.
         classes: Split -> its class names, in order.
         decoding: Default size, channels and inversion.
-        images_per_class: As published.
+        images_per_class: As published; None: classes differ.
         find: Source -> every class of the set that it contains, with its files.
         layouts: Description of the accepted roots, for messages.
         open: Opens a root; default `open_source`.
@@ -39,7 +39,7 @@ class StandardSet:
     name: str
     classes: Mapping[str, tuple[str, ...]]
     decoding: Decoding
-    images_per_class: int
+    images_per_class: int | None
     find: Callable[[Source], Classes]
     layouts: str
     open: Callable[[Path], Source] = open_source
