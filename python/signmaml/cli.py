@@ -183,7 +183,22 @@ def build_parser() -> Parser:
     _add_data(commands)
     info = _command(commands, "info", "info", "versions, devices, and which backends can be used")
     info.add_argument("--json", action="store_true", help="print JSON")
+    completion = _command(commands, None, "completion", "print a script that completes commands and options in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh"), help="the shell; the script goes into its startup")
+    completion.set_defaults(run=_completion)
     return parser
+
+
+def _completion(parsed: argparse.Namespace) -> int:
+    """`signmaml completion`."""
+    try:
+        import shtab
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "completion: expected the package shtab, found none; pip install shtab brings it"
+        ) from error
+    print(shtab.complete(build_parser(), shell=parsed.shell))
+    return 0
 
 
 def _add_train(commands: Any) -> None:
@@ -260,6 +275,9 @@ def _add_predict(commands: Any) -> None:
     results.add_argument("--json", metavar="FILE", help="also write a JSON file; - for stdout alone")
     results.add_argument("--sheet", metavar="FILE", help="also draw support and query images, a PNG file")
     results.add_argument("--save", metavar="FILE", help="also write the adapted learner, a .safetensors file")
+    results.add_argument(
+        "--export", metavar="FILE", help="also write the adapted network, as .pt2, .onnx, .safetensors"
+    )
     group = parser.add_argument_group("other than the run was configured")
     for name in PREDICTION_FIELDS:
         add_field(group, name, with_default=False)

@@ -226,7 +226,7 @@ def predict(parsed: argparse.Namespace) -> int:
     """`signmaml predict`."""
     if parsed.json == parsed.csv == "-":
         raise ValueError("--csv, --json: expected at most one of them on stdout, found both")
-    for name in ("csv", "json", "sheet", "save"):  # before any work
+    for name in ("csv", "json", "sheet", "save", "export"):  # before any work
         place = getattr(parsed, name)
         if place not in (None, "-") and not Path(place).parent.is_dir():
             raise FileNotFoundError(f"--{name}: expected a file in an existing folder, found none at {place}")
@@ -243,6 +243,8 @@ def predict(parsed: argparse.Namespace) -> int:
         sheets.draw_predictions(found, queries.inputs, support, Path(parsed.sheet), title=str(how["learner"]))
     if parsed.save:
         classifier.save(parsed.save)
+    if parsed.export:
+        classifier.export(parsed.export)
     for place, text in written.items():
         if place not in (None, "-"):
             write_atomically(place, text)

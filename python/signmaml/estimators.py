@@ -46,6 +46,7 @@ class _FewShotEstimator:
     _loss = ""
     _adapted: Adapted | None = None
     _learner: Learner
+    _input: Tensor | None = None  # an input like those of fit, of zeros
 
     @classmethod
     def _parameters(cls) -> list[str]:
@@ -190,6 +191,37 @@ class _FewShotEstimator:
             **self._metadata(),
         }
         checkpoint.save(Path(path), adapted.tensors(), kind="adapted", metadata=metadata)
+
+    def export(self, path: str | os.PathLike[str], X: Any = None, *, probabilities: bool = False) -> None:
+        """Writes the adapted network for other programs: its state dict, a program of torch.export, or ONNX.
+
+        Args:
+            path: ``*.safetensors``, ``*.pt2`` or ``*.onnx``; see `signmaml.export.export`. The file also says the
+                classes.
+            X: Some examples, for the inputs' shape; None: those of `fit`, or of the learner's format.
+            probabilities: Whether the softmax is part of the network (.pt2 and .onnx).
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, RuntimeError: As `signmaml.export.export`;
+                or nothing says the inputs' shape.
+        """
+        from .export import export
+
+        adapted, learner = self._fitted(), self._learner
+        if X is not None:
+            x = learner.inputs(X)
+        elif self._input is not None:
+            x = self._input
+        elif learner.example is not None:
+            x = torch.zeros(1, *learner.example.shape, dtype=next(adapted.module().parameters()).dtype, device="cpu")
+        else:
+            raise ValueError("X: expected some examples, since this learner was loaded and says no shape, found none")
+        export(adapted.module(), path, x, probabilities=probabilities, metadata=self._export_metadata())
+
+    def _export_metadata(self) -> dict[str, Any]:
+        example = self._learner.example
+        return {"example": None if example is None else example.to_json()}
 
     @classmethod
     def load(
@@ -359,19 +391,19 @@ class FewShotClassifier(_FewShotEstimator):
         """
         return [type(self)(**self.get_params())._take(fitted) for fitted in self._fit_all(list(tasks))]
 
-    def _take(self: _Classifier, fitted: tuple[Learner, np.ndarray, Adapted]) -> _Classifier:
-        self._learner, self.classes_, self._adapted = fitted
+    def _take(self: _Classifier, fitted: tuple[Learner, np.ndarray, Adapted, Tensor]) -> _Classifier:
+        self._learner, self.classes_, self._adapted, self._input = fitted
         return self
 
     def in_words(self) -> dict[str, str]:
         words = super().in_words()
         return {"head": "head from prototypes" if self._fitted().prototypes else "head as trained", **words}
 
-    def _fit_all(self, tasks: Sequence[tuple[Any, Any]]) -> list[tuple[Learner, np.ndarray, Adapted]]:
+    def _fit_all(self, tasks: Sequence[tuple[Any, Any]]) -> list[tuple[Learner, np.ndarray, Adapted, Tensor]]:
         check_head(self.head)
         learner = self._settle()
         sets = [_support(learner, X, y) for X, y in tasks]
-        found: list[tuple[Learner, np.ndarray, Adapted] | None] = [None] * len(sets)
+        found: list[tuple[Learner, np.ndarray, Adapted, Tensor] | None] = [None] * len(sets)
         sizes: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for number, (x, _, classes) in enumerate(sets):
             sizes.setdefault((len(classes), tuple(x.shape)), []).append(number)
@@ -386,7 +418,7 @@ class FewShotClassifier(_FewShotEstimator):
                 task_state=self.task_state,
             )
             for number, state in zip(numbers, adapted, strict=True):
-                found[number] = (learner, sets[number][2], state)
+                found[number] = (learner, sets[number][2], state, torch.zeros_like(sets[number][0][:1]))
         return [entry for entry in found if entry is not None]
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -419,6 +451,9 @@ class FewShotClassifier(_FewShotEstimator):
         labels = _labels(y)
         right = self.predict(X) == labels
         return float(np.average(right, weights=sample_weight))
+
+    def _export_metadata(self) -> dict[str, Any]:
+        return {"classes": [str(label) for label in self.classes_.tolist()], **super()._export_metadata()}
 
     def _metadata(self) -> dict[str, Any]:
         labels = self.classes_.tolist()
@@ -508,6 +543,7 @@ class FewShotRegressor(_FewShotEstimator):
             task_state=self.task_state,
         )
         self._learner, self._adapted, self._one = learner, adapted, targets.ndim == 1
+        self._input = torch.zeros_like(x[:1])
         return self
 
     _one: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -354,3 +355,39 @@ def test_as_a_program(tmp_path: Path, images: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("signmaml: ways: expected") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="pip install '.[test]' brings shtab")
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("predict", "--inner-lr", "--transductive", "signmaml"))
+
+
+def test_bash_completes_commands_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab", reason="pip install '.[test]' brings shtab")
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    cli.main(["completion", "bash"])
+    script = tmp_path / "complete.sh"
+    script.write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> set[str]:
+        typed = " ".join(map(shlex.quote, words))
+        asked = (
+            f"source {shlex.quote(str(script))}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_signmaml; "
+        )
+        line = asked + 'printf "%s\\n" "${COMPREPLY[@]}"'
+        return set(subprocess.run([bash, "-c", line], capture_output=True, text=True, check=True).stdout.split())
+
+    assert completed("signmaml", "pre") == {"predict"}
+    assert completed("signmaml", "predict", "--trans") == {"--transductive"}
+    assert "--inner-lr" in completed("signmaml", "train", "--inner")
+
+
+def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "expected the package shtab, found none; pip install shtab" in capsys.readouterr().err

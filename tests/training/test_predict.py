@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from helpers.cases.toy_images import write_class_folders
-from signmaml import FewShotClassifier, cli
+from signmaml import FewShotClassifier, checkpoint, cli
 from signmaml.prediction import read_queries, read_support
 
 TINY = shlex.split(
@@ -170,6 +170,16 @@ def test_a_saved_learner_answers_again(run: Path, sets: tuple[Path, Path], capsy
                         (["--inner-lr", "1"], "inner-lr"), (["--head", "trained"], "head")):  # fmt: skip
         assert cli.main(predict(saved, None, "--query", query, *words)) == 2
         assert f"--{name}: expected none with an adapted learner" in capsys.readouterr().err
+
+
+def test_the_adapted_network_is_exported(run: Path, sets: tuple[Path, Path]) -> None:
+    support, query = sets
+    place = support.parent / "net.safetensors"
+    assert cli.main(predict(run, support, "--query", query, "--export", place)) == 0
+    tensors, metadata = checkpoint.load(place, kind="weights")
+    files, names = _shots(support)
+    own = FewShotClassifier(run).fit(files, names).module().state_dict()
+    assert metadata["classes"] == sorted(set(names)) and tensors.keys() == own.keys()
 
 
 def test_query_images_that_are_support_images_are_reported(
