@@ -46,7 +46,8 @@ class Adapted:
     def module(self) -> nn.Module:
         """The adapted model as a plain module in evaluation mode: `module(x)` is its prediction.
 
-        If inductive, its BatchNorms hold the statistics of the support set as running ones.
+        It may share tensors with this object and with the learner. If inductive, its BatchNorms hold the statistics of
+        the support set as running ones.
         """
         raise NotImplementedError
 
@@ -181,6 +182,8 @@ def _adapt(
 ) -> list[Adapted]:
     model, rates, head = start
     own = learner.arguments
+    if transductive and own["batch_norm"] == "running":
+        raise ValueError("transductive: expected False for a learner with batch_norm 'running', found True")
     inductive = not transductive and own["batch_norm"] != "running"
     arguments: dict[str, Any] = {**own, "inner_lr": rates, "nonfinite": "raise"}
     if arguments["batch_norm"] == "support":
@@ -284,10 +287,14 @@ def _tensors_of(model: nn.Module, head: str) -> dict[str, Tensor]:
 
 def _set_statistics(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor | None, variance: Tensor | None) -> None:
     norm.track_running_stats = mean is not None
-    device = norm.weight.device if norm.weight is not None else None if mean is None else mean.device
+    scale: Tensor | None = norm._parameters["weight"]
     for name, value in zip(_STATISTICS, (mean, variance), strict=True):
-        norm._buffers[name] = None if value is None else value.detach().clone().to(device)
-    written = None if mean is None else torch.ones((), dtype=torch.int64, device=device)
+        if value is not None:
+            # Under autocast they come in bfloat16, but a norm wants them in the type of its parameters.
+            like = scale if scale is not None else value if value.dtype == torch.float64 else value.float()
+            value = value.detach().clone().to(like.device, like.dtype)
+        norm._buffers[name] = value
+    written = None if mean is None else torch.ones((), dtype=torch.int64, device=mean.device)
     norm._buffers["num_batches_tracked"] = written
 
 

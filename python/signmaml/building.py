@@ -186,7 +186,7 @@ def build_network(config: TrainConfig, shape: tuple[int, ...], outputs: int) -> 
         )
 
 
-def example_format(config: TrainConfig, source: Source, sampler: Sampler) -> ExampleFormat | None:
+def example_format(sampler: Sampler) -> ExampleFormat | None:
     """How examples become a run's inputs; None if the caller's own sampler makes them."""
     from .episodes import EpisodeSampler, SinusoidSampler
 
@@ -197,7 +197,7 @@ def example_format(config: TrainConfig, source: Source, sampler: Sampler) -> Exa
         return None
     from . import data
 
-    known = data.DATASETS.get(config.data) if source is None else None
+    known = data.DATASETS.get(sampler.describe()["set"])  # also of a set that the caller loaded
     return ExampleFormat(shape, sampler.normalize, known is not None and known.invert)
 
 

@@ -257,7 +257,7 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument(
         "--query", metavar="PATH", nargs="+", required=True, help="images to classify: files, folders or .zip files"
     )
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder (best)")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="of a run folder (best)")
     _add_head(parser)
     parser.add_argument(
         "--transductive",

@@ -22,6 +22,7 @@ from .episodes import Episodes, Sampler, draw
 from .estimators import FewShotClassifier, is_adapted
 from .evaluation import Evaluation, Rates, default_chunk, evaluate_sampler, loss_for
 from .examples import ExampleFormat
+from .export import check_place
 from .files import write_atomically
 from .learner import Learner, Stored, read_weights
 from .loggers import clock, counting
@@ -191,6 +192,8 @@ def _evaluation(
         raise ValueError(f"--tasks: expected an integer >= 1, found {parsed.tasks}")
     model, start = learner.model, None
     episodes = draw(sampler, 0)
+    if episodes.support_y.dtype != torch.int64 and parsed.head != "auto":
+        raise ValueError(f"--head: expected 'auto' for regression, which has no classes, found {parsed.head!r}")
     if episodes.support_y.dtype == torch.int64:
         ways = config.ways
 
@@ -230,6 +233,12 @@ def predict(parsed: argparse.Namespace) -> int:
         place = getattr(parsed, name)
         if place not in (None, "-") and not Path(place).parent.is_dir():
             raise FileNotFoundError(f"--{name}: expected a file in an existing folder, found none at {place}")
+    places = [place for place in (parsed.csv, parsed.json, parsed.sheet, parsed.save, parsed.export) if place]
+    twice = [place for place in places if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"predict: expected a file of its own for each result, found {twice[0]} twice")
+    if parsed.export:
+        check_place(Path(parsed.export))
     classifier, support, how = _classifier(parsed)
     queries = read_queries(parsed.query, _format_of_images(classifier.example(), parsed.weights))
     shared = 0 if support is None else sum(file in support.files for file in queries.files)
@@ -257,7 +266,8 @@ def _classifier(parsed: argparse.Namespace) -> tuple[FewShotClassifier, Support 
     overrides = given_fields(parsed)
     device = overrides.pop("device", None)
     if is_adapted(parsed.weights):
-        given = [name for name in ("support", "transductive", "invert") if getattr(parsed, name)]
+        own = {"support": None, "transductive": False, "invert": None, "checkpoint": None}
+        given = [name for name, none in own.items() if getattr(parsed, name) != none]
         if given or overrides or parsed.head != "auto":
             word = (given or sorted(overrides) or ["head"])[0].replace("_", "-")
             raise ValueError(f"--{word}: expected none with an adapted learner, which is as it was saved, found one")
@@ -265,7 +275,7 @@ def _classifier(parsed: argparse.Namespace) -> tuple[FewShotClassifier, Support 
         return classifier, None, {"learner": parsed.weights, **classifier.in_words()}
     if parsed.support is None:
         raise ValueError("--support: expected a folder with examples of each class, found none")
-    learner = Learner.load(parsed.weights, parsed.checkpoint, device=device or "auto", **overrides)
+    learner = Learner.load(parsed.weights, parsed.checkpoint or "best", device=device or "auto", **overrides)
     example = with_inversion(_format_of_images(learner.example, parsed.weights), parsed.invert)
     learner = dataclasses.replace(learner, example=example)
     if learner.config is not None:

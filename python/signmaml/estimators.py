@@ -5,11 +5,13 @@ scikit-learn itself is not needed; with it they work in pipelines, searches and 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -97,12 +99,12 @@ class _FewShotEstimator:
         """The adapted model as a plain module in evaluation mode.
 
         It takes inputs as the model does and returns scores `[n, classes]`, or predictions. Unless `transductive`, its
-        BatchNorms hold the support set's statistics as their running ones.
+        BatchNorms hold the support set's statistics as their running ones. It is a copy, to do with as you like.
 
         Raises:
             NotFittedError: Before `fit`.
         """
-        return self._fitted().module()
+        return copy.deepcopy(self._fitted().module())
 
     def _fitted(self) -> Adapted:
         if self._adapted is None:
@@ -177,10 +179,14 @@ class _FewShotEstimator:
             OSError: Writing failed; a previous file at `path` is untouched.
         """
         adapted, learner = self._fitted(), self._learner
-        numbers = {"inner_lr": self.inner_lr, "inner_steps": self.inner_steps}
+        numbers = {"inner_lr": plain_label(self.inner_lr), "inner_steps": plain_label(self.inner_steps)}
+        strange = [n for n, v in numbers.items() if v is not None and not isinstance(v, (int, float))]
+        if strange and self.task_state == "int8":
+            raise TypeError(f"save: expected {strange[0]} as a number, or rates as part of a Learner, for int8 steps")
         metadata = {
             "estimator": type(self).__name__,
-            "parameters": {n: v for n, v in numbers.items() if isinstance(v, (int, float))},
+            "parameters": {n: v for n, v in numbers.items() if v is not None and n not in strange},
+            "steps": learner.in_words(),
             "transductive": adapted.transductive,
             "task_state": self.task_state,
             "head_name": adapted.head if isinstance(adapted, CountedState) else None,
@@ -209,6 +215,13 @@ class _FewShotEstimator:
         from .export import export
 
         adapted, learner = self._fitted(), self._learner
+        if probabilities and self._estimator_type != "classifier":
+            raise ValueError("probabilities: expected False for regression, found True")
+        if adapted.transductive and learner.has_batch_norm():
+            raise ValueError(
+                "export: expected an inductive learner, since a transductive network predicts otherwise for every set "
+                "of examples, found transductive=True"
+            )
         if X is not None:
             x = learner.inputs(X)
         elif self._input is not None:
@@ -217,7 +230,7 @@ class _FewShotEstimator:
             x = torch.zeros(1, *learner.example.shape, dtype=next(adapted.module().parameters()).dtype, device="cpu")
         else:
             raise ValueError("X: expected some examples, since this learner was loaded and says no shape, found none")
-        export(adapted.module(), path, x, probabilities=probabilities, metadata=self._export_metadata())
+        export(self.module(), path, x, probabilities=probabilities, metadata=self._export_metadata())
 
     def _export_metadata(self) -> dict[str, Any]:
         example = self._learner.example
@@ -246,10 +259,15 @@ class _FewShotEstimator:
         tensors, stored = checkpoint.load(Path(path), kind="adapted")
         if stored.get("estimator") != cls.__name__:
             raise ValueError(f"load: expected a {cls.__name__}, found a {stored.get('estimator')} in {path}")
-        try:
-            return cls._restored(tensors, stored, learner, device)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"load: expected an adapted learner, found a damaged header in {path}: {error}") from error
+        absent = [name for name, kind in cls._HEADER.items() if not isinstance(stored.get(name, ...), kind)]
+        if absent:
+            raise ValueError(f"load: expected an adapted learner, found a damaged header in {path}: {absent[0]}")
+        return cls._restored(tensors, stored, learner, device)
+
+    _HEADER: ClassVar[dict[str, Any]] = {
+        "parameters": dict, "steps": str, "transductive": bool, "task_state": str, "head_name": (str, type(None)),
+        "learner": str, "source": str, "config": (dict, type(None)), "example": (dict, type(None)),
+    }  # fmt: skip
 
     @classmethod
     def _restored(
@@ -258,7 +276,10 @@ class _FewShotEstimator:
         parameters = dict(stored["parameters"])
         counted = stored["task_state"] == "int8"
         if learner is not None:
-            found = as_learner(learner, device, **{n: parameters.get(n) for n in ("inner_lr", "inner_steps")})
+            given = {n: parameters.get(n) for n in ("inner_lr", "inner_steps")}
+            if isinstance(learner, nn.Module) and not counted:  # which gives its structure alone
+                given = {"inner_lr": 0.0, "inner_steps": 0}
+            found = as_learner(learner, device, **given)
         elif not counted and stored["config"] is not None and stored["example"] is not None:
             config, example = TrainConfig.from_dict(stored["config"]), ExampleFormat.from_json(stored["example"])
             found = network_of(config, example, device, stored["source"])
@@ -274,6 +295,8 @@ class _FewShotEstimator:
             "task_state": stored["task_state"], "device": device, **parameters,
         }  # fmt: skip
         estimator = cls(**own)
+        if not counted:
+            found = dataclasses.replace(found, how=stored["steps"])
         moved = {name: tensor.to(found.device) for name, tensor in tensors.items()}
         estimator._learner = found
         estimator._adapted = estimator._state_of(moved, stored, found)
@@ -294,7 +317,8 @@ class _FewShotEstimator:
             parts[part][rest] = tensor
         head, rates = stored["head_name"], learner.arguments["inner_lr"]
         if head is not None:
-            rates = rates_for_head(rates, learner.model, head)
+            own = tensors[f"head/{head}.weight" if head else "head/weight"]
+            rates = rates_for_head(rates, learner.model, head, None if stored.get("prototypes") else len(own))
         return CountedState(learner, Counts(**parts), transductive, rates, head)
 
 
@@ -448,9 +472,13 @@ class FewShotClassifier(_FewShotEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The mean accuracy. Errors: `decision_function`."""
-        labels = _labels(y)
-        right = self.predict(X) == labels
-        return float(np.average(right, weights=sample_weight))
+        labels, found = _labels(y), self.predict(X)
+        if len(labels) != len(found):
+            raise ValueError(f"y: expected {len(found)} labels, one for each example of X, found {len(labels)}")
+        kinds = {array.dtype.kind in "US" for array in (labels, self.classes_) if array.dtype != object}
+        if len(kinds) > 1:
+            raise TypeError(f"y: expected labels of the kind of {self.classes_.dtype} as in fit, found {labels.dtype}")
+        return float(np.average(found == labels, weights=_weights(sample_weight, len(found))))
 
     def _export_metadata(self) -> dict[str, Any]:
         return {"classes": [str(label) for label in self.classes_.tolist()], **super()._export_metadata()}
@@ -525,14 +553,14 @@ class FewShotRegressor(_FewShotEstimator):
         """
         learner = self._settle()
         x = learner.inputs(X)
-        targets = torch.as_tensor(np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y), device="cpu")
-        if targets.is_complex() or targets.dtype == torch.bool or targets.ndim not in (1, 2):
-            raise ValueError(f"y: expected targets [n] or [n, targets], found {targets.dtype} {list(targets.shape)}")
+        targets = torch.from_numpy(_numbers(y))
+        if targets.ndim not in (1, 2):
+            raise ValueError(f"y: expected targets [n] or [n, targets], found {list(targets.shape)}")
         if len(targets) != len(x):
             raise ValueError(f"y: expected {len(x)} targets, one for each example of X, found {len(targets)}")
-        if not bool(targets.isfinite().all()):
-            raise ValueError("y: expected finite targets, found NaN or Inf")
         rows = targets.to(next(learner.model.parameters()).dtype).reshape(len(x), -1).to(learner.device)
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"y: expected finite targets of {rows.dtype}, found NaN, Inf or larger ones")
         (adapted,) = adapt_tasks(
             learner,
             x[None],
@@ -560,10 +588,12 @@ class FewShotRegressor(_FewShotEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination R^2, the mean over targets; NaN if all targets are equal."""
-        truth = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y, dtype=np.float64)
-        truth = truth.reshape(len(truth), -1)
-        found = np.asarray(self.predict(X), dtype=np.float64).reshape(truth.shape)
-        weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        truth, found = _numbers(y), np.asarray(self.predict(X), dtype=np.float64)
+        if truth.shape != found.shape:
+            raise ValueError(f"y: expected targets {list(found.shape)} as in fit, found {list(truth.shape)}")
+        truth, found = truth.reshape(len(truth), -1), found.reshape(len(found), -1)
+        given = _weights(sample_weight, len(truth))
+        weights = np.ones(len(truth)) if given is None else given
         mean = np.average(truth, axis=0, weights=weights)
         left = np.average((truth - found) ** 2, axis=0, weights=weights)
         spread = np.average((truth - mean) ** 2, axis=0, weights=weights)
@@ -611,9 +641,36 @@ def _labels(y: Any) -> np.ndarray:
         labels = _as_array([plain_label(label) for label in y])
     if labels.ndim != 1:
         raise ValueError(f"y: expected labels [n], found shape {list(labels.shape)}")
-    if np.issubdtype(labels.dtype, np.inexact) and not np.all(labels == np.floor(labels)):
-        raise ValueError("y: expected class labels, found fractions; FewShotRegressor takes numbers")
+    numbers = [labels] if labels.dtype != object else [np.array(v) for v in labels if isinstance(v, (float, complex))]
+    for values in numbers:
+        if values.dtype.kind == "c":
+            raise TypeError("y: expected class labels, found complex numbers")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("y: expected class labels, found NaN or Inf")
+        if values.dtype.kind == "f" and not np.all(values == np.floor(values)):
+            raise ValueError("y: expected class labels, found fractions; FewShotRegressor takes numbers")
     return labels
+
+
+def _numbers(y: Any) -> np.ndarray:
+    """Targets as float64.
+
+    Raises:
+        TypeError: They are no real numbers.
+    """
+    array = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"y: expected numbers as targets, found {array.dtype}")
+    return array.astype(np.float64)
+
+
+def _weights(sample_weight: Any, count: int) -> np.ndarray | None:
+    if sample_weight is None:
+        return None
+    weights = _numbers(sample_weight)
+    if weights.shape != (count,):
+        raise ValueError(f"sample_weight: expected {count} numbers, one for each example, found {list(weights.shape)}")
+    return weights
 
 
 def _as_array(labels: list[Any]) -> np.ndarray:
@@ -621,7 +678,9 @@ def _as_array(labels: list[Any]) -> np.ndarray:
     if all(isinstance(label, (str, np.str_)) for label in labels) or all(
         type(label) in (int, bool) for label in labels
     ):
-        return np.asarray(labels)
+        found = np.asarray(labels)
+        if found.dtype.kind in "iubU":  # integers of 64 bits and more would become floats, and some of them equal
+            return found
     array = np.empty(len(labels), dtype=object)
     array[:] = labels
     return array

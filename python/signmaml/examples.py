@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.decode import IMAGE_SIZES, Decoding, decode_file, decode_path, to_pixels
+from .data.decode import DAMAGED, IMAGE_SIZES, Decoding, decode_file, decode_path, to_pixels
 from .data.sources import Source, SourceFile
 from .pixels import Normalization, PixelNormalizer, checked_normalization
 
@@ -95,8 +95,11 @@ class ExampleFormat:
                 - paths of image files (`str` or `Path`), PIL images, or uint8 arrays or tensors of images, each
                   ``[H, W]``, ``[H, W, 1, 3 or 4]`` or ``[1 or 3, H, W]`` and of any size: they are resized, made grey
                   or RGB, inverted and normalised as the training images were;
-                - floating-point arrays or tensors ``[n, *shape]``, or flattened ``[n, features]``: taken as they are;
+                - floating-point arrays or tensors ``[n, *shape]``: taken as they are;
                 - for inputs that are no images also integers.
+
+                Inputs of one channel may be flattened, ``[n, features]``; those of several may not, because nothing
+                says whether the channels came first or last.
             name: The argument's name in messages.
 
         Raises:
@@ -108,6 +111,10 @@ class ExampleFormat:
         if isinstance(values, list):
             return self._normalized(self._pixels_of_each(values, name))
         if values.dtype == torch.uint8 and self.decoding is not None:
+            if values.ndim == 3 and values.shape[2] in (3, 4):
+                raise ValueError(
+                    f"{name}: expected several images [n, H, W, C], found {list(values.shape)}; one image?"
+                )
             return self._normalized(self._pixels_of_each(list(values), name))
         if not values.is_floating_point() and (self.decoding is not None or values.is_complex()):
             raise TypeError(f"{name}: expected pixels as uint8 or floating-point inputs, found {_dtype(values)}")
@@ -138,7 +145,7 @@ class ExampleFormat:
             image = value if isinstance(value, Image.Image) else _picture(np.asarray(value), self.shape, name)
             try:
                 return to_pixels(image, decoding)
-            except OSError as error:
+            except (*DAMAGED, Image.DecompressionBombError) as error:
                 raise ValueError(f"{name}: cannot decode an image: {error}") from error
 
         return _each(pixels, values)
@@ -151,15 +158,20 @@ class ExampleFormat:
         """Floating-point inputs in the model's shape; only what is certainly the same numbers is reshaped."""
         found, wanted = tuple(values.shape[1:]), self.shape
         features = int(np.prod(wanted))
+        flat_is_clear = not self._is_colour()
         if found == wanted:
             return values
-        if found in ((features,), tuple(size for size in wanted if size != 1)) or (found == () and features == 1):
+        flat = flat_is_clear and (found == (features,) or (found == () and features == 1))
+        if flat or found == tuple(size for size in wanted if size != 1):
             return values.reshape(-1, *wanted)
         if len(wanted) == 3 and found == (*wanted[1:], wanted[0]):
             return values.movedim(-1, 1)
-        raise ValueError(
-            f"{name}: expected examples of {_in_words(wanted)} or {features} features, found {list(found)}"
-        )
+        or_flat = f" or {features} features" if flat_is_clear else ""
+        raise ValueError(f"{name}: expected examples of {_in_words(wanted)}{or_flat}, found {list(found)}")
+
+    def _is_colour(self) -> bool:
+        """Whether flattened inputs do not say which axis was the channels'."""
+        return len(self.shape) > 2 and self.shape[0] > 1
 
 
 def as_inputs(examples: Any, example: ExampleFormat | None, name: str = "X") -> Tensor:
@@ -192,8 +204,15 @@ def _array_or_list(examples: Any, name: str) -> Tensor | list[Any]:
         examples = examples.to_numpy()
     if isinstance(examples, (str, bytes, os.PathLike, Image.Image, Mapping)):
         raise TypeError(f"{name}: expected several examples, such as a list, found one {type(examples).__name__}")
-    if isinstance(examples, np.ndarray) and examples.dtype.kind not in "biufc":
-        examples = list(examples)
+    if isinstance(examples, np.ndarray):
+        if examples.ndim == 0:
+            raise ValueError(f"{name}: expected examples [n, ...], found a single value")
+        if examples.dtype.kind not in "biufc":
+            examples = list(examples)
+        elif examples.dtype == np.longdouble:
+            examples = examples.astype(np.float64)
+        elif not examples.dtype.isnative:
+            examples = examples.astype(examples.dtype.newbyteorder("="))
     if not isinstance(examples, (Tensor, np.ndarray)):
         try:
             examples = list(examples)
@@ -220,8 +239,11 @@ def _stacked(examples: list[Any], name: str) -> list[Any] | Tensor | np.ndarray:
             if not isinstance(value, picture):
                 raise TypeError(f"{name}: expected files or images, found {type(value).__name__} at {number}")
         return examples
-    if all(isinstance(value, (Tensor, np.ndarray)) and str(value.dtype).endswith("uint8") for value in examples):
+    bytes_too = [isinstance(value, (Tensor, np.ndarray)) and str(value.dtype).endswith("uint8") for value in examples]
+    if all(bytes_too):
         return [value.cpu() if isinstance(value, Tensor) else value for value in examples]
+    if any(bytes_too):
+        raise TypeError(f"{name}: expected examples of one kind, found uint8 beside others")
     try:
         if isinstance(examples[0], Tensor):
             return torch.stack(examples)
@@ -236,7 +258,7 @@ def _stacked(examples: list[Any], name: str) -> list[Any] | Tensor | np.ndarray:
 def _picture(pixels: np.ndarray, shape: tuple[int, ...], name: str) -> Image.Image:
     """A uint8 array as an image; channels may come first or last."""
     found = pixels.shape
-    if pixels.ndim == 1 and pixels.size == int(np.prod(shape)):  # flattened
+    if pixels.ndim == 1 and shape[0] == 1 and pixels.size == int(np.prod(shape)):  # flattened
         pixels = pixels.reshape(shape)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and (pixels.shape == shape or pixels.shape[2] not in (1, 3, 4)):
         pixels = pixels.transpose(1, 2, 0)

@@ -1,4 +1,4 @@
-"""Adapted networks for other programs: a plain state dict, torch.export, ONNX; each checked against the original."""
+"""Adapted networks for other programs: a plain state dict; torch.export and ONNX, checked against the original."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def export(
 ) -> None:
     """Writes a network for other programs, on the CPU and for any number of examples.
 
-    What is written is read again and compared with the network on 1, 3 and 4 random inputs before the file appears.
+    A program or model is read again and compared with the network on 1, 3 and 4 random inputs before its file appears.
 
     Args:
         module: A network in evaluation mode, such as `FewShotClassifier.module()`.
@@ -61,10 +61,7 @@ def export(
         RuntimeError: torch cannot export the module, or the result does not agree with it.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"export: expected a name ending in {', '.join(SUFFIXES)}, found {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"export: expected a file in an existing folder, found none at {path}")
+    check_place(path)
     network = copy.deepcopy(module).cpu().eval()
     if path.suffix == ".safetensors":
         if probabilities:
@@ -79,14 +76,29 @@ def export(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about what it will change
             content, run = make(network, inputs, dict(metadata or {}), "probabilities" if probabilities else "scores")
-    except ModuleNotFoundError:
-        raise
     except Exception as error:  # torch's exporters raise errors of many classes
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"export: torch cannot export this {type(module).__name__}: {first}") from error
     for count in (1, 3, 4):
         _compare(network, run, _like(x, count))
     write_atomically(path, content)
+
+
+def check_place(path: Path) -> None:
+    """Checks what `export` needs for a file, before any work.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: As `export`.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"export: expected a name ending in {', '.join(SUFFIXES)}, found {path.name!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"export: expected a file in an existing folder, found none at {path}")
+    absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if path.suffix == ".onnx" and absent:
+        raise ModuleNotFoundError(
+            f"export: expected the packages onnx and onnxscript for a .onnx file, found no {' and no '.join(absent)}"
+        )
 
 
 def _torch_program(
@@ -102,11 +114,6 @@ def _torch_program(
 def _onnx_model(
     network: nn.Module, x: Tensor, metadata: dict[str, Any], output: str
 ) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if absent:
-        raise ModuleNotFoundError(
-            f"export: expected the packages onnx and onnxscript for a .onnx file, found no {' and no '.join(absent)}"
-        )
     import onnx
 
     made = torch.onnx.export(

@@ -57,23 +57,38 @@ def head_of(model: nn.Module, x: Tensor) -> Head:
     Raises:
         ValueError: Its prediction is not ``[n, outputs]``.
     """
+    prediction, outputs = _run(model, x)
+    if not isinstance(prediction, Tensor) or prediction.ndim != 2 or len(prediction) != len(x):
+        found = list(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+        raise ValueError(f"learner: expected a model that predicts scores [{len(x)}, classes], found {found}")
+    for name, output in reversed(outputs.items()):
+        if output.shape != prediction.shape or not torch.equal(prediction, output):
+            continue
+        # What follows the layer may do nothing to these outputs, such as a ReLU, so try others, of both signs.
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        other = torch.randn(output.shape, generator=generator, device="cpu").mul(100).to(output)
+        if torch.equal(_run(model, x, {name: other})[0], other):
+            return Head(name, prediction.shape[1])
+    return Head(None, prediction.shape[1])
+
+
+def _run(model: nn.Module, x: Tensor, instead: Mapping[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """What a copy of a model returns, and the outputs of its linear layers, some of them replaced."""
     twin = sharing_copy(model)
     seen: dict[str, Tensor] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            keep = partial(_keep_output, seen, name)
-            twin.get_submodule(name).register_forward_hook(keep)
+            hook = partial(_keep_output, seen, name, (instead or {}).get(name))
+            twin.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
-        prediction = twin(x)
-    if not isinstance(prediction, Tensor) or prediction.ndim != 2 or len(prediction) != len(x):
-        found = list(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
-        raise ValueError(f"learner: expected a model that predicts scores [{len(x)}, classes], found {found}")
-    name = next((name for name, output in reversed(seen.items()) if torch.equal(prediction, output)), None)
-    return Head(name, prediction.shape[1])
+        return twin(x), seen
 
 
-def _keep_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
-    seen[name] = output
+def _keep_output(
+    seen: dict[str, Tensor], name: str, instead: Tensor | None, _: nn.Module, __: Any, output: Tensor
+) -> Tensor:
+    seen[name] = output if instead is None else instead
+    return seen[name]
 
 
 def with_head(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
@@ -103,12 +118,13 @@ def prototype_head(
     assert isinstance(trained, nn.Linear)
     features = _features(with_head(model, name, nn.Identity()), x, arguments)
     weight = trained.weight
-    sums = torch.zeros(ways, features.shape[1], dtype=features.dtype, device=features.device).index_add_(0, y, features)
-    means = sums / y.bincount(minlength=ways)[:, None]
+    of_class = (y == torch.arange(ways, device=y.device)[:, None]).to(features.dtype)
+    means = of_class @ features / of_class.sum(1, keepdim=True)
     middle = means.mean(0)
     apart = means - middle
     length = LENGTH * weight.detach().norm(dim=1).mean()
-    rows = length * apart / apart.norm(dim=1, keepdim=True).clamp_min(torch.finfo(apart.dtype).tiny)
+    noise = 32 * torch.finfo(apart.dtype).eps * means.norm(dim=1).max()  # of classes whose means are equal
+    rows = length * apart / apart.norm(dim=1, keepdim=True).clamp_min(noise + torch.finfo(apart.dtype).tiny)
     layer = _linear_like(trained, ways)
     with torch.no_grad():
         layer.weight.copy_(rows)
@@ -156,8 +172,16 @@ def _linear_like(layer: nn.Linear, rows: int) -> nn.Linear:
     return nn.Linear(weight.shape[1], rows, layer.bias is not None, weight.device, weight.dtype)
 
 
-def rates_for_head(rates: Rates, model: nn.Module, name: str) -> Rates:
-    """Inner rates for a model with another head: a rate for each row of the trained one becomes the mean over rows."""
+def rates_for_head(rates: Rates, model: nn.Module, name: str, rows: int | None = None) -> Rates:
+    """Inner rates for a model with another head, where there is a rate for each row of the trained one.
+
+    Args:
+        rates: The inner rates.
+        model: The trained model.
+        name: The name of its head.
+        rows: The other head is the first so many rows, with their rates; None: it has rows of its own, and their rate
+            is the mean over the trained rows.
+    """
     if not isinstance(rates, Mapping):
         return rates
     prefix = f"{name}." if name else ""
@@ -168,7 +192,7 @@ def rates_for_head(rates: Rates, model: nn.Module, name: str) -> Rates:
             continue
         axis = rate.ndim - parameter.ndim  # the rows, or with a leading axis of steps the one behind it
         if axis >= 0 and rate.shape[axis] == len(parameter):
-            found[prefix + kind] = rate.mean(axis, keepdim=True)
+            found[prefix + kind] = rate.mean(axis, keepdim=True) if rows is None else rate.narrow(axis, 0, rows)
     return found
 
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import building, checkpoint
-from .config import TrainConfig
+from .config import METHODS, TrainConfig
+from .data.arguments import plain_label
 from .evaluation import EvaluationArguments, Rates
 from .examples import ExampleFormat, as_inputs
 from .heads import Head, check_head, first_rows, head_of, prototype_head, rates_for_head, with_head
@@ -153,8 +154,9 @@ class Learner:
         model: The model, in evaluation mode.
         arguments: How it adapts; for `signmaml_ext.evaluate`. A loss of None is the usual one of what it is used for.
         example: How examples become inputs; None: they must be the inputs.
-        config: The configuration of its run; None for a module.
+        config: The configuration of its run, as far as it names a network, and of how it adapts; None for a module.
         source: Where it comes from, in words.
+        how: How it adapted, in words, if `arguments` no longer say it; None: they do.
 
     Example:
         >>> import signmaml
@@ -167,6 +169,7 @@ class Learner:
     example: ExampleFormat | None
     config: TrainConfig | None
     source: str
+    how: str | None = None
     _known: _Known = field(default_factory=lambda: _Known())
 
     @classmethod
@@ -189,7 +192,7 @@ class Learner:
             model: The module that the weights belong to, for a run with a model of its own; a copy is used.
             example: How examples become inputs; None: as in the run.
             **overrides: Fields of `TrainConfig` that adapting may take otherwise than the run: `inner_lr`,
-                `test_steps`, `method`, `backend`, `precision`, `nonfinite` and those of sharpness and inner rules.
+                `test_steps`, `method`, `backend`, `precision` and those of sharpness and inner rules.
 
         Raises:
             FileNotFoundError: There is no such run or file.
@@ -218,7 +221,7 @@ class Learner:
         arguments = building.evaluation_arguments(config, rates, usual)
         if model is not None:
             arguments["loss"] = None  # the run may have had another
-        return cls(network.eval(), arguments, example, None if model is not None else stored.config, str(source))
+        return cls(network.eval(), arguments, example, None if model is not None else config, str(source))
 
     @classmethod
     def of(
@@ -237,7 +240,7 @@ class Learner:
             inner_lr: As in `signmaml_ext.adapt`, like `inner_steps`.
             inner_steps: Inner steps.
             example: How image files, PIL images and uint8 arrays become inputs; None: examples are the inputs.
-            **options: `method`, `loss`, `adapt`, `batch_norm`, `backend`, `precision`, `nonfinite`, `sharpness` and
+            **options: `method`, `loss`, `adapt`, `batch_norm`, `backend`, `precision`, `sharpness` and
                 `inner_rule`, as in `signmaml_ext.adapt`.
 
         Raises:
@@ -247,10 +250,12 @@ class Learner:
             raise TypeError(f"model: expected a torch.nn.Module, found {type(model).__name__}")
         if example is not None and not isinstance(example, ExampleFormat):
             raise TypeError(f"example: expected an ExampleFormat or None, found {type(example).__name__}")
+        inner_lr, inner_steps = _plain_number(inner_lr), _plain_number(inner_steps)
         foreign = sorted(set(options) - set(_OPTIONS))
         if foreign:
             raise ValueError(f"options: expected any of {', '.join(_OPTIONS)}, found {', '.join(foreign)}")
-        arguments = {**_OPTIONS, **options, "inner_lr": inner_lr, "inner_steps": inner_steps}
+        arguments = {**_OPTIONS, **options, "nonfinite": "raise", "inner_lr": inner_lr, "inner_steps": inner_steps}
+        _check_steps(inner_lr, inner_steps, arguments["method"])
         twin = copy.deepcopy(model).eval()
         return cls(twin, cast(EvaluationArguments, arguments), example, None, type(model).__name__)
 
@@ -259,8 +264,10 @@ class Learner:
 
     def in_words(self) -> str:
         """How it adapts, such as "sign-maml, 3 steps of 0.01"."""
+        if self.how is not None:
+            return self.how
         rate, steps = self.arguments["inner_lr"], self.arguments["inner_steps"]
-        each = f"{rate:g}" if isinstance(rate, (int, float)) else "learned rates"
+        each = f"{float(rate):g}" if _is_one_number(rate) else "learned rates"
         return f"{self.arguments['method']}, {steps} step{'s' * (steps != 1)} of {each}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
@@ -281,7 +288,9 @@ class Learner:
         rate = self.arguments["inner_lr"]
         rates = rate if isinstance(rate, Mapping) else {"": rate}
         tensors = dict(self.model.state_dict())
-        tensors |= {f"rate/{name}": torch.as_tensor(value, device="cpu") for name, value in rates.items()}
+        for name, value in rates.items():
+            value = float(value) if _is_one_number(value) else value
+            tensors[f"rate/{name}"] = torch.as_tensor(value, dtype=torch.float64, device="cpu")
         for name, tensor in tensors.items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -295,19 +304,26 @@ class Learner:
         """
         if inner_lr is None and inner_steps is None and loss in (None, self.arguments["loss"]):
             return self
+        own = self.arguments
+        _check_steps(
+            own["inner_lr"] if inner_lr is None else inner_lr,
+            own["inner_steps"] if inner_steps is None else inner_steps,
+            own["method"],
+        )
         arguments: EvaluationArguments = {**self.arguments}
         if inner_lr is not None:
             arguments["inner_lr"] = inner_lr
         if inner_steps is not None:
             rates = arguments["inner_lr"]
-            if inner_lr is None and not isinstance(rates, (int, float)) and inner_steps != arguments["inner_steps"]:
+            if inner_lr is None and not _is_one_number(rates) and inner_steps != arguments["inner_steps"]:
                 raise ValueError(
                     f"inner_steps: expected {arguments['inner_steps']} with the learned rates, found {inner_steps}"
                 )
             arguments["inner_steps"] = inner_steps
         if loss is not None:
             arguments["loss"] = loss
-        return Learner(self.model, arguments, self.example, self.config, self.source, self._known)
+        how = self.how if inner_lr is None and inner_steps is None else None
+        return Learner(self.model, arguments, self.example, self.config, self.source, how, self._known)
 
     def inputs(self, examples: Any, name: str = "X") -> Tensor:
         """Examples of any kind as the model's inputs `[n, ...]`, on its device; see `ExampleFormat.inputs`.
@@ -317,7 +333,13 @@ class Learner:
         """
         x = as_inputs(examples, self.example, name).to(self.device)
         dtype = next(self.model.parameters()).dtype
-        return x.to(dtype) if x.is_floating_point() else x
+        if x.is_floating_point() and x.dtype != dtype:
+            x = x.to(dtype)
+            if not bool(x.isfinite().all()):
+                raise ValueError(
+                    f"{name}: expected numbers that {str(dtype).removeprefix('torch.')} holds, found larger"
+                )
+        return x
 
     def start(self, x: Tensor, y: Tensor, ways: int, head: str = "auto") -> tuple[nn.Module, Rates, str | None]:
         """What a task's inner loop starts from.
@@ -352,7 +374,7 @@ class Learner:
         else:
             layer = prototype_head(self.model, end.name, x, y, ways, self.arguments)
         model = self._known.with_head(self.model, end.name, layer)
-        return model, rates_for_head(rates, self.model, end.name), end.name
+        return model, rates_for_head(rates, self.model, end.name, None if prototypes else ways), end.name
 
     def takes_prototypes(self, x: Tensor, ways: int, head: str) -> bool:
         """Whether tasks of so many classes have heads of their own in `start`, where `x` are some inputs `[n, ...]`."""
@@ -371,6 +393,21 @@ class Learner:
     def has_batch_norm(self) -> bool:
         """Whether the transductive and the inductive prediction differ."""
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+
+
+def _is_one_number(rate: Any) -> TypeGuard[float | Tensor]:
+    return isinstance(rate, (int, float)) or (isinstance(rate, Tensor) and rate.numel() == 1)
+
+
+def _check_steps(inner_lr: Any, inner_steps: Any, method: Any) -> None:
+    if not isinstance(inner_lr, (int, float, Tensor, Mapping)) or isinstance(inner_lr, bool):
+        raise TypeError(f"inner_lr: expected a number, a tensor or a mapping, found {type(inner_lr).__name__}")
+    if isinstance(inner_steps, bool) or not isinstance(inner_steps, int):
+        raise TypeError(f"inner_steps: expected an integer, found {inner_steps!r}")
+    if inner_steps < 0:
+        raise ValueError(f"inner_steps: expected an integer >= 0, found {inner_steps}")
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, found {method!r}")
 
 
 def network_of(config: TrainConfig, example: ExampleFormat, device: str | None, source: str) -> Learner:
@@ -395,17 +432,24 @@ def as_learner(learner: Learner | nn.Module | Place, device: str | None = None, 
         TypeError, ValueError, FileNotFoundError: As `Learner.load` and `Learner.of`.
     """
     if isinstance(learner, Learner):
-        return learner.changed(**changes)
+        return learner.changed(**{name: _plain_number(value) for name, value in changes.items()})
     if isinstance(learner, (str, os.PathLike)):
+        changes = {name: _plain_number(value) for name, value in changes.items()}
         return _loaded(*_latest(learner), device or "auto").changed(**changes)
     if not isinstance(learner, nn.Module):
         raise TypeError(
             f"learner: expected a run folder, a weights file, a module or a Learner, found {type(learner).__name__}"
         )
+    changes = {name: _plain_number(value) for name, value in changes.items()}
     for name, value in changes.items():
         if value is None:
             raise ValueError(f"{name}: expected a value for a module as the learner, found None")
     return Learner.of(learner, **changes)
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of NumPy, as searches over parameters give them, as Python's own."""
+    return value if isinstance(value, Tensor) else plain_label(value)
 
 
 def _latest(source: Place) -> tuple[str, int, int]:
@@ -425,10 +469,10 @@ def _loaded(path: str, _: int, __: int, device: str) -> Learner:
 
 
 _OPTIONS: dict[str, Any] = {
-    "method": "sign-maml", "loss": None, "adapt": None, "batch_norm": "batch", "nonfinite": "propagate",
-    "backend": "auto", "precision": "fp32", "sharpness": None, "inner_rule": None,
+    "method": "sign-maml", "loss": None, "adapt": None, "batch_norm": "batch", "backend": "auto", "precision": "fp32",
+    "sharpness": None, "inner_rule": None,
 }  # fmt: skip
 _OVERRIDES = (
-    "inner_lr", "test_steps", "method", "nonfinite", "backend", "precision", "sharpness_lower",
+    "inner_lr", "test_steps", "method", "backend", "precision", "sharpness_lower",
     "sharpness_norm", "sharpness_adaptive", "inner_rule", "inner_momentum", "inner_eps", "inner_weight_decay",
 )  # fmt: skip

@@ -17,9 +17,20 @@ EVALUATION_FIELDS = (
     "precision", "backend", "seed", "device",
 )  # fmt: skip
 
-# Those that `signmaml predict` may override.
-_OF_DATA = ("data", "data_root", "split_by", "min_images", "skip_damaged", "ways", "shots", "batch_norm", "seed")
-PREDICTION_FIELDS = tuple(name for name in EVALUATION_FIELDS if name not in _OF_DATA)
+# Those that `signmaml predict` may override: not those of data, and a task that turns NaN or Inf is always an error.
+_OTHERS = (
+    "nonfinite",
+    "data",
+    "data_root",
+    "split_by",
+    "min_images",
+    "skip_damaged",
+    "ways",
+    "shots",
+    "batch_norm",
+    "seed",
+)
+PREDICTION_FIELDS = tuple(name for name in EVALUATION_FIELDS if name not in _OTHERS)
 
 
 def given_fields(parsed: argparse.Namespace) -> dict[str, Any]:

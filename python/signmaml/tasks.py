@@ -122,7 +122,7 @@ class TaskSampler:
 
     def _restart(self, why: str) -> None:
         fresh = iter(self._source)
-        if fresh is self._source and why:
+        if why and (fresh is self._source or fresh is self._iterator):
             raise ValueError(
                 f"source: expected an iterable that can be iterated again, such as a list, for {why}, found "
                 f"{type(self._source).__name__}"

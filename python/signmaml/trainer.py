@@ -112,7 +112,7 @@ class MetaTrainer:
                 self._test_sampler = building.make_sampler(config, test, "test", self.device, progress=progress)
         self.data_name = building.data_name(config, [train, val, test])
 
-        self._example = building.example_format(config, train, self._train_sampler)
+        self._example = building.example_format(self._train_sampler)
         self.model = building.build_model(config, self._train_sampler) if model is None else model
         self.model.to(self.device)
         kinds = (config.learn_inner_lr, config.inner_lr, config.inner_steps, config.adapt)

@@ -50,6 +50,8 @@ def test_classes_and_labels_of_other_kinds() -> None:
     rows = [(picture(10 * i), np.int64(i % 4)) for i in range(8)]
     images = from_dataset(rows, image_size=8, channels=1, classes=range(2, 4), progress=False)
     assert images.class_names == ("2", "3") and images.images[:, 0, 0, 0].tolist() == [20, 60, 30, 70]
+    same = from_dataset(rows, image_size=8, channels=1, classes=torch.tensor([2, 3]), progress=False)
+    assert torch.equal(same.images, images.images)
     words = from_dataset([(picture(1), "b"), (picture(2), "a")], image_size=8, channels=1, progress=False)
     assert words.class_names == ("a", "b")
     arrays = [(np.full((9, 12, 3), 7, np.uint8), torch.tensor(0)), (torch.full((9, 12), 9, dtype=torch.uint8), 0)]
@@ -68,6 +70,9 @@ def test_classes_and_labels_of_other_kinds() -> None:
         ([{"image": 1, "y": 0}], {}, ValueError, "label: expected the key of the label in items"),
         ([(picture(1), 0)], {"classes": [0, 5]}, ValueError, "classes: expected labels that the dataset has, found 5"),
         ([(picture(1), 0), (picture(1), "a")], {}, TypeError, "dataset: expected labels of one kind"),
+        ([(picture(1), [1, 2])], {}, TypeError, "expected integers or strings as labels, found list at 0"),
+        (iter([]), {}, TypeError, "dataset: expected one with a length and numbered items, found list_iterator"),
+        ([(picture(1), 0)], {"channels": True}, ValueError, "channels: expected 1 or 3, found True"),
         ([(picture(1), 0)], {"channels": 2}, ValueError, "channels: expected 1 or 3, found 2"),
         ([(picture(1), 0)], {"image_size": 4}, ValueError, "image_size"),
         ([(picture(1), 0)], {"split": "dev"}, ValueError, "split"),

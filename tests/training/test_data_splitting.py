@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from helpers.cases.images import write_image, write_tree
 from signmaml import TrainConfig, cli
 from signmaml.data import folder, load
+from signmaml.data.sources import FolderSource, SourceFile
 from signmaml.data.splitting import deal_out, rule_of
 
 SPLITS = ("train", "val", "test")
@@ -178,9 +180,44 @@ def test_lists_of_images_as_mini_imagenets_releases_have_them(tmp_path: Path) ->
     assert sizes(root, split_by=lists) == {"train": {"ant": 1, "cat": 2}, "val": {"dog": 1}, "test": {"eel": 2}}
 
 
+def test_other_lists_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for number in range(3):
+        write_image(root / f"{number}.png", number)
+    first = [("0.png", "a"), ("1.png", "a"), ("2.png", "b")]
+    assert sizes(root, split_by=write_lists(tmp_path / "lists", train=first))["train"] == {"a": 2, "b": 1}
+    second = [("0.png", "a"), ("1.png", "b"), ("2.png", "b")]
+    assert sizes(root, split_by=write_lists(tmp_path / "lists", train=second))["train"] == {"a": 1, "b": 2}
+
+
+def test_a_colour_image_in_another_split_makes_all_splits_colour(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    write_image(root / "0.png", 0)
+    write_image(root / "1.png", 1, channels=3)
+    lists = write_lists(tmp_path / "lists", train=[("0.png", "a")])
+    with pytest.warns(UserWarning, match="1 images are in no list"):
+        assert folder(root, "train", split_by=lists, progress=False).image_shape == (1, 12, 12)
+    write_lists(tmp_path / "lists", test=[("1.png", "b")])
+    for split in ("train", "test"):
+        assert folder(root, split, split_by=lists, progress=False).image_shape == (3, 12, 12)
+
+
+def test_an_image_that_the_system_does_not_read_is_not_taken_for_damaged(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: FolderSource, file: SourceFile) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", file.path)
+
+    monkeypatch.setattr(FolderSource, "read", broken)
+    for size in (None, 12):
+        with pytest.raises(ValueError, match="Input/output error"):
+            folder(root, "train", skip_damaged=True, image_size=size, progress=False)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ({"train": [("c0/00.png", "")]}, r"expected a filename and a label in line 2 of .*train.csv"),
         ({"train": [("gone.png", "a")]}, "expected images of .*train.csv, found 'gone.png'"),
         ({"train": [("c0/00.png", "a")], "test": [("c0/00.png", "b")]}, "each image once, found 'c0/00.png' again"),
         ({"train": [("00.png", "a")]}, "expected the path of '00.png', which several images"),

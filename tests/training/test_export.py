@@ -38,7 +38,7 @@ def images(count: int = 5) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("probabilities", [False, True])
-@pytest.mark.parametrize("options", [{}, {"transductive": True}, {"task_state": "int8"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"task_state": "int8"}], ids=str)
 def test_a_torch_program_predicts_the_same(tmp_path: Path, options: dict, probabilities: bool) -> None:
     fitted, x = classifier(**options), images()
     fitted.export(tmp_path / "net.pt2", probabilities=probabilities)
@@ -129,6 +129,15 @@ def test_a_result_that_differs_is_an_error_and_leaves_no_file(tmp_path: Path, mo
     monkeypatch.setattr(exporting, "_torch_program", lambda *_: (b"wrong", lambda x: model(x) + 0.01))
     with pytest.raises(RuntimeError, match=r"own predictions for 1 examples, found ones up to 0\.01 apart"):
         export(model, tmp_path / "net.pt2", torch.zeros(2, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_single_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="export: expected an inductive learner"):
+        classifier(transductive=True).export(tmp_path / "net.pt2")
+    wave = FewShotRegressor(signmaml.MLP(1, 1), inner_lr=0.01, inner_steps=1).fit([[0.0], [1.0]], [0.0, 1.0])
+    with pytest.raises(ValueError, match="probabilities: expected False for regression"):
+        wave.export(tmp_path / "net.pt2", probabilities=True)
     assert list(tmp_path.iterdir()) == []
 
 

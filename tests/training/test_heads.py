@@ -156,3 +156,37 @@ def test_the_order_of_classes_does_not_matter_to_prototypes() -> None:
         rtol=1e-9,
         atol=1e-12,
     )
+
+
+class Floored(Reordered):
+    """A head whose outputs a ReLU then passes or not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+def test_what_follows_a_head_is_seen_also_where_it_does_nothing() -> None:
+    model, x = Floored(), torch.randn(3, 5)
+    with torch.no_grad():
+        model.top.bias.fill_(100.0)  # so that the ReLU passes everything
+    assert torch.equal(model(x), super(Floored, model).forward(x))
+    assert head_of(model, x) == (None, 4)
+
+
+def test_classes_that_differ_by_rounding_get_no_rows_of_noise() -> None:
+    model = conv()
+    same = images(4)
+    x = torch.cat((same, same.roll(1, 0)))  # two classes of the same four images, in another order
+    y = torch.tensor([0] * 4 + [1] * 4)
+    layer = prototype_head(model, "classifier", x, y, 2, learner(model).arguments)
+    assert float(layer.weight.detach().norm(dim=1).max()) < 0.1 * LENGTH * float(
+        model.classifier.weight.detach().norm(dim=1).mean()
+    )
+
+
+def test_the_first_rows_keep_their_own_rates() -> None:
+    model = conv()
+    rates = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    new = rates_for_head(rates, model, "classifier", rows=2)
+    assert torch.equal(new["classifier.weight"], rates["classifier.weight"][:2])
+    assert torch.equal(new["classifier.bias"], rates["classifier.bias"][:2])

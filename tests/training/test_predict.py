@@ -167,7 +167,8 @@ def test_a_saved_learner_answers_again(run: Path, sets: tuple[Path, Path], capsy
     assert again["images"] == first["images"] and sheet.is_file()
     assert again["head"] == first["head"] and again["batch_norm"] == first["batch_norm"]
     for words, name in ((["--support", support], "support"), (["--transductive"], "transductive"),
-                        (["--inner-lr", "1"], "inner-lr"), (["--head", "trained"], "head")):  # fmt: skip
+                        (["--inner-lr", "1"], "inner-lr"), (["--head", "trained"], "head"), (["--no-invert"], "invert"),
+                        (["--checkpoint", "last"], "checkpoint")):  # fmt: skip
         assert cli.main(predict(saved, None, "--query", query, *words)) == 2
         assert f"--{name}: expected none with an adapted learner" in capsys.readouterr().err
 
@@ -201,6 +202,11 @@ def test_query_images_that_are_support_images_are_reported(
         ("{run} --support {query} --query {empty}", "--query: expected images in"),
         ("{run} --support {query} --query {bad}", "cannot decode"),
         ("{run} --support {query} --query {query} --csv - --json -", "--csv, --json: expected at most one of them"),
+        ("{run} --support {query} --query {query} --export {empty}/a.foo", "export: expected a name ending in"),
+        (
+            "{run} --support {query} --query {query} --csv {empty}/a --json {empty}/a",
+            "a file of its own for each result",
+        ),
         ("{run} --support {query} --query {query} --head trained", "more than the 3 classes of the trained head"),
         ("{empty} --support {query} --query {query}", "expected best.safetensors in"),
         ("{text} --support {query} --query {query}", "expected a complete safetensors file"),
@@ -235,6 +241,26 @@ def test_a_run_of_regression_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert cli.main(predict(tmp_path / "waves", tmp_path, "--query", tmp_path)) == 2
     assert "predict: expected a learner of images" in capsys.readouterr().err
+
+
+def test_evaluate_has_no_heads_for_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--preset sinusoid --iterations 2 --validate-every 0 --test-tasks 0 --device cpu --no-tensorboard --quiet"
+    assert cli.main(["train", *shlex.split(words), "--out", str(tmp_path / "waves")]) == 0
+    assert cli.main(["evaluate", str(tmp_path / "waves"), "--tasks", "2", "--head", "prototypes"]) == 2
+    assert "--head: expected 'auto' for regression" in capsys.readouterr().err
+
+
+def test_a_saved_learner_says_how_it_was_adapted(
+    run: Path, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, query = sets
+    saved = support.parent / "adapted.safetensors"
+    words = ["--query", query, "--json", "-"]
+    assert cli.main(predict(run, support, *words, "--test-steps", "9", "--save", saved)) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert cli.main(predict(saved, None, *words)) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert first["steps"] == again["steps"] == "sign-maml, 9 steps of 0.01" and first["images"] == again["images"]
 
 
 def test_sets_are_read_in_order(sets: tuple[Path, Path], run: Path) -> None:

@@ -58,6 +58,20 @@ def test_a_generator_goes_forward_only() -> None:
         sampler.draw(2)
 
 
+def test_an_iterable_that_keeps_one_generator_goes_forward_only() -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.kept = map(task, range(9))
+
+        def __iter__(self) -> Iterator[Task]:
+            return self.kept
+
+    sampler = TaskSampler(Kept(), tasks=2)
+    assert [numbers(sampler.draw(i)) for i in (0, 1)] == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match="can be iterated again, such as a list, for meta-batch 0 after 1, found Kept"):
+        sampler.draw(0)
+
+
 def test_a_bad_task_leaves_a_generator_where_it_is() -> None:
     sampler = TaskSampler(iter([task(0), (1, 2, 3, 4), task(2)]), tasks=1)
     sampler.draw(0)

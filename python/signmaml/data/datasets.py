@@ -61,18 +61,24 @@ def from_dataset(
     """
     check_split(split)
     decoding = Decoding(check_integer("image_size", image_size, *IMAGE_SIZES), channels)
-    if channels not in (1, 3):
+    if isinstance(channels, bool) or channels not in (1, 3):
         raise ValueError(f"channels: expected 1 or 3, found {channels!r}")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"dataset: expected one with a length and numbered items, found {type(dataset).__name__}")
     count = len(dataset)
     if count == 0:
         raise ValueError("dataset: expected at least one image, found none")
-    wanted = None if classes is None else set(classes)
+    wanted = None if classes is None else {plain_label(label) for label in classes}
     pixels: dict[Any, list[np.ndarray]] = {}
     keys: tuple[Any, Any] | None = None
     for number in track(range(count), total=count, what=f"{name}/{split}: decoding", unit="images", show=progress):
         item = dataset[number]
         keys = keys or _keys(item, image, label)
         of_class = plain_label(item[keys[1]])
+        if not isinstance(of_class, (int, str, tuple)):
+            raise TypeError(
+                f"dataset: expected integers or strings as labels, found {type(of_class).__name__} at {number}"
+            )
         if wanted is None or of_class in wanted:
             pixels.setdefault(of_class, []).append(_decoded(item[keys[0]], decoding, number))
     absent = [repr(found) for found in (wanted or ()) if found not in pixels]

@@ -89,8 +89,8 @@ def decode(
         for row, file in enumerate(files, start=first):
             try:
                 pixels[row] = decode_file(source, file, decoding)
-            except ValueError:
-                if not skip_damaged:
+            except ValueError as error:
+                if not skip_damaged or _could_not_be_read(error):
                     raise
                 good[row] = False
 
@@ -201,8 +201,8 @@ def probe(
     def header(file: SourceFile) -> tuple[tuple[int, int], str] | None:
         try:
             return _header(source, file)
-        except ValueError:
-            if not skip_damaged:
+        except ValueError as error:
+            if not skip_damaged or _could_not_be_read(error):
                 raise
             return None
 
@@ -247,6 +247,11 @@ def _header(source: Source, file: SourceFile) -> tuple[tuple[int, int], str]:
             return (image.size[::-1] if turned else image.size), image.mode
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise ValueError(f"{source.label}: cannot decode {file.path!r}: {error}") from error
+
+
+def _could_not_be_read(error: ValueError) -> bool:
+    """Whether the system refused to read the file, which says nothing about its content."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
 
 
 def _check_pixels(image: Image.Image) -> None:

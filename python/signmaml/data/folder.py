@@ -60,8 +60,8 @@ def folder(
             images of each: for a task of your own, not for new classes. The path of a .json or .yaml file with a list
             of classes under each of ``train``, ``val`` and ``test``. The path of a folder with ``train.csv``,
             ``val.csv`` and ``test.csv``, whose columns ``filename`` and ``label`` list images, as mini-ImageNet's
-            releases do; the images may then lie anywhere. Split folders in the tree allow None alone. Images and
-            classes that no list names are left out, with a warning.
+            releases do; the images may then lie anywhere. Split folders in the tree allow None, or lists of images,
+            alone. Images and classes that no list names are left out, with a warning.
         min_images: Classes with fewer images are left out, with a warning; before classes are split.
         skip_damaged: Whether images that cannot be decoded are left out, with a warning, instead of being an error.
         progress: Whether to show progress on stderr.
@@ -259,12 +259,15 @@ def decode_own(
     if not classes:
         have = ", ".join(s for s in SPLITS if found[s]) or "none"
         raise ValueError(f"split: {source.label} has no classes for {split!r}, it has {have}")
+    every = [file for group in found.values() for part in group.values() for file in part]
     key = {
         "name": "folder",
         "split": split,
         "source": fingerprint(source, source.images),
         "files": fingerprint(source, [file for files in classes.values() for file in files]),
-        "classes": list(classes),
+        "classes": [[name, len(files)] for name, files in classes.items()],
+        # Their headers settle size and colour.
+        "probed": fingerprint(source, every) if image_size is None or channels is None else None,
         "image_size": image_size,
         "channels": channels,
         "selection": [selection.least_of_a_split(), selection.skip_damaged],
@@ -275,9 +278,8 @@ def decode_own(
         size, depth = image_size, channels
         if size is None or depth is None:
             # Look at all splits, so that a network trained on one can be tested on another.
-            files = [file for group in found.values() for part in group.values() for file in part]
             what = "folder: reading headers"
-            shapes = probe(source, files, what=what, progress=progress, skip_damaged=selection.skip_damaged)
+            shapes = probe(source, every, what=what, progress=progress, skip_damaged=selection.skip_damaged)
             size = common_size(shapes, source.label) if size is None else size
             depth = (3 if shapes.colour else 1) if depth is None else depth
         return decode(

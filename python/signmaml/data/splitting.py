@@ -178,8 +178,12 @@ def _by_image_lists(source: Source, place: Path) -> tuple[dict[str, Classes], li
             found = list(rows[0]) if rows else "no rows"
             raise ValueError(f"split_by: expected columns filename and label in {listing}, found {found}")
         absent = []
-        for row in rows:
+        for number, row in enumerate(rows, start=2):
             name = row["filename"]
+            if not name or not row["label"]:
+                raise ValueError(
+                    f"split_by: expected a filename and a label in line {number} of {listing}, found {row}"
+                )
             files = [by_path[name]] if name in by_path else by_name.get(name, [])
             if len(files) > 1:
                 raise ValueError(f"split_by: expected the path of {name!r}, which several images in "
