@@ -116,11 +116,12 @@ def draw_predictions(
     figure, grid = _episode_grid(len(shown), left, right)
     limits = float(queries.min()), float(queries.max())
     for row, name in enumerate(shown):
-        axis = None
+        shown_of = "" if counts[name] <= _MOST_QUERIES else f", {_MOST_QUERIES} shown"
+        label = f"{_shorten(name)}\n{counts[name]} predicted{shown_of}"
         for column, image in enumerate(examples[name]):
             axis = _image(figure, grid, (row, column), image, limits)
             if column == 0:
-                _label_row(axis, _shorten(name))
+                _label_row(axis, label)
                 if row == 0:
                     _head(axis, "support")
         for column, index in enumerate(of_class[name]):
@@ -131,10 +132,7 @@ def draw_predictions(
                 if row == 0:
                     _head(axis, "query, by predicted class")
                 if not examples[name]:
-                    _label_row(axis, _shorten(name))
-        hidden = counts[name] - len(of_class[name])
-        if hidden and axis is not None:
-            axis.text(1.06, 0.5, f"+{hidden}", transform=axis.transAxes, ha="left", va="center", fontsize=9)
+                    _label_row(axis, label)
     hits, known = found.right()
     summary = f"{len(found.names)} images, {len(found.classes)} classes"
     summary += f": {hits} of {known} agree with the name of their folder" if known else ""
