@@ -123,7 +123,14 @@ class TrainConfig:
 
     iterations: int = _option(400, "meta-iterations", least=1, on_resume=True)
     outer_lr: float = _option(0.006, "outer learning rate (beta)", above=0)
-    outer_optimizer: str = _option("adam", "what takes the outer steps", choices=("adam", "sgd"))
+    outer_optimizer: str = _option("adam", "what takes the outer steps", choices=("adam", "adamw", "sgd"))
+    outer_weight_decay: float | None = _option(
+        None, "decoupled weight decay of adamw; inner rates that are learned have none; none: 0.01", least=0
+    )
+    clip_gradient: float | None = _option(
+        None, "greatest l2 norm of an outer gradient, which is scaled down to it; none: any", above=0
+    )
+    warmup: int = _option(0, "iterations over which outer_lr rises from 0 to its schedule", least=0)
     schedule: str = _option(
         "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
     )
@@ -138,6 +145,9 @@ class TrainConfig:
     )
 
     validate_every: int = _option(100, "iterations between validations; 0: never", least=0)
+    patience: int = _option(
+        0, "stop early after so many validations without a better one; 0: never", least=0, on_resume=True
+    )
     validate_tasks: int = _option(100, "tasks of a validation, the same every time", least=1)
     test_tasks: int = _option(600, "tasks of the test at the end; 0: no test", least=0)
     test_queries: int | None = _option(None, "query examples a class in validation and test; none: as queries", least=1)
@@ -178,6 +188,7 @@ class TrainConfig:
         for name, none in (("split_by", None), ("min_images", 1), ("skip_damaged", False)):
             if self.data != "folder" and getattr(self, name) != none:
                 raise ValueError(f"{name}: expected {none!r} for data {self.data!r}, found {getattr(self, name)!r}")
+        self._check_outer_loop()
         self._check_model()
         if self.learn_inner_lr != "none" and self.inner_steps == 0:
             raise ValueError(f"inner_steps: expected at least 1 for learn_inner_lr {self.learn_inner_lr!r}, found 0")
@@ -185,6 +196,24 @@ class TrainConfig:
             raise ValueError("adapt: expected none or at least one name pattern, found an empty list")
         self._check_inner_rule()
         self._check_adapted_rates()
+
+    def _check_outer_loop(self) -> None:
+        if self.outer_weight_decay is not None and self.outer_optimizer != "adamw":
+            raise ValueError(
+                f"outer_weight_decay: expected none with outer_optimizer {self.outer_optimizer!r}, found "
+                f"{self.outer_weight_decay!r}"
+            )
+        if self.patience > 0 and self.validate_every == 0:
+            raise ValueError(f"patience: expected 0 without validations (validate_every 0), found {self.patience!r}")
+        if self.adapt_rates != "none" and self.outer_optimizer == "adamw":
+            raise ValueError(
+                f"outer_optimizer: expected 'adam' or 'sgd' with adapt_rates {self.adapt_rates!r}, found 'adamw'"
+            )
+        if self.adapt_rates != "none" and self.clip_gradient is not None:
+            raise ValueError(
+                f"clip_gradient: expected none with adapt_rates {self.adapt_rates!r}, whose hypergradients are those "
+                f"of whole gradients, found {self.clip_gradient!r}"
+            )
 
     def _check_model(self) -> None:
         kind = networks.named(self.model).kind

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,18 @@ def outer_adam(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: t
     return torch.optim.Adam(parameters, lr=torch.tensor(lr, dtype=dtype, device=device), fused=fused)
 
 
+def outer_adamw(
+    parameters: list[Tensor], undecayed: list[Tensor], lr: float, device: torch.device, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW, as `outer_adam` otherwise; the `undecayed` are trained without weight decay."""
+    fused = device.type == "cuda"
+    dtype = torch.float32 if fused else torch.float64
+    rate = torch.tensor(lr, dtype=dtype, device=device)  # the groups share it
+    groups: list[dict[str, Any]] = [{"params": parameters}, {"params": undecayed, "weight_decay": 0.0}]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=rate, weight_decay=weight_decay, fused=fused)
+
+
 def outer_sgd(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: torch.device) -> torch.optim.SGD:
     """SGD without momentum, as `outer_adam` otherwise: torch's fused one on a CUDA device, whose rate stays there."""
     fused = device.type == "cuda"
@@ -194,7 +206,7 @@ class Iteration:
     Args:
         training: The objects they work on; the model must be in its training mode.
         step: The meta-step.
-        optimizer: The result of `outer_adam` or `outer_sgd` for everything that is trained.
+        optimizer: The result of `outer_adam`, `outer_adamw` or `outer_sgd` for everything that is trained.
         why_no_graph: None to replay iterations as graphs, else the reason not to.
         online: What changes the rates; None: nothing does but the schedule.
 
@@ -219,7 +231,7 @@ class Iteration:
         # Rates that are adapted online are multiplied by the schedule.
         start, like = (config.outer_lr, self._lr) if online is None else (1.0, online.outer_lr)
         schedule = [
-            learning_rate(config.schedule, start, iteration, config.iterations)
+            learning_rate(config.schedule, start, iteration, config.iterations, config.warmup)
             for iteration in range(config.iterations)
         ]
         self._learning_rates = torch.tensor(schedule, dtype=torch.float64, device="cpu").to(like)
@@ -263,6 +275,8 @@ class Iteration:
                 self._training.rates.zero_grad(set_to_none=True)
                 nonfinite = self._meta_gradient(share, seed, graph).nonfinite
             result = result._replace(nonfinite=result.nonfinite | nonfinite)
+        if self._training.config.clip_gradient is not None:
+            torch.nn.utils.clip_grad_norm_(self._training.trained.values(), self._training.config.clip_gradient)
         if self._online is None:
             self._lr.copy_(lr)
         else:
@@ -302,16 +316,20 @@ class Iteration:
             with self._unchanged():
                 recorder.warm_up(self._whole)
             # Set it only now: torch warns about capturable steps outside a capture.
-            self._optimizer.param_groups[0]["capturable"] = self._training.device.type == "cuda"
+            self._set_capturable(self._training.device.type == "cuda")
             self._recording = recorder.record(self._whole)
         except graphs.GraphRefused as error:
             if self._training.config.graph:
                 raise
             self.why_no_graph = str(error)
-            self._optimizer.param_groups[0]["capturable"] = False
+            self._set_capturable(False)
             return
         self._recorded_for = self._places()
         self._next = -1  # the content of `_number` is now unknown
+
+    def _set_capturable(self, capturable: bool) -> None:
+        for group in self._optimizer.param_groups:
+            group["capturable"] = capturable
 
     def _places(self) -> tuple[object, ...]:
         """Addresses of the tensors that the graph reads and writes, and the model's mode."""

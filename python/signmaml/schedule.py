@@ -7,7 +7,7 @@ import math
 from .splitmix import mixed
 
 
-def learning_rate(schedule: str, start: float, iteration: int, iterations: int) -> float:
+def learning_rate(schedule: str, start: float, iteration: int, iterations: int, warmup: int = 0) -> float:
     """The outer learning rate of one iteration.
 
     Args:
@@ -15,11 +15,16 @@ def learning_rate(schedule: str, start: float, iteration: int, iterations: int) 
         start: Learning rate at iteration 0.
         iteration: 0-based.
         iterations: Length of the run.
+        warmup: Over so many first iterations the rate rises to that of the schedule, in equal parts.
 
     Example:
         >>> learning_rate("cosine", 1e-3, 50, 100)
         0.0005
+        >>> [learning_rate("constant", 1.0, i, 100, warmup=4) for i in range(5)]
+        [0.25, 0.5, 0.75, 1.0, 1.0]
     """
+    if iteration < warmup:
+        start = start * (iteration + 1) / warmup
     if schedule == "constant":
         return start
     return start * 0.5 * (1 + math.cos(math.pi * iteration / iterations))

@@ -23,7 +23,7 @@ from .distributed import Group
 from .episodes import EpisodeSampler, Sampler, draw
 from .evaluation import Evaluation, default_chunk, evaluate_sampler, loss_for
 from .hypergradient import OnlineRates
-from .iteration import Iteration, Training, outer_adam, outer_sgd, try_one_task, why_no_graph
+from .iteration import Iteration, Training, outer_adam, outer_adamw, outer_sgd, try_one_task, why_no_graph
 from .loggers import MetricsFile, Progress, TensorBoard, counting, tensorboard_wanted
 from .models import parameter_count
 from .pieces import MetaStep
@@ -136,14 +136,24 @@ class MetaTrainer:
         if config.graph and reason is not None:
             raise ValueError(f"graph: expected a run whose iterations a CUDA graph can hold, found that {reason}")
         step = MetaStep(self.model, training.trained, self.group, self._classification, unreached)
-        make = outer_adam if config.outer_optimizer == "adam" else outer_sgd
-        stepped = [tensor for tensor in training.trained.values() if tensor is not self.rates.online]
-        self.optimizer: torch.optim.Optimizer = make(stepped, config.outer_lr, self.device)
+        self.optimizer = self._make_optimizer()
         self.online = self._online_rates()
         self._iteration = Iteration(training, step, self.optimizer, reason, self.online)
         self.iteration = 0  # meta-iterations done
         self.best: Best | None = None
         self._seconds = 0.0
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        if config.outer_optimizer == "adamw":
+            decay = 0.01 if config.outer_weight_decay is None else config.outer_weight_decay
+            rates = {id(rate) for rate in self.rates.parameters()}
+            weights = [tensor for tensor in self._trained.values() if id(tensor) not in rates]
+            learned = [tensor for tensor in self._trained.values() if id(tensor) in rates]
+            return outer_adamw(weights, learned, config.outer_lr, self.device, decay)
+        make = outer_adam if config.outer_optimizer == "adam" else outer_sgd
+        stepped = [tensor for tensor in self._trained.values() if tensor is not self.rates.online]
+        return make(stepped, config.outer_lr, self.device)
 
     def _online_rates(self) -> OnlineRates | None:
         config = self.config
@@ -242,7 +252,7 @@ class MetaTrainer:
                 f"model    {type(self.model).__name__}, {count:,} parameters",
                 f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
                 f"{config.tasks} tasks a meta-batch, {config.iterations} iterations, "
-                f"{optimizer} {config.outer_lr:g} {config.schedule}{adapted}",
+                f"{optimizer} {config.outer_lr:g} {config.schedule}{adapted}{_extras_in_words(config)}",
                 *rule,
                 *sharp,
                 *str(self.explanation).replace("backend: ", "backend  ").splitlines(),
@@ -274,7 +284,7 @@ class MetaTrainer:
                 writers.append(board)
             progress = stack.enter_context(Progress(config.iterations, self.iteration, enabled=self._show_progress))
             writers.append(progress)
-            while self.iteration < config.iterations:
+            while self.iteration < config.iterations and not self._has_lost_patience():
                 self._train_step()
                 progress.advance()
                 last = self.iteration == config.iterations
@@ -282,6 +292,11 @@ class MetaTrainer:
                     self._log(writers, self._training_record())
                 if self._val_sampler is not None and (last or self.iteration % config.validate_every == 0):
                     self._log(writers, self._validation_record())
+                if not last and self._has_lost_patience():
+                    last = True
+                    if len(self._iteration.window):
+                        self._log(writers, self._training_record())
+                    progress.message(self._why_early())
                 stopping = self._is_to_stop(guard)
                 if last or stopping or self.iteration % config.checkpoint_every == 0:
                     self._seconds = time.monotonic() - began
@@ -290,6 +305,16 @@ class MetaTrainer:
                     self._save_state()
                 if stopping and not last:
                     raise self._interrupted(guard)
+
+    def _has_lost_patience(self) -> bool:
+        """Whether so many validations were worse than the best one that training ends."""
+        waited = 0 if self.best is None else self.iteration - self.best.iteration
+        return self.config.patience > 0 and waited >= self.config.patience * self.config.validate_every
+
+    def _why_early(self) -> str:
+        assert self.best is not None
+        since = f"{self.config.patience} validation{'s' * (self.config.patience > 1)}"
+        return f"stopped early at iteration {self.iteration}: {since} since the best one, at {self.best.iteration}"
 
     def _is_to_stop(self, guard: SignalGuard) -> bool:
         """Whether to stop after this iteration; several processes exchange this only every `log_every` iterations."""
@@ -307,7 +332,7 @@ class MetaTrainer:
 
     def _outer_lr(self, iteration: int) -> float:
         config = self.config
-        return learning_rate(config.schedule, config.outer_lr, iteration, config.iterations)
+        return learning_rate(config.schedule, config.outer_lr, iteration, config.iterations, config.warmup)
 
     def _training_record(self) -> dict[str, Any]:
         """Means since the last record. Synchronises with the device."""
@@ -499,6 +524,16 @@ class MetaTrainer:
         split = "test" if self._test_sampler else "val" if self._val_sampler else "train"
         title = f"{self.data_name}/{split}, {self.config.method}"
         plots.draw_task(self.model, sampler, self.run.episode, title=title, **arguments)
+
+
+def _extras_in_words(config: TrainConfig) -> str:
+    """Such as ", warm-up 100, gradients of at most 1, patience 5"."""
+    words = {
+        f", warm-up {config.warmup}": config.warmup > 0,
+        f", gradients of at most {config.clip_gradient or 0:g}": config.clip_gradient is not None,
+        f", patience {config.patience}": config.patience > 0,
+    }
+    return "".join(text for text, said in words.items() if said)
 
 
 def _sharpness_in_words(config: TrainConfig) -> str:

@@ -69,6 +69,7 @@ def replays() -> list[int]:
         {"method": "fo-maml", "schedule": "constant"},
         {"method": "maml"},
         {"nonfinite": "skip", "adapt": ["classifier.*"]},
+        {"outer_optimizer": "adamw", "outer_weight_decay": 0.1, "clip_gradient": 0.1, "warmup": 5},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -303,17 +304,26 @@ def test_regression_is_a_graph_too(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "True", tmp_path / "False")
 
 
+def fused_adamw_on_the_cpu(
+    parameters: list[Tensor], undecayed: list[Tensor], lr: float, device: torch.device, weight_decay: float
+) -> torch.optim.AdamW:
+    """What `outer_adamw` returns on a CUDA device."""
+    return torch.optim.AdamW(parameters + undecayed, lr=torch.tensor(lr), weight_decay=weight_decay, fused=True)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("changes", [{}, {"outer_optimizer": "adamw", "clip_gradient": 0.1}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_in_an_iteration_waits_or_comes_from_the_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, backend: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, backend: str, changes: dict[str, Any]
 ) -> None:
     """The operators called show that a CUDA graph could hold an iteration; the second run is the one to record."""
     monkeypatch.setattr("signmaml.trainer.outer_adam", fused_on_the_cpu)
+    monkeypatch.setattr("signmaml.trainer.outer_adamw", fused_adamw_on_the_cpu)
     # Label values are checked on the CPU only.
     monkeypatch.setattr("signmaml_ext.reference.check_labels", lambda *_: None)
     monkeypatch.setattr("signmaml_ext.fused.check_labels", lambda *_: None)
-    iteration = trainer_of(tmp_path, 9, model=model, backend=backend)._iteration
+    iteration = trainer_of(tmp_path, 9, model=model, backend=backend, **changes)._iteration
     iteration._whole()
     with Recorder() as recorder:
         iteration._whole()
