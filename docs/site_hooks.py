@@ -28,7 +28,7 @@ ELSEWHERE = {
     "native_core.md": "csrc/README.md",
     "security.md": "SECURITY.md",
 }
-COMMANDS = ("train", "evaluate", "predict", "plot", "data", "info", "completion")
+COMMANDS = ("train", "evaluate", "predict", "plot", "report", "data", "info", "completion")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""The command `signmaml`: train, evaluate, predict, plot, data, info.
+"""The command `signmaml`: train, evaluate, predict, plot, report, data, info, completion.
 
 This module parses the command line and reports errors; `commands` does the work. Help and usage errors do not import
 torch.
@@ -180,6 +180,9 @@ def build_parser() -> Parser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_plot(commands)
+    report = _command(commands, "report", "report", "write one HTML page about a run")
+    report.add_argument("run_folder", metavar="RUN", help="run folder, also of a run that has not ended")
+    report.add_argument("--out", metavar="FILE", help="where the page goes (RUN/report.html)")
     _add_data(commands)
     info = _command(commands, "info", "info", "versions, devices, and which backends can be used")
     info.add_argument("--json", action="store_true", help="print JSON")

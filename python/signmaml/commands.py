@@ -29,6 +29,7 @@ from .loggers import clock, counting
 from .options import EVALUATION_FIELDS, given_fields
 from .prediction import Support, json_of, predictions, read_queries, read_support, with_inversion
 from .presets import PRESETS
+from .report import write_report
 from .results import FitResult
 from .runs import RunFolder
 from .trainer import MetaTrainer
@@ -328,6 +329,17 @@ def _plot_episode(run: RunFolder, task: int) -> None:
     title = f"{config.data}/test, {config.method}"
     if plots.draw_task(learner.model, sampler, run.episode, task=task, title=title, **learner.arguments):
         print(run.episode)
+
+
+def report(parsed: argparse.Namespace) -> int:
+    """`signmaml report`."""
+    run = RunFolder(parsed.run_folder)
+    out = Path(parsed.out) if parsed.out else run.path / "report.html"
+    if parsed.out and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out: expected a file in an existing folder, found none at {out}")
+    write_report(run, out)
+    print(out)
+    return 0
 
 
 def info(parsed: argparse.Namespace) -> int:
