@@ -15,7 +15,7 @@ from signmaml_ext import CompactParams
 from signmaml_ext.results import from_counts
 
 from .evaluation import EvaluationArguments
-from .heads import no_loss, sharing_copy, with_head
+from .heads import no_loss, predictions, sharing_copy, with_head
 from .learner import Learner
 
 TASK_STATES = ("full", "int8")
@@ -63,21 +63,8 @@ class Adapted:
         return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
 
     def _predict(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Through `evaluate` with no steps, for its precision and its checks."""
-        result = signmaml_ext.evaluate(
-            model,
-            x[None],
-            None,
-            x[None],
-            None,
-            inner_lr=0.0,
-            inner_steps=0,
-            loss=no_loss,
-            batch_norm="batch" if self.transductive or not _norms(model) else "running",
-            backend="torch",
-            precision=self.arguments["precision"],
-        )
-        return result.logits[0]
+        mode = "batch" if self.transductive or not _norms(model) else "running"
+        return predictions(model, x, mode, self.arguments["precision"])
 
 
 class FullState(Adapted):

@@ -155,6 +155,11 @@ class _FewShotEstimator:
         if not isinstance(self.transductive, bool):
             raise TypeError(f"transductive: expected True or False, found {self.transductive!r}")
         check_task_state(self.task_state)
+        if isinstance(self.learner, Learner) and self.learner.how is not None:
+            raise ValueError(
+                f"learner: expected one with trained weights, found {self.learner!r} of a file that holds an adapted "
+                "network alone; set_params(learner=...) gives it one"
+            )
         learner = as_learner(self.learner, self.device, inner_lr=self.inner_lr, inner_steps=self.inner_steps)
         loss = learner.arguments["loss"]
         if isinstance(loss, str) and loss != self._loss:
@@ -290,13 +295,13 @@ class _FewShotEstimator:
             raise ValueError(
                 f"load: expected the learner that it was adapted from ({stored['source']}), found {found!r}"
             )
+        if not counted:
+            found = dataclasses.replace(found, how=stored["steps"])
         own = {
             "learner": found if learner is None else learner, "transductive": stored["transductive"],
             "task_state": stored["task_state"], "device": device, **parameters,
         }  # fmt: skip
         estimator = cls(**own)
-        if not counted:
-            found = dataclasses.replace(found, how=stored["steps"])
         moved = {name: tensor.to(found.device) for name, tensor in tensors.items()}
         estimator._learner = found
         estimator._adapted = estimator._state_of(moved, stored, found)

@@ -116,7 +116,9 @@ def prototype_head(
     """
     trained = model.get_submodule(name)
     assert isinstance(trained, nn.Linear)
-    features = _features(with_head(model, name, nn.Identity()), x, arguments)
+    mode = "running" if arguments["batch_norm"] == "running" else "batch"  # as in the inner loop
+    features = predictions(with_head(model, name, nn.Identity()), x, mode, arguments["precision"])
+    features = features.float() if features.dtype == torch.bfloat16 else features
     weight = trained.weight
     of_class = (y == torch.arange(ways, device=y.device)[:, None]).to(features.dtype)
     means = of_class @ features / of_class.sum(1, keepdim=True)
@@ -202,8 +204,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _features(model: nn.Module, x: Tensor, arguments: EvaluationArguments) -> Tensor:
-    """The head's inputs ``[S, F]``, with the norms in the mode of the inner loop."""
+def predictions(model: nn.Module, x: Tensor, batch_norm: str, precision: str) -> Tensor:
+    """What a model returns for inputs ``[n, ...]``, by `signmaml_ext.evaluate` without steps, for its precision."""
     result = signmaml_ext.evaluate(
         model,
         x[None],
@@ -213,11 +215,11 @@ def _features(model: nn.Module, x: Tensor, arguments: EvaluationArguments) -> Te
         inner_lr=0.0,
         inner_steps=0,
         loss=no_loss,
-        batch_norm="running" if arguments["batch_norm"] == "running" else "batch",
+        batch_norm=batch_norm,
         backend="torch",
-        precision=arguments["precision"],
+        precision=precision,
     )
-    return result.logits[0].float() if result.logits.dtype == torch.bfloat16 else result.logits[0]
+    return result.logits[0]
 
 
 def no_loss(prediction: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ class Learner:
         example: How examples become inputs; None: they must be the inputs.
         config: The configuration of its run, as far as it names a network, and of how it adapts; None for a module.
         source: Where it comes from, in words.
-        how: How it adapted, in words, if `arguments` no longer say it; None: they do.
+        how: How it adapted, in words, if it is of a file of an adapted network: then it has no trained weights, and
+            adapts no more. None: it is not.
 
     Example:
         >>> import signmaml

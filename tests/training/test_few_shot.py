@@ -859,3 +859,17 @@ def test_sets_that_a_caller_loaded_keep_their_inversion(tmp_path: Path) -> None:
     trainer.fit()
     example = Learner.load(tmp_path / "run", model=trainer.model, device="cpu").example
     assert example == ExampleFormat((1, 28, 28), invert=True)
+
+
+def test_a_file_of_an_adapted_network_is_no_start_for_another_fit(run: Path, tmp_path: Path) -> None:
+    """It holds no meta-trained weights."""
+    x, y = files_of(run, 3, 2)
+    fitted = FewShotClassifier(run, device="cpu").fit(x, y)
+    fitted.save(tmp_path / "a.safetensors")
+    loaded = FewShotClassifier.load(tmp_path / "a.safetensors", device="cpu")
+    for again in (loaded, copy.deepcopy(loaded), loaded.set_params(inner_lr=0.1)):
+        with pytest.raises(ValueError, match=r"learner: expected one with trained weights, .*set_params\(learner="):
+            again.fit(x, y)
+    np.testing.assert_array_equal(loaded.predict_proba(x), fitted.predict_proba(x))
+    refitted = loaded.set_params(learner=run, inner_lr=None).fit(x, y)
+    np.testing.assert_array_equal(refitted.predict_proba(x), fitted.predict_proba(x))
