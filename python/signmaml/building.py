@@ -195,10 +195,7 @@ def example_format(sampler: Sampler) -> ExampleFormat | None:
         return ExampleFormat(shape)
     if not isinstance(sampler, EpisodeSampler):
         return None
-    from . import data
-
-    known = data.DATASETS.get(sampler.describe()["set"])  # also of a set that the caller loaded
-    return ExampleFormat(shape, sampler.normalize, known is not None and known.invert)
+    return ExampleFormat(shape, sampler.normalize, sampler.inverted)
 
 
 def step_arguments(config: TrainConfig, loss: str | Callable[[Tensor, Tensor], Tensor]) -> StepArguments:

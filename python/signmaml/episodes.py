@@ -283,6 +283,7 @@ class EpisodeSampler(NumberedSampler):
         where = f"{images.name}/{images.split}"
         check_class_sizes(images.class_names, images.class_sizes.tolist(), self.shots, self.queries, "images", where)
         self._name, self._split, self._class_names = images.name, images.split, images.class_names
+        self.inverted = images.inverted
 
         self._images = images.images.to(self.device)
         self._chances = ClassDraw(

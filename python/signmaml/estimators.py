@@ -21,6 +21,7 @@ from . import checkpoint
 from .adapted import Adapted, CountedState, Counts, FullState, adapt_tasks, check_task_state, prepared
 from .config import TrainConfig
 from .data.arguments import a_few, plain_label
+from .evaluation import EvaluationArguments
 from .examples import ExampleFormat
 from .heads import check_head, rates_for_head, with_stored_rows
 from .learner import Learner, as_learner, network_of
@@ -186,14 +187,17 @@ class _FewShotEstimator:
         adapted, learner = self._fitted(), self._learner
         numbers = {"inner_lr": plain_label(self.inner_lr), "inner_steps": plain_label(self.inner_steps)}
         strange = [n for n, v in numbers.items() if v is not None and not isinstance(v, (int, float))]
-        if strange and self.task_state == "int8":
+        state = "int8" if isinstance(adapted, CountedState) else "full"  # of the fit, not of a later set_params
+        if strange and state == "int8":
             raise TypeError(f"save: expected {strange[0]} as a number, or rates as part of a Learner, for int8 steps")
         metadata = {
             "estimator": type(self).__name__,
             "parameters": {n: v for n, v in numbers.items() if v is not None and n not in strange},
             "steps": learner.in_words(),
             "transductive": adapted.transductive,
-            "task_state": self.task_state,
+            "task_state": state,
+            "precision": learner.arguments["precision"],
+            "batch_norm": learner.arguments["batch_norm"],
             "head_name": adapted.head if isinstance(adapted, CountedState) else None,
             "learner": learner.digest,
             "source": learner.source,
@@ -264,14 +268,16 @@ class _FewShotEstimator:
         tensors, stored = checkpoint.load(Path(path), kind="adapted")
         if stored.get("estimator") != cls.__name__:
             raise ValueError(f"load: expected a {cls.__name__}, found a {stored.get('estimator')} in {path}")
-        absent = [name for name, kind in cls._HEADER.items() if not isinstance(stored.get(name, ...), kind)]
+        wanted = {**_FewShotEstimator._HEADER, **cls._HEADER}
+        absent = [name for name, kind in wanted.items() if not isinstance(stored.get(name, ...), kind)]
         if absent:
             raise ValueError(f"load: expected an adapted learner, found a damaged header in {path}: {absent[0]}")
         return cls._restored(tensors, stored, learner, device)
 
     _HEADER: ClassVar[dict[str, Any]] = {
         "parameters": dict, "steps": str, "transductive": bool, "task_state": str, "head_name": (str, type(None)),
-        "learner": str, "source": str, "config": (dict, type(None)), "example": (dict, type(None)),
+        "learner": str, "source": str, "config": (dict, type(None)), "example": (dict, type(None)), "precision": str,
+        "batch_norm": str,
     }  # fmt: skip
 
     @classmethod
@@ -296,7 +302,9 @@ class _FewShotEstimator:
                 f"load: expected the learner that it was adapted from ({stored['source']}), found {found!r}"
             )
         if not counted:
-            found = dataclasses.replace(found, how=stored["steps"])
+            arguments: EvaluationArguments = {**found.arguments}
+            arguments["precision"], arguments["batch_norm"] = stored["precision"], stored["batch_norm"]
+            found = dataclasses.replace(found, arguments=arguments, how=stored["steps"])
         own = {
             "learner": found if learner is None else learner, "transductive": stored["transductive"],
             "task_state": stored["task_state"], "device": device, **parameters,
@@ -319,10 +327,16 @@ class _FewShotEstimator:
         parts: dict[str, dict[str, Tensor]] = {"steps": {}, "statistics": {}, "head": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
+            parts.get(part, {})[rest] = tensor
         head, rates = stored["head_name"], learner.arguments["inner_lr"]
+        shapes = {name: tuple(p.shape) for name, p in learner.model.named_parameters()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in parts["head"].items()}
+        if head is not None and f"{head}.weight".lstrip(".") not in parts["head"]:
+            raise ValueError(f"load: expected the weight of the head {head!r} in the file, found none")
+        if any(shapes.get(name) != tuple(steps.shape) for name, steps in parts["steps"].items()):
+            raise ValueError("load: expected steps of the learner's parameters in the file, found others")
         if head is not None:
-            own = tensors[f"head/{head}.weight" if head else "head/weight"]
+            own = parts["head"][f"{head}.weight".lstrip(".")]
             rates = rates_for_head(rates, learner.model, head, None if stored.get("prototypes") else len(own))
         return CountedState(learner, Counts(**parts), transductive, rates, head)
 
@@ -370,6 +384,7 @@ class FewShotClassifier(_FewShotEstimator):
 
     _estimator_type = "classifier"
     _loss = "cross_entropy"
+    _HEADER: ClassVar[dict[str, Any]] = {"classes": list, "head": str, "prototypes": bool}
     classes_: np.ndarray
 
     def __init__(
@@ -480,9 +495,9 @@ class FewShotClassifier(_FewShotEstimator):
         labels, found = _labels(y), self.predict(X)
         if len(labels) != len(found):
             raise ValueError(f"y: expected {len(found)} labels, one for each example of X, found {len(labels)}")
-        kinds = {array.dtype.kind in "US" for array in (labels, self.classes_) if array.dtype != object}
-        if len(kinds) > 1:
-            raise TypeError(f"y: expected labels of the kind of {self.classes_.dtype} as in fit, found {labels.dtype}")
+        if _kinds(labels) - _kinds(self.classes_):
+            wanted = " and ".join(sorted(_kinds(self.classes_)))
+            raise TypeError(f"y: expected {wanted} as in fit, found {' and '.join(sorted(_kinds(labels)))}")
         return float(np.average(found == labels, weights=_weights(sample_weight, len(found))))
 
     def _export_metadata(self) -> dict[str, Any]:
@@ -527,6 +542,7 @@ class FewShotRegressor(_FewShotEstimator):
 
     _estimator_type = "regressor"
     _loss = "mse"
+    _HEADER: ClassVar[dict[str, Any]] = {"one": bool}
 
     def __init__(
         self,
@@ -657,22 +673,31 @@ def _labels(y: Any) -> np.ndarray:
     return labels
 
 
-def _numbers(y: Any) -> np.ndarray:
-    """Targets as float64.
+def _kinds(labels: np.ndarray) -> set[str]:
+    """The kinds of labels, of which two are never equal."""
+    kinds = set()
+    for label in labels.tolist():
+        text = isinstance(label, (str, bytes))
+        kinds.add(type(label).__name__ if text or isinstance(label, tuple) else "numbers")
+    return kinds
+
+
+def _numbers(y: Any, name: str = "y") -> np.ndarray:
+    """Targets, or weights, as float64.
 
     Raises:
         TypeError: They are no real numbers.
     """
     array = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"y: expected numbers as targets, found {array.dtype}")
+    if array.dtype.kind not in ("iuf" if name == "y" else "iufb"):
+        raise TypeError(f"{name}: expected real numbers, found {array.dtype}")
     return array.astype(np.float64)
 
 
 def _weights(sample_weight: Any, count: int) -> np.ndarray | None:
     if sample_weight is None:
         return None
-    weights = _numbers(sample_weight)
+    weights = _numbers(sample_weight, "sample_weight")
     if weights.shape != (count,):
         raise ValueError(f"sample_weight: expected {count} numbers, one for each example, found {list(weights.shape)}")
     return weights

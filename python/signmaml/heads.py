@@ -87,8 +87,8 @@ def _run(model: nn.Module, x: Tensor, instead: Mapping[str, Tensor] | None = Non
 def _keep_output(
     seen: dict[str, Tensor], name: str, instead: Tensor | None, _: nn.Module, __: Any, output: Tensor
 ) -> Tensor:
-    seen[name] = output if instead is None else instead
-    return seen[name]
+    seen[name] = (output if instead is None else instead).clone()  # what follows may change it in place
+    return output if instead is None else instead.clone()
 
 
 def with_head(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:

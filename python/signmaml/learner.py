@@ -303,6 +303,7 @@ class Learner:
         Raises:
             ValueError: Learned rates are for another number of steps.
         """
+        inner_lr, inner_steps = _plain_number(inner_lr), _plain_number(inner_steps)
         if inner_lr is None and inner_steps is None and loss in (None, self.arguments["loss"]):
             return self
         own = self.arguments
@@ -433,15 +434,13 @@ def as_learner(learner: Learner | nn.Module | Place, device: str | None = None, 
         TypeError, ValueError, FileNotFoundError: As `Learner.load` and `Learner.of`.
     """
     if isinstance(learner, Learner):
-        return learner.changed(**{name: _plain_number(value) for name, value in changes.items()})
+        return learner.changed(**changes)
     if isinstance(learner, (str, os.PathLike)):
-        changes = {name: _plain_number(value) for name, value in changes.items()}
         return _loaded(*_latest(learner), device or "auto").changed(**changes)
     if not isinstance(learner, nn.Module):
         raise TypeError(
             f"learner: expected a run folder, a weights file, a module or a Learner, found {type(learner).__name__}"
         )
-    changes = {name: _plain_number(value) for name, value in changes.items()}
     for name, value in changes.items():
         if value is None:
             raise ValueError(f"{name}: expected a value for a module as the learner, found None")

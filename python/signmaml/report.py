@@ -58,6 +58,8 @@ def write_report(run: RunFolder, out: Path) -> None:
     """
     config, records = run.read_config(), read_metrics(run.metrics)
     result = _result_of(run)
+    if result and (result.get("iterations", 0) < _done(records) or not _is_of(result, config)):
+        result = {}  # of an earlier end, before the run went on
     parts = [
         *_heading(run, config, records, result),
         *_picture(_curves(run, bool(result), records), "Training", "Accuracy and loss over the meta-iterations"),
@@ -89,6 +91,17 @@ def _result_of(run: RunFolder) -> dict[str, Any]:
     return found
 
 
+def _done(records: Sequence[Mapping[str, Any]]) -> int:
+    """Meta-iterations done, as far as they are recorded."""
+    return max((record["iteration"] for record in records), default=0)
+
+
+def _is_of(result: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether a result is of a run of this length."""
+    found = result.get("config")
+    return not isinstance(found, dict) or found.get("iterations", config.iterations) == config.iterations
+
+
 def _heading(
     run: RunFolder, config: TrainConfig, records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 ) -> list[str]:
@@ -98,8 +111,7 @@ def _heading(
     test = result.get("test")
     if test:
         lines += [f'<p class="score">test {_score(test)}</p>', f'<p class="faint">{escape(_protocol(test))}</p>']
-    done = max((record["iteration"] for record in records), default=0)
-    facts = [f"{result.get('iterations', done):,} of {config.iterations:,} meta-iterations"]
+    facts = [f"{result.get('iterations', _done(records)):,} of {config.iterations:,} meta-iterations"]
     if "train_seconds" in result:
         facts.append(f"{clock(result['train_seconds'])} of training")
     if "parameters" in result:

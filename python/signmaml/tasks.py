@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .data.arguments import check_integer
 from .episodes import Episodes, checked_device
@@ -122,7 +123,9 @@ class TaskSampler:
 
     def _restart(self, why: str) -> None:
         fresh = iter(self._source)
-        if why and (fresh is self._source or fresh is self._iterator):
+        # torch's loader with persistent workers restarts one iterator.
+        same = fresh is self._iterator and not isinstance(self._source, DataLoader)
+        if why and (fresh is self._source or same):
             raise ValueError(
                 f"source: expected an iterable that can be iterated again, such as a list, for {why}, found "
                 f"{type(self._source).__name__}"

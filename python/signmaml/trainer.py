@@ -110,6 +110,8 @@ class MetaTrainer:
                 self._val_sampler = building.make_sampler(config, val, "val", self.device, progress=progress)
             if config.test_tasks > 0 and (test is not None or not own_data):
                 self._test_sampler = building.make_sampler(config, test, "test", self.device, progress=progress)
+        if config.patience > 0 and self._val_sampler is None:
+            raise ValueError(f"patience: expected 0 without validation data (val=), found {config.patience}")
         self.data_name = building.data_name(config, [train, val, test])
 
         self._example = building.example_format(self._train_sampler)
@@ -284,6 +286,8 @@ class MetaTrainer:
                 writers.append(board)
             progress = stack.enter_context(Progress(config.iterations, self.iteration, enabled=self._show_progress))
             writers.append(progress)
+            if self.iteration < config.iterations and self._has_lost_patience():  # in an earlier part of the run
+                progress.message(self._why_early())
             while self.iteration < config.iterations and not self._has_lost_patience():
                 self._train_step()
                 progress.advance()

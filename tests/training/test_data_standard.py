@@ -101,6 +101,8 @@ def test_omniglot_is_resized_as_grey_and_inverted(tmp_path: Path) -> None:
     drawn = Image.fromarray(picture(5, size=105) > 127).convert("L").resize((28, 28), Image.Resampling.LANCZOS)
     assert np.array_equal(images.images_of(5)[0, 0].numpy(), 255 - np.asarray(drawn))
     assert data.omniglot("val", root=root, image_size=20, progress=False).image_shape == (1, 20, 20)
+    again = data.omniglot("val", root=root, progress=False)
+    assert images.inverted and again.inverted, "also from the cache"
 
 
 def test_omniglot_from_the_releases_zips(tmp_path: Path) -> None:

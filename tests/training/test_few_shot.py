@@ -753,14 +753,21 @@ def test_scores_compare_what_can_be_compared() -> None:
     fitted = FewShotClassifier(conv(), inner_lr=0.01, inner_steps=1).fit(x, labels(3, 6))
     with pytest.raises(ValueError, match="y: expected 6 labels, one for each example of X, found 1"):
         fitted.score(x, ["class 0"])
-    with pytest.raises(TypeError, match="y: expected labels of the kind of <U7 as in fit, found int64"):
+    with pytest.raises(TypeError, match="y: expected str as in fit, found numbers"):
         fitted.score(x, [0, 1, 2] * 2)
+    for strange in ([0.0, 1.0, 2.0] * 2, np.array(labels(3, 6), dtype="S")):
+        with pytest.raises(TypeError, match=r"y: expected str as in fit, found (numbers|bytes)"):
+            fitted.score(x, strange)
+    right = fitted.predict(x) == np.array(labels(3, 6))
+    assert fitted.score(x, labels(3, 6), sample_weight=np.arange(6) < 3) == pytest.approx(right[:3].mean())
+    with pytest.raises(TypeError, match="sample_weight: expected real numbers, found <U1"):
+        fitted.score(x, labels(3, 6), sample_weight=list("abcdef"))
     with pytest.raises(ValueError, match="sample_weight: expected 6 numbers"):
         fitted.score(x, labels(3, 6), sample_weight=[1, 2])
     wave = FewShotRegressor(signmaml.MLP(1, 2), inner_lr=0.01, inner_steps=1).fit(np.ones((3, 1)), np.ones((3, 2)))
     with pytest.raises(ValueError, match=r"y: expected targets \[3, 2\] as in fit, found \[6\]"):
         wave.score(np.ones((3, 1)), np.ones(6))
-    with pytest.raises(TypeError, match="y: expected numbers as targets, found <U1"):
+    with pytest.raises(TypeError, match="y: expected real numbers, found <U1"):
         wave.fit(np.ones((3, 1)), list("abc"))
 
 
@@ -849,9 +856,9 @@ def test_a_rate_as_a_tensor_is_no_learned_one() -> None:
 
 
 def test_sets_that_a_caller_loaded_keep_their_inversion(tmp_path: Path) -> None:
-    """Omniglot's loader has inverted the pixels, so files must be inverted too."""
+    """A loader such as Omniglot's has inverted the pixels, so files must be inverted too."""
     drawn = toy_images(size=28)
-    images = ImageSet("omniglot", "train", drawn.images, drawn.class_names, drawn.class_sizes)
+    images = ImageSet("own", "train", drawn.images, drawn.class_names, drawn.class_sizes, inverted=True)
     config = TrainConfig(
         ways=3, queries=2, tasks=2, iterations=1, validate_every=0, test_tasks=0, device="cpu", tensorboard=False
     )
@@ -873,3 +880,47 @@ def test_a_file_of_an_adapted_network_is_no_start_for_another_fit(run: Path, tmp
     np.testing.assert_array_equal(loaded.predict_proba(x), fitted.predict_proba(x))
     refitted = loaded.set_params(learner=run, inner_lr=None).fit(x, y)
     np.testing.assert_array_equal(refitted.predict_proba(x), fitted.predict_proba(x))
+
+
+def test_a_file_says_what_was_fitted_whatever_is_set_later(tmp_path: Path) -> None:
+    model, new = conv(), images(3, seed=2)
+    fitted = FewShotClassifier(model, inner_lr=0.02, inner_steps=2).fit(images(6), labels(3, 6))
+    fitted.set_params(task_state="int8", transductive=True).save(tmp_path / "a.safetensors")
+    loaded = FewShotClassifier.load(tmp_path / "a.safetensors", model)
+    np.testing.assert_array_equal(loaded.predict_proba(new), fitted.predict_proba(new))
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"batch_norm": "running"}])
+def test_a_file_keeps_how_a_modules_learner_computes(tmp_path: Path, options: dict[str, Any]) -> None:
+    model, new = with_running().float(), images(3, seed=2).float()
+    mine = Learner.of(model, inner_lr=0.02, inner_steps=2, **options)
+    fitted = FewShotClassifier(mine).fit(images(6).float(), labels(3, 6))
+    fitted.save(tmp_path / "a.safetensors")
+    loaded = FewShotClassifier.load(tmp_path / "a.safetensors", model)
+    np.testing.assert_array_equal(loaded.predict_proba(new), fitted.predict_proba(new))
+    assert loaded.in_words() == fitted.in_words()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, header: header.pop("classes"), "damaged header in .*: classes"),
+        (lambda tensors, header: header.update(prototypes=1), "damaged header in .*: prototypes"),
+        (lambda tensors, header: header.update(parameters=[]), "damaged header in .*: parameters"),
+        (lambda tensors, header: tensors.update({"steps/other": torch.zeros(1, dtype=torch.int8)}), "found others"),
+        (lambda tensors, header: tensors.pop("head/classifier.weight"), "expected the weight of the head 'classifier'"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, change: Callable[..., Any], message: str) -> None:
+    mine = Learner.of(conv(), inner_lr=0.02, inner_steps=2)
+    FewShotClassifier(mine, task_state="int8").fit(images(8), labels(4, 8)).save(tmp_path / "a.safetensors")
+    tensors, header = signmaml.checkpoint.load(tmp_path / "a.safetensors")
+    change(tensors, header)
+    signmaml.checkpoint.save(tmp_path / "a.safetensors", tensors, kind="adapted", metadata=header)
+    with pytest.raises(ValueError, match=f"load: .*{message}"):
+        FewShotClassifier.load(tmp_path / "a.safetensors", mine)
+
+
+def test_a_learner_changes_by_numbers_of_numpy() -> None:
+    mine = Learner.of(conv(), inner_lr=0.1, inner_steps=2)
+    assert mine.changed(inner_lr=np.float32(0.5), inner_steps=np.int64(3)).in_words() == "sign-maml, 3 steps of 0.5"

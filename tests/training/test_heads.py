@@ -190,3 +190,10 @@ def test_the_first_rows_keep_their_own_rates() -> None:
     new = rates_for_head(rates, model, "classifier", rows=2)
     assert torch.equal(new["classifier.weight"], rates["classifier.weight"][:2])
     assert torch.equal(new["classifier.bias"], rates["classifier.bias"][:2])
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(inplace=True), nn.ReLU(), nn.Hardtanh(-50, 50, inplace=True)])
+def test_layers_behind_the_head_that_work_in_place_are_seen(last: nn.Module) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), last)
+    assert head_of(model, torch.randn(3, 5)) == (None, 4)

@@ -171,12 +171,22 @@ def test_an_interrupted_run_stops_at_the_same_place(tmp_path: Path, lost_after: 
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_that_stopped_early_goes_on_only_with_more_patience(tmp_path: Path) -> None:
+def test_a_run_that_stopped_early_goes_on_only_with_more_patience(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     toy_trainer(tmp_path / "run", **PATIENT).fit()
-    again = toy_trainer(tmp_path / "run", **PATIENT).fit(resume=True)
-    assert again.iterations == 18
+    trainer = toy_trainer(tmp_path / "run", **PATIENT)
+    trainer._show_progress = True
+    assert trainer.fit(resume=True).iterations == 18
+    assert "stopped early at iteration 18" in capsys.readouterr().out
     longer = toy_trainer(tmp_path / "run", **PATIENT | {"patience": 3}).fit(resume=True)
     assert longer.iterations == 24
+
+
+def test_patience_needs_validation_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"patience: expected 0 without validation data \(val=\), found 2"):
+        trained(tmp_path / "run", patience=2, validate_every=2)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- Configuration

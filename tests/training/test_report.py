@@ -116,6 +116,16 @@ def test_a_run_that_has_not_ended(run: Path, tmp_path: Path) -> None:
     assert "0 of 60 meta-iterations" in str(Page(tmp_path / "page.html"))
 
 
+def test_a_run_that_goes_on_after_an_end_does_not_show_the_old_result(run: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "longer"
+    shutil.copytree(run, longer)
+    text = (longer / "config.yaml").read_text()
+    (longer / "config.yaml").write_text(text.replace("\niterations: 60\n", "\niterations: 90\n"))
+    write_report(RunFolder(longer), tmp_path / "page.html")
+    page = str(Page(tmp_path / "page.html"))
+    assert "the run has not ended" in page and "60 of 90 meta-iterations" in page and "test accuracy" not in page
+
+
 def test_numbers_that_are_none(run: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)

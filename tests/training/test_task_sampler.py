@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from signmaml import Episodes, TaskSampler, evaluate
 from signmaml_ext import meta_step
@@ -70,6 +71,22 @@ def test_an_iterable_that_keeps_one_generator_goes_forward_only() -> None:
     assert [numbers(sampler.draw(i)) for i in (0, 1)] == [[0, 1], [2, 3]]
     with pytest.raises(ValueError, match="can be iterated again, such as a list, for meta-batch 0 after 1, found Kept"):
         sampler.draw(0)
+
+
+class Stacked(Dataset):
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, number: int) -> Task:
+        return task(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("persistent", [False, True])
+def test_torchs_loader_begins_anew(persistent: bool) -> None:
+    loader = DataLoader(Stacked(), batch_size=2, num_workers=1, persistent_workers=persistent)
+    sampler = TaskSampler(loader, batched=True)
+    assert [numbers(sampler.draw(i)) for i in (0, 1, 2, 3, 0)] == [[0, 1], [2], [0, 1], [2], [0, 1]]
 
 
 def test_a_bad_task_leaves_a_generator_where_it_is() -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from .image_set import ImageSet
 
-FORMAT = "signmaml image set 1"
+FORMAT = "signmaml image set 2"
 _TEMPORARY = ".tmp"
 
 
@@ -100,6 +100,7 @@ def _read(path: Path, key: Mapping[str, Any]) -> ImageSet | None:
                 images=file.get_tensor("images"),
                 class_names=tuple(json.loads(header["class_names"])),
                 class_sizes=file.get_tensor("class_sizes"),
+                inverted=bool(json.loads(header["inverted"])),
             )
         if content_digest(image_set) != header["sha256"]:
             raise ValueError("its checksum is wrong")
@@ -113,6 +114,7 @@ def _write(path: Path, key: Mapping[str, Any], image_set: ImageSet) -> None:
     header = {
         "key": _canonical(key),
         "class_names": json.dumps(image_set.class_names),
+        "inverted": json.dumps(image_set.inverted),
         "sha256": content_digest(image_set),
     }
     tensors = {"images": image_set.images.contiguous(), "class_sizes": image_set.class_sizes}

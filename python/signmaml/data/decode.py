@@ -117,7 +117,8 @@ def decode(
             )
         names, sizes = [name for name, _ in kept], [count for _, count in kept]
         images = images[torch.from_numpy(good)]
-    return ImageSet(name, split, images, tuple(names), torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+    counts_of_classes = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    return ImageSet(name, split, images, tuple(names), counts_of_classes, decoding.invert)
 
 
 def decode_file(source: Source, file: SourceFile, decoding: Decoding) -> np.ndarray:

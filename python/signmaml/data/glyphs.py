@@ -104,7 +104,9 @@ def draw_split(split: str, image_size: int, samples: int, seed: int, progress: b
     for index, (_, char) in enumerate(shown):
         pixels[index, :, 0] = draw_class(ord(char), image_size, samples, seed)
     names = tuple(f"{script}/U+{ord(char):04X}" for script, char in characters)
-    return ImageSet("glyphs", split, images.flatten(0, 1), names, torch.full((len(names),), samples, device="cpu"))
+    sizes = torch.full((len(names),), samples, device="cpu")
+    # White on black, as scans of print are once they are inverted.
+    return ImageSet("glyphs", split, images.flatten(0, 1), names, sizes, inverted=True)
 
 
 def draw_class(codepoint: int, image_size: int, samples: int, seed: int) -> np.ndarray:

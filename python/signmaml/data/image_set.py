@@ -19,6 +19,7 @@ class ImageSet:
         images: ``[M, C, H, W]`` uint8.
         class_names: One name per class, all different.
         class_sizes: ``[classes]`` int64, all at least 1, sum ``M``.
+        inverted: Whether the pixels are those of image files inverted, such as dark ink on white made bright.
 
     Raises:
         TypeError: An argument does not have the type or dtype stated.
@@ -37,6 +38,7 @@ class ImageSet:
     images: torch.Tensor
     class_names: tuple[str, ...]
     class_sizes: torch.Tensor
+    inverted: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("images", self.images), ("class_sizes", self.class_sizes)):

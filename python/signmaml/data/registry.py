@@ -32,7 +32,6 @@ class DatasetInfo:
         rotations: Whether training usually counts rotated classes as separate classes.
         download: Whether `load` can fetch it with ``download=True``.
         needs_root: Whether `root` is required.
-        invert: Whether files of such images, which show dark ink on white, are inverted before they become inputs.
     """
 
     name: str
@@ -45,7 +44,6 @@ class DatasetInfo:
     rotations: bool = False
     download: bool = False
     needs_root: bool = False
-    invert: bool = False
 
 
 STANDARD: Mapping[str, StandardSet] = {
@@ -72,7 +70,6 @@ def _published(name: str, summary: str, origin: str, *, rotations: bool = False)
         images_per_class=standard.images_per_class,
         rotations=rotations,
         download=standard.download is not None,
-        invert=standard.decoding.invert,
     )
 
 
@@ -89,7 +86,6 @@ DATASETS: dict[str, DatasetInfo] = {
             channels=1,
             classes=class_counts(),
             images_per_class=20,
-            invert=True,
         ),
         _published(
             "omniglot",
