@@ -130,6 +130,11 @@ class TrainConfig:
     clip_gradient: float | None = _option(
         None, "greatest l2 norm of an outer gradient, which is scaled down to it; none: any", above=0
     )
+    average: float | None = _option(
+        None,
+        "decay of a moving average of the weights, which is validated and tested in their place; none: none",
+        least=0,
+    )
     warmup: int = _option(0, "iterations over which outer_lr rises from 0 to its schedule", least=0)
     schedule: str = _option(
         "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
@@ -198,6 +203,8 @@ class TrainConfig:
         self._check_adapted_rates()
 
     def _check_outer_loop(self) -> None:
+        if self.average is not None and self.average >= 1:
+            raise ValueError(f"average: expected a number below 1, found {self.average!r}")
         if self.outer_weight_decay is not None and self.outer_optimizer != "adamw":
             raise ValueError(
                 f"outer_weight_decay: expected none with outer_optimizer {self.outer_optimizer!r}, found "
@@ -208,6 +215,11 @@ class TrainConfig:
         if self.adapt_rates != "none" and self.outer_optimizer == "adamw":
             raise ValueError(
                 f"outer_optimizer: expected 'adam' or 'sgd' with adapt_rates {self.adapt_rates!r}, found 'adamw'"
+            )
+        if self.adapt_rates != "none" and self.average is not None:
+            raise ValueError(
+                f"average: expected none with adapt_rates {self.adapt_rates!r}, whose rates are those of the last "
+                f"iteration, found {self.average!r}"
             )
         if self.adapt_rates != "none" and self.clip_gradient is not None:
             raise ValueError(

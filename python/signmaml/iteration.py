@@ -21,6 +21,7 @@ from signmaml_ext import Sharpness, graphs
 from signmaml_ext.checks import check_problem
 
 from . import building
+from .averaging import Average
 from .config import TrainConfig
 from .distributed import Group
 from .episodes import Episodes, Sampler
@@ -209,6 +210,7 @@ class Iteration:
         optimizer: The result of `outer_adam`, `outer_adamw` or `outer_sgd` for everything that is trained.
         why_no_graph: None to replay iterations as graphs, else the reason not to.
         online: What changes the rates; None: nothing does but the schedule.
+        average: The moving average of what is trained; None: there is none.
 
     Attributes:
         window: Query loss, query accuracy (or loss again) and non-finite tasks of each iteration since the last record.
@@ -222,8 +224,10 @@ class Iteration:
         optimizer: torch.optim.Optimizer,
         why_no_graph: str | None,
         online: OnlineRates | None = None,
+        average: Average | None = None,
     ) -> None:
         self._training, self._step, self._optimizer, self._online = training, step, optimizer, online
+        self._average = average
         self.why_no_graph = why_no_graph
         config, device = training.config, training.device
         self.window = Window(min(config.log_every, config.iterations), device)
@@ -258,6 +262,8 @@ class Iteration:
             share = draw_share(self._training.sampler, number, self._training.group)
             graph = False if config.graph is False else None
             self._train(share, self._learning_rates[number], step_seed(config.seed, number), graph)
+            if self._average is not None:
+                self._average.update(self._average.decays[number])
         else:
             with self._recording.in_turn():
                 if self._next != number:
@@ -303,6 +309,8 @@ class Iteration:
         episodes: Episodes = self._training.sampler.draw_at(self._number)  # type: ignore[attr-defined]
         lr = self._learning_rates.index_select(0, self._number.view(1)).view(())
         self._train(Share(episodes, 0, episodes.tasks), lr, seed=0, graph=False)
+        if self._average is not None:
+            self._average.update(self._average.decays.index_select(0, self._number.view(1)).view(()))
         self._number += 1
         return ()
 
@@ -335,18 +343,20 @@ class Iteration:
         """Addresses of the tensors that the graph reads and writes, and the model's mode."""
         trained, model = self._training.trained.values(), self._training.model
         states = (value for p in trained for value in self._optimizer.state.get(p, {}).values())
-        tensors = (*trained, *model.buffers(), *states, self.window.rows, *self._online_tensors())
+        tensors = (*trained, *model.buffers(), *states, self.window.rows, *self._further_tensors())
         return (model.training, *(tensor.data_ptr() for tensor in tensors))
 
-    def _online_tensors(self) -> Iterable[Tensor]:
-        return () if self._online is None else self._online.tensors().values()
+    def _further_tensors(self) -> Iterable[Tensor]:
+        """The state of rates that are adapted online, and of the average."""
+        online = () if self._online is None else self._online.tensors().values()
+        return (*online, *(() if self._average is None else self._average.tensors.values()))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Restores all that training changes (weights, rates, moments, metrics) in place afterwards."""
         state, trained = self._optimizer.state, self._training.trained.values()
         undo: list[Callable[[], object]] = []
-        for tensor in (*trained, *self._online_tensors(), self.window.rows, self.window.filled):
+        for tensor in (*trained, *self._further_tensors(), self.window.rows, self.window.filled):
             undo.append(_putting_back(tensor))
         known = {parameter: set(state.get(parameter, {})) for parameter in trained}
         for parameter, names in known.items():

@@ -1,8 +1,8 @@
 """The training state as named tensors: packing it for last.safetensors and restoring it.
 
 Names: `model.*` (the state dict), `rates.*` (logarithms of learned inner rates, or one that is adapted online),
-`adam.<parameter>.<entry>`, `online.*` (see `OnlineRates.tensors`), and `window`: `[iterations since the last record,
-3]`.
+`adam.<parameter>.<entry>`, `online.*` (see `OnlineRates.tensors`), `average.*` (see `Average`), and `window`:
+`[iterations since the last record, 3]`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def pack(
     optimizer: torch.optim.Optimizer,
     window: Tensor,
     online: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """All tensors of a training state.
 
@@ -37,13 +38,14 @@ def pack(
         optimizer: The optimizer.
         window: `[iterations since the last record, 3]`, the rows of the next record.
         online: The tensors of rates that are adapted online; empty if none are.
+        average: The moving average of what is trained; empty if there is none.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"rates.{name}": value for name, value in rates.state_dict().items()}
     for name, parameter in trained.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             tensors[f"adam.{name}.{entry}"] = value
-    tensors |= _prefixed("online.", online)
+    tensors |= _prefixed("online.", online) | _prefixed("average.", average)
     if len(window):
         tensors["window"] = window
     return tensors
@@ -57,6 +59,7 @@ def unpack(
     optimizer: torch.optim.Optimizer,
     where: str,
     online: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
 ) -> Tensor:
     """Restores a packed state and returns the window, which may be empty, on the CPU.
 
@@ -64,16 +67,17 @@ def unpack(
         tensors: The result of `pack`, on the CPU.
         model, rates, trained, optimizer: As for `pack`; on any device.
         where: The file, for messages.
-        online: As for `pack`.
+        online, average: As for `pack`.
 
     Raises:
         ValueError: The state belongs to another model; the message lists the differences.
     """
-    copied = ("model.", "rates.", "online.")
+    copied = ("model.", "rates.", "online.", "average.")
     foreign = [name for name in tensors if not name.startswith((*copied, "adam.")) and name != "window"]
     if foreign:
         raise ValueError(
-            f"checkpoint: expected a state of model, rates, adam, online and window, found {foreign[0]!r} in {where}"
+            "checkpoint: expected a state of model, rates, adam, online, average and window, found "
+            f"{foreign[0]!r} in {where}"
         )
     adam = _adam_states(_under(tensors, "adam."), trained, where)
     window = tensors.get("window")
@@ -83,7 +87,8 @@ def unpack(
     copy_into(
         _prefixed("model.", model.state_dict())
         | _prefixed("rates.", rates.state_dict())
-        | _prefixed("online.", online),
+        | _prefixed("online.", online)
+        | _prefixed("average.", average),
         {name: value for name, value in tensors.items() if name.startswith(copied)},
         where,
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import signmaml_ext
 
 from . import building, checkpoint, state, version
+from .averaging import Average
 from .config import TrainConfig
 from .distributed import Group
 from .episodes import EpisodeSampler, Sampler, draw
@@ -140,7 +141,10 @@ class MetaTrainer:
         step = MetaStep(self.model, training.trained, self.group, self._classification, unreached)
         self.optimizer = self._make_optimizer()
         self.online = self._online_rates()
-        self._iteration = Iteration(training, step, self.optimizer, reason, self.online)
+        self._average = (
+            Average(self._trained, config.average, config.iterations) if config.average is not None else None
+        )
+        self._iteration = Iteration(training, step, self.optimizer, reason, self.online, self._average)
         self.iteration = 0  # meta-iterations done
         self.best: Best | None = None
         self._seconds = 0.0
@@ -361,14 +365,19 @@ class MetaTrainer:
         return record
 
     def _validation_record(self) -> dict[str, Any]:
-        found = self.validate()
-        if self.best is None or self.best.beaten_by(found):
-            self.best = Best(self.iteration, found.metric, found.mean)
-            self._save_best()
+        with self._averaged():
+            found = self.validate()
+            if self.best is None or self.best.beaten_by(found):
+                self.best = Best(self.iteration, found.metric, found.mean)
+                self._save_best()
         record: dict[str, Any] = {"iteration": self.iteration, "split": "val", "loss": found.loss}
         if found.metric == "accuracy":
             record["accuracy"] = found.mean
         return record | {"ci95": found.ci95, "tasks": found.tasks, "nonfinite_tasks": found.nonfinite}
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The weights are their moving average meanwhile, if there is one."""
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     def _log(self, writers: Sequence[_Writer], record: Mapping[str, Any]) -> None:
         if not self.group.first:
@@ -396,7 +405,8 @@ class MetaTrainer:
         online = {} if self.online is None else self.online.tensors()
         self.group.check_same([*self._trained.values(), *online.values()], "weights")
         window = self._iteration.window.present()
-        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, window, online)
+        average = {} if self._average is None else self._average.tensors
+        tensors = state.pack(self.model, self.rates, self._trained, self.optimizer, window, online, average)
         metadata = {
             "iteration": self.iteration,
             "best": None if self.best is None else dataclasses.asdict(self.best),
@@ -422,6 +432,8 @@ class MetaTrainer:
         content = self.group.bytes_of_first(found)
         if not content:
             self._share_weights()
+            if self._average is not None:
+                self._average.restart()
             return
         tensors, metadata = checkpoint.parse(content, last, kind="training")
         iteration, seconds, best = state.checked_metadata(metadata, str(last))
@@ -431,7 +443,8 @@ class MetaTrainer:
             )
         where = str(self.run.last)
         online = {} if self.online is None else self.online.tensors()
-        window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, where, online)
+        average = {} if self._average is None else self._average.tensors
+        window = state.unpack(tensors, self.model, self.rates, self._trained, self.optimizer, where, online, average)
         self._iteration.window.fill(window)
         self.iteration, self._seconds, self.best = iteration, seconds, best
 
@@ -494,7 +507,8 @@ class MetaTrainer:
     def _test_best(self, guard: SignalGuard) -> Evaluation | None:
         """Loads the best weights into the model and tests them."""
         if self.best is None:
-            self._save_best()  # without validation the last weights are the best
+            with self._averaged():
+                self._save_best()  # without validation the last weights are the best
         self.group.first_does(lambda: self.load_weights(self.run.best))
         self._share_weights()
         if self._test_sampler is None:
@@ -535,6 +549,7 @@ def _extras_in_words(config: TrainConfig) -> str:
     words = {
         f", warm-up {config.warmup}": config.warmup > 0,
         f", gradients of at most {config.clip_gradient or 0:g}": config.clip_gradient is not None,
+        f", average {config.average or 0:g}": config.average is not None,
         f", patience {config.patience}": config.patience > 0,
     }
     return "".join(text for text, said in words.items() if said)

@@ -70,6 +70,7 @@ def replays() -> list[int]:
         {"method": "maml"},
         {"nonfinite": "skip", "adapt": ["classifier.*"]},
         {"outer_optimizer": "adamw", "outer_weight_decay": 0.1, "clip_gradient": 0.1, "warmup": 5},
+        {"average": 0.9, "method": "fo-maml"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -312,7 +313,9 @@ def fused_adamw_on_the_cpu(
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("changes", [{}, {"outer_optimizer": "adamw", "clip_gradient": 0.1}], ids=["plain", "clipped"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"outer_optimizer": "adamw", "clip_gradient": 0.1, "average": 0.9}], ids=["plain", "all"]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_in_an_iteration_waits_or_comes_from_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, backend: str, changes: dict[str, Any]

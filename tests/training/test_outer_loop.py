@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,97 @@ def test_a_warm_up_longer_than_the_run_never_ends() -> None:
     assert [learning_rate("constant", 1.0, i, 3, warmup=6) for i in range(3)] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
+# ---- Averaged weights
+
+
+def averaged_by_hand(decay: float, **changes: Any) -> dict[str, torch.Tensor]:
+    """The average after the last iteration, from the weights after each."""
+    average: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MetaTrainer(
+            config(**changes), model=network(), train=toy_images(), out=f"{folder}/run", progress=False
+        )
+        trainer._draw_plots = lambda: None  # type: ignore[method-assign]
+        average |= {name: tensor.detach().clone() for name, tensor in trainer._trained.items()}
+        step = trainer._train_step
+
+        def followed() -> None:
+            step()
+            i = trainer.iteration - 1
+            share = min(decay, (1 + i) / (10 + i))
+            for name, tensor in trainer._trained.items():
+                average[name] = share * average[name] + (1 - share) * tensor.detach()
+
+        trainer._train_step = followed  # type: ignore[method-assign]
+        trainer.fit()
+    return average
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.9])
+def test_the_best_weights_are_the_average(tmp_path: Path, decay: float) -> None:
+    options = {"learn_inner_lr": "per-layer", "outer_lr": 0.05}
+    trainer = trained(tmp_path / "run", average=decay, **options)
+    expected = averaged_by_hand(decay, **options)
+    for name, tensor in trainer._trained.items():
+        torch.testing.assert_close(tensor.detach(), expected[name], rtol=1e-5, atol=1e-6)
+    last = checkpoint.load(tmp_path / "run" / "last.safetensors")[0]
+    plain = trained(tmp_path / "plain", **options)
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(last[f"model.{name}"], tensor), "training itself goes on from the weights"
+        assert torch.equal(last[f"average.{name}"], tensor) == (decay == 0)
+
+
+def test_validations_are_of_the_average(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "run", 12, average=0.9)
+    seen = []
+    validate = trainer.validate
+
+    def watched() -> Any:
+        seen.append([tensor.detach().clone() for tensor in trainer._trained.values()])
+        return validate()
+
+    trainer.validate = watched  # type: ignore[method-assign]
+    trainer.fit()
+    last = checkpoint.load(tmp_path / "run" / "last.safetensors")[0]
+    for found, name in zip(seen[-1], trainer._trained, strict=True):
+        assert torch.equal(found, last[f"average.{name}"])
+
+
+@pytest.mark.parametrize("lost_after", [3, 8])
+def test_an_interrupted_run_has_the_same_average(tmp_path: Path, lost_after: int) -> None:
+    toy_trainer(tmp_path / "whole", 12, average=0.9).fit()
+    trainer = toy_trainer(tmp_path / "run", 12, average=0.9)
+    step = trainer._train_step
+
+    def broken() -> None:
+        if trainer.iteration == lost_after:
+            raise RuntimeError("lost")
+        step()
+
+    trainer._train_step = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="lost"):
+        trainer.fit()
+    toy_trainer(tmp_path / "run", 12, average=0.9).fit(resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_error_in_a_validation_leaves_the_weights(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "run", 6, average=0.5)
+
+    def broken() -> Any:
+        raise RuntimeError("validation")
+
+    trainer.validate = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="validation"):
+        trainer.fit()
+    plain = toy_trainer(tmp_path / "plain", 6)
+    plain._val_sampler = None
+    for _ in range(6):
+        plain._train_step()
+    for mine, theirs in zip(trainer._trained.values(), plain._trained.values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 # ---- Early stopping
 
 # The best validation is the first, of iteration 6: the outer rate is so high that training only spoils the model.
@@ -198,6 +290,8 @@ def test_patience_needs_validation_data(tmp_path: Path) -> None:
         ({"outer_weight_decay": 0.1}, "outer_weight_decay: expected none with outer_optimizer 'adam', found 0.1"),
         ({"outer_optimizer": "adamw", "adapt_rates": "alpha-maml"}, "outer_optimizer: expected 'adam' or 'sgd' with"),
         ({"clip_gradient": 1.0, "adapt_rates": "alpha-maml"}, "clip_gradient: expected none with adapt_rates"),
+        ({"average": 1.0}, "average: expected a number below 1, found 1.0"),
+        ({"average": 0.9, "adapt_rates": "alpha-maml"}, "average: expected none with adapt_rates"),
         ({"clip_gradient": 0.0}, "clip_gradient: expected a number > 0"),
         ({"patience": 2}, r"patience: expected 0 without validations \(validate_every 0\), found 2"),
         ({"warmup": -1}, "warmup: expected an integer >= 0"),
