@@ -190,11 +190,11 @@ def example_format(sampler: Sampler) -> ExampleFormat | None:
     """How examples become a run's inputs; None if the caller's own sampler makes them."""
     from .episodes import EpisodeSampler, SinusoidSampler
 
+    if not isinstance(sampler, (EpisodeSampler, SinusoidSampler)):
+        return None
     shape = tuple(draw(sampler, 0).support_x.shape[2:])
     if isinstance(sampler, SinusoidSampler):
         return ExampleFormat(shape)
-    if not isinstance(sampler, EpisodeSampler):
-        return None
     return ExampleFormat(shape, sampler.normalize, sampler.inverted)
 
 

@@ -27,7 +27,7 @@ from .files import write_atomically
 from .learner import Learner, Stored, read_weights
 from .loggers import clock, counting
 from .options import EVALUATION_FIELDS, given_fields
-from .prediction import Support, json_of, predictions, read_queries, read_support, with_inversion
+from .prediction import Predictions, Support, json_of, predictions, read_queries, read_support, with_inversion
 from .presets import PRESETS
 from .report import write_report
 from .results import FitResult
@@ -191,7 +191,7 @@ def _evaluation(
 ) -> Evaluation:
     if parsed.tasks < 1:
         raise ValueError(f"--tasks: expected an integer >= 1, found {parsed.tasks}")
-    model, start = learner.model, None
+    model, start, arguments = learner.model, None, learner.arguments
     episodes = draw(sampler, 0)
     if episodes.support_y.dtype != torch.int64 and parsed.head != "auto":
         raise ValueError(f"--head: expected 'auto' for regression, which has no classes, found {parsed.head!r}")
@@ -204,7 +204,8 @@ def _evaluation(
         if learner.takes_prototypes(episodes.support_x[0], ways, parsed.head):
             start = start_of
         else:
-            model, learner.arguments["inner_lr"] = start_of(episodes.part(0, 1))
+            model, rates = start_of(episodes.part(0, 1))
+            arguments = {**arguments, "inner_lr": rates}
     return evaluate_sampler(
         model,
         sampler,
@@ -213,7 +214,7 @@ def _evaluation(
         report={"data": config.data, "split": parsed.split},
         progress=count,
         start=start,
-        **learner.arguments,
+        **arguments,
     )
 
 
@@ -246,7 +247,8 @@ def predict(parsed: argparse.Namespace) -> int:
     if shared:
         print(f"signmaml: {shared} of {len(queries.files)} query images are support images too", file=sys.stderr)
     found = predictions(classifier, queries, how)
-    written = {parsed.json: json_of(found), parsed.csv: found.to_csv()}
+    results = {parsed.json: json_of, parsed.csv: Predictions.to_csv}
+    written = {place: make(found) for place, make in results.items() if place is not None}
     if parsed.sheet:
         from . import sheets
 
@@ -256,7 +258,7 @@ def predict(parsed: argparse.Namespace) -> int:
     if parsed.export:
         classifier.export(parsed.export)
     for place, text in written.items():
-        if place not in (None, "-"):
+        if place != "-":
             write_atomically(place, text)
     print(written["-"].rstrip("\n") if "-" in written else found)
     return 0

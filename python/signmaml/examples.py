@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.decode import DAMAGED, IMAGE_SIZES, Decoding, decode_file, decode_path, to_pixels
+from .data.decode import DAMAGED, IMAGE_SIZES, Decoding, decode_file, decode_path, decoding_threads, to_pixels
 from .data.sources import Source, SourceFile
 from .pixels import Normalization, PixelNormalizer, checked_normalization
 
@@ -274,7 +273,7 @@ def _picture(pixels: np.ndarray, shape: tuple[int, ...], name: str) -> Image.Ima
 def _each(function: Any, values: Sequence[Any]) -> list[np.ndarray]:
     if len(values) <= _FEW:
         return [function(value) for value in values]
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+    with decoding_threads() as pool:
         return list(pool.map(function, values))
 
 

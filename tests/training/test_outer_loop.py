@@ -59,6 +59,20 @@ def by_hand(optimizer: Any, *, clip: float | None = None, warmup: int = 0, sched
     return model
 
 
+def lose(trainer: MetaTrainer, iteration: int) -> None:
+    """Starts a run that is lost after an iteration."""
+    step = trainer._train_step
+
+    def broken() -> None:
+        if trainer.iteration == iteration:
+            raise RuntimeError("lost")
+        step()
+
+    trainer._train_step = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="lost"):
+        trainer.fit()
+
+
 def assert_same_weights(found: torch.nn.Module, expected: torch.nn.Module) -> None:
     for (name, mine), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
@@ -167,17 +181,7 @@ def test_validations_are_of_the_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost_after", [3, 8])
 def test_an_interrupted_run_has_the_same_average(tmp_path: Path, lost_after: int) -> None:
     toy_trainer(tmp_path / "whole", 12, average=0.9).fit()
-    trainer = toy_trainer(tmp_path / "run", 12, average=0.9)
-    step = trainer._train_step
-
-    def broken() -> None:
-        if trainer.iteration == lost_after:
-            raise RuntimeError("lost")
-        step()
-
-    trainer._train_step = broken  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="lost"):
-        trainer.fit()
+    lose(toy_trainer(tmp_path / "run", 12, average=0.9), lost_after)
     toy_trainer(tmp_path / "run", 12, average=0.9).fit(resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -248,17 +252,7 @@ def test_patience_that_is_not_used_up_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lost_after", [3, 11, 17])
 def test_an_interrupted_run_stops_at_the_same_place(tmp_path: Path, lost_after: int) -> None:
     toy_trainer(tmp_path / "whole", **PATIENT).fit()
-    trainer = toy_trainer(tmp_path / "run", **PATIENT)
-    step = trainer._train_step
-
-    def broken() -> None:
-        if trainer.iteration == lost_after:
-            raise RuntimeError("lost")
-        step()
-
-    trainer._train_step = broken  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="lost"):
-        trainer.fit()
+    lose(toy_trainer(tmp_path / "run", **PATIENT), lost_after)
     toy_trainer(tmp_path / "run", **PATIENT).fit(resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 

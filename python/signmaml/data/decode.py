@@ -95,7 +95,7 @@ def decode(
                 good[row] = False
 
     starts = [0, *accumulate(sizes)][:-1]
-    with _threads() as pool:
+    with decoding_threads() as pool:
         try:
             done = pool.map(decode_class, starts, classes.values())
             for _ in track(done, total=len(sizes), what=f"{name}/{split}: decoding", unit="classes", show=progress):
@@ -209,7 +209,7 @@ def probe(
 
     sizes: Counter[tuple[int, int]] = Counter()
     colour = False
-    with _threads() as pool:
+    with decoding_threads() as pool:
         try:
             headers = pool.map(header, files)
             for found in track(headers, total=len(files), what=what, unit="images", show=progress):
@@ -286,5 +286,6 @@ def _of_shares(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(255 * values).astype(np.uint8))
 
 
-def _threads() -> ThreadPoolExecutor:
+def decoding_threads() -> ThreadPoolExecutor:
+    """Threads that decode images."""
     return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1), thread_name_prefix="signmaml-decode")
