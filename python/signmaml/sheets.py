@@ -103,7 +103,9 @@ def draw_predictions(
     """
     predicted = found.predicted
     counts = Counter(predicted)
-    order = [name for name in found.classes if counts[name]] + [name for name in found.classes if not counts[name]]
+    order = [name for name in found.classes if counts[name]]
+    if support is not None:  # else a class without a query has nothing to show
+        order += [name for name in found.classes if not counts[name]]
     shown = order[:_MOST_PREDICTED_ROWS]
     of_class = {name: [i for i, label in enumerate(predicted) if label == name][:_MOST_QUERIES] for name in shown}
     examples: dict[str, list[Tensor]] = {name: [] for name in shown}

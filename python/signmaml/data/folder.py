@@ -141,12 +141,12 @@ def find_classes(source: Source, selection: Selection | None = None, *, seed: in
     classes = _large(classes, selection.min_images, source.label)
     if not in_split:
         return _divided(classes, source, seed, rule)
-    splits = {split: {} for split in SPLITS}
+    by_split: dict[str, dict[str, list[SourceFile]]] = {split: {} for split in SPLITS}
     for name, files in classes.items():
         top, _, name_in_split = name.partition("/")
-        splits[of_top[top]] = {**splits[of_top[top]], name_in_split: list(files)}
-    _warn_of_shared_classes(splits, source.label)
-    return {split: dict(sorted(found.items())) for split, found in splits.items()}
+        by_split[of_top[top]][name_in_split] = list(files)
+    _warn_of_shared_classes(by_split, source.label)
+    return {split: dict(sorted(found.items())) for split, found in by_split.items()}
 
 
 def _divided(classes: Classes, source: Source, seed: int, rule: Rule | None) -> dict[str, Classes]:
