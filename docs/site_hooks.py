@@ -111,7 +111,8 @@ def command_line() -> str:
     commands = parser._commands()
     parts = [
         "# Command line",
-        "`signmaml COMMAND --help` prints the same text. Values in brackets are the defaults.",
+        "`signmaml COMMAND --help` prints the same text, `signmaml train --help` by groups. Values in brackets are the "
+        "defaults.",
         f"```text\n{parser.format_help().rstrip()}\n```",
     ]
     for name in COMMANDS:

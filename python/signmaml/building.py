@@ -102,7 +102,8 @@ def make_sampler(
         source: An `ImageSet`; a sampler, which is returned as it is; or None for the configuration's data.
         split: "train", "val" or "test".
         device: Where the episodes are drawn.
-        training: Whether they are for training: with rotated classes, and `queries` rather than `test_queries`.
+        training: Whether they are for training: with rotated classes and changed images, and `queries` rather than
+            `test_queries`.
         progress: Whether to show the progress of loading.
     """
     if source is not None and hasattr(source, "draw"):
@@ -125,6 +126,7 @@ def make_sampler(
         device=device,
         rotations=training and rotated(config, source is None),
         normalize=config.normalize,
+        augment=config.augment if training else (),
     )
 
 

@@ -15,6 +15,7 @@ import difflib
 import errno
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -39,16 +40,17 @@ USER_ERRORS = (
 # Likewise: a disk that is full, over quota or read-only.
 USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
-# Heading of each group of options, and the first field of TrainConfig in it.
+# Heading of each group of options, its name behind --help, and the first field of TrainConfig in it.
 _GROUPS = (
-    ("data", "data"),
-    ("tasks", "ways"),
-    ("model", "model"),
-    ("inner loop", "method"),
-    ("outer loop", "iterations"),
-    ("validation and test", "validate_every"),
-    ("how it is computed", "seed"),
-    ("records", "log_every"),
+    ("data", "data", "data"),
+    ("tasks", "tasks", "ways"),
+    ("model", "model", "model"),
+    ("inner loop", "inner", "method"),
+    ("sharpness (Sharp-MAML)", "sharpness", "sharpness_lower"),
+    ("outer loop", "outer", "iterations"),
+    ("validation and test", "validation", "validate_every"),
+    ("how it is computed", "computing", "seed"),
+    ("records", "records", "log_every"),
 )
 
 _EXAMPLES = """\
@@ -80,6 +82,37 @@ class Parser(argparse.ArgumentParser):
     """
 
     words: Sequence[str] = ()
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.named_groups: dict[str, Any] = {}  # by their names behind --help
+
+    def add_named_group(self, name: str, heading: str) -> Any:
+        """A group of options that `--help NAME` shows."""
+        self.named_groups[name] = self.add_argument_group(heading)
+        return self.named_groups[name]
+
+    def format_overview(self) -> str:
+        """The groups and the names of their options."""
+        width = max(map(len, self.named_groups)) + 2
+        lines = [f"usage: {self.prog} [OPTION ...]", "", str(self.description), ""]
+        lines.append(f"groups of options; '{self.prog} --help GROUP' explains one, '--help all' all of them:")
+        for name, group in self.named_groups.items():
+            text = ", ".join(action.option_strings[0] for action in group._group_actions)
+            indent = " " * (width + 2)
+            first = f"  {name:<{width}}"
+            lines.append(
+                textwrap.fill(text, 100, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+            )
+        return "\n".join([*lines, "", str(self.epilog)])
+
+    def format_group(self, name: str) -> str:
+        """The help of one group."""
+        group, formatter = self.named_groups[name], self._get_formatter()
+        formatter.start_section(group.title)
+        formatter.add_arguments(group._group_actions)
+        formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -113,6 +146,27 @@ class Parser(argparse.ArgumentParser):
         for parser in self._commands().values():
             names += parser.option_names()
         return names
+
+
+class _HelpInGroups(argparse.Action):
+    """`--help`: the groups of options; `--help GROUP`: one of them; `--help all`: everything."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", metavar="GROUP", **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is None:
+            print(parser.format_overview(), end="")
+        elif values == "all":
+            print(parser.format_help(), end="")
+        elif values in parser.named_groups:
+            print(parser.format_group(values), end="")
+        else:
+            names = [*parser.named_groups, "all"]
+            near = difflib.get_close_matches(values, names, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            parser.error(f"--help: expected one of {', '.join(names)}, found {values}{hint}")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,14 +259,18 @@ def _completion(parsed: argparse.Namespace) -> int:
 
 
 def _add_train(commands: Any) -> None:
-    parser = _command(commands, "train", "train", "meta-train a model, test it, draw plots", epilog=_EXAMPLES)
-    start = parser.add_argument_group("where the configuration comes from (later ones win)")
+    parser = _command(
+        commands, "train", "train", "meta-train a model, test it, draw plots", epilog=_EXAMPLES, in_groups=True
+    )
+    start = parser.add_named_group("start", "where the configuration comes from (later ones win)")
     start.add_argument("--preset", choices=sorted(PRESETS), help=f"start from {', '.join(sorted(PRESETS))}")
     start.add_argument("--config", metavar="FILE", help="YAML or TOML file with any of the fields below")
     start.add_argument("--resume", metavar="RUN", help="continue the run in this folder, exactly where it stopped")
     start.add_argument("--overwrite", action="store_true", help="replace a run that is in the run folder")
     start.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    several = parser.add_argument_group("several processes (or start them yourself: torchrun ... -m signmaml train)")
+    several = parser.add_named_group(
+        "processes", "several processes (or start them yourself: torchrun ... -m signmaml train)"
+    )
     several.add_argument(
         "--distributed", action="store_true", help="train in several processes; starts torchrun unless it runs inside"
     )
@@ -223,11 +281,11 @@ def _add_train(commands: Any) -> None:
     several.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="how long to wait for another process (600)"
     )
-    heading_of = {first: heading for heading, first in _GROUPS}
+    group_at = {first: (name, heading) for heading, name, first in _GROUPS}
     group = start
     for entry in dataclasses.fields(TrainConfig):
-        if entry.name in heading_of:
-            group = parser.add_argument_group(heading_of[entry.name])
+        if entry.name in group_at:
+            group = parser.add_named_group(*group_at[entry.name])
         add_field(group, entry.name)
 
 
@@ -327,7 +385,10 @@ def _add_data(commands: Any) -> None:
             action.add_argument("--out", metavar="FILE", help="PNG file (NAME-SPLIT.png)")
 
 
-def _command(commands: Any, run: str | None, name: str, summary: str, epilog: str | None = None) -> Parser:
+def _command(
+    commands: Any, run: str | None, name: str, summary: str, epilog: str | None = None, in_groups: bool = False
+) -> Parser:
+    """Adds a command; `in_groups`: its help shows one group of options at a time."""
     parser: Parser = commands.add_parser(
         name,
         help=summary,
@@ -335,7 +396,12 @@ def _command(commands: Any, run: str | None, name: str, summary: str, epilog: st
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=not in_groups,
     )
+    if in_groups:
+        parser.add_argument(
+            "-h", "--help", action=_HelpInGroups, help="list the groups of options, or show one of them, or all"
+        )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if run is not None:
         parser.set_defaults(run=lambda parsed: _run(run, parsed))

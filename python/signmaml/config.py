@@ -29,6 +29,8 @@ INNER_RULES = {
     "momentum": ("fo-maml", "maml"),
     "adam": ("fo-maml", "maml"),
 }
+# Random changes of training images.
+AUGMENTATIONS = ("flip", "crop")
 ADAPTED_RATES = ("none", "alpha-maml", "multiplicative")
 
 
@@ -66,6 +68,11 @@ class TrainConfig:
     skip_damaged: bool = _option(False, "leave out own images that cannot be decoded")
     rotations: bool | None = _option(
         None, "train on classes rotated by 90, 180, 270 degrees as classes of their own; none: as is usual for the set"
+    )
+    augment: tuple[str, ...] = _option(
+        (),
+        "random changes of training images: mirrored left to right, shifted by up to an eighth",
+        choices=AUGMENTATIONS,
     )
     normalize: str = _option("zero-one", "pixel values: 0..1, -1..1, or 0..255", choices=("zero-one", "signed", "raw"))
 
@@ -135,6 +142,15 @@ class TrainConfig:
         "decay of a moving average of the weights, which is validated and tested in their place; none: none",
         least=0,
     )
+    multi_step_loss: int = _option(
+        0,
+        "MAML++: iterations in which the query losses after all inner steps count, the earlier ones less and less; "
+        "0: the last one alone",
+        least=0,
+    )
+    first_order_for: int = _option(
+        0, "MAML++'s derivative-order annealing: iterations of method maml that begin as fo-maml", least=0
+    )
     warmup: int = _option(0, "iterations over which outer_lr rises from 0 to its schedule", least=0)
     schedule: str = _option(
         "cosine", "outer learning rate over time; cosine falls to 0", choices=("constant", "cosine")
@@ -174,6 +190,8 @@ class TrainConfig:
     log_every: int = _option(10, "iterations between lines of metrics.jsonl", least=1, on_resume=True)
     checkpoint_every: int = _option(100, "iterations between checkpoints", least=1, on_resume=True)
     tensorboard: bool | None = _option(None, "write TensorBoard events; none: if it is installed", on_resume=True)
+    wandb: bool = _option(False, "log to Weights & Biases, if it is installed", on_resume=True)
+    mlflow: bool = _option(False, "log to MLflow, if it is installed", on_resume=True)
     out: str | None = _option(None, "run folder; none: the first free of runs/DATA, runs/DATA-2, ...", on_resume=True)
 
     def __post_init__(self) -> None:
@@ -193,6 +211,8 @@ class TrainConfig:
         for name, none in (("split_by", None), ("min_images", 1), ("skip_damaged", False)):
             if self.data != "folder" and getattr(self, name) != none:
                 raise ValueError(f"{name}: expected {none!r} for data {self.data!r}, found {getattr(self, name)!r}")
+        if self.augment and self.data == "sinusoid":
+            raise ValueError(f"augment: expected none for data 'sinusoid', which has no images, found {self.augment}")
         self._check_outer_loop()
         self._check_model()
         if self.learn_inner_lr != "none" and self.inner_steps == 0:
@@ -209,6 +229,16 @@ class TrainConfig:
             raise ValueError(
                 f"outer_weight_decay: expected none with outer_optimizer {self.outer_optimizer!r}, found "
                 f"{self.outer_weight_decay!r}"
+            )
+        if self.multi_step_loss > 0 and self.inner_steps == 0:
+            raise ValueError(
+                f"multi_step_loss: expected 0 with inner_steps 0 (there is one query loss), found "
+                f"{self.multi_step_loss!r}"
+            )
+        if self.first_order_for > 0 and self.method != "maml":
+            raise ValueError(
+                f"first_order_for: expected 0 for method {self.method!r}, whose gradients are of first order, found "
+                f"{self.first_order_for!r}"
             )
         if self.patience > 0 and self.validate_every == 0:
             raise ValueError(f"patience: expected 0 without validations (validate_every 0), found {self.patience!r}")

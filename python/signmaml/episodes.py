@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from . import splitmix
+from .augmentation import Augmentation, checked_augmentation
 from .data.arguments import a_few, check_integer
 from .data.image_set import ImageSet
 from .pixels import Normalization, PixelNormalizer, checked_normalization
@@ -35,7 +36,7 @@ MAX_SEED = 2**63 - 1
 MAX_POINTS = 2**24  # per sine wave; a larger number is a mistake and would only exhaust memory
 
 # Streams of one task. Never renumber them: recorded runs would no longer be reproducible.
-_CLASSES, _IMAGES, _SINE, _POINTS = 0, 1, 2, 3
+_CLASSES, _IMAGES, _SINE, _POINTS, _CHANGES = 0, 1, 2, 3, 4
 
 
 class Episodes(NamedTuple):
@@ -227,15 +228,17 @@ class EpisodeSampler(NumberedSampler):
         normalize: How a pixel x in 0..255 is mapped: ``"zero-one"`` (default) x / 255; ``"signed"``
             (x - 127.5) / 127.5; ``"raw"`` x; or a pair ``(mean, std)``, each a number or one number per channel, on
             the 0..1 scale like torchvision's ``Normalize``: (x / 255 - mean) / std.
+        augment: Random changes of the images, for training: any of ``"flip"`` (mirrored left to right with probability
+            1/2) and ``"crop"`` (shifted by up to an eighth of the side, the border mirrored). Default none.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range; `device` is not a device; a class has fewer than ``shots + queries``
             images (the message names it); `rotations` with images that are not square.
 
-    Determinism: the result depends only on the set, `ways`, `shots`, `queries`, `rotations`, `normalize`, `seed` and
-    the task number, not on `tasks`, the device or earlier calls. Raising `shots + queries` appends images to a class;
-    its first images stay the same.
+    Determinism: the result depends only on the set, `ways`, `shots`, `queries`, `rotations`, `normalize`, `augment`,
+    `seed` and the task number, not on `tasks`, the device or earlier calls. Raising `shots + queries` appends images to
+    a class; its first images stay the same.
 
     Memory: the whole set as uint8, plus one meta-batch as float32. Never synchronises with the device.
 
@@ -262,6 +265,7 @@ class EpisodeSampler(NumberedSampler):
         device: torch.device | str = "cpu",
         rotations: bool = False,
         normalize: Normalization = "zero-one",
+        augment: Sequence[str] = (),
     ) -> None:
         if not isinstance(images, ImageSet):
             raise TypeError(f"images: expected an ImageSet, found {type(images).__name__}")
@@ -279,6 +283,7 @@ class EpisodeSampler(NumberedSampler):
         self.seed = check_integer("seed", seed, 0, MAX_SEED)
         self.rotations = rotations
         self.normalize = checked_normalization(normalize, channels)
+        self.augment = checked_augmentation(augment, height, width)
         self.device = checked_device(device)
         where = f"{images.name}/{images.split}"
         check_class_sizes(images.class_names, images.class_sizes.tolist(), self.shots, self.queries, "images", where)
@@ -295,6 +300,9 @@ class EpisodeSampler(NumberedSampler):
         self._query_labels = ways_numbers.repeat_interleave(self.queries)
         self._turned_pixels = _turned_pixels(height, self.device) if rotations else None
         self._normalize_pixels = PixelNormalizer(self.normalize, channels, self.device)
+        self._changed = Augmentation(self.augment, height, width, self.device) if self.augment else None
+        self._ways_numbers = ways_numbers
+        self._places_numbers = torch.arange(self.shots + self.queries, device=self.device)
 
     def __repr__(self) -> str:
         task = f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class"
@@ -310,12 +318,20 @@ class EpisodeSampler(NumberedSampler):
         tasks = len(numbers)
         classes, rows = self._chances.indices(numbers)
         turns = classes.div(len(self._class_names), rounding_mode="floor") if self.rotations else None
+        words = self._change_words(numbers) if self._changed is not None else None
+        support, query = slice(0, self.shots), slice(self.shots, None)
         return Episodes(
-            self._pick(rows[:, :, : self.shots], turns),
+            self._pick(rows, turns, words, support),
             self._support_labels.repeat(tasks, 1),
-            self._pick(rows[:, :, self.shots :], turns),
+            self._pick(rows, turns, words, query),
             self._query_labels.repeat(tasks, 1),
         )
+
+    def _change_words(self, numbers: torch.Tensor) -> torch.Tensor:
+        """``[T, N, K + queries]`` int64: the random word of each image."""
+        task_keys = _children(_stream(self.seed, _CHANGES), numbers)
+        class_keys = _children(task_keys[:, None], self._ways_numbers)
+        return _children(class_keys[:, :, None], self._places_numbers)
 
     def draw_indices(self, first_task: int, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The classes and images that `draw_tasks` would take, as indices.
@@ -359,10 +375,17 @@ class EpisodeSampler(NumberedSampler):
             "seed": self.seed,
             "rotations": self.rotations,
             "normalize": self.normalize if isinstance(self.normalize, str) else [list(v) for v in self.normalize],
+            "augment": list(self.augment),
         }
 
-    def _pick(self, rows: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
-        """Images at ``rows [T, N, k]``, each class turned by ``turns [T, N]`` quarter turns: ``[T, N*k, C, H, W]``."""
+    def _pick(
+        self, rows: torch.Tensor, turns: torch.Tensor | None, words: torch.Tensor | None, part: slice
+    ) -> torch.Tensor:
+        """A part of each class's images at ``rows [T, N, K + queries]``, as ``[T, N*k, C, H, W]`` for k in the part.
+
+        Each class is turned by ``turns [T, N]`` quarter turns, and each image changed by its ``words`` (as `rows`).
+        """
+        rows = rows[:, :, part]
         tasks, ways, k = rows.shape
         pixels = self._images.index_select(0, rows.reshape(-1))
         if turns is not None and self._turned_pixels is not None:
@@ -370,6 +393,8 @@ class EpisodeSampler(NumberedSampler):
             sources = self._turned_pixels.index_select(0, turns.repeat_interleave(k, 1).reshape(-1))
             turned = pixels.flatten(2).gather(2, sources[:, None].expand(-1, channels, -1))
             pixels = turned.view_as(pixels)
+        if words is not None and self._changed is not None:
+            pixels = self._changed(pixels, words[:, :, part].reshape(-1))
         x = self._normalize_pixels(pixels)
         return x.view(tasks, ways * k, *x.shape[1:])
 

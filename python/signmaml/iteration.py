@@ -8,7 +8,8 @@ switch between them at any iteration.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from .evaluation import StepArguments
 from .hypergradient import OnlineRates
 from .pieces import MetaStep, Share, StepNumbers, draw_share
 from .rates import InnerRates
-from .schedule import learning_rate, step_seed
+from .schedule import learning_rate, step_seed, step_weights
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ def why_no_graph(training: Training, one_task: Episodes) -> str | None:
         return f"graphs are for CUDA devices, and the model is on {training.device}"
     if training.group.size > 1:
         return f"{training.group.size} processes train together"
+    changing = [name for name in ("multi_step_loss", "first_order_for") if getattr(training.config, name) > 0]
+    if changing:
+        return f"iterations differ, by {' and '.join(changing)}"
     if not hasattr(training.sampler, "draw_at"):
         return f"{type(training.sampler).__name__} draws on the host (it has no draw_at)"
     problem = check_problem(
@@ -156,6 +160,13 @@ def outer_sgd(parameters: Iterator[Tensor] | list[Tensor], lr: float, device: to
     fused = device.type == "cuda"
     dtype = torch.float32 if fused else torch.float64
     return torch.optim.SGD(parameters, lr=torch.tensor(lr, dtype=dtype, device=device), fused=fused)
+
+
+def _add_gradients(sums: dict[str, Tensor], trained: Mapping[str, Tensor], weight: float) -> None:
+    """Adds the gradients that there are, times a weight, to their sums by name."""
+    for name, parameter in trained.items():
+        if parameter.grad is not None:
+            sums[name] = parameter.grad * weight + sums[name] if name in sums else parameter.grad * weight
 
 
 class Window:
@@ -261,7 +272,7 @@ class Iteration:
             config = self._training.config
             share = draw_share(self._training.sampler, number, self._training.group)
             graph = False if config.graph is False else None
-            self._train(share, self._learning_rates[number], step_seed(config.seed, number), graph)
+            self._train(share, number, self._learning_rates[number], step_seed(config.seed, number), graph)
             if self._average is not None:
                 self._average.update(self._average.decays[number])
         else:
@@ -272,14 +283,15 @@ class Iteration:
             self._next = number + 1
         self.window.appended()
 
-    def _train(self, share: Share, lr: Tensor, seed: int, graph: bool | None) -> None:
+    def _train(self, share: Share, number: int | None, lr: Tensor, seed: int, graph: bool | None) -> None:
+        """An iteration on its tasks; `number` None: all iterations are alike."""
         self._optimizer.zero_grad(set_to_none=True)
-        result = self._meta_gradient(share, seed, graph)
+        result = self._meta_gradient(share, number, seed, graph)
         if self._training.upper is not None:
             # The same tasks once more; what is recorded is the loss at the weights themselves.
             with signmaml_ext.perturbed(self._training.model.parameters(), self._training.upper):
                 self._training.rates.zero_grad(set_to_none=True)
-                nonfinite = self._meta_gradient(share, seed, graph).nonfinite
+                nonfinite = self._meta_gradient(share, number, seed, graph).nonfinite
             result = result._replace(nonfinite=result.nonfinite | nonfinite)
         if self._training.config.clip_gradient is not None:
             torch.nn.utils.clip_grad_norm_(self._training.trained.values(), self._training.config.clip_gradient)
@@ -292,15 +304,31 @@ class Iteration:
         numbers = (result.query_loss.double().mean(), accuracy.double().mean(), result.nonfinite.double().sum())
         self.window.append(torch.stack(numbers))
 
-    def _meta_gradient(self, share: Share, seed: int, graph: bool | None) -> StepNumbers:
-        return self._step(
-            share,
-            self._training.rates.values,
-            inner_steps=self._training.config.inner_steps,
-            seed=seed,
-            graph=graph,
-            **self._training.arguments,
-        )
+    def _meta_gradient(self, share: Share, number: int | None, seed: int, graph: bool | None) -> StepNumbers:
+        """Leaves the meta-gradient in `.grad`; the numbers are those after the last inner step."""
+        config, arguments = self._training.config, self._training.arguments
+        weights = {config.inner_steps: 1.0}
+        if number is not None:
+            weights = step_weights(config.inner_steps, number, config.multi_step_loss)
+            if number < config.first_order_for:
+                arguments = {**arguments, "method": "fo-maml"}
+        sums: dict[str, Tensor] = {}
+        for steps, weight in weights.items():
+            for parameter in self._training.trained.values() if len(weights) > 1 else ():
+                parameter.grad = None
+            result = self._step(
+                share,
+                functools.partial(self._training.rates.values, steps),
+                inner_steps=steps,
+                seed=seed,
+                graph=graph,
+                **arguments,
+            )
+            if len(weights) > 1:
+                _add_gradients(sums, self._training.trained, weight)
+        for name, gradient in sums.items():
+            self._training.trained[name].grad = gradient
+        return result
 
     # ---- CUDA graph
 
@@ -308,7 +336,7 @@ class Iteration:
         """An iteration whose number is on the device. The model draws no random numbers, so the seed is unused."""
         episodes: Episodes = self._training.sampler.draw_at(self._number)  # type: ignore[attr-defined]
         lr = self._learning_rates.index_select(0, self._number.view(1)).view(())
-        self._train(Share(episodes, 0, episodes.tasks), lr, seed=0, graph=False)
+        self._train(Share(episodes, 0, episodes.tasks), None, lr, seed=0, graph=False)
         if self._average is not None:
             self._average.update(self._average.decays.index_select(0, self._number.view(1)).view(()))
         self._number += 1

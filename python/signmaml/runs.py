@@ -27,6 +27,7 @@ class RunFolder:
         curves: curves.png.
         episode: episode.png: one test episode with predictions, or fits of sine waves.
         tensorboard: Folder of TensorBoard events.
+        tracking: tracking.json, the names by which experiment trackers know the run.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,6 +40,7 @@ class RunFolder:
         self.curves = self.path / "curves.png"
         self.episode = self.path / "episode.png"
         self.tensorboard = self.path / "tensorboard"
+        self.tracking = self.path / "tracking.json"
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
@@ -46,7 +48,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes the run's files and leaves everything else in the folder."""
-        for path in (self.last, self.best, self.result, self.curves, self.episode, self.metrics, self.config):
+        own = (self.last, self.best, self.result, self.curves, self.episode, self.metrics, self.tracking, self.config)
+        for path in own:
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
 

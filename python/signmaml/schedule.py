@@ -30,6 +30,25 @@ def learning_rate(schedule: str, start: float, iteration: int, iterations: int, 
     return start * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
+def step_weights(steps: int, iteration: int, annealed_over: int) -> dict[int, float]:
+    """The multi-step loss of MAML++ (Antoniou, Edwards, Storkey 2019): how much the query loss after each step counts.
+
+    All count alike at first. Over `annealed_over` iterations the earlier ones fall to 0 in equal parts, and the last
+    one takes what they lose; from then on it counts alone.
+
+    Returns:
+        By number of inner steps, the weights that are not 0, the last step's at the end; their sum is 1.
+
+    Example:
+        >>> step_weights(2, 0, 10), step_weights(2, 5, 10), step_weights(2, 10, 10)
+        ({1: 0.5, 2: 0.5}, {1: 0.25, 2: 0.75}, {2: 1.0})
+    """
+    if iteration >= annealed_over:
+        return {steps: 1.0}
+    earlier = (1 - iteration / annealed_over) / steps
+    return dict.fromkeys(range(1, steps), earlier) | {steps: 1 - earlier * (steps - 1)}
+
+
 def step_seed(seed: int, iteration: int) -> int:
     """A seed for the randomness inside one meta-step (dropout): well mixed, 63 bits, the same after a resume.
 

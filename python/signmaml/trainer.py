@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import signmaml_ext
 
-from . import building, checkpoint, state, version
+from . import building, checkpoint, state, trackers, version
 from .averaging import Average
 from .config import TrainConfig
 from .distributed import Group
@@ -93,6 +93,9 @@ class MetaTrainer:
         group: Group | None = None,
     ) -> None:
         self.config = config
+        for name in ("wandb", "mlflow"):
+            if getattr(config, name):
+                trackers.require_installed(name)
         self.group = group or Group()
         self.device = building.resolve_device(config.device, self.group.local_rank)
         progress = progress and self.group.first
@@ -206,13 +209,26 @@ class MetaTrainer:
             guard = stack.enter_context(SignalGuard())
             self._load_state(resume)
             self.group.first_does(lambda: self.run.write_config(self.config))
-            self._train(guard)
+            tracking = stack.enter_context(self._tracked())
+            self._train(guard, tracking)
             evaluation = self._test_best(guard)
+            if evaluation is not None:
+                for tracker in tracking:
+                    tracker.write({"iteration": self.iteration, "split": "test", **_numbers(evaluation)})
             result = FitResult(evaluation, self.best, self.iteration, self._seconds, self.run.path)
             if self.group.first:
                 self._write_result(result)
                 self._draw_plots()
         return result
+
+    def _tracked(self) -> contextlib.AbstractContextManager[Sequence[_Writer]]:
+        """The experiment trackers, of rank 0 alone."""
+        config = self.config
+        if not self.group.first:
+            return contextlib.nullcontext([])
+        return trackers.tracked(
+            self.run, config.to_dict(), wandb=config.wandb, mlflow=config.mlflow, quiet=not self._show_progress
+        )
 
     def _settle_folder(self) -> None:
         """Rank 0 chooses the folder; the others get its name for messages."""
@@ -274,7 +290,7 @@ class MetaTrainer:
 
     # ---- Training
 
-    def _train(self, guard: SignalGuard) -> None:
+    def _train(self, guard: SignalGuard, tracking: Sequence[_Writer]) -> None:
         config = self.config
         self.model.train()
         began = time.monotonic() - self._seconds
@@ -289,7 +305,7 @@ class MetaTrainer:
                 stack.callback(board.close)
                 writers.append(board)
             progress = stack.enter_context(Progress(config.iterations, self.iteration, enabled=self._show_progress))
-            writers.append(progress)
+            writers += [progress, *tracking]
             if self.iteration < config.iterations and self._has_lost_patience():  # in an earlier part of the run
                 progress.message(self._why_early())
             while self.iteration < config.iterations and not self._has_lost_patience():
@@ -370,10 +386,7 @@ class MetaTrainer:
             if self.best is None or self.best.beaten_by(found):
                 self.best = Best(self.iteration, found.metric, found.mean)
                 self._save_best()
-        record: dict[str, Any] = {"iteration": self.iteration, "split": "val", "loss": found.loss}
-        if found.metric == "accuracy":
-            record["accuracy"] = found.mean
-        return record | {"ci95": found.ci95, "tasks": found.tasks, "nonfinite_tasks": found.nonfinite}
+        return {"iteration": self.iteration, "split": "val", **_numbers(found)}
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """The weights are their moving average meanwhile, if there is one."""
@@ -544,9 +557,23 @@ class MetaTrainer:
         plots.draw_task(self.model, sampler, self.run.episode, title=title, **arguments)
 
 
+def _numbers(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as a record has it."""
+    accuracy = {"accuracy": found.mean} if found.metric == "accuracy" else {}
+    return {
+        "loss": found.loss,
+        **accuracy,
+        "ci95": found.ci95,
+        "tasks": found.tasks,
+        "nonfinite_tasks": found.nonfinite,
+    }
+
+
 def _extras_in_words(config: TrainConfig) -> str:
     """Such as ", warm-up 100, gradients of at most 1, patience 5"."""
     words = {
+        f", losses of all steps for {config.multi_step_loss}": config.multi_step_loss > 0,
+        f", first order for {config.first_order_for}": config.first_order_for > 0,
         f", warm-up {config.warmup}": config.warmup > 0,
         f", gradients of at most {config.clip_gradient or 0:g}": config.clip_gradient is not None,
         f", average {config.average or 0:g}": config.average is not None,

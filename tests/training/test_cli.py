@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -123,7 +124,7 @@ def test_help_is_fast_and_complete() -> None:
     """It does not import torch, and describes every field of the configuration."""
     code = (
         "import sys; from signmaml import cli\n"
-        "try: cli.main(['train', '--help'])\n"
+        "try: cli.main(['train', '--help', 'all'])\n"
         "except SystemExit as end: print('code', end.code, 'torch' in sys.modules)"
     )
     environment = {**os.environ, "COLUMNS": "200"}
@@ -133,6 +134,40 @@ def test_help_is_fast_and_complete() -> None:
     assert shown.endswith("code 0 False\n")
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in shown, name
+
+
+def shown_by(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_train_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The overview names every option once, and every group explains its own."""
+    monkeypatch.setenv("COLUMNS", "80")
+    overview = shown_by("train --help", capsys)
+    assert len(overview.splitlines()) < 40 and shown_by("train -h", capsys) == overview
+    parser = cli.build_parser()._commands()["train"]
+    listed = overview.split("examples:")[0]
+    assert sorted(re.findall(r"--[a-z-]+(?=[,\n])", listed)) == sorted(
+        action.option_strings[0] for group in parser.named_groups.values() for action in group._group_actions
+    )
+    assert {f"--{name.replace('_', '-')}" for name in TrainConfig.__dataclass_fields__} <= set(
+        re.findall(r"--[a-z-]+(?=[,\n])", listed)
+    )
+    for name, group in parser.named_groups.items():
+        text = shown_by(f"train --help {name}", capsys)
+        assert len(text.splitlines()) < 45, name
+        assert all(f"\n  {action.option_strings[0]}" in text for action in group._group_actions)
+
+
+def test_a_group_of_help_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--help", "oter"])
+    assert end.value.code == 2
+    assert "--help: expected one of start, processes, data, " in (said := capsys.readouterr().err)
+    assert "found oter (did you mean outer?)" in said
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import chi2
 
 from helpers.cases.images import random_set
+from signmaml.data import ImageSet
 from signmaml.episodes import Episodes, EpisodeSampler, SinusoidSampler
 from training.operators import WAITING, Recorder
 
@@ -104,6 +107,38 @@ def test_images_are_those_of_the_indices(channels: int, rotations: bool) -> None
     assert rotations == bool((classes >= 4).any())
 
 
+@pytest.mark.parametrize("names", [("flip",), ("crop",), ("crop", "flip")])
+def test_changes_of_images_follow_the_definition(names: tuple[str, ...]) -> None:
+    images = random_set([6, 8, 5, 7], channels=3, size=17)
+    options: dict[str, Any] = {"ways": 3, "shots": 2, "queries": 3, "tasks": 6, "normalize": "raw", "seed": 3}
+    sampler = EpisodeSampler(images, augment=names, rotations=True, **options)
+    plain = EpisodeSampler(images, rotations=True, **options)
+    assert torch.equal(sampler.draw_indices(6, 6)[1], plain.draw_indices(6, 6)[1]), "the same images of the same tasks"
+    batch, before = sampler.draw(1), plain.draw(1)
+    most = 2 if "crop" in names else 0  # an eighth of 17
+    for task, way, place in itertools.product(range(6), range(3), range(5)):
+        word = child(child(child(child(child(0, 3), 4), 6 + task), way), place)
+        down, right = (word >> 1) % 2**31 % (2 * most + 1), (word >> 32) % (2 * most + 1)
+        of_set, index = ("support_x", 2 * way + place) if place < 2 else ("query_x", 3 * way + place - 2)
+        wanted = F.pad(getattr(before, of_set)[task, index], (most,) * 4, mode="reflect")
+        wanted = wanted[:, down : down + 17, right : right + 17]
+        if "flip" in names and word % 2:
+            wanted = wanted.flip(2)
+        assert torch.equal(getattr(batch, of_set)[task, index], wanted)
+
+
+def test_all_changes_occur_equally_often() -> None:
+    """One image of distinct pixels, so that each change is recognised by what is in the middle and beside it."""
+    image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(2, 1, 8, 8)
+    images = ImageSet("one", "train", torch.cat([image, image]), ("a", "b"), torch.tensor([2, 2]))
+    sampler = EpisodeSampler(images, ways=2, shots=1, queries=1, tasks=2000, normalize="raw", augment=["flip", "crop"])
+    pixels = torch.cat([sampler.draw(0).support_x, sampler.draw(0).query_x], 1).flatten(0, 2).long()
+    flipped = pixels[:, 3, 4] < pixels[:, 3, 3]
+    middle = torch.where(flipped, pixels[:, 3, 4], pixels[:, 3, 3])
+    down, right = middle.div(8, rounding_mode="floor") - 2, middle.remainder(8) - 2
+    check_uniform(torch.bincount(flipped.long() * 9 + down * 3 + right, minlength=18))
+
+
 def test_shapes_types_and_labels() -> None:
     batch = EpisodeSampler(random_set([9] * 8, channels=3, size=5), ways=4, shots=2, queries=3, tasks=7).draw(0)
     assert isinstance(batch, Episodes)
@@ -135,6 +170,9 @@ def test_first_images_do_not_depend_on_how_many_follow() -> None:
 MAKERS: dict[str, Callable[..., Any]] = {
     "images": lambda tasks, **kw: EpisodeSampler(
         random_set([5, 8, 6, 7, 9, 5]), ways=3, shots=2, queries=3, tasks=tasks, rotations=True, **kw
+    ),
+    "changed images": lambda tasks, **kw: EpisodeSampler(
+        random_set([5, 8, 6, 7, 9, 5], size=9), ways=3, shots=2, queries=3, tasks=tasks, augment=["flip", "crop"], **kw
     ),
     "sinusoid": lambda tasks, **kw: SinusoidSampler(shots=3, queries=4, tasks=tasks, **kw),
 }
@@ -252,7 +290,7 @@ def test_description_says_what_decides_the_numbers() -> None:
     sampler = EpisodeSampler(random_set([5] * 4), ways=3, shots=1, queries=2, tasks=2, seed=9, rotations=True)
     assert json.loads(json.dumps(sampler.describe())) == {
         "set": "random", "split": "train", "classes": 16, "ways": 3, "shots": 1, "queries": 2, "tasks": 2,
-        "seed": 9, "rotations": True, "normalize": "zero-one",
+        "seed": 9, "rotations": True, "normalize": "zero-one", "augment": [],
     }  # fmt: skip
     assert sampler.class_name(1) == "class1"
     assert sampler.class_name(9) == "class1 turned 180 degrees"
@@ -276,7 +314,7 @@ def test_drawing_neither_waits_nor_loops(kind: str, on_device: bool) -> None:
         assert WAITING.isdisjoint(recorder.called), WAITING.intersection(recorder.called)
         operators.append(recorder.called)
     assert operators[0] == operators[1]
-    assert len(operators[0]) < 150
+    assert len(operators[0]) < 250
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -311,6 +349,9 @@ def test_sets_samplers_and_episodes_print_as_one_line() -> None:
         ({"seed": 2**63}, ValueError, "seed: .* found 9223372036854775808"),
         ({"rotations": 1}, TypeError, "rotations: expected True or False, found 1"),
         ({"device": "nope"}, ValueError, "device: expected a torch device .* found 'nope'"),
+        ({"augment": "flip"}, TypeError, "augment: expected a sequence of names among flip, crop, found 'flip'"),
+        ({"augment": ["mirror"]}, ValueError, "augment: .* found 'mirror'"),
+        ({"augment": ["crop"]}, ValueError, "augment: expected images of at least 8 x 8 pixels .* found 4 x 4"),
         ({"normalize": "imagenet"}, ValueError, "normalize: .* found 'imagenet'"),
         ({"normalize": 0.5}, TypeError, "normalize: .* found 0.5"),
         ({"normalize": ((0.5, 0.5), 0.5)}, ValueError, r"normalize: .* 1 finite numbers \(channels\)"),
@@ -410,12 +451,14 @@ def test_cuda_draws_the_same_numbers_without_waiting(kind: str) -> None:
 
 @pytest.mark.parametrize("ways, shots, queries, tasks", [(5, 1, 1, 4), (2, 3, 4, 1), (9, 1, 2, 3)])
 @pytest.mark.parametrize(
-    "options", [{}, {"rotations": True, "normalize": "signed"}, {"normalize": (0.4, 0.2)}], ids=str
+    "options",
+    [{}, {"rotations": True, "normalize": "signed"}, {"normalize": (0.4, 0.2)}, {"augment": ("crop", "flip")}],
+    ids=str,
 )
 def test_draw_at_a_number_on_the_device_is_draw(
     ways: int, shots: int, queries: int, tasks: int, options: dict[str, Any]
 ) -> None:
-    images = random_set([7, 11, 8, 20, 7, 9, 10, 7, 13], size=6)
+    images = random_set([7, 11, 8, 20, 7, 9, 10, 7, 13], size=8)
     sampler = EpisodeSampler(images, ways=ways, shots=shots, queries=queries, tasks=tasks, seed=2**63 - 5, **options)
     number = torch.zeros((), dtype=torch.int64)
     for iteration in [*range(60), 2**40 + 3, (2**62 - 1) // tasks - 1]:

@@ -105,10 +105,20 @@ class Doubling:
         ({"config": {"graph": False}}, "the configuration says no"),
         ({"config": {"learn_inner_lr": "scalar"}}, "inner_lr requires grad"),
         ({"config": {"nonfinite": "raise"}}, "makes the host wait"),
+        ({"config": {"multi_step_loss": 1}}, "iterations differ, by multi_step_loss"),
+        ({"config": {"method": "maml", "first_order_for": 1}}, "iterations differ, by first_order_for"),
         ({"model": DropoutNet}, "draws no random numbers"),
         ({"train": Doubling(), "model": lambda: nn.Linear(2, 2)}, r"Doubling draws on the host \(it has no draw_at\)"),
     ],
-    ids=["graph false", "learned rate", "nonfinite raise", "dropout", "a sampler without draw_at"],
+    ids=[
+        "graph false",
+        "learned rate",
+        "nonfinite raise",
+        "multi-step loss",
+        "first order",
+        "dropout",
+        "a sampler without draw_at",
+    ],
 )
 def test_what_cannot_be_a_graph_trains_without_and_says_why(
     tmp_path: Path, changes: dict[str, Any], words: str

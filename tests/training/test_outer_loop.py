@@ -1,4 +1,4 @@
-"""AdamW, clipped gradients, warm-up and early stopping in the outer loop."""
+"""The outer loop: optimizers, clipped gradients, warm-up, losses of several steps, averages, early stopping."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.func import functional_call
 
 import signmaml_ext
 from helpers.cases.toy_images import toy_images
@@ -120,6 +122,91 @@ def test_the_rate_warms_up(tmp_path: Path, schedule: str) -> None:
 
 def test_a_warm_up_longer_than_the_run_never_ends() -> None:
     assert [learning_rate("constant", 1.0, i, 3, warmup=6) for i in range(3)] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+
+
+# ---- Multi-step losses, first order first
+
+
+def meta_gradient_by_hand(
+    model: MLP, episodes: Any, method: str, weights: dict[int, float], rates: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of the parameters and rates, from the definition: sum_k w_k L_Q(phi_k), by torch's autograd."""
+    theta, losses = dict(model.named_parameters()), []
+    for support_x, support_y, query_x, query_y in zip(*episodes, strict=True):
+        phi, of_task = theta, {}
+        for step in range(1, max(weights) + 1):
+            loss = F.cross_entropy(functional_call(model, phi, (support_x,)), support_y)
+            gradients = torch.autograd.grad(loss, phi.values(), create_graph=True)
+            if method == "sign-maml":
+                gradients = [gradient.sign() for gradient in gradients]
+            phi = {
+                name: value - rates[name][step - 1] * gradient
+                for (name, value), gradient in zip(phi.items(), gradients, strict=True)
+            }
+            of_task[step] = F.cross_entropy(functional_call(model, phi, (query_x,)), query_y)
+        losses.append(sum(weight * of_task[step] for step, weight in weights.items()))
+    return list(torch.autograd.grad(torch.stack(losses).mean(), [*theta.values(), *rates.values()]))
+
+
+@pytest.mark.parametrize("method", ["sign-maml", "maml"])
+def test_the_multi_step_loss_is_its_definition(tmp_path: Path, method: str) -> None:
+    changes = {"method": method, "inner_steps": 3, "learn_inner_lr": "per-layer-per-step", "inner_lr": 0.1}
+    wanted = config(multi_step_loss=4, outer_optimizer="sgd", schedule="constant", **changes)
+    trainer = MetaTrainer(wanted, model=network().double(), train=Doubled(), out=tmp_path / "run", progress=False)
+    for iteration in range(6):
+        earlier = max(0.0, (1 - iteration / 4) / 3)
+        weights = {1: earlier, 2: earlier, 3: 1 - 2 * earlier}
+        logs = {name: log.detach().clone().requires_grad_() for name, log in trainer.rates.logs.items()}
+        rates = {name: log.exp().flatten() for name, log in logs.items()}
+        found = meta_gradient_by_hand(trainer.model, Doubled().draw(iteration), method, weights, rates)
+        trainer._train_step()
+        trained = [*trainer.model.parameters(), *trainer.rates.logs.values()]
+        for parameter, gradient, rate in zip(trained, found, [None] * 4 + list(rates.values()), strict=True):
+            # By the chain rule from a rate to its logarithm.
+            expected = gradient if rate is None else (gradient * rate).view_as(parameter)
+            torch.testing.assert_close(parameter.grad, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+class Doubled:
+    """Episodes in float64."""
+
+    def draw(self, iteration: int) -> tuple[torch.Tensor, ...]:
+        sampler = EpisodeSampler(toy_images(), ways=3, shots=1, queries=3, tasks=3, seed=5)
+        return tuple(part.double() if part.is_floating_point() else part for part in sampler.draw(iteration))
+
+
+def test_maml_begins_with_first_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"method": "maml", "inner_lr": 0.1, "schedule": "constant"}
+    both = trained(tmp_path / "both", first_order_for=3, **options)
+    first = trained(tmp_path / "first", iterations=3, **options | {"method": "fo-maml"})
+    methods, meta_step = [], signmaml_ext.meta_step
+
+    def noting(*args: Any, **arguments: Any) -> Any:
+        methods.append(arguments["method"])
+        return meta_step(*args, **arguments)
+
+    monkeypatch.setattr(signmaml_ext, "meta_step", noting)
+    noted = trained(tmp_path / "noted", first_order_for=3, **options)
+    assert methods == ["maml"] + ["fo-maml"] * 3 + ["maml"] * 3, "one meta-step is a trial"
+    assert_same_weights(noted.model, both.model)
+    lose(stopped := toy_run(tmp_path / "stopped", first_order_for=3, **options), 3)
+    assert_same_weights(stopped.model, first.model)
+
+
+def toy_run(folder: Path, **changes: Any) -> MetaTrainer:
+    return MetaTrainer(config(**changes), model=network(), train=toy_images(), out=folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"multi_step_loss": 4, "learn_inner_lr": "per-step"}, {"method": "maml", "first_order_for": 4}], ids=str
+)
+@pytest.mark.parametrize("lost_after", [2, 5])
+def test_an_interrupted_run_anneals_alike(tmp_path: Path, changes: dict[str, Any], lost_after: int) -> None:
+    changes = changes | {"checkpoint_every": 1}
+    toy_trainer(tmp_path / "whole", 8, **changes).fit()
+    lose(toy_trainer(tmp_path / "parts", 8, **changes), lost_after)
+    toy_trainer(tmp_path / "parts", 8, **changes).fit(resume=True)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 # ---- Averaged weights
@@ -287,6 +374,8 @@ def test_patience_needs_validation_data(tmp_path: Path) -> None:
         ({"average": 1.0}, "average: expected a number below 1, found 1.0"),
         ({"average": 0.9, "adapt_rates": "alpha-maml"}, "average: expected none with adapt_rates"),
         ({"clip_gradient": 0.0}, "clip_gradient: expected a number > 0"),
+        ({"multi_step_loss": 5, "inner_steps": 0}, "multi_step_loss: expected 0 with inner_steps 0"),
+        ({"first_order_for": 5}, "first_order_for: expected 0 for method 'sign-maml'"),
         ({"patience": 2}, r"patience: expected 0 without validations \(validate_every 0\), found 2"),
         ({"warmup": -1}, "warmup: expected an integer >= 0"),
     ],
