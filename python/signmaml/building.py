@@ -107,6 +107,11 @@ def make_sampler(
         progress: Whether to show the progress of loading.
     """
     if source is not None and hasattr(source, "draw"):
+        if training and config.augment:
+            raise ValueError(
+                f"augment: expected none for a sampler of your own, {type(source).__name__}, which draws its images as "
+                f"it likes (EpisodeSampler takes augment=), found {config.augment}"
+            )
         return cast(Sampler, source)
     from .episodes import EpisodeSampler, SinusoidSampler
 
@@ -126,7 +131,7 @@ def make_sampler(
         device=device,
         rotations=training and rotated(config, source is None),
         normalize=config.normalize,
-        augment=config.augment if training else (),
+        augment=(config.augment or ()) if training else (),
     )
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import errno
 import os
+import shutil
 import sys
 import textwrap
 import traceback
@@ -94,7 +95,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_overview(self) -> str:
         """The groups and the names of their options."""
-        width = max(map(len, self.named_groups)) + 2
+        width, columns = max(map(len, self.named_groups)) + 2, min(100, shutil.get_terminal_size().columns)
         lines = [f"usage: {self.prog} [OPTION ...]", "", str(self.description), ""]
         lines.append(f"groups of options; '{self.prog} --help GROUP' explains one, '--help all' all of them:")
         for name, group in self.named_groups.items():
@@ -102,9 +103,10 @@ class Parser(argparse.ArgumentParser):
             indent = " " * (width + 2)
             first = f"  {name:<{width}}"
             lines.append(
-                textwrap.fill(text, 100, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+                textwrap.fill(text, columns, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
             )
-        return "\n".join([*lines, "", str(self.epilog)])
+        others = [action.option_strings[-1] for action in self._optionals._group_actions]
+        return "\n".join([*lines, f"  others: {', '.join(others)}", "", str(self.epilog)])
 
     def format_group(self, name: str) -> str:
         """The help of one group."""

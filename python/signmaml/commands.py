@@ -157,7 +157,17 @@ def summary(result: FitResult, run: RunFolder) -> str:
         value = f"{scale * result.best.value:.4g}{unit}"
         best = f"; best validation {result.best.metric} {value} at iteration {result.best.iteration}"
     lines.append(f"trained {result.iterations} iterations in {clock(result.seconds)}{best}")
-    paths = (run.best, run.last, run.metrics, run.config, run.result, run.curves, run.episode, run.tensorboard)
+    paths = (
+        run.best,
+        run.last,
+        run.metrics,
+        run.config,
+        run.result,
+        run.curves,
+        run.episode,
+        run.tensorboard,
+        run.tracking,
+    )
     files = " ".join(path.name for path in paths if path.exists())
     return "\n".join([*lines, f"in {run.path}: {files}"])
 

@@ -69,9 +69,9 @@ class TrainConfig:
     rotations: bool | None = _option(
         None, "train on classes rotated by 90, 180, 270 degrees as classes of their own; none: as is usual for the set"
     )
-    augment: tuple[str, ...] = _option(
-        (),
-        "random changes of training images: mirrored left to right, shifted by up to an eighth",
+    augment: tuple[str, ...] | None = _option(
+        None,
+        "random changes of training images: mirrored left to right, shifted by up to an eighth; none: as they are",
         choices=AUGMENTATIONS,
     )
     normalize: str = _option("zero-one", "pixel values: 0..1, -1..1, or 0..255", choices=("zero-one", "signed", "raw"))
@@ -201,6 +201,8 @@ class TrainConfig:
         object.__setattr__(self, "data", self.data.replace("-", "_"))
         if self.device.isdecimal():
             object.__setattr__(self, "device", f"cuda:{self.device}")
+        if self.augment is not None:  # in one order, each once
+            object.__setattr__(self, "augment", tuple(name for name in AUGMENTATIONS if name in self.augment))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -211,6 +213,8 @@ class TrainConfig:
         for name, none in (("split_by", None), ("min_images", 1), ("skip_damaged", False)):
             if self.data != "folder" and getattr(self, name) != none:
                 raise ValueError(f"{name}: expected {none!r} for data {self.data!r}, found {getattr(self, name)!r}")
+        if self.augment is not None and not self.augment:
+            raise ValueError("augment: expected none or at least one name, found an empty list")
         if self.augment and self.data == "sinusoid":
             raise ValueError(f"augment: expected none for data 'sinusoid', which has no images, found {self.augment}")
         self._check_outer_loop()

@@ -312,23 +312,26 @@ class Iteration:
             weights = step_weights(config.inner_steps, number, config.multi_step_loss)
             if number < config.first_order_for:
                 arguments = {**arguments, "method": "fo-maml"}
+        several = len(weights) > 1
         sums: dict[str, Tensor] = {}
+        nonfinite: Tensor | None = None
         for steps, weight in weights.items():
-            for parameter in self._training.trained.values() if len(weights) > 1 else ():
+            for parameter in self._training.trained.values() if several else ():
                 parameter.grad = None
             result = self._step(
                 share,
                 functools.partial(self._training.rates.values, steps),
                 inner_steps=steps,
                 seed=seed,
-                graph=graph,
+                graph=False if several else graph,  # a recording for each number of steps would push out the others
                 **arguments,
             )
-            if len(weights) > 1:
+            nonfinite = result.nonfinite if nonfinite is None else nonfinite | result.nonfinite
+            if several:
                 _add_gradients(sums, self._training.trained, weight)
         for name, gradient in sums.items():
             self._training.trained[name].grad = gradient
-        return result
+        return result if nonfinite is None else result._replace(nonfinite=nonfinite)
 
     # ---- CUDA graph
 

@@ -1,7 +1,8 @@
 """Outputs for the metrics of a run: metrics.jsonl, TensorBoard, the terminal.
 
-A *record* is a flat dictionary with `iteration` (meta-iterations done) and `split` ("train" or "val"). Records contain
-nothing that depends on the clock, so a resumed run's metrics.jsonl equals an uninterrupted run's byte for byte.
+A *record* is a flat dictionary with `iteration` (meta-iterations done) and `split` ("train" or "val"; for experiment
+trackers also "test"). Records contain nothing that depends on the clock, so a resumed run's metrics.jsonl equals an
+uninterrupted run's byte for byte.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Both keep to their own environment variables for where records go: WANDB_MODE=offline keeps them in the run's folder
 (`wandb sync` sends them later), MLFLOW_TRACKING_URI names a server, a database or a folder. A resumed run goes on in
 the same tracked run, whose names stand in tracking.json in the run's folder.
+
+A tracker that cannot start stops a new run before it begins. From then on no trouble of a tracker ends a training: it
+is a warning, and metrics.jsonl has all records.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import queue
+import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,48 +27,85 @@ from .loggers import Record
 from .runs import RunFolder
 
 PROJECT = "signmaml"  # of Weights & Biases, and the experiment's name in MLflow
+SECONDS_TO_END = 30.0  # for records that are still on their way when training ends
+MOST_WAITING = 10_000  # records
 
 
 class Tracker(Protocol):
     """An open tracked run."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: Record) -> None:
+        """Takes a record; never waits for a server."""
 
-    def close(self, failed: bool) -> None: ...
+    def close(self, failed: bool) -> None:
+        """Ends the tracked run."""
 
 
 def require_installed(name: str) -> None:
     """Raises ModuleNotFoundError, saying what to install, unless a tracker's package is there."""
-    if importlib.util.find_spec(name) is None:
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # a folder of that name, such as the one that wandb writes
         raise ModuleNotFoundError(f"{name}: expected the package {name} (pip install {name}), found none")
 
 
 @contextlib.contextmanager
-def tracked(
-    run: RunFolder, config: Mapping[str, Any], *, wandb: bool, mlflow: bool, quiet: bool
-) -> Iterator[list[Tracker]]:
+def tracked(run: RunFolder, config: Mapping[str, Any], wanted: Mapping[str, bool], quiet: bool) -> Iterator[Trackers]:
     """The trackers that a configuration asks for; closes them, as failed if an exception passes.
 
     Args:
         run: The run's folder, which exists.
         config: The configuration as plain values.
-        wandb: Whether to track with Weights & Biases.
-        mlflow: Whether to track with MLflow.
+        wanted: Whether to use "wandb" and "mlflow".
         quiet: Whether Weights & Biases prints nothing.
+
+    Raises:
+        ValueError: A tracker cannot start a run, or tracking.json is damaged. One that cannot go on with the run that
+            it knows is a warning instead.
     """
-    names = Names(run.tracking)
-    trackers: list[Tracker] = []
+    trackers = Trackers()
+    names = Names(run.tracking) if any(wanted.values()) else None
+    for name, start in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):
+        if wanted[name] and names is not None:
+            try:
+                trackers.open[name] = start(run.path, config, names, quiet)
+            except Exception as error:
+                trackers.close(failed=True)
+                raise ValueError(f"{name}: expected a tracker that starts, found {_in_short(error)}") from error
     failed = True
     try:
-        if wandb:
-            trackers.append(WeightsAndBiases(run.path, config, names, quiet))
-        if mlflow:
-            trackers.append(MLflow(run.path, config, names))
         yield trackers
         failed = False
     finally:
-        for tracker in trackers:
-            tracker.close(failed)
+        trackers.close(failed)
+
+
+class Trackers:
+    """The open trackers of a run, none of which can end it.
+
+    Attributes:
+        open: By name; one that failed is left out from then on.
+    """
+
+    def __init__(self) -> None:
+        self.open: dict[str, Tracker] = {}
+
+    def write(self, record: Record) -> None:
+        """Hands a record to every tracker."""
+        for name, tracker in list(self.open.items()):
+            try:
+                tracker.write(record)
+            except Exception as error:
+                del self.open[name]
+                _warn(f"{name}: records from iteration {record['iteration']} on are lost: {_in_short(error)}")
+
+    def close(self, failed: bool) -> None:
+        """Closes every tracker."""
+        for name, tracker in self.open.items():
+            try:
+                tracker.close(failed)
+            except Exception as error:
+                _warn(f"{name}: the tracked run may be incomplete: {_in_short(error)}")
+        self.open.clear()
 
 
 class Names:
@@ -71,11 +113,19 @@ class Names:
 
     Args:
         path: The file.
+
+    Raises:
+        ValueError: The file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._known: dict[str, str] = {}
+        if path.is_file():
+            try:
+                self._known = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: expected a JSON object with names of tracked runs, found {error}") from error
 
     def get(self, tracker: str) -> str | None:
         """The name that a tracker knows the run by; None before its first use."""
@@ -97,26 +147,29 @@ def numbers_of(record: Record) -> dict[str, float]:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases in the project `signmaml`, or in that of WANDB_PROJECT."""
+    """A run of Weights & Biases of its own, in the project `signmaml` or in that of WANDB_PROJECT."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], names: Names, quiet: bool) -> None:
         import wandb
 
-        known = names.get("wandb") or uuid.uuid4().hex[:12]
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=folder.name,
-            id=known,
+            id=names.get("wandb") or uuid.uuid4().hex[:12],
             resume="allow",
+            reinit="create_new",  # leaves a run that the caller has open alone
             dir=folder,
             config=dict(config),
+            allow_val_change=True,  # a resumed run may be longer
             # Wrapping the streams would break the progress bar.
             settings=wandb.Settings(silent=quiet, console="off"),
         )
-        names.keep("wandb", known)
+        names.keep("wandb", self._run.id)
+        # Not the tracker's own step: a resumed run may repeat records, which that would refuse.
+        self._run.define_metric("*", step_metric="iteration")
 
     def write(self, record: Record) -> None:
-        self._run.log(numbers_of(record), step=record["iteration"])
+        self._run.log({"iteration": record["iteration"], **numbers_of(record)})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -125,35 +178,111 @@ class WeightsAndBiases:
 class MLflow:
     """A run of MLflow in the experiment `signmaml`; a run that the caller has open is not touched."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], names: Names) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], names: Names, quiet: bool = True) -> None:
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
         self._client = MlflowClient()
+        self._sender = _Sender(self._send)
         known = names.get("mlflow")
-        if known is None:
-            experiment = self._client.get_experiment_by_name(PROJECT)
-            number = self._client.create_experiment(PROJECT) if experiment is None else experiment.experiment_id
-            known = self._client.create_run(number, run_name=folder.name).info.run_id
-            self._client.log_batch(known, params=[Param(name, str(value)) for name, value in config.items()])
-            names.keep("mlflow", known)
-        else:
-            self._client.set_terminated(known, "RUNNING")
-        self._run, self._lost = known, False
+        try:
+            self._run = self._new_run(folder, config, names) if known is None else self._known_run(known)
+        except Exception as error:
+            if known is None:
+                raise
+            # Training goes on all the same: it may have been restarted at night, by a program.
+            _warn(f"mlflow: the tracked run {known} cannot go on, so no records are sent: {_in_short(error)}")
+            self._run = ""
 
-    def write(self, record: Record) -> None:
+    def _known_run(self, name: str) -> str:
+        self._client.update_run(name, status="RUNNING")
+        return name
+
+    def _new_run(self, folder: Path, config: Mapping[str, Any], names: Names) -> str:
+        from mlflow.entities import Param
+
+        name: str = self._client.create_run(self._experiment(), run_name=folder.name).info.run_id
+        names.keep("mlflow", name)
+        self._client.log_batch(name, params=[Param(key, str(value)) for key, value in config.items()])
+        return name
+
+    def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        if self._lost:
-            return
-        try:
-            for name, value in numbers_of(record).items():
-                self._client.log_metric(self._run, name, value, step=record["iteration"])
-        except MlflowException as error:
-            # A server that is gone must not end hours of training; metrics.jsonl has all records.
-            self._lost = True
-            warnings.warn(f"mlflow: records from iteration {record['iteration']} on are lost: {error}", stacklevel=2)
+        found = self._client.get_experiment_by_name(PROJECT)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(PROJECT))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(PROJECT)  # another process was quicker
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+    def write(self, record: Record) -> None:
+        if self._run:
+            self._sender.put(record)
+
+    def _send(self, record: Record) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, record["iteration"]) for name, value in numbers_of(record).items()]
+        self._client.log_batch(self._run, metrics=metrics)
 
     def close(self, failed: bool) -> None:
-        if not self._lost:
+        if self._run:
+            self._sender.finish()
             self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+
+
+class _Sender:
+    """Sends records one by one in a thread, so that a slow server does not hold up the training.
+
+    Args:
+        send: Sends one record; may fail.
+    """
+
+    def __init__(self, send: Callable[[Record], None]) -> None:
+        self._send = send
+        self._waiting: queue.Queue[Record | None] = queue.Queue(MOST_WAITING)
+        self._lost, self._why = 0, ""
+        self._thread = threading.Thread(target=self._work, daemon=True, name="records")
+        self._thread.start()
+
+    def put(self, record: Record) -> None:
+        """Queues a record; raises queue.Full if too many wait."""
+        self._waiting.put_nowait(record)
+
+    def _work(self) -> None:
+        while (record := self._waiting.get()) is not None:
+            try:
+                self._send(record)
+            except Exception as error:  # said in `finish`; the server may be back for the next one
+                self._lost, self._why = self._lost + 1, _in_short(error)
+
+    def finish(self) -> None:
+        """Waits for what is on its way, but not long.
+
+        Raises:
+            ConnectionError: Records are lost, or still on their way.
+        """
+        waiting = self._waiting.qsize()
+        with contextlib.suppress(queue.Full):  # the thread is then found alive
+            self._waiting.put_nowait(None)
+        self._thread.join(SECONDS_TO_END)
+        if self._thread.is_alive():
+            raise ConnectionError(f"{waiting} records were not sent within {SECONDS_TO_END:g} s")
+        if self._lost:
+            raise ConnectionError(f"{self._lost} records are lost, the last one by {self._why}")
+
+
+def _in_short(error: Exception) -> str:
+    """An exception in one line."""
+    first = str(error).strip().splitlines()[:1]
+    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -93,10 +93,10 @@ class MetaTrainer:
         group: Group | None = None,
     ) -> None:
         self.config = config
-        for name in ("wandb", "mlflow"):
-            if getattr(config, name):
-                trackers.require_installed(name)
         self.group = group or Group()
+        for name in ("wandb", "mlflow"):
+            if getattr(config, name) and self.group.first:
+                trackers.require_installed(name)
         self.device = building.resolve_device(config.device, self.group.local_rank)
         progress = progress and self.group.first
         self._out, self._show_progress, self._callbacks = out, progress, tuple(callbacks)
@@ -206,29 +206,24 @@ class MetaTrainer:
             self._settle_folder()
             claim = self.run.claimed(self.config, resume=resume, overwrite=overwrite)
             self.group.first_does(lambda: stack.enter_context(claim))
+            # Before the guard, because a tracker may ask for a login; before the configuration, because it may fail.
+            tracking = self.group.first_does(lambda: stack.enter_context(self._tracked()))
             guard = stack.enter_context(SignalGuard())
             self._load_state(resume)
             self.group.first_does(lambda: self.run.write_config(self.config))
-            tracking = stack.enter_context(self._tracked())
             self._train(guard, tracking)
             evaluation = self._test_best(guard)
-            if evaluation is not None:
-                for tracker in tracking:
-                    tracker.write({"iteration": self.iteration, "split": "test", **_numbers(evaluation)})
+            if evaluation is not None and tracking is not None:
+                tracking.write({"iteration": self.iteration, "split": "test", **_numbers(evaluation)})
             result = FitResult(evaluation, self.best, self.iteration, self._seconds, self.run.path)
             if self.group.first:
                 self._write_result(result)
                 self._draw_plots()
         return result
 
-    def _tracked(self) -> contextlib.AbstractContextManager[Sequence[_Writer]]:
-        """The experiment trackers, of rank 0 alone."""
-        config = self.config
-        if not self.group.first:
-            return contextlib.nullcontext([])
-        return trackers.tracked(
-            self.run, config.to_dict(), wandb=config.wandb, mlflow=config.mlflow, quiet=not self._show_progress
-        )
+    def _tracked(self) -> contextlib.AbstractContextManager[trackers.Trackers]:
+        wanted = {"wandb": self.config.wandb, "mlflow": self.config.mlflow}
+        return trackers.tracked(self.run, self.config.to_dict(), wanted, quiet=not self._show_progress)
 
     def _settle_folder(self) -> None:
         """Rank 0 chooses the folder; the others get its name for messages."""
@@ -269,7 +264,8 @@ class MetaTrainer:
         optimizer = type(self.optimizer).__name__
         return "\n".join(
             (
-                f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class",
+                f"data     {self.data_name}: {points}{config.shots}-shot, {config.queries} queries a class"
+                + (f", images changed ({', '.join(config.augment)})" if config.augment else ""),
                 *(f"         {size}" for size in sizes),
                 f"model    {type(self.model).__name__}, {count:,} parameters",
                 f"method   {config.method}: {config.inner_steps} inner steps of {config.inner_lr:g}{learned}, "
@@ -290,7 +286,7 @@ class MetaTrainer:
 
     # ---- Training
 
-    def _train(self, guard: SignalGuard, tracking: Sequence[_Writer]) -> None:
+    def _train(self, guard: SignalGuard, tracking: trackers.Trackers | None) -> None:
         config = self.config
         self.model.train()
         began = time.monotonic() - self._seconds
@@ -305,7 +301,7 @@ class MetaTrainer:
                 stack.callback(board.close)
                 writers.append(board)
             progress = stack.enter_context(Progress(config.iterations, self.iteration, enabled=self._show_progress))
-            writers += [progress, *tracking]
+            writers += [progress] if tracking is None else [progress, tracking]
             if self.iteration < config.iterations and self._has_lost_patience():  # in an earlier part of the run
                 progress.message(self._why_early())
             while self.iteration < config.iterations and not self._has_lost_patience():

@@ -136,6 +136,7 @@ def main() -> NoReturn:
     parser.add_argument("--nonfinite", default="skip")
     parser.add_argument("--method", default="fo-maml")
     parser.add_argument("--adapt-rates", default="none")
+    parser.add_argument("--multi-step-loss", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--own-weights", action="store_true", help="start from weights that differ by rank")
     options = parser.parse_args()
@@ -147,7 +148,12 @@ def main() -> NoReturn:
         tasks=options.tasks,
         poisoned=options.poisoned,
         group=group,
-        changes={"nonfinite": options.nonfinite, "method": options.method, **adapting(options.adapt_rates)},
+        changes={
+            "nonfinite": options.nonfinite,
+            "method": options.method,
+            "multi_step_loss": options.multi_step_loss,
+            **adapting(options.adapt_rates),
+        },
     )
     if options.own_weights and not group.first:
         with torch.no_grad():

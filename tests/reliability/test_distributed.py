@@ -71,6 +71,15 @@ def test_two_processes_adapt_their_rates_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_sum_the_losses_of_all_steps_as_one(tmp_path: Path, alone: Path) -> None:
+    make_trainer(tmp_path / "alone", 9, poisoned=POISONED, changes={"multi_step_loss": 6}).fit()
+    ends = finish(start(2, tmp_path / "run", 9, "--poisoned", *POISONED, "--multi-step-loss", 6, "--own-weights"))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_close_runs(tmp_path / "run", tmp_path / "alone")
+    assert read_metrics(tmp_path / "alone" / "metrics.jsonl") != read_metrics(alone / "metrics.jsonl")
+
+
+@pytest.mark.slow
 def test_resumed_with_other_numbers_of_processes(tmp_path: Path, alone: Path) -> None:
     folder, poisoned = tmp_path / "run", ("--poisoned", *POISONED)
     for processes, iterations in ((3, 4), (2, 7)):

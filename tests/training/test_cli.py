@@ -116,7 +116,8 @@ def test_every_field_has_an_option() -> None:
         "rotations": True, "tensorboard": False, "test_steps": None, "adapt": ["a.*", "b.*"], "seed": 4,
         "outer_lr": 1e-4,
     }  # fmt: skip
-    assert given_fields(cli.build_parser().parse_args(["train", "--adapt", "none"])) == {"adapt": None}
+    for name in ("adapt", "augment"):
+        assert given_fields(cli.build_parser().parse_args(["train", f"--{name}", "none"])) == {name: None}
     assert TrainConfig.from_dict(given)
 
 
@@ -149,7 +150,7 @@ def test_help_of_train_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeyp
     overview = shown_by("train --help", capsys)
     assert len(overview.splitlines()) < 40 and shown_by("train -h", capsys) == overview
     parser = cli.build_parser()._commands()["train"]
-    listed = overview.split("examples:")[0]
+    listed = overview.split("others:")[0]
     assert sorted(re.findall(r"--[a-z-]+(?=[,\n])", listed)) == sorted(
         action.option_strings[0] for group in parser.named_groups.values() for action in group._group_actions
     )

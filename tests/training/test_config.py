@@ -61,6 +61,12 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
         configs.read_file(path)
 
 
+def test_changes_of_images_have_one_order() -> None:
+    assert TrainConfig(augment=("crop", "flip", "crop")) == TrainConfig(augment=("flip", "crop"))
+    with pytest.raises(ValueError, match="augment: expected none for data 'sinusoid'"):
+        TrainConfig(data="sinusoid", model="mlp", augment=("flip",))
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="found nothing at"):
         configs.read_file(tmp_path / "none.yaml")
@@ -83,6 +89,8 @@ def test_missing_file(tmp_path: Path) -> None:
         ("hidden", [4, 0], "hidden: expected a list, each an integer >= 1, found 0"),
         ("hidden", {"a": 1}, "hidden: expected a list"),
         ("adapt", [], "adapt: expected none or at least one"),
+        ("augment", [], "augment: expected none or at least one"),
+        ("augment", ["mirror"], "augment: expected one of 'flip', 'crop', found 'mirror'"),
         ("device", "gpu", "device: expected auto, cpu, cuda"),
         ("data", "folder", "data_root: expected the folder"),
         ("data", "sinusoid", "model: expected 'mlp'"),

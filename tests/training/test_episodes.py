@@ -108,20 +108,25 @@ def test_images_are_those_of_the_indices(channels: int, rotations: bool) -> None
 
 
 @pytest.mark.parametrize("names", [("flip",), ("crop",), ("crop", "flip")])
-def test_changes_of_images_follow_the_definition(names: tuple[str, ...]) -> None:
-    images = random_set([6, 8, 5, 7], channels=3, size=17)
+@pytest.mark.parametrize("flat", [False, True])
+def test_changes_of_images_follow_the_definition(names: tuple[str, ...], flat: bool) -> None:
     options: dict[str, Any] = {"ways": 3, "shots": 2, "queries": 3, "tasks": 6, "normalize": "raw", "seed": 3}
-    sampler = EpisodeSampler(images, augment=names, rotations=True, **options)
-    plain = EpisodeSampler(images, rotations=True, **options)
+    images = random_set([6, 8, 5, 7], channels=3, size=24)
+    if flat:  # 8 rows, 24 columns
+        images = ImageSet("flat", "train", images.images[:, :, :8], images.class_names, images.class_sizes)
+    sampler = EpisodeSampler(images, augment=names, rotations=not flat, **options)
+    plain = EpisodeSampler(images, rotations=not flat, **options)
     assert torch.equal(sampler.draw_indices(6, 6)[1], plain.draw_indices(6, 6)[1]), "the same images of the same tasks"
     batch, before = sampler.draw(1), plain.draw(1)
-    most = 2 if "crop" in names else 0  # an eighth of 17
+    height, width = images.image_shape[1:]
+    most_down, most_right = (height // 8, width // 8) if "crop" in names else (0, 0)
     for task, way, place in itertools.product(range(6), range(3), range(5)):
         word = child(child(child(child(child(0, 3), 4), 6 + task), way), place)
-        down, right = (word >> 1) % 2**31 % (2 * most + 1), (word >> 32) % (2 * most + 1)
+        down, right = (word >> 1) % 2**31 % (2 * most_down + 1), (word >> 32) % (2 * most_right + 1)
         of_set, index = ("support_x", 2 * way + place) if place < 2 else ("query_x", 3 * way + place - 2)
-        wanted = F.pad(getattr(before, of_set)[task, index], (most,) * 4, mode="reflect")
-        wanted = wanted[:, down : down + 17, right : right + 17]
+        padding = (most_right, most_right, most_down, most_down)
+        wanted = F.pad(getattr(before, of_set)[task, index], padding, mode="reflect")
+        wanted = wanted[:, down : down + height, right : right + width]
         if "flip" in names and word % 2:
             wanted = wanted.flip(2)
         assert torch.equal(getattr(batch, of_set)[task, index], wanted)

@@ -177,7 +177,6 @@ class Doubled:
 
 def test_maml_begins_with_first_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"method": "maml", "inner_lr": 0.1, "schedule": "constant"}
-    both = trained(tmp_path / "both", first_order_for=3, **options)
     first = trained(tmp_path / "first", iterations=3, **options | {"method": "fo-maml"})
     methods, meta_step = [], signmaml_ext.meta_step
 
@@ -186,11 +185,36 @@ def test_maml_begins_with_first_order(tmp_path: Path, monkeypatch: pytest.Monkey
         return meta_step(*args, **arguments)
 
     monkeypatch.setattr(signmaml_ext, "meta_step", noting)
-    noted = trained(tmp_path / "noted", first_order_for=3, **options)
+    trained(tmp_path / "noted", first_order_for=3, **options)
     assert methods == ["maml"] + ["fo-maml"] * 3 + ["maml"] * 3, "one meta-step is a trial"
-    assert_same_weights(noted.model, both.model)
     lose(stopped := toy_run(tmp_path / "stopped", first_order_for=3, **options), 3)
     assert_same_weights(stopped.model, first.model)
+
+
+def test_a_task_that_is_not_finite_after_an_early_step_is_counted(tmp_path: Path) -> None:
+    """After one step its query loss is Inf, after two it is not."""
+
+    class Overflowing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hot = (self.weight.detach() - x).abs() < 0.01  # where the inner loop is after its first step
+            return self.weight + torch.where(hot, torch.inf, 0.0)
+
+    class Steps:
+        def draw(self, iteration: int) -> tuple[torch.Tensor, ...]:
+            ones = torch.ones(1, 1, 1)
+            # One step of the squared error's sign moves the weight to 0.5, the second one to 1.
+            return 9 * ones, 9 * ones, 0.5 * ones, ones
+
+    options = {"multi_step_loss": 9, "inner_lr": 0.5, "nonfinite": "skip", "iterations": 1, "outer_lr": 1e-9}
+    trainer = MetaTrainer(config(**options), model=Overflowing(), train=Steps(), out=tmp_path / "run", progress=False)
+    trainer._draw_plots = lambda: None  # type: ignore[method-assign]
+    trainer.fit()
+    (record,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert record["nonfinite_tasks"] == 1 and math.isfinite(record["loss"])
 
 
 def toy_run(folder: Path, **changes: Any) -> MetaTrainer:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.programs.toy_run import toy_config, toy_trainer
-from signmaml import cli
+from signmaml import cli, trackers
 from signmaml.loggers import read_metrics
-from signmaml.trackers import MLflow, Names, WeightsAndBiases
+from signmaml.runs import RunFolder
+from signmaml.trackers import Names, WeightsAndBiases
 from training.test_outer_loop import lose
 from training.test_resume import assert_same_run
 
@@ -35,8 +38,14 @@ def wandb_records(folder: Path) -> list[dict[str, float]]:
     messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     found = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for data in log_entries(path.read_bytes()):
-            record = messages.Record.FromString(data)
+        records: list[Any] = []
+        deadline = time.monotonic() + 20
+        # Its service may still be writing.
+        while not records or records[-1].WhichOneof("record_type") not in ("exit", "footer"):
+            assert time.monotonic() < deadline, "the file never ends"
+            time.sleep(0.05)
+            records = [messages.Record.FromString(data) for data in log_entries(path.read_bytes())]
+        for record in records:
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 found.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
@@ -65,7 +74,7 @@ def test_weights_and_biases_has_all_records_and_the_test(tmp_path: Path) -> None
     result = toy_trainer(tmp_path / "run", wandb=True).fit()
     rows = wandb_records(tmp_path / "run")
     for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
-        at_step = [row for row in rows if row["_step"] == record["iteration"]]
+        at_step = [row for row in rows if row["iteration"] == record["iteration"]]
         assert any(row.get(f"{record['split']}/loss") == pytest.approx(record["loss"]) for row in at_step)
     assert any(row.get("test/accuracy") == pytest.approx(result.test.mean) for row in rows)
 
@@ -96,10 +105,9 @@ def test_a_resumed_run_goes_on_in_the_same_tracked_run(tmp_path: Path) -> None:
     experiment = mlflow.get_experiment_by_name("signmaml")
     assert len(mlflow.search_runs([experiment.experiment_id])) == 1
     points = mlflow.get_metric_history(names["mlflow"], "train/loss")
-    assert {point.step for point in points} == {4, 8, 12}
-    assert {path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")} == {
-        names["wandb"]
-    }
+    assert [point.step for point in points] == [4, 8, 12], "the checkpoint at 5 lies behind the record at 4"
+    parts = [path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert parts == [names["wandb"]] * 2
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -113,26 +121,115 @@ def test_a_new_run_in_the_folder_is_a_new_tracked_run(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_gone_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exceptions = pytest.importorskip("mlflow.exceptions")
-    tracker = MLflow(tmp_path, {"ways": 3}, Names(tmp_path / "tracking.json"))
+    """It loses the records sent meanwhile, and says so."""
+    mlflow = client()
+    send = mlflow.__class__.log_batch
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise exceptions.MlflowException("connection refused")
+    def refuse_once(self: Any, run: str, metrics: Any = (), params: Any = ()) -> Any:
+        if metrics and metrics[0].step == 8:
+            raise ConnectionError("refused")
+        return send(self, run, metrics=metrics, params=params)
 
-    monkeypatch.setattr(tracker._client, "log_metric", refuse)
-    with pytest.warns(UserWarning, match="mlflow: records from iteration 3 on are lost: connection refused"):
-        tracker.write({"iteration": 3, "split": "val", "loss": 1.0})
-    tracker.write({"iteration": 4, "split": "val", "loss": 1.0})
+    monkeypatch.setattr(mlflow.__class__, "log_batch", refuse_once)
+    with pytest.warns(UserWarning, match=r"mlflow: .* 1 records are lost, the last one by ConnectionError: refused"):
+        result = toy_trainer(tmp_path / "run", 12, mlflow=True).fit()
+    assert result.iterations == 12 and result.test is not None
+    number = json.loads((tmp_path / "run" / "tracking.json").read_text())["mlflow"]
+    assert [point.step for point in mlflow.get_metric_history(number, "train/loss")] == [4, 12]
+
+
+class Broken:
+    """A tracker that fails where it is told to."""
+
+    def __init__(self, *_: Any, failing: str) -> None:
+        self.failing, self.closed = failing, False
+
+    def write(self, record: Any) -> None:
+        if self.failing == "write":
+            raise BrokenPipeError("service is dead")
+
+    def close(self, failed: bool) -> None:
+        self.closed = True
+        if self.failing == "close":
+            raise ConnectionResetError("service is dead")
+
+
+@pytest.mark.parametrize("failing", ["write", "close"])
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_no_trouble_of_a_tracker_ends_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, name: str
+) -> None:
+    made: list[Broken] = []
+
+    def start(*arguments: Any) -> Broken:
+        made.append(Broken(*arguments, failing=failing if not made else ""))
+        return made[-1]
+
+    monkeypatch.setattr(trackers, "WeightsAndBiases", start)
+    monkeypatch.setattr(trackers, "MLflow", start)
+    both = {"wandb": True, "mlflow": True}
+    with pytest.warns(UserWarning, match="wandb: .* service is dead"):
+        toy_trainer(tmp_path / "run", 5, **both).fit()
+    assert made[1].closed, "the other one is closed all the same"
+    lost = toy_trainer(tmp_path / "lost", 8, **both)
+    made.clear()
+    with pytest.warns(UserWarning, match="wandb: .* service is dead"):
+        lose(lost, 5)  # the training's own error is what is seen
+
+
+def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no API key\nand more lines")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trackers, "WeightsAndBiases", refuse)
+        with pytest.raises(ValueError, match=r"wandb: .* starts, found RuntimeError: no API key$"):
+            toy_trainer(tmp_path / "run", 4, wandb=True).fit()
+    assert not RunFolder(tmp_path / "run").holds_run()
+    toy_trainer(tmp_path / "run", 4).fit()  # the folder is free
+
+
+def test_a_run_that_mlflow_does_not_know_goes_on_untracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client()
+    lose(toy_trainer(tmp_path / "run", 12, mlflow=True), 7)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "elsewhere").as_uri())
+    with pytest.warns(UserWarning, match="mlflow: the tracked run [0-9a-f]+ cannot go on, so no records are sent"):
+        result = toy_trainer(tmp_path / "run", 12, mlflow=True).fit(resume=True)
+    assert result.iterations == 12
+
+
+def test_a_damaged_file_of_names_is_said(tmp_path: Path) -> None:
+    (tmp_path / "tracking.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tracking\.json: expected a JSON object with names of tracked runs, found"):
+        Names(tmp_path / "tracking.json")
+
+
+def test_a_run_that_the_caller_has_open_is_left_alone(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    own = wandb.init(project="own", dir=tmp_path, settings=wandb.Settings(silent=True, console="off"))
+    tracker = WeightsAndBiases(tmp_path, {}, Names(tmp_path / "tracking.json"), quiet=True)
+    tracker.write({"iteration": 3, "split": "val", "loss": 1.0})
     tracker.close(failed=False)
+    assert json.loads((tmp_path / "tracking.json").read_text())["wandb"] != own.id
+    own.log({"mine": 1.0})
+    own.finish()
+    assert {"mine", "val/loss"} <= {name for row in wandb_records(tmp_path) for name in row}
 
 
-def test_numbers_that_are_not_finite_are_kept_as_such(tmp_path: Path) -> None:
+def test_records_hold_numbers_alone_and_may_repeat(tmp_path: Path) -> None:
+    """A resumed run repeats what it wrote since its last checkpoint; text is no metric, and a NaN is one."""
     pytest.importorskip("wandb")
     tracker = WeightsAndBiases(tmp_path, {}, Names(tmp_path / "tracking.json"), quiet=True)
-    tracker.write({"iteration": 3, "split": "val", "loss": float("nan"), "accuracy": 0.5, "name": "text"})
+    for iteration in (3, 4, 3):
+        tracker.write({"iteration": iteration, "split": "val", "loss": math.nan, "accuracy": 0.5, "name": "text"})
     tracker.close(failed=False)
-    (row,) = wandb_records(tmp_path)
-    assert row["val/accuracy"] == 0.5 and "val/name" not in row
+    rows = wandb_records(tmp_path)
+    assert [row["iteration"] for row in rows] == [3, 4, 3]
+    assert all(
+        row["val/accuracy"] == 0.5 and "val/name" not in row and math.isnan(float(row["val/loss"])) for row in rows
+    )
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -146,6 +243,13 @@ def test_a_missing_package_is_said_before_anything_is_done(
     assert not (tmp_path / "run").exists()
     assert cli.main(["train", f"--{name}", "--out", str(tmp_path / "other")]) == 2
     assert f"pip install {name}" in capsys.readouterr().err
+
+
+def test_a_folder_named_like_the_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "namespace_only").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="namespace_only: expected the package"):
+        trackers.require_installed("namespace_only")
 
 
 def test_trackers_are_off_unless_asked_for() -> None:

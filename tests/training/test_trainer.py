@@ -315,6 +315,25 @@ def test_bad_data_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_only_training_images_are_changed(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path / "run", 2, augment=("crop", "flip"))
+    assert trainer._train_sampler.augment == ("flip", "crop")
+    assert trainer._val_sampler.augment == trainer._test_sampler.augment == ()
+    assert "3 queries a class, images changed (flip, crop)" in trainer.describe()
+    plain = toy_trainer(tmp_path / "plain", 2)
+    changed, as_is = trainer._train_sampler.draw(0), plain._train_sampler.draw(0)
+    assert not torch.equal(changed.support_x, as_is.support_x) and torch.equal(changed.query_y, as_is.query_y)
+    trainer.fit()
+
+
+def test_images_of_the_callers_own_sampler_are_not_changed(tmp_path: Path) -> None:
+    config = toy_config(2, augment=("flip",))
+    own = EpisodeSampler(toy_images(), ways=3, shots=1, queries=3, tasks=3)
+    with pytest.raises(ValueError, match="augment: expected none for a sampler of your own, EpisodeSampler"):
+        MetaTrainer(config, model=MLP(256, 3), train=own, out=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_describe_says_what_will_happen(tmp_path: Path) -> None:
     text = toy_trainer(tmp_path / "run").describe()
     for words in ("toy: 3-way 1-shot", "DropoutNet, ", "sign-maml: 2 inner steps", "backend", "cpu (", str(tmp_path)):
