@@ -140,6 +140,9 @@ class _FewShotEstimator:
     def _outputs(self, X: Any) -> Tensor:
         adapted, learner = self._fitted(), self._learner
         x = learner.inputs(X)
+        if self._input is not None and x.ndim != self._input.ndim:
+            sizes = ", ".join(map(str, self._input.shape[1:]))
+            raise ValueError(f"X: expected examples [n, {sizes}] as in fit, found shape {list(x.shape)}")
         if adapted.transductive and learner.has_batch_norm() and len(x) < 2:
             raise ValueError(
                 "X: expected at least 2 examples for a transductive prediction, which normalises them by their own "

@@ -121,12 +121,14 @@ def read_weights(source: Place, which: str = "best", *, own: bool = False) -> St
 
 @dataclass(eq=False)
 class _Known:
-    """What is known of a model: its head, and copies of it with other heads by thread and number of classes.
+    """What is known of a model: its head, whether it takes integers, and copies of it with other heads by thread and
+    number of classes.
 
     A copy is made once, since the package verifies a module when it first meets it.
     """
 
     head: Head | None = None
+    takes_integers: bool | None = None
     twins: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
 
     def with_head(self, model: nn.Module, name: str, layer: nn.Linear) -> nn.Module:
@@ -140,7 +142,7 @@ class _Known:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"head": self.head, "twins": {}}
+        return {"head": self.head, "takes_integers": self.takes_integers, "twins": {}}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -335,6 +337,8 @@ class Learner:
         """
         x = as_inputs(examples, self.example, name).to(self.device)
         dtype = next(self.model.parameters()).dtype
+        if not x.is_floating_point() and not x.is_complex() and not self._takes(x):
+            x = x.to(dtype)
         if x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
             if not bool(x.isfinite().all()):
@@ -342,6 +346,17 @@ class Learner:
                     f"{name}: expected numbers that {str(dtype).removeprefix('torch.')} holds, found larger"
                 )
         return x
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the model takes integers, as an embedding does; most others want floating-point numbers."""
+        if self._known.takes_integers is None:
+            with torch.no_grad():
+                try:
+                    self.model(x[:1])
+                    self._known.takes_integers = True
+                except (RuntimeError, TypeError, ValueError):
+                    self._known.takes_integers = False
+        return self._known.takes_integers
 
     def start(self, x: Tensor, y: Tensor, ways: int, head: str = "auto") -> tuple[nn.Module, Rates, str | None]:
         """What a task's inner loop starts from.

@@ -211,6 +211,29 @@ def test_tied_parameters_stay_tied() -> None:
 # ---- Examples of any kind
 
 
+def test_integers_are_numbers_unless_the_model_takes_them() -> None:
+    table = np.arange(24).reshape(6, 4)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    fitted = FewShotClassifier(network, inner_lr=0.1, inner_steps=3).fit(table, [0, 0, 0, 1, 1, 1])
+    as_floats = FewShotClassifier(network, inner_lr=0.1, inner_steps=3).fit(
+        table.astype(np.float32), [0, 0, 0, 1, 1, 1]
+    )
+    assert np.array_equal(fitted.predict_proba(table), as_floats.predict_proba(table.astype(np.float32)))
+    assert np.array_equal(fitted.predict_proba(table > 3), as_floats.predict_proba((table > 3).astype(np.float32)))
+    words = nn.Sequential(nn.Embedding(24, 3), nn.Flatten(), nn.Linear(12, 2))
+    of_words = FewShotClassifier(words, inner_lr=0.1, inner_steps=3).fit(table, [0, 0, 0, 1, 1, 1])
+    assert of_words.predict_proba(table).shape == (6, 2)
+
+
+def test_one_example_is_not_taken_for_several() -> None:
+    table = torch.randn(6, 4)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    fitted = FewShotClassifier(network, inner_lr=0.1, inner_steps=3).fit(table, [0, 0, 0, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"X: expected examples \[n, 4\] as in fit, found shape \[4\]"):
+        fitted.predict(table[0])
+    assert fitted.predict(table[:1]).shape == (1,)
+
+
 def test_files_become_what_training_made_of_them(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SIGNMAML_CACHE", str(tmp_path))
     decoded = folder(run.parent / "images", "test", progress=False)
