@@ -172,8 +172,21 @@ def summary(result: FitResult, run: RunFolder) -> str:
     return "\n".join([*lines, f"in {run.path}: {files}"])
 
 
+def _output(option: str, path: str) -> Path:
+    """A file that can be written, as far as its folder says; checked before the work that it is to hold."""
+    out = Path(path)
+    if out.is_dir():
+        raise IsADirectoryError(f"{option}: expected a file, found the folder {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{option}: expected a file in an existing folder, found none at {out}")
+    return out
+
+
 def evaluate(parsed: argparse.Namespace) -> int:
     """`signmaml evaluate`."""
+    if parsed.tasks < 1:
+        raise ValueError(f"--tasks: expected an integer >= 1, found {parsed.tasks}")
+    written = _output("--json", parsed.json) if parsed.json not in (None, "-") else None
     stored = read_weights(parsed.weights, parsed.checkpoint)
     overrides = given_fields(parsed)
     assert set(overrides) <= set(EVALUATION_FIELDS)
@@ -191,16 +204,14 @@ def evaluate(parsed: argparse.Namespace) -> int:
         print(text)
         return 0
     print(result)
-    if parsed.json:
-        Path(parsed.json).write_text(text + "\n", encoding="utf-8")
+    if written is not None:
+        written.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
 def _evaluation(
     config: TrainConfig, learner: Learner, sampler: Sampler, parsed: argparse.Namespace, count: Any
 ) -> Evaluation:
-    if parsed.tasks < 1:
-        raise ValueError(f"--tasks: expected an integer >= 1, found {parsed.tasks}")
     model, start, arguments = learner.model, None, learner.arguments
     episodes = draw(sampler, 0)
     if episodes.support_y.dtype != torch.int64 and parsed.head != "auto":
@@ -242,9 +253,8 @@ def predict(parsed: argparse.Namespace) -> int:
     if parsed.json == parsed.csv == "-":
         raise ValueError("--csv, --json: expected at most one of them on stdout, found both")
     for name in ("csv", "json", "sheet", "save", "export"):  # before any work
-        place = getattr(parsed, name)
-        if place not in (None, "-") and not Path(place).parent.is_dir():
-            raise FileNotFoundError(f"--{name}: expected a file in an existing folder, found none at {place}")
+        if getattr(parsed, name) not in (None, "-"):
+            _output(f"--{name}", getattr(parsed, name))
     places = [place for place in (parsed.csv, parsed.json, parsed.sheet, parsed.save, parsed.export) if place]
     twice = [place for place in places if places.count(place) > 1]
     if twice:
@@ -308,6 +318,9 @@ def _format_of_images(example: ExampleFormat | None, weights: str) -> ExampleFor
 
 def plot(parsed: argparse.Namespace) -> int:
     """`signmaml plot`."""
+    if parsed.task < 0:
+        raise ValueError(f"--task: expected an integer >= 0, found {parsed.task}")
+    chosen = _output("--out", parsed.out) if parsed.out else None
     from . import plots  # here: matplotlib takes long to import
 
     runs = [RunFolder(path) for path in parsed.runs]
@@ -315,12 +328,12 @@ def plot(parsed: argparse.Namespace) -> int:
         if not run.metrics.is_file():
             raise FileNotFoundError(f"run folder: expected one with a metrics.jsonl, found none in {run.path}")
     if len(runs) > 1:
-        out = Path(parsed.out or "curves.png")
+        out = chosen or Path("curves.png")
         plots.draw_curves({str(run.path): run.metrics for run in runs}, out)
         print(out)
         return 0
     run = runs[0]
-    out = Path(parsed.out) if parsed.out else run.curves
+    out = chosen or run.curves
     plots.draw_curves(run.metrics, out)
     print(out)
     if not parsed.curves_only:
@@ -329,8 +342,6 @@ def plot(parsed: argparse.Namespace) -> int:
 
 
 def _plot_episode(run: RunFolder, task: int) -> None:
-    if task < 0:
-        raise ValueError(f"--task: expected an integer >= 0, found {task}")
     from . import plots
 
     stored = read_weights(run.path)
@@ -346,9 +357,7 @@ def _plot_episode(run: RunFolder, task: int) -> None:
 def report(parsed: argparse.Namespace) -> int:
     """`signmaml report`."""
     run = RunFolder(parsed.run_folder)
-    out = Path(parsed.out) if parsed.out else run.path / "report.html"
-    if parsed.out and not out.parent.is_dir():
-        raise FileNotFoundError(f"--out: expected a file in an existing folder, found none at {out}")
+    out = _output("--out", parsed.out) if parsed.out else run.path / "report.html"
     write_report(run, out)
     print(out)
     return 0
@@ -414,10 +423,10 @@ def data_show(parsed: argparse.Namespace) -> int:
     from . import plots
 
     building.check_data_name(parsed.name)
+    out = _output("--out", parsed.out or f"{parsed.name}-{parsed.split}.png")
     images = data.load(
         parsed.name, parsed.split, root=parsed.data_root, image_size=parsed.image_size, **given_fields(parsed)
     )
-    out = Path(parsed.out or f"{parsed.name}-{parsed.split}.png")
     plots.draw_images(images, out)
     print(out)
     return 0
