@@ -177,6 +177,8 @@ def _output(option: str, path: str) -> Path:
     out = Path(path)
     if out.is_dir():
         raise IsADirectoryError(f"{option}: expected a file, found the folder {out}")
+    if out.exists() and not out.is_file():  # such as /dev/null, which a whole new file would replace
+        raise ValueError(f"{option}: expected an ordinary file, found the special file {out}")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{option}: expected a file in an existing folder, found none at {out}")
     return out

@@ -350,13 +350,22 @@ class Learner:
     def _takes(self, x: Tensor) -> bool:
         """Whether the model takes integers, as an embedding does; most others want floating-point numbers."""
         if self._known.takes_integers is None:
-            with torch.no_grad():
-                try:
-                    self.model(x[:1])
-                    self._known.takes_integers = True
-                except (RuntimeError, TypeError, ValueError):
-                    self._known.takes_integers = False
+            one, dtype = x[:1], next(self.model.parameters()).dtype
+            if self._runs_on(one):
+                self._known.takes_integers = True
+            elif self._runs_on(one.to(dtype)):
+                self._known.takes_integers = False
+            else:  # neither: what is wrong is something else, and the forward will say it
+                return True
         return self._known.takes_integers
+
+    def _runs_on(self, x: Tensor) -> bool:
+        with torch.no_grad():
+            try:
+                self.model(x)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return False
+        return True
 
     def start(self, x: Tensor, y: Tensor, ways: int, head: str = "auto") -> tuple[nn.Module, Rates, str | None]:
         """What a task's inner loop starts from.
@@ -401,10 +410,16 @@ class Learner:
         """The end of the model, found by running it once on some inputs `[n, ...]`.
 
         Raises:
-            ValueError: It does not predict `[n, outputs]`.
+            ValueError: It does not predict `[n, outputs]`, or does not take such inputs.
         """
         if self._known.head is None:
-            self._known.head = head_of(self.model, x)
+            try:
+                self._known.head = head_of(self.model, x)
+            except (RuntimeError, IndexError) as error:
+                shape, dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"X: expected examples that {type(self.model).__name__} takes, found {dtype} {shape}: {error}"
+                ) from error
         return self._known.head
 
     def has_batch_norm(self) -> bool:

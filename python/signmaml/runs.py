@@ -28,7 +28,6 @@ class RunFolder:
         episode: episode.png: one test episode with predictions, or fits of sine waves.
         tensorboard: Folder of TensorBoard events.
         tracking: tracking.json, the names by which experiment trackers know the run.
-        wandb: Folder of Weights & Biases.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,7 +41,6 @@ class RunFolder:
         self.episode = self.path / "episode.png"
         self.tensorboard = self.path / "tensorboard"
         self.tracking = self.path / "tracking.json"
-        self.wandb = self.path / "wandb"
 
     def holds_run(self) -> bool:
         """Whether a run was started here."""
@@ -53,8 +51,7 @@ class RunFolder:
         own = (self.last, self.best, self.result, self.curves, self.episode, self.metrics, self.tracking, self.config)
         for path in own:
             path.unlink(missing_ok=True)
-        for folder in (self.tensorboard, self.wandb):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
 
     def read_config(self) -> TrainConfig:
         """The stored configuration.

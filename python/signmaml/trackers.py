@@ -16,6 +16,7 @@ import json
 import os
 import queue
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -60,19 +61,22 @@ def tracked(run: RunFolder, config: Mapping[str, Any], wanted: Mapping[str, bool
 
     Raises:
         ValueError: A tracker cannot start a run, or tracking.json is damaged. One that cannot go on with the run that
-            it knows is a warning instead.
+            it knows is a warning instead: a program may have restarted the training at night.
     """
     trackers = Trackers()
-    names = Names(run.tracking) if any(wanted.values()) else None
-    for name, start in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):
-        if wanted[name] and names is not None:
+    failed = True
+    try:
+        names = Names(run.tracking) if any(wanted.values()) else None
+        for name, start in (("wandb", WeightsAndBiases), ("mlflow", MLflow)):
+            if not wanted[name] or names is None:
+                continue
+            known = names.get(name)
             try:
                 trackers.open[name] = start(run.path, config, names, quiet)
             except Exception as error:
-                trackers.close(failed=True)
-                raise ValueError(f"{name}: expected a tracker that starts, found {_in_short(error)}") from error
-    failed = True
-    try:
+                if known is None:
+                    raise ValueError(f"{name}: expected a tracker that starts, found {_in_short(error)}") from error
+                _warn(f"{name}: the tracked run {known} cannot go on, so no records are sent: {_in_short(error)}")
         yield trackers
         failed = False
     finally:
@@ -95,17 +99,19 @@ class Trackers:
             try:
                 tracker.write(record)
             except Exception as error:
-                del self.open[name]
                 _warn(f"{name}: records from iteration {record['iteration']} on are lost: {_in_short(error)}")
+                self._close(name, failed=True)
 
     def close(self, failed: bool) -> None:
         """Closes every tracker."""
-        for name, tracker in self.open.items():
-            try:
-                tracker.close(failed)
-            except Exception as error:
-                _warn(f"{name}: the tracked run may be incomplete: {_in_short(error)}")
-        self.open.clear()
+        for name in list(self.open):
+            self._close(name, failed)
+
+    def _close(self, name: str, failed: bool) -> None:
+        try:
+            self.open.pop(name).close(failed)
+        except Exception as error:
+            _warn(f"{name}: the tracked run may be incomplete: {_in_short(error)}")
 
 
 class Names:
@@ -152,6 +158,9 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: Mapping[str, Any], names: Names, quiet: bool) -> None:
         import wandb
 
+        limits: dict[str, Any] = {"finish_timeout": SECONDS_TO_END, "finish_timeout_raises": True}
+        # Versions before 0.26 or so have no such limit.
+        limits = {name: value for name, value in limits.items() if name in wandb.Settings.model_fields}
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=folder.name,
@@ -162,7 +171,7 @@ class WeightsAndBiases:
             config=dict(config),
             allow_val_change=True,  # a resumed run may be longer
             # Wrapping the streams would break the progress bar.
-            settings=wandb.Settings(silent=quiet, console="off"),
+            settings=wandb.Settings(silent=quiet, console="off", **limits),
         )
         names.keep("wandb", self._run.id)
         # Not the tracker's own step: a resumed run may repeat records, which that would refuse.
@@ -176,26 +185,22 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow in the experiment `signmaml`; a run that the caller has open is not touched."""
+    """A run of MLflow in the experiment `signmaml`, or in that of MLFLOW_EXPERIMENT_NAME.
+
+    A run that the caller has open is not touched.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], names: Names, quiet: bool = True) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
-        self._sender = _Sender(self._send)
         known = names.get("mlflow")
-        try:
-            self._run = self._new_run(folder, config, names) if known is None else self._known_run(known)
-        except Exception as error:
-            if known is None:
-                raise
-            # Training goes on all the same: it may have been restarted at night, by a program.
-            _warn(f"mlflow: the tracked run {known} cannot go on, so no records are sent: {_in_short(error)}")
-            self._run = ""
-
-    def _known_run(self, name: str) -> str:
-        self._client.update_run(name, status="RUNNING")
-        return name
+        if known is None:
+            self._run = self._new_run(folder, config, names)
+        else:
+            self._client.update_run(known, status="RUNNING")
+            self._run = known
+        self._sender = _Sender()
 
     def _new_run(self, folder: Path, config: Mapping[str, Any], names: Names) -> str:
         from mlflow.entities import Param
@@ -208,57 +213,50 @@ class MLflow:
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(PROJECT)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self._client.create_experiment(PROJECT))
+                return str(self._client.create_experiment(name))
             except MlflowException:
-                found = self._client.get_experiment_by_name(PROJECT)  # another process was quicker
+                found = self._client.get_experiment_by_name(name)  # another process was quicker
                 if found is None:
                     raise
         return str(found.experiment_id)
 
     def write(self, record: Record) -> None:
-        if self._run:
-            self._sender.put(record)
-
-    def _send(self, record: Record) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, record["iteration"]) for name, value in numbers_of(record).items()]
-        self._client.log_batch(self._run, metrics=metrics)
+        self._sender.put(lambda: self._client.log_batch(self._run, metrics=metrics))
 
     def close(self, failed: bool) -> None:
-        if self._run:
-            self._sender.finish()
-            self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+        status = "FAILED" if failed else "FINISHED"
+        self._sender.put(lambda: self._client.set_terminated(self._run, status))
+        self._sender.finish()
 
 
 class _Sender:
-    """Sends records one by one in a thread, so that a slow server does not hold up the training.
+    """Makes calls one by one in a thread, so that a slow server does not hold up the training."""
 
-    Args:
-        send: Sends one record; may fail.
-    """
-
-    def __init__(self, send: Callable[[Record], None]) -> None:
-        self._send = send
-        self._waiting: queue.Queue[Record | None] = queue.Queue(MOST_WAITING)
-        self._lost, self._why = 0, ""
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(MOST_WAITING)
+        self._sent, self._lost, self._why = 0, 0, ""
+        self._put = 0
         self._thread = threading.Thread(target=self._work, daemon=True, name="records")
         self._thread.start()
 
-    def put(self, record: Record) -> None:
-        """Queues a record; raises queue.Full if too many wait."""
-        self._waiting.put_nowait(record)
+    def put(self, call: Callable[[], object]) -> None:
+        """Queues a call; raises queue.Full if too many wait."""
+        self._waiting.put_nowait(call)
+        self._put += 1
 
     def _work(self) -> None:
-        while (record := self._waiting.get()) is not None:
+        while (call := self._waiting.get()) is not None:
             try:
-                self._send(record)
+                call()
+                self._sent += 1
             except Exception as error:  # said in `finish`; the server may be back for the next one
                 self._lost, self._why = self._lost + 1, _in_short(error)
 
@@ -266,16 +264,16 @@ class _Sender:
         """Waits for what is on its way, but not long.
 
         Raises:
-            ConnectionError: Records are lost, or still on their way.
+            ConnectionError: Calls failed, or are still on their way.
         """
-        waiting = self._waiting.qsize()
-        with contextlib.suppress(queue.Full):  # the thread is then found alive
+        with contextlib.suppress(queue.Full):  # then the thread is found alive
             self._waiting.put_nowait(None)
         self._thread.join(SECONDS_TO_END)
+        missing = self._put - self._sent
         if self._thread.is_alive():
-            raise ConnectionError(f"{waiting} records were not sent within {SECONDS_TO_END:g} s")
+            raise ConnectionError(f"{missing} of {self._put} messages were not sent within {SECONDS_TO_END:g} s")
         if self._lost:
-            raise ConnectionError(f"{self._lost} records are lost, the last one by {self._why}")
+            raise ConnectionError(f"{self._lost} of {self._put} messages are lost, the last one by {self._why}")
 
 
 def _in_short(error: Exception) -> str:

@@ -206,10 +206,10 @@ class MetaTrainer:
             self._settle_folder()
             claim = self.run.claimed(self.config, resume=resume, overwrite=overwrite)
             self.group.first_does(lambda: stack.enter_context(claim))
+            self._load_state(resume)
             # Before the guard, because a tracker may ask for a login; before the configuration, because it may fail.
             tracking = self.group.first_does(lambda: stack.enter_context(self._tracked()))
             guard = stack.enter_context(SignalGuard())
-            self._load_state(resume)
             self.group.first_does(lambda: self.run.write_config(self.config))
             self._train(guard, tracking)
             evaluation = self._test_best(guard)

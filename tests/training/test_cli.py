@@ -204,6 +204,7 @@ def test_a_group_of_help_that_does_not_exist(capsys: pytest.CaptureFixture[str])
         ("evaluate nowhere --tasks 0", "--tasks: expected an integer >= 1, found 0"),
         ("evaluate nowhere --json .", "--json: expected a file, found the folder ."),
         ("evaluate nowhere --json no/a.json", "--json: expected a file in an existing folder, found none at no/a.json"),
+        ("evaluate nowhere --json /dev/null", "--json: expected an ordinary file, found the special file /dev/null"),
         ("plot nowhere", "metrics.jsonl"),
         ("plot nowhere --task -1", "--task: expected an integer >= 0, found -1"),
         ("plot nowhere --out .", "--out: expected a file, found the folder ."),

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from helpers.cases.toy_images import toy_images
-from signmaml.data import ImageSet
+from signmaml import Learner, evaluate
+from signmaml.data import ImageSet, glyphs
+from signmaml.learner import read_weights
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -119,3 +121,14 @@ def test_qmaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_qmaml_refuses_what_it_cannot_compare(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_example("qmaml.py", monkeypatch, *words)
+
+
+@pytest.mark.slow
+def test_the_trained_learner_knows_characters_that_it_has_never_seen() -> None:
+    path = EXAMPLES / "omniglot_5w1s.safetensors"
+    stored = read_weights(path)
+    assert (stored.config.data, stored.config.data_root, stored.config.out) == ("omniglot", None, None)
+    learner = Learner.load(path, device="cpu")
+    found = evaluate(learner.model, glyphs("test", progress=False), tasks=100, **learner.arguments)
+    assert found.mean > 0.85
+    assert path.stat().st_size < 200_000

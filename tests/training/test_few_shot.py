@@ -221,7 +221,12 @@ def test_integers_are_numbers_unless_the_model_takes_them() -> None:
     assert np.array_equal(fitted.predict_proba(table), as_floats.predict_proba(table.astype(np.float32)))
     assert np.array_equal(fitted.predict_proba(table > 3), as_floats.predict_proba((table > 3).astype(np.float32)))
     words = nn.Sequential(nn.Embedding(24, 3), nn.Flatten(), nn.Linear(12, 2))
-    of_words = FewShotClassifier(words, inner_lr=0.1, inner_steps=3).fit(table, [0, 0, 0, 1, 1, 1])
+    learner = Learner.of(words, inner_lr=0.1, inner_steps=3)
+    with pytest.raises(
+        ValueError, match=r"X: expected examples that Sequential takes, found int64 \[6, 3\]: "
+    ):  # and nothing is remembered
+        FewShotClassifier(learner).fit(table[:, :3], [0, 0, 0, 1, 1, 1])
+    of_words = FewShotClassifier(learner).fit(table, [0, 0, 0, 1, 1, 1])
     assert of_words.predict_proba(table).shape == (6, 2)
 
 

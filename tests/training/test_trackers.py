@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
 
@@ -61,6 +68,8 @@ def log_entries(content: bytes) -> list[bytes]:
             place += left
             continue
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if place + 7 + length > len(content):  # half written
+            break
         parts.append(content[place + 7 : place + 7 + length])
         place += 7 + length
         if kind in (1, 4):  # whole, or the last fragment
@@ -131,11 +140,14 @@ def test_a_server_that_is_gone_does_not_end_the_training(tmp_path: Path, monkeyp
         return send(self, run, metrics=metrics, params=params)
 
     monkeypatch.setattr(mlflow.__class__, "log_batch", refuse_once)
-    with pytest.warns(UserWarning, match=r"mlflow: .* 1 records are lost, the last one by ConnectionError: refused"):
+    with pytest.warns(
+        UserWarning, match=r"mlflow: .* 1 of \d+ messages are lost, the last one by ConnectionError: ref"
+    ):
         result = toy_trainer(tmp_path / "run", 12, mlflow=True).fit()
     assert result.iterations == 12 and result.test is not None
     number = json.loads((tmp_path / "run" / "tracking.json").read_text())["mlflow"]
     assert [point.step for point in mlflow.get_metric_history(number, "train/loss")] == [4, 12]
+    assert mlflow.get_run(number).info.status == "FINISHED"
 
 
 class Broken:
@@ -159,22 +171,26 @@ class Broken:
 def test_no_trouble_of_a_tracker_ends_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, name: str
 ) -> None:
-    made: list[Broken] = []
+    made: dict[str, Broken] = {}
 
-    def start(*arguments: Any) -> Broken:
-        made.append(Broken(*arguments, failing=failing if not made else ""))
-        return made[-1]
+    def starting(which: str) -> Any:
+        def start(*_: Any) -> Broken:
+            made[which] = Broken(failing=failing if which == name else "")
+            return made[which]
 
-    monkeypatch.setattr(trackers, "WeightsAndBiases", start)
-    monkeypatch.setattr(trackers, "MLflow", start)
+        return start
+
+    monkeypatch.setattr(trackers, "WeightsAndBiases", starting("wandb"))
+    monkeypatch.setattr(trackers, "MLflow", starting("mlflow"))
+    monkeypatch.setattr(trackers, "require_installed", lambda _: None)
     both = {"wandb": True, "mlflow": True}
-    with pytest.warns(UserWarning, match="wandb: .* service is dead"):
+    with pytest.warns(UserWarning, match=f"{name}: .* service is dead"):
         toy_trainer(tmp_path / "run", 5, **both).fit()
-    assert made[1].closed, "the other one is closed all the same"
-    lost = toy_trainer(tmp_path / "lost", 8, **both)
+    assert all(tracker.closed for tracker in made.values())
     made.clear()
-    with pytest.warns(UserWarning, match="wandb: .* service is dead"):
-        lose(lost, 5)  # the training's own error is what is seen
+    with pytest.warns(UserWarning, match=f"{name}: .* service is dead"):
+        lose(toy_trainer(tmp_path / "lost", 8, **both), 5)  # the training's own error is what is seen
+    assert all(tracker.closed for tracker in made.values())
 
 
 def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(
@@ -185,10 +201,48 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(
 
     with monkeypatch.context() as patched:
         patched.setattr(trackers, "WeightsAndBiases", refuse)
+        patched.setattr(trackers, "require_installed", lambda _: None)
         with pytest.raises(ValueError, match=r"wandb: .* starts, found RuntimeError: no API key$"):
             toy_trainer(tmp_path / "run", 4, wandb=True).fit()
     assert not RunFolder(tmp_path / "run").holds_run()
     toy_trainer(tmp_path / "run", 4).fit()  # the folder is free
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_resumed_run_goes_on_without_a_tracker_that_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ConnectionError("server is away")
+
+    monkeypatch.setattr(trackers, "WeightsAndBiases", refuse)
+    monkeypatch.setattr(trackers, "MLflow", refuse)
+    monkeypatch.setattr(trackers, "require_installed", lambda _: None)
+    lose(toy_trainer(tmp_path / "run", 12), 7)
+    Names(tmp_path / "run" / "tracking.json").keep(name, "known")
+    with pytest.warns(UserWarning, match=f"{name}: the tracked run known cannot go on, so no records are sent: Conn"):
+        result = toy_trainer(tmp_path / "run", 12, **{name: True}).fit(resume=True)
+    assert result.iterations == 12
+
+
+def test_a_refused_resume_leaves_the_tracked_run_alone(tmp_path: Path) -> None:
+    mlflow = client()
+    toy_trainer(tmp_path / "run", 8, mlflow=True).fit()
+    number = json.loads((tmp_path / "run" / "tracking.json").read_text())["mlflow"]
+    with pytest.raises(ValueError, match="iterations: expected at least the 8"):
+        toy_trainer(tmp_path / "run", 4, mlflow=True).fit(resume=True)
+    assert mlflow.get_run(number).info.status == "FINISHED"
+
+
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "SECONDS_TO_END", 0.2)
+    released = threading.Event()
+    sender = trackers._Sender()
+    for _ in range(3):
+        sender.put(lambda: released.wait(20))
+    with pytest.raises(ConnectionError, match=r"3 of 3 messages were not sent within 0.2 s"):
+        sender.finish()
+    released.set()
 
 
 def test_a_run_that_mlflow_does_not_know_goes_on_untracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
