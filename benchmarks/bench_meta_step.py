@@ -38,6 +38,7 @@ import harness
 import torch
 from harness import Summary
 from peers import Step, ours
+from report_parts import table
 from torch import Tensor
 from workloads import METHODS, WORKLOADS, Problem
 
@@ -282,7 +283,7 @@ def as_table(workload: str, point: Mapping[str, Any]) -> str:
             ]
         )
     header = ["implementation", "ms", "quartiles", "x the loop", "GFLOP/s", "of matrix rate", "MiB", "drift", "note"]
-    return "\n".join([*lines, harness.table(header, rows)])
+    return "\n".join([*lines, table(header, rows)])
 
 
 def memory(workload: str, name: str, tasks: int, steps: int, device: torch.device, method: str) -> float | None:

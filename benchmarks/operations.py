@@ -18,8 +18,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import harness
 import torch
+from report_parts import table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo_models import conv4
@@ -86,7 +86,7 @@ def main() -> None:
             most = ", ".join(f"{operation} {times}" for operation, times in counts.most_common(5))
             rows.append((name, method, str(counts.total()), most))
     print(f"Operations of a meta-step of 8 tasks with {arguments.steps} inner steps, all tasks together:\n")
-    print(harness.table(("model", "method", "operations", "most of them"), rows))
+    print(table(("model", "method", "operations", "most of them"), rows))
 
 
 if __name__ == "__main__":

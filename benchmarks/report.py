@@ -1,9 +1,9 @@
 """Makes tables and plots from result files: python benchmarks/report.py [--write] [--results DIR]
 
-README.md and docs/benchmarks.md have placeholders for tables, from `<!-- table: NAME -->` to `<!-- end table -->`.
-Their content is generated from benchmarks/results/*.json and never edited by hand; the text around them belongs to the
-page. Without --write, prints the tables. Fails unless all results of a table are from one machine and one version of
-torch.
+README.md, docs/benchmarks.md and docs/evidence.md have placeholders for tables, from `<!-- table: NAME -->` to
+`<!-- end table -->`. Their content is generated from the JSON files below benchmarks/results and never edited by hand;
+the text around them belongs to the page. Without --write, prints the tables. Fails unless all timings of a table are
+from one machine and one version of torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evidence_report as evidence
+from report_parts import grid_of_axes, table
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/evidence.md")
 PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end table -->)", re.DOTALL)
 NOTHING = "Nothing is recorded here for this version."
 PLOTS = {"meta_step": "docs/meta_step_speed.png", "growth": "docs/meta_step_growth.png"}
 TRAINING_PLOT = "docs/accuracy_over_time.png"
+EVIDENCE_PLOTS = {name: f"docs/evidence_{name}.png" for name in ("time", "curves", "rates")}
 METHODS = ("sign-maml", "fo-maml", "maml")
 OURS, BASE = "signmaml_ext", "sequential loop"
 SAME = ("device", "processor", "threads", "torch")
+# Accuracies, which do not depend on the machine as timings do.
+OF_ANY_MACHINE = ("evidence", "evidence_causes")
 # Not in workloads.py, because that imports torch.
 WORKLOADS = {
     "A": "Conv4-32 with max-pooling, 84 x 84 RGB; 5-way 1-shot, 1 query a class",
@@ -36,21 +42,16 @@ WORKLOADS = {
 Result = Mapping[str, Any]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def read(kind: str, folder: Path = RESULTS) -> list[Result]:
     """All results of one benchmark, by file name.
 
     Raises:
-        ValueError: They are from different machines.
+        ValueError: They are timings from different machines.
     """
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    places = sorted([*folder.glob("*.json"), *folder.glob("evidence/*.json")])
+    found = [json.loads(path.read_text()) for path in places]
     found = [result for result in found if result["benchmark"] == kind]
-    for key in SAME:
+    for key in () if kind in OF_ANY_MACHINE else SAME:
         values = {str(result.get(key)) for result in found}
         if len(values) > 1:
             raise ValueError(f"{folder}: expected {kind} results of one machine, found {key} {sorted(values)}")
@@ -417,26 +418,10 @@ def rates(results: Sequence[Result]) -> str:
 # ---- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _axes(panels: int, columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
-    """`panels` axes in rows of `columns`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = -(-panels // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
-    )
-    for unused in axes.flat[panels:]:
-        unused.set_axis_off()
-    return figure, axes.flat[:panels]
-
-
 def plot_meta_steps(results: Sequence[Result], path: Path) -> None:
     """Bars: how many times faster than the loop, with quartiles."""
     points = of_all(results)
-    figure, axes = _axes(len(points), min(2, len(points)), 4.6, 2.8)
+    figure, axes = grid_of_axes(len(points), min(2, len(points)), 4.6, 2.8)
     for axis, (letter, point) in zip(axes, points.items(), strict=True):
         rows = {name: row for name, row in point["implementations"].items() if "speedup" in row}
         middle = [row["speedup"]["median"] for row in rows.values()]
@@ -459,7 +444,7 @@ def plot_growth(results: Sequence[Result], path: Path) -> None:
     """Time and, if measured, memory over T."""
     panels = [(result, "time_ms", "ms") for result in results]
     panels += [(result, "memory_mib", "MiB") for result in results if _curves(result, "memory_mib")]
-    figure, axes = _axes(len(panels), min(3, len(panels)), 3.2, 2.8)
+    figure, axes = grid_of_axes(len(panels), min(3, len(panels)), 3.2, 2.8)
     for axis, (result, key, label) in zip(axes, panels, strict=True):
         for name, (tasks, values) in _curves(result, key).items():
             style = {"linewidth": 2.5} if name.startswith(OURS) else {"linestyle": "--"}
@@ -489,7 +474,7 @@ def _curves(result: Result, key: str) -> dict[str, tuple[list[int], list[float]]
 
 def plot_trade_off(results: Sequence[Result], path: Path) -> None:
     """Validation accuracy over training time, one line per method."""
-    figure, axes = _axes(1, 1, 7, 4.4)
+    figure, axes = grid_of_axes(1, 1, 7, 4.4)
     (axis,) = axes
     for result in results:
         for name, run in result["runs"].items():
@@ -560,6 +545,16 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "any module, where": ("zoo", where),
     "compiled": ("zoo-compiled", of_zoo(zoo_compiled)),
     "compiled, where": ("zoo-compiled", where),
+    "evidence: settings": ("evidence", evidence.settings),
+    "evidence: accuracies": ("evidence", evidence.accuracies),
+    "evidence: differences": ("evidence", evidence.differences),
+    "evidence: protocols": ("evidence", evidence.protocols),
+    "evidence: published": ("evidence", evidence.published),
+    "evidence: causes": ("evidence_causes", evidence.causes),
+    "evidence: rates": ("evidence", evidence.rates),
+    "evidence: costs": ("evidence_times", evidence.costs),
+    "evidence: costs, where": ("evidence_times", where),
+    "evidence, where": ("evidence", evidence.where),
 }
 
 
@@ -593,6 +588,18 @@ def plots(folder: Path, root: Path) -> list[Path]:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             draw(found, root / name)
             drawn.append(root / name)
+    if found := read("evidence", folder):
+        (root / "docs").mkdir(parents=True, exist_ok=True)
+        timed = read("evidence_times", folder)
+        places = {name: root / path for name, path in EVIDENCE_PLOTS.items()}
+        for name, done in (
+            ("rates", evidence.plot_rates(found, places["rates"])),
+            ("curves", evidence.plot_curves(found, places["curves"])),
+            ("time", evidence.plot_time(found, timed[0]["times"] if timed else {}, places["time"])),
+        ):
+            drawn += [places[name]] if done else []
+            if not done:
+                places[name].unlink(missing_ok=True)
     return drawn
 
 
