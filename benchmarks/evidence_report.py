@@ -251,8 +251,8 @@ def where(results: Sequence[Result]) -> str:
     hours = sum(run.get("train_seconds", 0) for run in runs) / 3600
     first = results[0]
     return (
-        f"Measured on {processors}, torch {versions or first['torch']}, commit {commits}: {len(runs)} runs, which trained "
-        f"for {hours:.1f} hours, besides the searches:\n\n```sh\n{first['command']}\n```"
+        f"Measured on {processors}, torch {versions or first['torch']}, commit {commits}: {len(runs)} runs, which "
+        f"trained for {hours:.1f} hours, besides the searches:\n\n```sh\n{first['command']}\n```"
     )
 
 
