@@ -132,10 +132,7 @@ def measure(
         for target in targets
     }
     trained = trainer.curve[-1]["seconds"] if trainer.curve else ended.seconds
-    kept = trainer.config.to_dict()
-    for private in ("data_root", "out"):
-        kept.pop(private, None)
-    kept["data"] = trainer.data_name
+    kept = harness.public(trainer.config.to_dict()) | {"data": trainer.data_name}
     result = {
         "backend": trainer.explanation.backend,
         "iterations": trainer.iteration,

@@ -69,10 +69,9 @@ def chosen_rates(setting: str, method: str, work: Path, *, inner_only: bool = Fa
 
     With `inner_only`, the result of its first stage.
     """
-    inner = best(plan.first_trials(setting, method), work)
-    if inner is None or inner_only:
-        return None if inner is None else (inner["inner_lr"], inner["outer_lr"])
-    trials = [*plan.first_trials(setting, method), *plan.second_trials(setting, method)]
+    trials = plan.first_trials(setting, method)
+    if not inner_only:
+        trials += plan.second_trials(setting, method)
     found = best(trials, work)
     return None if found is None else (found["inner_lr"], found["outer_lr"])
 
@@ -103,6 +102,12 @@ def config_with(job: Job, inner_lr: float, outer_lr: float) -> TrainConfig:
     )
 
 
+def with_data(config: TrainConfig, setting: str, data_root: Path) -> TrainConfig:
+    """The configuration with the place of its setting's data."""
+    folder = SETTINGS[setting].folder
+    return config.replace(data_root=str(data_root / folder) if folder else None)
+
+
 def check(jobs: Iterable[Job], work: Path) -> None:
     """Checks jobs before any starts.
 
@@ -115,7 +120,7 @@ def check(jobs: Iterable[Job], work: Path) -> None:
         left, now = done(job, work), config_of(job, work)
         if left is None or now is None:
             continue
-        wanted = public(now)
+        wanted = harness.public(now.to_dict())
         changed = [name for name, value in left["config"].items() if name in wanted and wanted[name] != value]
         if changed:
             raise ValueError(
@@ -138,7 +143,7 @@ def train_and_test(job: Job, work: Path, data_root: Path) -> None:
         raise ValueError(f"job: expected one whose search is finished, found {job.name}")
     folder, setting = work / job.name, SETTINGS[job.setting]
     origin = {"commit": harness.commit(), "torch": torch.__version__, "processor": harness.processor()}
-    config = config.replace(data_root=str(data_root / setting.folder) if setting.folder else None)
+    config = with_data(config, job.setting, data_root)
     trainer = MetaTrainer(config, out=folder, progress=False)
     try:
         ended = trainer.fit(resume=trainer.run.holds_run())
@@ -151,13 +156,8 @@ def train_and_test(job: Job, work: Path, data_root: Path) -> None:
         curves = setting.curves and job.seed == 0 and not job.changes
         scores.save(folder / scores.FILE, scores.score(trainer, load_images(config, "test"), setting, curves=curves))
     found |= {"inner_lr": config.inner_lr, "outer_lr": config.outer_lr, "backend": trainer.explanation.backend}
-    found |= {**origin, "threads": torch.get_num_threads(), "config": public(config)}
+    found |= {**origin, "threads": torch.get_num_threads(), "config": harness.public(config.to_dict())}
     write_atomically(folder / DONE, json.dumps(found, indent=1) + "\n")
-
-
-def public(config: TrainConfig) -> dict[str, Any]:
-    """A configuration without the places where data and run lie."""
-    return {name: value for name, value in config.to_dict().items() if name not in ("data_root", "out")}
 
 
 # ---- all jobs ------------------------------------------------------------------------------------------------------
@@ -267,8 +267,7 @@ def times(names: Sequence[str], data_root: Path, work: Path) -> dict[str, dict[s
             for method in list(samples)[:: -1 if number % 2 else 1]:
                 config = configs[method]
                 assert config is not None
-                short = config.replace(iterations=TIMED_ITERATIONS, validate_every=0)
-                short = short.replace(data_root=str(data_root / setting.folder) if setting.folder else None)
+                short = with_data(config, name, data_root).replace(iterations=TIMED_ITERATIONS, validate_every=0)
                 with tempfile.TemporaryDirectory() as folder:
                     ended = MetaTrainer(short, out=Path(folder) / "run", progress=False).fit()
                 samples[method].append(1e3 * ended.seconds / TIMED_ITERATIONS)

@@ -11,6 +11,7 @@ values takes those, without a search.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -258,13 +259,10 @@ def jobs() -> Iterator[Job]:
     for name in searched:
         for method in INNER_LRS:
             yield from second_trials(name, method)
-    for seed in SEEDS:
-        rounds = [[name for name in SETTINGS if name in searched], [name for name in SETTINGS if name not in searched]]
-        for names in rounds:
-            for chosen in (INNER_LRS, [method for method in METHODS if method not in INNER_LRS]):
-                for name in names:
-                    for method in chosen:
-                        if method in SETTINGS[name].methods:
-                            yield run_of(name, method, seed)
+    runs = [run for run in itertools.product(SEEDS, SETTINGS, METHODS) if run[2] in SETTINGS[run[1]].methods]
+    # Within a seed: the settings that were searched, in each the base methods; then the others likewise.
+    runs.sort(key=lambda run: (run[0], run[1] not in searched, run[2] not in INNER_LRS))
+    for seed, name, method in runs:
+        yield run_of(name, method, seed)
     for name in CAUSES:
         yield cause(name)

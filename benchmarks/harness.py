@@ -196,6 +196,11 @@ def stamp(device: torch.device) -> dict[str, Any]:
     }
 
 
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's fields without the places on this machine."""
+    return {name: value for name, value in config.items() if name not in ("data_root", "out")}
+
+
 def command_line() -> str:
     """The command as typed, with paths relative to the project's folder."""
     words = []

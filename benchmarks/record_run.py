@@ -35,8 +35,7 @@ def main() -> None:
             arguments.curves.write_bytes((run / "curves.png").read_bytes())
     shown = arguments.shown or f"signmaml train {' '.join(arguments.train)}"
     kept = {key: result[key] for key in ("test", "iterations", "train_seconds", "parameters", "config")}
-    for private in ("data_root", "out"):
-        kept["config"].pop(private, None)
+    kept["config"] = harness.public(kept["config"])
     harness.write(arguments.out, {"benchmark": "training", **stamp, "shown": shown, **kept})
 
 

@@ -312,26 +312,25 @@ class Iteration:
             weights = step_weights(config.inner_steps, number, config.multi_step_loss)
             if number < config.first_order_for:
                 arguments = {**arguments, "method": "fo-maml"}
-        several = len(weights) > 1
+        if len(weights) == 1:
+            return self._after(config.inner_steps, share, seed, graph, arguments)
         sums: dict[str, Tensor] = {}
-        nonfinite: Tensor | None = None
+        nonfinite = torch.zeros(share.of, dtype=torch.bool, device=self._training.device)
         for steps, weight in weights.items():
-            for parameter in self._training.trained.values() if several else ():
+            for parameter in self._training.trained.values():
                 parameter.grad = None
-            result = self._step(
-                share,
-                functools.partial(self._training.rates.values, steps),
-                inner_steps=steps,
-                seed=seed,
-                graph=False if several else graph,  # a recording for each number of steps would push out the others
-                **arguments,
-            )
-            nonfinite = result.nonfinite if nonfinite is None else nonfinite | result.nonfinite
-            if several:
-                _add_gradients(sums, self._training.trained, weight)
+            # No graph: a recording for each number of steps would push out the others.
+            result = self._after(steps, share, seed, False, arguments)
+            nonfinite = nonfinite | result.nonfinite
+            _add_gradients(sums, self._training.trained, weight)
         for name, gradient in sums.items():
             self._training.trained[name].grad = gradient
-        return result if nonfinite is None else result._replace(nonfinite=nonfinite)
+        return result._replace(nonfinite=nonfinite)
+
+    def _after(self, steps: int, share: Share, seed: int, graph: bool | None, arguments: StepArguments) -> StepNumbers:
+        """Adds the meta-gradient of the query loss after so many inner steps to `.grad`."""
+        rates = functools.partial(self._training.rates.values, steps)
+        return self._step(share, rates, inner_steps=steps, seed=seed, graph=graph, **arguments)
 
     # ---- CUDA graph
 

@@ -71,6 +71,15 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def numbers_of(record: Record) -> dict[str, int | float]:
+    """A record's numbers under `split/name`, as trackers have them."""
+    return {
+        f"{record['split']}/{name}": value
+        for name, value in record.items()
+        if name not in ("iteration", "split") and isinstance(value, (int, float))
+    }
+
+
 def tensorboard_wanted(chosen: bool | None) -> bool:
     """Resolves a configuration's `tensorboard`, where None means "if it is installed"."""
     return importlib.util.find_spec("tensorboard") is not None if chosen is None else chosen
@@ -97,9 +106,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def write(self, record: Record) -> None:
-        for name, value in record.items():
-            if name not in ("iteration", "split") and isinstance(value, (int, float)):
-                self._writer.add_scalar(f"{record['split']}/{name}", value, record["iteration"])
+        for name, value in numbers_of(record).items():
+            self._writer.add_scalar(name, value, record["iteration"])
 
     def close(self) -> None:
         self._writer.close()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .files import write_atomically
-from .loggers import Record
+from .loggers import Record, numbers_of
 from .runs import RunFolder
 
 PROJECT = "signmaml"  # of Weights & Biases, and the experiment's name in MLflow
@@ -141,15 +141,6 @@ class Names:
         """Stores a tracker's name of the run."""
         self._known[tracker] = name
         write_atomically(self._path, json.dumps(self._known, indent=2) + "\n")
-
-
-def numbers_of(record: Record) -> dict[str, float]:
-    """A record's numbers under `split/name`, as TensorBoard has them."""
-    return {
-        f"{record['split']}/{name}": value
-        for name, value in record.items()
-        if name not in ("iteration", "split") and isinstance(value, (int, float))
-    }
 
 
 class WeightsAndBiases:

@@ -141,9 +141,10 @@ def test_the_search_decides_the_rates(tiny, tmp_path):
 def test_a_finished_job_of_another_plan_is_refused(tiny, tmp_path, monkeypatch):
     import evidence
     import evidence_plan as plan
+    import harness
 
     job = plan.first_trials("tiny", "fo-maml")[0]
-    finish(tmp_path, job, config=evidence.public(evidence.config_of(job, tmp_path)))
+    finish(tmp_path, job, config=harness.public(evidence.config_of(job, tmp_path).to_dict()))
     evidence.check(plan.jobs(), tmp_path)
     monkeypatch.setattr(plan, "SEARCH_ITERATIONS", 4)
     with pytest.raises(
