@@ -15,14 +15,20 @@ os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SIGNMAML_TEST_THREADS",
 import torch
 
 from helpers.devices import backends
-from helpers.programs import shared
+from helpers.programs import quick, shared, workers
 from helpers.programs.one_thread import one_thread  # noqa: F401 (for all tests)
-from helpers.programs.workers import pytest_cmdline_main, pytest_collection_modifyitems  # noqa: F401 (hooks)
+from helpers.programs.workers import pytest_cmdline_main  # noqa: F401 (a hook)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # only in the process that starts the workers
         config.add_cleanup(shared.make_folder())
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    quick.mark_the_rest_of_grids_slow(items)
+    workers.sort_longest_first(config, items)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

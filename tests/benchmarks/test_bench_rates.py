@@ -10,6 +10,7 @@ import torch
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_every_kind_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     import bench_rates
 

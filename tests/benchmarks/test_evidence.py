@@ -162,6 +162,7 @@ def test_a_plan_that_cannot_run_is_refused_before_anything_starts(tiny, tmp_path
         evidence.check(plan.jobs(), tmp_path)
 
 
+@pytest.mark.slow
 def test_jobs_start_in_order_and_only_when_they_can(tiny, tmp_path, monkeypatch):
     import evidence
     import evidence_plan as plan
@@ -207,6 +208,7 @@ def test_what_waits_for_an_unselected_search_is_said(tiny, tmp_path, capsys):
         evidence.selected(["x"])
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_jobs(tiny, tmp_path, monkeypatch):
     import evidence
 

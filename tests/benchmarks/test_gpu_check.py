@@ -125,6 +125,7 @@ def test_dry_run_of_tests_and_of_a_run_that_its_time_ends(dry_runs):
     assert history[-1]["iteration"] > 0 and (out / "run" / "last.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_no_gpu_is_exit_code_3(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -207,6 +208,7 @@ def test_failures_and_limits_are_named_and_the_rest_still_runs(tmp_path, actor):
 # --- counts of tests -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_counts_of_a_real_pytest_whose_failures_are_printed_at_once(tmp_path):
     import junit_counts
 

@@ -105,6 +105,7 @@ def commands() -> Iterator[list[str]]:
                     yield words[starts[-1] + 1 :]
 
 
+@pytest.mark.slow
 def test_commands_of_the_pages_are_understood() -> None:
     found = list(commands())
     assert len(found) >= 10

@@ -86,6 +86,7 @@ def test_several_chunks_of_channels_and_columns(native, filters):
     conv_cases.assert_within_twice_torch(net, conv_cases.errors_of_tasks(native, net, conv_cases.draw_tasks(net)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 128.0])
 def test_images_far_from_zero(native, offset):
     """Pixel values as in files with 0..255: the covariance must not suffer from cancellation."""
@@ -150,13 +151,15 @@ def test_plain_gradient_steps_and_options(native, case):
         assert moves or torch.equal(tensor, before.expand_as(tensor))
 
 
+@pytest.mark.slow
 def test_forward_only_and_without_a_query_set(native):
     by_seed(native, 7)
     emulated_cases.conv_branches(native, Net())
 
 
-@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
-@pytest.mark.parametrize("steps", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
+@pytest.mark.parametrize("steps", [0, 1])
 def test_a_task_does_not_depend_on_its_neighbours_or_the_schedule(native, steps, by_covariance):
     net = Net(tasks=5, height=6, width=7)
     data = conv_cases.draw(net)
@@ -185,16 +188,10 @@ def test_chunks_of_tasks_give_the_same(native):
         assert torch.equal(getattr(whole, name), getattr(pairs, name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
-    [
-        "nan in support",
-        "label in query",
-        *(
-            pytest.param(fault, marks=pytest.mark.slow)
-            for fault in ("nan in query", "inf in support", "label in support", "negative label")
-        ),
-    ],
+    ["nan in support", "label in query", "nan in query", "inf in support", "label in support", "negative label"],
 )
 def test_nonfinite_tasks(native, fault):
     by_seed(native, 8)

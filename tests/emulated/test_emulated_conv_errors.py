@@ -152,10 +152,9 @@ def test_every_precision_on_random_and_real_images(native, kind, precision, halv
     assert (ours[weights] > ROUNDOFF[precision] / 10).all(), ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("halving", ["max", "stride"])
-@pytest.mark.parametrize(
-    "precision", ["fp32", *(pytest.param(each, marks=pytest.mark.slow) for each in ("tf32", "bf16"))]
-)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_both_forms_of_block_1_agree(native, precision, halving):
     """Via the covariance of its patches or like the other blocks: the same gradients, up to the precision's rounding.
 

@@ -34,14 +34,12 @@ NETS = {
     "many ways": Net(ways=100, height=5, width=4, query=2),
     "wide": Net(height=4, width=37, support=2, query=2),
 }
-QUICK = {"max", "one block"}
 FORMS = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("by_covariance", FORMS, ids=["covariance", "direct"])
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("by_covariance", [True, False], ids=["covariance", "direct"])
+@pytest.mark.parametrize("name", NETS)
 def test_as_exact_as_torchs_double_backward(native, name, by_covariance):
     net, options = NETS[name], {"steps": 2, "lr": 0.02, "method": "maml"}
     by_seed(native, list(NETS).index(name))
@@ -82,6 +80,7 @@ def test_rates_and_what_adapts(native, case):
     assert max(conv_cases.errors(net, found.adapted, exact.adapted)) < 1e-6
 
 
+@pytest.mark.slow
 def test_without_a_rate_it_is_the_query_gradient(native):
     by_seed(native, 2)
     net = Net(tasks=2)
@@ -127,6 +126,7 @@ def test_a_task_does_not_depend_on_its_neighbours_or_the_schedule(native, by_cov
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
+@pytest.mark.slow
 def test_nonfinite_tasks(native):
     """Faults of the support set, of the query set, and of the second order alone, whose neighbour keeps every bit."""
     by_seed(native, 8)
@@ -176,6 +176,7 @@ def test_lower_precisions(native, precision, tolerance):
     assert found.median() < tolerance and found.median() < without.median() / 3, (found, without)
 
 
+@pytest.mark.slow
 def test_through_the_python_call(native):
     """A learn2learn-style module, with parameters in a different order than in theta, against the float64 reference."""
     by_seed(native, 14)

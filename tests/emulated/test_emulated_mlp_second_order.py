@@ -59,6 +59,7 @@ def test_plans_of_the_cases_differ(native):
     assert {plan["threads"] for plan in plans} == {32, 64, 128, 256}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 def test_bits_do_not_depend_on_the_team(native, activation, loss):

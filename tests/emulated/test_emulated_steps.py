@@ -151,17 +151,10 @@ def test_the_mlp_plan(native):
 
 # ---- Conv-N
 
-QUICK = {("l2", "sign-maml"), ("linf adaptive", "fo-maml")}
 
-
-@pytest.mark.parametrize(
-    ("sharpness", "method"),
-    [
-        pytest.param(sharpness, method, marks=[] if (sharpness, method) in QUICK else pytest.mark.slow)
-        for sharpness in SHARP
-        for method in METHODS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sharpness", SHARP)
 def test_conv_sharp(native, sharpness, method):
     by_seed(native, list(SHARP).index(sharpness))
     others = {"sharpness": SHARP[sharpness]}
@@ -210,7 +203,8 @@ def test_conv_of_what_adapts(native, part, sharpness):
     emulated_cases.conv_rates(native, "tensor", "sign-maml", adapt=adapt, others={**others, "task_state": "int8"})
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "filter" else pytest.mark.slow) for k in COUNTED])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COUNTED)
 def test_conv_counted(native, kind):
     by_seed(native, 4)
     others = {"task_state": "int8"}

@@ -115,12 +115,14 @@ def lines(tmp_path_factory) -> list[str]:
     return subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_limit_of_shared_memory_never_falls(lines):
     asked = [[int(call.split()[1]) for call in line.split(";") if call.startswith("shared")] for line in lines]
     assert asked[:6] == [[], [60000], [], [], [70000], []]
     assert asked[6:8] == [[50000], [60000]], "each kernel and each device has a limit of its own"
 
 
+@pytest.mark.slow
 def test_the_capture_mode_is_relaxed_before_any_other_call_and_put_back(lines):
     for line in lines[:10]:
         calls = line.split(";")[:-1]

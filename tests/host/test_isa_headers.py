@@ -38,6 +38,7 @@ def test_every_program_runs():
     assert {path.stem for path in PROGRAMS.glob("*.cpp")} == {"integers", "shared_axis", "simd"}
 
 
+@pytest.mark.slow
 def test_a_failure_is_seen(isa_commands, tmp_path):
     program = tmp_path / "wrong.cpp"
     program.write_text(

@@ -30,6 +30,7 @@ def linked(command: list[str], source: Path, folder: Path) -> set[tuple[str, str
     return {(kind, name) for _, kind, name in (line.split(" ", 2) for line in lines.stdout.decode().splitlines())}
 
 
+@pytest.mark.slow
 def test_every_source_of_the_folder_is_compiled_for_every_instruction_set(isa_commands):
     sources = {str(path.relative_to(ISA)) for path in ISA.rglob("*.cpp")}
     assert sources == set(TABLES)

@@ -76,6 +76,7 @@ def test_kernels_are_there_beside_the_cuda_build_of_torch():
     assert C.cuda_driver_version() >= 0  # our own CUDA runtime answers
 
 
+@pytest.mark.slow
 def test_fastest_instruction_set_is_chosen():
     isas = C.cpu_isas()
     assert isas[0] == "portable"

@@ -1,4 +1,4 @@
-"""The suite's own machinery: the cache of compiled files, and the processes that run the tests."""
+"""The suite's own machinery: the cache of compiled files, the processes that run the tests, and the quick ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.programs import shared, workers
+from helpers.programs import quick, shared, workers
 
 
 def compiled(folder: Path, kept: Path, text: str, *flags: str) -> tuple[int, str, str]:
@@ -95,3 +95,30 @@ def test_the_files_that_go_first_are_there() -> None:
     root = Path(__file__).resolve().parents[2]
     assert [name for name in workers.LONGEST if not (root / name).is_file()] == []
     assert len(set(workers.LONGEST)) == len(workers.LONGEST)
+
+
+class Case:
+    """The part of a test that `mark_the_rest_of_grids_slow` reads and changes."""
+
+    def __init__(self, nodeid: str, *marks: str) -> None:
+        self.nodeid, self.marks = nodeid, list(marks)
+
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if name in self.marks else None
+
+    def add_marker(self, marker: pytest.MarkDecorator) -> None:
+        self.marks.append(marker.name)
+
+
+def test_some_cases_of_every_test_are_quick() -> None:
+    single = [Case("a.py::test"), Case("b.py::test"), Case("b.py::Kind::test[1]")]
+    grid = [Case(f"a.py::test_grid[{size}-{kind}]") for size in range(20) for kind in "xy"]
+    others = [Case(f"a.py::test_grid[{mark}]", mark) for mark in ("slow", "skip", "gpu")]
+    quick.mark_the_rest_of_grids_slow([*single, *others, *grid])
+    assert [case.marks for case in single] == [[], [], []]
+    assert [case.marks for case in others] == [["slow"], ["skip"], ["gpu"]]
+    chosen = {case.nodeid for case in grid if case.marks == []}
+    assert len(chosen) == quick.QUICK_CASES < len(grid)
+    again = [Case(case.nodeid) for case in reversed(grid)]
+    quick.mark_the_rest_of_grids_slow(again)
+    assert {case.nodeid for case in again if case.marks == []} == chosen, "the order does not matter"

@@ -120,6 +120,7 @@ def test_compact_sign_step_of_nothing(device, shape):
     assert not nonfinite.any()
 
 
+@pytest.mark.slow
 def test_compact_sign_step_is_bitwise_the_same_for_any_number_of_threads(threads):
     counts, grads = any_counts(3, 200_003), gradients(3, 200_003, torch.float32)
     arguments = tables("rate a segment", 200_003, torch.float32)

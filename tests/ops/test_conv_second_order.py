@@ -204,6 +204,7 @@ def test_ties_and_zeros(isa: str, case: str, pooling: str) -> None:
     assert_equal_to_the_reference(model, batch, inner_steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[11], SHAPES[12]])
 def test_float32_gradients_are_as_exact_as_torchs(isa: str, shape: dict[str, Any]) -> None:
     model = net(**shape)

@@ -103,6 +103,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("on", [True, False])
 def test_the_collector_is_afterwards_as_it_was(watched, threads, on):
@@ -123,6 +124,7 @@ def test_the_collector_is_afterwards_as_it_was(watched, threads, on):
     assert watched.enabled and not any(watched.enabled)
 
 
+@pytest.mark.slow
 def test_cycles_are_collected_during_a_call(watched):
     """Not only at its end: a pass may leave activations behind in cycles."""
     model = Cyclic().double()

@@ -141,11 +141,10 @@ def gradients(model: nn.Module, data: tuple[Tensor, ...], **options: object) -> 
     return nets.grads(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", ["together", "one-by-one"])
 @pytest.mark.parametrize("method", ["sign-maml", "fo-maml"])
-@pytest.mark.parametrize(
-    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "mlp")]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_call_that_is_not_compiled(name, method, batching, traced):
     make, tasks = MODELS[name]
     model, data = make().double(), tasks()
@@ -204,6 +203,7 @@ def test_a_learnable_rate(traced):
     torch.testing.assert_close(rates[1].grad, rates[0].grad, **EXACT)
 
 
+@pytest.mark.slow
 def test_tasks_on_threads_share_what_the_first_one_compiled(traced, monkeypatch):
     monkeypatch.setattr(batching_rules, "LONG", 0.0)
     model, data = nets.mlp(activation=nn.Softplus).double(), nets.vector_tasks(tasks=9)
@@ -222,6 +222,7 @@ def test_tasks_on_threads_share_what_the_first_one_compiled(traced, monkeypatch)
     assert graphs == graphs[:1] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batching", ["together", "one-by-one"])
 def test_what_is_compiled_keeps_no_model_alive(batching, traced):
     model = nets.mlp(activation=nn.Softplus).double()

@@ -489,6 +489,7 @@ def test_a_parameter_that_is_reached_past_the_module_is_refused():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_served_as_the_module_it_wraps():
     model, data = nets.mlp(activation=nn.GELU).double(), nets.vector_tasks()
     meta_step(model, *data, **OPTIONS)

@@ -26,6 +26,7 @@ def test_against_python() -> None:
     assert {"sign_step", "meta_accumulate", "conv_meta_step", "struct refused", "struct served"} <= counts.keys()
 
 
+@pytest.mark.slow
 @settings(max_examples=300, derandomize=True, database=None, deadline=None)
 @given(st.data())
 def test_structs_of_any_content(data: st.DataObject) -> None:

@@ -144,6 +144,7 @@ def shown_by(words: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_of_train_fits_a_screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The overview names every option once, and every group explains its own."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -268,6 +269,7 @@ def test_ctrl_c_is_130(
     assert checkpoint.load(folder / "last.safetensors")[1]["iteration"] == 6
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_not_overwritten_unasked(run: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(train_words(images, run)) == 2
     assert "--overwrite" in capsys.readouterr().err
@@ -278,6 +280,7 @@ def test_resume_refuses_another_configuration(run: Path, capsys: pytest.CaptureF
     assert "inner_lr: 0.01 -> 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_folders_are_numbered(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -299,6 +302,7 @@ def test_evaluate_repeats_the_test_of_the_run(run: Path, tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out) == stored
 
 
+@pytest.mark.slow
 def test_rates_that_are_adapted_from_training_to_evaluation(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +361,7 @@ def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in said
 
 
+@pytest.mark.slow
 def test_data_of_a_folder(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -311,6 +311,7 @@ def test_training_on_the_same_classes_with_other_images(root: Path, tmp_path: Pa
     assert "split_by: images:4:1:1" in stored and "min_images: 5" in stored and "skip_damaged: true" in stored
 
 
+@pytest.mark.slow
 def test_data_commands_take_the_same_options(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(root, "c3/02.png")
     words = ["--data-root", str(root), "--split-by", "8:0:2"]

@@ -105,6 +105,7 @@ def test_omniglot_is_resized_as_grey_and_inverted(tmp_path: Path) -> None:
     assert images.inverted and again.inverted, "also from the cache"
 
 
+@pytest.mark.slow
 def test_omniglot_from_the_releases_zips(tmp_path: Path) -> None:
     root = write_omniglot(tmp_path / "omniglot")
     wanted = data.omniglot("val", root=root, progress=False)

@@ -239,6 +239,7 @@ def test_one_example_is_not_taken_for_several() -> None:
     assert fitted.predict(table[:1]).shape == (1,)
 
 
+@pytest.mark.slow
 def test_files_become_what_training_made_of_them(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SIGNMAML_CACHE", str(tmp_path))
     decoded = folder(run.parent / "images", "test", progress=False)
@@ -484,6 +485,7 @@ def test_a_run_with_a_model_of_its_own_takes_the_model(tmp_path: Path) -> None:
     assert fitted.predict(pixels[:2]).shape == (2,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["scalar", "per-layer", "per-parameter"])
 def test_learned_rates_serve_other_heads(tmp_path: Path, learn: str) -> None:
     config = TrainConfig(
@@ -642,6 +644,7 @@ def sklearn() -> Any:
     return pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 
+@pytest.mark.slow
 def test_clones_searches_and_cross_validation(run: Path, sklearn: Any) -> None:
     from sklearn.base import clone, is_classifier, is_regressor
     from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
@@ -702,6 +705,7 @@ def test_a_head_that_the_inner_loop_does_not_move_stays_with_its_task() -> None:
         assert not np.allclose(second.predict_proba(new), before)
 
 
+@pytest.mark.slow
 def test_threads_share_a_learner() -> None:
     mine = Learner.of(conv(), inner_lr=0.05, inner_steps=2)
     tasks = [(images(8, seed=i), labels(4, 8)) for i in range(12)]

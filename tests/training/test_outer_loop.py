@@ -221,6 +221,7 @@ def toy_run(folder: Path, **changes: Any) -> MetaTrainer:
     return MetaTrainer(config(**changes), model=network(), train=toy_images(), out=folder, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"multi_step_loss": 4, "learn_inner_lr": "per-step"}, {"method": "maml", "first_order_for": 4}], ids=str
 )
@@ -289,6 +290,7 @@ def test_validations_are_of_the_average(tmp_path: Path) -> None:
         assert torch.equal(found, last[f"average.{name}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost_after", [3, 8])
 def test_an_interrupted_run_has_the_same_average(tmp_path: Path, lost_after: int) -> None:
     toy_trainer(tmp_path / "whole", 12, average=0.9).fit()
@@ -337,6 +339,7 @@ def test_training_stops_when_validations_do_not_improve(tmp_path: Path, capsys: 
     assert trainer._why_early() == "stopped early at iteration 18: 2 validations since the best one, at 6"
 
 
+@pytest.mark.slow
 def test_it_does_not_stop_while_they_improve(tmp_path: Path) -> None:
     values = iter([0.3, 0.2, 0.5, 0.4, 0.6, 0.1, 0.2, 0.3])
 
@@ -360,6 +363,7 @@ def test_patience_that_is_not_used_up_changes_nothing(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "with", tmp_path / "without")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost_after", [3, 11, 17])
 def test_an_interrupted_run_stops_at_the_same_place(tmp_path: Path, lost_after: int) -> None:
     toy_trainer(tmp_path / "whole", **PATIENT).fit()

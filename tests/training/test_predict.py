@@ -86,6 +86,7 @@ def test_the_table_and_what_was_done(
         assert words in said, words
 
 
+@pytest.mark.slow
 def test_csv_json_and_sheet(
     run: Path, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_single_files_archives_and_folders_mix(
     assert len(json.loads(capsys.readouterr().out)["images"]) == 8
 
 
+@pytest.mark.slow
 def test_options_change_how_it_is_done(run: Path, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     support, query = sets
     shutil.rmtree(sorted(support.iterdir())[-1])
@@ -156,6 +158,7 @@ def test_options_change_how_it_is_done(run: Path, sets: tuple[Path, Path], capsy
     assert found("--no-invert")["images"] == plain["images"] == found("--checkpoint", "best")["images"]
 
 
+@pytest.mark.slow
 def test_a_saved_learner_answers_again(run: Path, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     support, query = sets
     saved = support.parent / "adapted.safetensors"
@@ -250,6 +253,7 @@ def test_evaluate_has_no_heads_for_regression(tmp_path: Path, capsys: pytest.Cap
     assert "--head: expected 'auto' for regression" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_saved_learner_says_how_it_was_adapted(
     run: Path, sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

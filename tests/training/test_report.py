@@ -145,6 +145,7 @@ def test_numbers_that_are_none(run: Path, tmp_path: Path) -> None:
     assert not math.isnan(float(marked[2]))
 
 
+@pytest.mark.slow
 def test_regression(tmp_path: Path) -> None:
     words = "train --preset sinusoid --iterations 6 --validate-every 2 --validate-tasks 4 --test-tasks 4 --device cpu"
     assert cli.main([*words.split(), "--quiet", "--no-tensorboard", "--out", str(tmp_path / "waves")]) == 0

@@ -87,6 +87,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path: Path, whole: Path) -> None:
     assert (folder / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_interrupted_at_every_iteration_in_turn(tmp_path: Path) -> None:
     """A run that stops after each iteration and resumes in a new trainer equals one that is not interrupted."""
     reference = toy_trainer(tmp_path / "reference", 9)

@@ -77,7 +77,8 @@ def test_learned_rates_get_the_gradient_at_the_sharpest_place_alone(tmp_path: Pa
     assert torch.equal(own.grad, log.grad)
 
 
-@pytest.mark.parametrize("method", ["sign-maml", pytest.param("maml", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sign-maml", "maml"])
 def test_resuming_is_bitwise_the_same(tmp_path: Path, method: str) -> None:
     """With dropout, learned rates and both steps."""
     changes = BOTH | {"method": method, "sharpness_norm": "linf", "sharpness_adaptive": True}

@@ -172,6 +172,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Except
         TensorSampler(arguments.pop("x"), arguments.pop("y"), **arguments)
 
 
+@pytest.mark.slow
 def test_a_sampler_of_series_trains_a_convolution_of_series() -> None:
     """Forms in noise, told apart by a network that native code serves: the example of docs/howto/own_data.md."""
     torch.manual_seed(0)

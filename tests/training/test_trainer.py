@@ -132,6 +132,7 @@ def test_learned_rates_travel_with_the_weights(tmp_path: Path, learn: str) -> No
         wrong.load_weights(trainer.run.best)
 
 
+@pytest.mark.slow
 def test_rates_of_all_elements_are_tensors_beside_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Not lists in the file's header, and plain weights to whoever wants no rates."""
     words = (
@@ -159,6 +160,7 @@ def test_rates_of_all_elements_are_tensors_beside_the_weights(tmp_path: Path, ca
     assert "inner rates: expected" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_anil_adapts_only_the_head(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path / "run", 2, adapt=["classifier.*"])
     before = trainer.model.features[0].weight.detach().clone()
@@ -260,6 +262,7 @@ def test_weights_that_turn_nan_do_not_replace_the_last_good_state(tmp_path: Path
     assert checkpoint.load(trainer.run.last)[1]["iteration"] == 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = toy_trainer(tmp_path / "run", 12)
     save = checkpoint.save

@@ -70,7 +70,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def sort_longest_first(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sorts the slowest files first; all processes must get the same order."""
     if hasattr(config, "workerinput"):
         place = {name: number for number, name in enumerate(LONGEST)}
