@@ -2,6 +2,7 @@
 
   python benchmarks/evidence.py run --data-root DIR --work WORK    trains and tests whatever WORK does not hold yet
   python benchmarks/evidence.py status --work WORK                 what is done
+  python benchmarks/evidence.py test --data-root DIR --work WORK   tests that came after a run was done
   python benchmarks/evidence.py times --data-root DIR --work WORK --out OUT    milliseconds of an iteration, on a
                                                                    machine that does nothing else
   python benchmarks/evidence.py collect --work WORK --out OUT      result files from what is done
@@ -48,7 +49,7 @@ from signmaml.trainer import MetaTrainer
 DONE = "done.json"
 TIMED_ITERATIONS, TIMED_ROUNDS = 40, 3
 # The option that an action cannot do without, beside --work.
-NEEDED = {"run": "data_root", "job": "data_root", "times": "data_root", "collect": "out", "example": "out"}
+NEEDED = dict.fromkeys(("run", "job", "test", "times"), "data_root") | dict.fromkeys(("collect", "example"), "out")
 
 
 def done(job: Job, work: Path) -> dict[str, Any] | None:
@@ -141,7 +142,7 @@ def train_and_test(job: Job, work: Path, data_root: Path) -> None:
     config = config_of(job, work)
     if config is None:
         raise ValueError(f"job: expected one whose search is finished, found {job.name}")
-    folder, setting = work / job.name, SETTINGS[job.setting]
+    folder = work / job.name
     origin = {"commit": harness.commit(), "torch": torch.__version__, "processor": harness.processor()}
     config = with_data(config, job.setting, data_root)
     trainer = MetaTrainer(config, out=folder, progress=False)
@@ -153,11 +154,31 @@ def train_and_test(job: Job, work: Path, data_root: Path) -> None:
         # A rate so high that the weights turn NaN is an answer: the worst one.
         found = {"failed": str(error).split(";")[0], "validation": 0.0, "iterations": trainer.iteration}
     if not job.trial and found["failed"] is None:
-        curves = setting.curves and job.seed == 0 and not job.changes
-        scores.save(folder / scores.FILE, scores.score(trainer, load_images(config, "test"), setting, curves=curves))
+        add_tests(job, trainer, folder / scores.FILE)
     found |= {"inner_lr": config.inner_lr, "outer_lr": config.outer_lr, "backend": trainer.explanation.backend}
     found |= {**origin, "threads": torch.get_num_threads(), "config": harness.public(config.to_dict())}
     write_atomically(folder / DONE, json.dumps(found, indent=1) + "\n")
+
+
+def add_tests(job: Job, trainer: MetaTrainer, file: Path) -> None:
+    """Adds to a file of answers those of all tests that it does not hold yet."""
+    setting = SETTINGS[job.setting]
+    curves = setting.curves and job.seed == 0 and not job.changes
+    found = scores.load(file) if file.is_file() else {}
+    images = load_images(trainer.config, "test")
+    scores.save(file, found | scores.score(trainer, images, setting, curves=curves, known=found))
+
+
+def test_again(jobs: Iterable[Job], work: Path, data_root: Path) -> None:
+    """Adds to finished runs the tests that came later."""
+    for job in jobs:
+        config, left = config_of(job, work), done(job, work)
+        if job.trial or config is None or left is None or left["failed"] is not None:
+            continue
+        trainer = MetaTrainer(with_data(config, job.setting, data_root), out=work / job.name, progress=False)
+        trainer.fit(resume=True)  # nothing is left to train: it loads the best weights
+        add_tests(job, trainer, work / job.name / scores.FILE)
+        print(f"{job.name}: {', '.join(scores.load(work / job.name / scores.FILE))}", flush=True)
 
 
 # ---- all jobs ------------------------------------------------------------------------------------------------------
@@ -281,7 +302,7 @@ def times(names: Sequence[str], data_root: Path, work: Path) -> dict[str, dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "status", "times", "collect", "example", "job"])
+    parser.add_argument("action", choices=["run", "status", "test", "times", "collect", "example", "job"])
     parser.add_argument("name", nargs="?", help="the job's name, for 'job' (which 'run' calls)")
     parser.add_argument("--work", type=Path, required=True, metavar="WORK", help="folder that keeps every run")
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of the data sets' folders")
@@ -302,7 +323,7 @@ def main() -> int:
         return 0
     try:
         found = selected(arguments.select)
-        if arguments.action in ("run", "collect"):
+        if arguments.action in ("run", "test", "collect"):
             check(found, arguments.work)
     except ValueError as error:
         parser.error(str(error))
@@ -311,6 +332,9 @@ def main() -> int:
     if arguments.action == "status":
         for job in found:
             print(f"{job.name}: {'-' if done(job, arguments.work) is None else summary(job, arguments.work)}")
+        return 0
+    if arguments.action == "test":
+        test_again(found, arguments.work, arguments.data_root)
         return 0
     names = [name for name in SETTINGS if any(job.setting == name and not job.trial for job in found)]
     if arguments.action == "times":

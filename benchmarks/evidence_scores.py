@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from evidence_plan import Setting
+from torch import Tensor, nn
 
 import signmaml_ext
 from signmaml.building import evaluation_arguments
 from signmaml.data.image_set import ImageSet
-from signmaml.episodes import EpisodeSampler
+from signmaml.episodes import Episodes, EpisodeSampler
 from signmaml.evaluation import default_chunk, dropout_off
 from signmaml.files import write_atomically
+from signmaml.heads import head_of, no_loss, with_head
 from signmaml.trainer import MetaTrainer
 
 FILE = "scores.npz"
@@ -27,7 +30,7 @@ def correct_answers(
     images: ImageSet,
     *,
     queries: int,
-    tasks: int = TEST_TASKS,
+    tasks: int | None = None,
     batch_norm: str = "batch",
     steps: int | None = None,
     shots: int | None = None,
@@ -41,7 +44,7 @@ def correct_answers(
         trainer: A finished one; its model and rates are tested, with its configuration's number of ways.
         images: Test images.
         queries: Query images a class.
-        tasks: How many tasks.
+        tasks: How many tasks; None: TEST_TASKS.
         batch_norm: "batch" (transductive) or "support" (inductive).
         steps: Inner steps; None: the configuration's.
         shots: Support images a class; None: the configuration's.
@@ -49,6 +52,46 @@ def correct_answers(
     Returns:
         int64 `[tasks]`, each 0 to ways * queries.
     """
+    config = trainer.config if steps is None else trainer.config.replace(test_steps=steps)
+    arguments = {**evaluation_arguments(config, trainer.rates, "cross_entropy"), "batch_norm": batch_norm}
+    found = []
+    with dropout_off(trainer.model):
+        for episodes in _test_tasks(trainer, images, queries, tasks, shots):
+            result = signmaml_ext.evaluate(trainer.model, *episodes, **arguments)
+            found.append(result.query_accuracy.double().cpu() * config.ways * queries)
+    return torch.cat(found).round().to(torch.int64).numpy()
+
+
+def answers_of_nearest_mean(trainer: MetaTrainer, images: ImageSet, *, queries: int) -> np.ndarray:
+    """As `correct_answers`, without any inner step: a query's class is the one whose mean feature is nearest.
+
+    The features are the inputs of the head, of mean 0 and variance 1 over a batch in the blocks before (transductive),
+    and near is what has a small angle: the test without an inner loop (NIL) of Raghu et al. 2020.
+    """
+    found = []
+    with dropout_off(trainer.model):
+        for episodes in _test_tasks(trainer, images, queries):
+            name = head_of(trainer.model, episodes.support_x[0]).name
+            assert name is not None, "all networks of the plan end in a linear layer"
+            body = with_head(trainer.model, name, nn.Identity())
+            support, query = (features(body, x) for x in (episodes.support_x, episodes.query_x))
+            classes = nn.functional.one_hot(episodes.support_y, trainer.config.ways).to(support)
+            means = nn.functional.normalize(classes.mT @ support, dim=-1)
+            answers = (query @ means.mT).argmax(-1)
+            found.append((answers == episodes.query_y).sum(1).cpu())
+    return torch.cat(found).numpy()
+
+
+def features(body: nn.Module, x: Tensor) -> Tensor:
+    """What a module makes of each task's inputs ``[T, n, ...]``, by the statistics of its batch: ``[T, n, F]``."""
+    result = signmaml_ext.evaluate(body, x, None, x, None, inner_lr=0.0, inner_steps=0, loss=no_loss, backend="torch")
+    return result.logits
+
+
+def _test_tasks(
+    trainer: MetaTrainer, images: ImageSet, queries: int, tasks: int | None = None, shots: int | None = None
+) -> Iterator[Episodes]:
+    """The test tasks, as many at once as the device does best."""
     config, chunk = trainer.config, default_chunk(trainer.device)
     sampler = EpisodeSampler(
         images,
@@ -60,35 +103,40 @@ def correct_answers(
         device=trainer.device,
         normalize=config.normalize,
     )
-    if steps is not None:
-        config = config.replace(test_steps=steps)
-    arguments = {**evaluation_arguments(config, trainer.rates, "cross_entropy"), "batch_norm": batch_norm}
-    found = []
-    with dropout_off(trainer.model):
-        for first in range(0, tasks, chunk):
-            episodes = sampler.draw_tasks(first, min(chunk, tasks - first))
-            result = signmaml_ext.evaluate(trainer.model, *episodes, **arguments)
-            found.append(result.query_accuracy.double().cpu() * config.ways * queries)
-    return torch.cat(found).round().to(torch.int64).numpy()
+    tasks = TEST_TASKS if tasks is None else tasks
+    for first in range(0, tasks, chunk):
+        yield sampler.draw_tasks(first, min(chunk, tasks - first))
 
 
-def score(trainer: MetaTrainer, images: ImageSet, setting: Setting, *, curves: bool) -> dict[str, np.ndarray]:
+def score(
+    trainer: MetaTrainer, images: ImageSet, setting: Setting, *, curves: bool, known: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """All tests of a learner, as correct answers by task.
+
+    Args:
+        trainer: As in `correct_answers`.
+        images: Likewise.
+        setting: The learner's.
+        curves: Whether to test it over inner steps and over shots too.
+        known: Names of tests that are not wanted any more.
 
     Returns:
         By name: `test_batch_q15` (transductive, 15 queries a class), `test_support_q15` (inductive) and so on for each
-        of the setting's numbers of queries; with `curves` also `steps_S` and `shots_N`.
+        of the setting's numbers of queries; `test_means_q15` without inner steps; with `curves` also `steps_S` and
+        `shots_N`.
     """
-    found = {
-        f"test_{batch_norm}_q{queries}": correct_answers(trainer, images, queries=queries, batch_norm=batch_norm)
+    answers, first = partial(correct_answers, trainer, images), setting.test_queries[0]
+    wanted = {
+        f"test_{batch_norm}_q{queries}": partial(answers, queries=queries, batch_norm=batch_norm)
         for queries in setting.test_queries
         for batch_norm in ("batch", "support")
     }
+    wanted[f"test_means_q{first}"] = partial(answers_of_nearest_mean, trainer, images, queries=first)
     if curves:
-        few = {"queries": setting.test_queries[0], "tasks": CURVE_TASKS}
-        found |= {f"steps_{steps}": correct_answers(trainer, images, steps=steps, **few) for steps in STEPS}
-        found |= {f"shots_{shots}": correct_answers(trainer, images, shots=shots, **few) for shots in SHOTS}
-    return found
+        few = partial(answers, queries=first, tasks=CURVE_TASKS)
+        wanted |= {f"steps_{steps}": partial(few, steps=steps) for steps in STEPS}
+        wanted |= {f"shots_{shots}": partial(few, shots=shots) for shots in SHOTS}
+    return {name: test() for name, test in wanted.items() if name not in known}
 
 
 def save(path: Path, scores: Mapping[str, np.ndarray]) -> None:

@@ -390,6 +390,48 @@ def test_a_stopped_job_ends_with_the_same_answers(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_finished_run_gets_the_tests_that_came_later(tiny, tmp_path):
+    import evidence
+    import evidence_plan as plan
+    import evidence_scores as scores
+
+    job = dataclasses.replace(plan.run_of("tiny", "sign-maml", 0), rates=(0.03, 0.003))
+    evidence.train_and_test(job, tmp_path, tmp_path)
+    file, weights = tmp_path / job.name / scores.FILE, tmp_path / job.name / "best.safetensors"
+    whole, before = scores.load(file), weights.read_bytes()
+    kept = {name: values for name, values in whole.items() if name in ("test_batch_q3", "steps_0")}
+    scores.save(file, kept | {"test_batch_q3": kept["test_batch_q3"] + 100})
+    unfinished = dataclasses.replace(job, name="runs/tiny/other")
+    evidence.test_again([job, unfinished], tmp_path, tmp_path)
+    found = scores.load(file)
+    assert np.array_equal(found.pop("test_batch_q3"), whole.pop("test_batch_q3") + 100), "tested again"
+    assert found.keys() == whole.keys() and all(np.array_equal(found[name], whole[name]) for name in whole)
+    assert weights.read_bytes() == before
+
+
+def test_the_nearest_mean_is_that_of_features(tiny, tmp_path):
+    import evidence_scores as scores
+    import torch
+    from torch.nn.functional import cosine_similarity
+
+    from signmaml.building import load_images
+    from signmaml.trainer import MetaTrainer
+
+    config = tiny.config("fo-maml", 0.01, 0.001, 0).replace(shots=2)
+    trainer = MetaTrainer(config, out=tmp_path / "run", progress=False)
+    images = load_images(config, "test")
+    found = scores.answers_of_nearest_mean(trainer, images, queries=3)
+    assert found.shape == (scores.TEST_TASKS,)
+    (episodes,) = scores._test_tasks(trainer, images, 3, tasks=5)
+    for task, (support_x, support_y, query_x, query_y) in enumerate(zip(*episodes, strict=True)):
+        with torch.no_grad():
+            support, query = (trainer.model.features(x).flatten(1) for x in (support_x, query_x))
+        means = [support[support_y == label].mean(0) for label in range(config.ways)]
+        nearest = torch.stack([cosine_similarity(query, mean[None]) for mean in means]).argmax(0)
+        assert found[task] == (nearest == query_y).sum()
+
+
+@pytest.mark.slow
 def test_a_rate_that_breaks_the_weights_is_the_worst_and_not_an_error(tiny, tmp_path):
     import evidence
     import evidence_plan as plan
