@@ -113,6 +113,7 @@ class LayersProgram:
     tensors: int
     outputs: int
     couples_examples: bool
+    dropouts: int
     sizes: list[tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]]
     def plan(self, tasks: int, count: int, is_double: bool, threads: int, hessian: bool = False) -> dict[str, int]: ...
     def hessian(
@@ -123,6 +124,7 @@ class LayersProgram:
         x: int,
         labels: int,
         target: int,
+        noise: Sequence[int],
         workspace: int,
         tasks: int,
         count: int,
@@ -136,6 +138,7 @@ class LayersProgram:
         x: int,
         labels: int,
         target: int,
+        noise: Sequence[int],
         loss: int,
         predictions: int,
         workspace: int,

@@ -32,14 +32,16 @@ class Layer:
     Attributes:
         kind: "conv" and "norm" (of images), "conv1d", "norm1d" (of features or series), "group_norm", "instance_norm",
             "layer_norm", "linear"; an activation, see `ACTIVATIONS`; "pool" (2x2 maximum), "max_pool" and
-            "average_pool" (any others), "mean" (over all positions; of series "mean1d"); "flatten", or "images" (a view
-            as images, regardless of the shape before).
+            "average_pool" (any others), "mean" (over all positions; of series "mean1d"); "dropout" (of values),
+            "dropout1d" and "dropout2d" (of channels of series and of images); "flatten", or "images" (a view as images,
+            regardless of the shape before).
         name: In messages: the module's path, or the node of the graph.
         module: The module of a layer with parameters or of a normalisation; its path is `name`.
         size: The sizes that a "flatten" or "images" view spells out, if it does: `[features]`, `[C, H, W]`.
         slope: Of "leaky_relu" and "elu": what they multiply by below 0.
         window: Of "max_pool" and "average_pool": kernel, stride and padding, each `(height, width)`.
         counts_padding: Whether an "average_pool" divides by positions over the border too.
+        share: Of a dropout: what share becomes 0, between 0 and 1.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Layer:
     slope: float = 0.0
     window: tuple[tuple[int, int], ...] = ()
     counts_padding: bool = True
+    share: float = 0.0
 
 
 @dataclass
@@ -73,23 +76,37 @@ class Known:
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
 
 
-# The modules already compared within `one_look`; None outside.
-_seen: ContextVar[dict[nn.Module, Known] | None] = ContextVar("_seen", default=None)
+class _Look(dict[nn.Module, Known]):
+    """The modules already compared within `one_look`."""
+
+    __slots__ = ("__weakref__",)
+
+
+# The present `one_look`; None outside. It is not kept alive here: an interrupt may prevent that this is put back, and
+# later calls would then trust a look that is over.
+_look: ContextVar[weakref.ref[_Look] | None] = ContextVar("_look", default=None)
+
+
+def present_look() -> _Look | None:
+    """The modules already compared, within `one_look`."""
+    look = _look.get()
+    return None if look is None else look()
 
 
 @contextmanager
 def one_look() -> Iterator[None]:
     """Compares a module's structure only once within the context. A call changes no structure, so once suffices."""
-    token = _seen.set({})
+    look, before = _Look(), _look.get()
     try:
+        _look.set(weakref.ref(look))
         yield
     finally:
-        _seen.reset(token)
+        _look.set(before)
 
 
 def of_module(model: nn.Module) -> Known:
     """What is known about a module with its present structure."""
-    seen = _seen.get()
+    seen = present_look()
     if seen is None:
         return _of_module(model)
     if model not in seen:
@@ -312,8 +329,14 @@ class _Reader:
 
     def _module(self, name: str, module: nn.Module) -> Layer | None:
         kind = type(module)
-        if kind is nn.Identity or (isinstance(module, nn.modules.dropout._DropoutNd) and _passes(module)):
+        if kind is nn.Identity:
             return None
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if _passes(module.p, module.training):
+                return None
+            if kind not in _DROPOUTS:
+                raise _Refused(f"it uses {kind.__name__} in training mode")
+            return _dropped(_DROPOUTS[kind], name, module.p)
         if kind in _COMPUTING:
             return Layer(_COMPUTING[kind], name, module)
         if kind in _ACTIVATIONS:
@@ -321,8 +344,6 @@ class _Reader:
         if kind in _SETTINGS:
             read, settings = _SETTINGS[kind]
             return read(name, (), {key: getattr(module, key) for key in settings}, ())
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            raise _Refused(f"it uses {kind.__name__} in training mode")
         if kind in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
             read = _ADAPTIVE_2D if kind is nn.AdaptiveAvgPool2d else _ADAPTIVE_1D
             return read(name, (module.output_size,), {}, ())
@@ -362,14 +383,26 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 
 
-def _passes(dropout: nn.modules.dropout._DropoutNd) -> bool:
-    return dropout.p == 0 or not dropout.training
+_DROPOUTS: dict[type[nn.Module], str] = {
+    nn.Dropout: "dropout", nn.Dropout1d: "dropout1d", nn.Dropout2d: "dropout2d",
+}  # fmt: skip
+
+
+def _passes(share: Any, training: Any) -> bool:
+    """Whether a dropout leaves everything as it is."""
+    return bool(share == 0 or not training)
+
+
+def _dropped(kind: str, name: str, share: Any) -> Layer:
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise _Refused(f"its dropout's share is not between 0 and 1 (at {name!r})")
+    return Layer(kind, name, share=float(share))
 
 
 # Each reads one call: its name in the graph, its arguments after the data (-1 in place of a count of examples), its
-# keyword arguments, and which arguments are such a count.
+# keyword arguments, and which arguments are such a count. None: it passes its input through.
 _Arguments = tuple[Any, ...]
-_Read = Callable[[str, _Arguments, dict[str, Any], tuple[bool, ...]], Layer]
+_Read = Callable[[str, _Arguments, dict[str, Any], tuple[bool, ...]], Layer | None]
 
 
 def _activation(kind: str) -> _Read:
@@ -385,6 +418,16 @@ def _sloped(kind: str, keyword: str, default: float) -> _Read:
         if not isinstance(settings[keyword], (int, float)):
             raise _Refused(f"its slope is no number (at {name!r})")
         return Layer(kind, name, slope=float(settings[keyword]))
+
+    return read
+
+
+def _dropout(kind: str) -> _Read:
+    def read(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer | None:
+        settings = {"p": 0.5, "training": True} | dict(zip(("p", "training"), arguments, strict=False)) | keywords
+        if _passes(settings["p"], settings["training"]):
+            return None
+        return _dropped(kind, name, settings["p"])
 
     return read
 
@@ -536,6 +579,9 @@ _FUNCTIONS: list[tuple[Any, _Read]] = [
     (F.adaptive_avg_pool2d, _ADAPTIVE_2D),
     (F.adaptive_avg_pool1d, _ADAPTIVE_1D),
     (torch.adaptive_avg_pool1d, _ADAPTIVE_1D),
+    (F.dropout, _dropout("dropout")),
+    (F.dropout1d, _dropout("dropout1d")),
+    (F.dropout2d, _dropout("dropout2d")),
     (torch.mean, _mean),
     (torch.flatten, _flatten),
 ]
@@ -550,6 +596,7 @@ def computes(
     names: tuple[str, ...],
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor],
     x: Tensor,
+    draws: bool = False,
 ) -> bool:
     """Whether a module computes what `forward` does with its parameters `names`: values and gradients.
 
@@ -557,7 +604,31 @@ def computes(
     function. The float64 run tells a factor of 1 + 1e-8 from 1; the float32 run detects rounding that affects only
     float32. The examples are random, with the shape of those of `x` `[S, ...]`, and BatchNorm normalises by the batch:
     real examples may be constant or not finite. The check makes the host wait for the device.
+
+    Args:
+        model: The module.
+        names: Its parameters that `forward` uses.
+        forward: Predictions from parameters and examples.
+        x: Examples `[S, ...]`.
+        draws: Whether both draw random numbers, which must then be the same ones.
     """
+    if draws:
+        return modes.without_drawing(x.device, lambda: _computes(model, names, forward, x, draws=True))
+    return _computes(model, names, forward, x, draws=False)
+
+
+def _computes(
+    model: nn.Module,
+    names: tuple[str, ...],
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+    x: Tensor,
+    draws: bool,
+) -> bool:
+    def from_the_start() -> None:
+        """Both draw the same numbers."""
+        if draws:
+            torch.default_generator.manual_seed(0)
+
     if modes.is_capturing(x.device):
         raise RuntimeError(
             "signmaml_ext: expected a call of this model before the CUDA graph is captured (the first call verifies "
@@ -580,7 +651,9 @@ def computes(
             }
             inputs = examples.to(x.device, dtype)
             try:
+                from_the_start()
                 expected = forward(parameters, inputs)
+                from_the_start()
                 found = copies.make({**buffers, **parameters})(inputs)
             except Exception:  # such as examples that do not fit: the reference will raise it again
                 return False

@@ -384,7 +384,8 @@ class Tasks:
             here = theta | layout.by_name(self._path[step])
             rates = layout.rates[step].within(0, layout.adapted_size)
             along = torch.mul(of_moved, rates, out=self._room("along", layout.adapted_size))
-            row -= run.hessian(here, x, y, layout.by_name(along), self._room("products", row.shape[1]))
+            examples = run.examples(x, y, first_task=self.which.start, step=step)
+            row -= run.hessian(here, examples, layout.by_name(along), self._room("products", row.shape[1]))
         return totals
 
     def _add_rate_gradients(
@@ -414,7 +415,8 @@ class Tasks:
             columns = sum(view.numel() for view in views.values()) // self.number if differentiates else 0
             # A name for each kind of pass: the support set's gradients may be of fewer parameters.
             into = self._room("query" if step == run.problem.steps else "support", columns) if columns else None
-            loss, prediction, self._row = run.gradients(views, x, y, views if differentiates else (), into)
+            examples = run.examples(x, y, first_task=first, step=step)
+            loss, prediction, self._row = run.gradients(views, examples, views if differentiates else (), into)
             return loss, prediction, {} if self._row is None else {**self.layout.by_name(self._row)}
         by_support = run.problem.batch_norm == "support" and step == run.problem.steps
         if run.problem.compile and not by_support:

@@ -189,8 +189,8 @@ def _refusing_to_wait() -> Iterator[None]:
     not recover. The setting is process-wide, so another thread that waits meanwhile gets the error too.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")  # inside, so that an interrupt right after it is undone
         yield
     except RuntimeError as error:
         if "synchroniz" not in str(error):

@@ -331,7 +331,7 @@ class KeyedRandomness:
     def at(self, task: int, step: int) -> Iterator[None]:
         """The stream of one task's forward pass at one step (the query pass counts as step K)."""
         for generator in self._generators:
-            generator.manual_seed(_key(self._seed, task, step))
+            generator.manual_seed(stream_seed(self._seed, task, step))
         fresh = [] if self.drawn else _states(self._generators)
         yield
         if not self.drawn:
@@ -388,6 +388,20 @@ def with_randomness(problem: Problem, compute: Callable[[Randomness], Result], d
         return result, randomness.drawn
 
 
+def with_seed(problem: Problem, compute: Callable[[Problem], Result]) -> Result:
+    """`compute` of a problem that has a seed, for a family that draws its own random numbers.
+
+    Without one from the caller it comes from torch's CPU generator, as in `with_randomness`: the generator advances by
+    one draw, and stays where it was if `compute` raises.
+    """
+    if problem.seed is not None:
+        return compute(problem)
+    with _drawing.of(object()):
+        result = compute(problem.replace(seed=_derived_seed(torch.default_generator.get_state())))
+        torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
+        return result
+
+
 def without_drawing(device: torch.device, work: Callable[[], Result]) -> Result:
     """Runs `work` in a turn of its own and restores torch's generators."""
     found = generators(device)
@@ -423,7 +437,7 @@ def _put_back(found: list[torch.Generator], states: list[Tensor]) -> None:
         generator.set_state(state)
 
 
-def _key(*numbers: int) -> int:
-    """A 63-bit hash of integers of any size: the seed of one stream."""
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+def stream_seed(seed: int, task: int, step: int) -> int:
+    """The seed of the random stream of a task's forward pass at a step: a 63-bit hash of integers of any size."""
+    digest = hashlib.blake2b(repr((seed, task, step)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -23,6 +23,10 @@ class Spec(Hashable, Protocol):
         """Width of the predictions."""
 
     @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+
+    @property
     def unmoved(self) -> tuple[str, ...]:
         """Parameters whose gradient is exactly 0, so that no step moves them."""
 
@@ -35,7 +39,7 @@ class Spec(Hashable, Protocol):
 
 def computes(spec: Spec, model: nn.Module, x: Tensor) -> bool:
     """Whether the module computes what its spec says, checked numerically on examples like `x` `[S, ...]`."""
-    return chain.computes(model, spec.names, spec.forward, x)
+    return chain.computes(model, spec.names, spec.forward, x, spec.draws)
 
 
 def verified(spec: Spec, model: nn.Module, x: Tensor) -> bool:

@@ -139,6 +139,7 @@ LayersBlock block_of(const Entries& entries, const LayersSize& in, std::int32_t&
         "activation", {"none", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"});
     block.slope = entries.get<double>("slope", 0.0);
     block.pool = entries.kind<LayersPool>("pool", {"none", "max", "average", "mean"});
+    block.dropout = entries.kind<LayersDropout>("drops", {"none", "values", "channels"});
     block.out = block.made;
     if (block.pool == LayersPool::kMax || block.pool == LayersPool::kAverage) {
         block.pool_window = entries.window("pool_kernel", "pool_stride", "pool_padding");
@@ -177,6 +178,11 @@ class LayersProgram {
 
     std::int32_t tensors() const { return network_.tensors; }
     std::int32_t outputs() const { return network_.block[network_.blocks - 1].out.channels; }
+    std::int32_t dropouts() const {
+        std::int32_t found = 0;
+        for (int i = 0; i < network_.blocks; ++i) found += network_.block[i].dropout != LayersDropout::kNone ? 1 : 0;
+        return found;
+    }
     bool couples() const { return layers_couple_examples(network_); }
 
     // By block: the sizes that it reads, makes and gives.
@@ -201,21 +207,24 @@ class LayersProgram {
     }
 
     void run(const std::vector<Place>& parameters, const std::vector<Place>& gradients, Address x, Address labels,
-             Address target, Address loss, Address predictions, Address workspace, std::int64_t tasks,
-             std::int64_t count, bool is_double, int threads) const {
+             Address target, const std::vector<Address>& noise, Address loss, Address predictions, Address workspace,
+             std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
         check_counts(tasks, count, threads);
         check_parameters(parameters, tasks);
         if (!gradients.empty()) check_number("gradients", gradients.size(), "none or ");
         check_labels(labels, target, tasks);
+        check_noise(noise, tasks);
         if ((x == 0 || loss == 0 || workspace == 0) && tasks > 0) refuse("x, loss, workspace", "addresses", "none");
         py::gil_scoped_release release;
         const auto as = [&](auto scalar) {
             using Scalar = decltype(scalar);
             const auto tensors = tensors_of<Scalar>(parameters, gradients, {});
+            const auto factors = factors_of<Scalar>(noise);
             const LayersPassParams<Scalar> params{tensors.data(),
                                                   reinterpret_cast<const Scalar*>(x),
                                                   reinterpret_cast<const std::int64_t*>(labels),
                                                   reinterpret_cast<const Scalar*>(target),
+                                                  factors.data(),
                                                   reinterpret_cast<Scalar*>(loss),
                                                   reinterpret_cast<Scalar*>(predictions),
                                                   reinterpret_cast<void*>(workspace),
@@ -228,22 +237,26 @@ class LayersProgram {
     }
 
     void hessian(const std::vector<Place>& parameters, const std::vector<Place>& directions,
-                 const std::vector<Place>& products, Address x, Address labels, Address target, Address workspace,
-                 std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
+                 const std::vector<Place>& products, Address x, Address labels, Address target,
+                 const std::vector<Address>& noise, Address workspace, std::int64_t tasks, std::int64_t count,
+                 bool is_double, int threads) const {
         check_counts(tasks, count, threads);
         check_parameters(parameters, tasks);
         check_number("directions", directions.size());
         check_number("products", products.size());
         check_labels(labels, target, tasks);
+        check_noise(noise, tasks);
         if ((x == 0 || workspace == 0) && tasks > 0) refuse("x, workspace", "addresses", "none");
         py::gil_scoped_release release;
         const auto as = [&](auto scalar) {
             using Scalar = decltype(scalar);
             const auto tensors = tensors_of<Scalar>(parameters, products, directions);
+            const auto factors = factors_of<Scalar>(noise);
             const LayersHessianParams<Scalar> params{tensors.data(),
                                                      reinterpret_cast<const Scalar*>(x),
                                                      reinterpret_cast<const std::int64_t*>(labels),
                                                      reinterpret_cast<const Scalar*>(target),
+                                                     factors.data(),
                                                      reinterpret_cast<void*>(workspace),
                                                      tasks,
                                                      count};
@@ -273,6 +286,26 @@ class LayersProgram {
 
     static void check_labels(Address labels, Address target, std::int64_t tasks) {
         if ((labels == 0) == (target == 0) && tasks > 0) refuse("labels", "labels or a target", "both or none");
+    }
+
+    void check_noise(const std::vector<Address>& noise, std::int64_t tasks) const {
+        const auto expected = static_cast<std::size_t>(dropouts());
+        if (noise.size() != expected) refuse("noise", std::to_string(expected), std::to_string(noise.size()));
+        for (const Address address : noise) {
+            if (address == 0 && tasks > 0) refuse("noise", "addresses", "none");
+        }
+    }
+
+    // By block: the factors of its dropout, if it has one.
+    template <typename Scalar>
+    std::vector<const Scalar*> factors_of(const std::vector<Address>& noise) const {
+        std::vector<const Scalar*> found(network_.blocks, nullptr);
+        std::size_t next = 0;
+        for (int i = 0; i < network_.blocks; ++i) {
+            if (network_.block[i].dropout == LayersDropout::kNone) continue;
+            found[i] = reinterpret_cast<const Scalar*>(noise[next++]);
+        }
+        return found;
     }
 
     LayersCpuPlan plan_of(LayersPass pass, std::int64_t tasks, std::int64_t count, bool is_double, int threads) const {
@@ -321,14 +354,15 @@ void define_layers(py::module_& m) {
     py::class_<LayersProgram>(m, "LayersProgram", py::module_local())
         .def(py::init<const std::vector<py::dict>&, const std::array<std::int32_t, 3>&>(), "blocks"_a, "size"_a)
         .def_property_readonly("tensors", &LayersProgram::tensors)
+        .def_property_readonly("dropouts", &LayersProgram::dropouts)
         .def_property_readonly("outputs", &LayersProgram::outputs)
         .def_property_readonly("couples_examples", &LayersProgram::couples)
         .def_property_readonly("sizes", &LayersProgram::sizes)
         .def("plan", &LayersProgram::plan, "tasks"_a, "count"_a, "is_double"_a, "threads"_a, "hessian"_a = false)
         .def("hessian", &LayersProgram::hessian, "parameters"_a, "directions"_a, "products"_a, "x"_a, "labels"_a,
-             "target"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a)
-        .def("run", &LayersProgram::run, "parameters"_a, "gradients"_a, "x"_a, "labels"_a, "target"_a, "loss"_a,
-             "predictions"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a);
+             "target"_a, "noise"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a)
+        .def("run", &LayersProgram::run, "parameters"_a, "gradients"_a, "x"_a, "labels"_a, "target"_a, "noise"_a,
+             "loss"_a, "predictions"_a, "workspace"_a, "tasks"_a, "count"_a, "is_double"_a, "threads"_a);
 }
 
 }  // namespace signmaml::bindings

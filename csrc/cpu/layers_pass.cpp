@@ -120,6 +120,16 @@ Scalar* of_task(Scalar* first, std::int64_t apart, std::int64_t task) {
     return first == nullptr ? nullptr : first + task * apart;
 }
 
+// The factors of dropouts from an example on, counted over all tasks.
+template <typename Scalar>
+void take_noise(std::vector<const Scalar*>& to, const LayersNetwork& network, const Scalar* const* noise,
+                std::int64_t example) {
+    for (int i = 0; i < network.blocks; ++i) {
+        const std::int64_t each = layers_noise(network.block[i]);
+        to[i] = each > 0 ? noise[i] + example * each : nullptr;
+    }
+}
+
 // One thread, which takes one task after the other.
 template <typename Scalar>
 class GradientThread {
@@ -130,9 +140,14 @@ class GradientThread {
 
     GradientThread(const LayersNetwork& network, const Params& p, const LayersStages<Scalar>& stages,
                    const LayersCpuLayout& layout, Scalar* memory)
-        : p_(p), stages_(stages), layout_(layout), values_(network.tensors), grads_(network.tensors) {
+        : p_(p),
+          stages_(stages),
+          layout_(layout),
+          values_(network.tensors),
+          grads_(network.tensors),
+          noise_(network.blocks) {
         const int lowest = p.differentiates ? first_block(network, p.tensors, has_gradient<Scalar>) : network.blocks;
-        t_ = {&network, &layout, values_.data(), grads_.data(), memory, lowest, nullptr, 0, false};
+        t_ = {&network, &layout, values_.data(), grads_.data(), memory, lowest, nullptr, noise_.data(), 0, false};
         stages_.clear_borders(t_);
     }
 
@@ -152,6 +167,7 @@ class GradientThread {
             t_.count = std::min(layout_.count, p_.count - first);
             t_.adds = first > 0;
             t_.x = p_.x + (task * p_.count + first) * features;
+            take_noise(noise_, network, p_.noise, task * p_.count + first);
             stages_.forward(t_);
             for (std::int64_t e = 0; e < t_.count; ++e) {
                 const Scalar* out = t_.memory + layout_.out.place + e * lanes;
@@ -173,6 +189,7 @@ class GradientThread {
     const LayersCpuLayout& layout_;
     std::vector<const Scalar*> values_;
     std::vector<Scalar*> grads_;
+    std::vector<const Scalar*> noise_;
     LayersTask<Scalar> t_{};
 };
 
@@ -191,11 +208,21 @@ class HessianThread {
           values_(network.tensors),
           directions_(network.tensors),
           products_(network.tensors),
+          noise_(network.blocks),
           unwanted_(network.tensors) {
         const int lowest = first_block(network, p.tensors, has_gradient<Scalar>);
-        d_.value = {&network, &layout, values_.data(), unwanted_.data(), memory, lowest, nullptr, 0, false};
-        d_.along = {&network, &layout, directions_.data(), products_.data(), memory + layout.size, lowest, nullptr,
-                    0,        false};
+        d_.value = {&network,      &layout, values_.data(), unwanted_.data(), memory, lowest, nullptr,
+                    noise_.data(), 0,       false};
+        d_.along = {&network,
+                    &layout,
+                    directions_.data(),
+                    products_.data(),
+                    memory + layout.size,
+                    lowest,
+                    nullptr,
+                    noise_.data(),
+                    0,
+                    false};
         d_.first_moved = first_block(network, p.tensors, has_direction<Scalar>);
         stages_.clear_borders(d_.value);
         stages_.clear_borders(d_.along);
@@ -217,6 +244,7 @@ class HessianThread {
             d_.value.count = d_.along.count = std::min(layout_.count, p_.count - first);
             d_.along.adds = first > 0;
             d_.value.x = p_.x + (task * p_.count + first) * features;
+            take_noise(noise_, network, p_.noise, task * p_.count + first);
             stages_.forward(d_.value);
             stages_.forward_tangents(d_);
             for (std::int64_t e = 0; e < d_.value.count; ++e) {
@@ -239,6 +267,7 @@ class HessianThread {
     const LayersCpuLayout& layout_;
     std::vector<const Scalar*> values_, directions_;
     std::vector<Scalar*> products_;
+    std::vector<const Scalar*> noise_;
     const std::vector<Scalar*> unwanted_;
     LayersTangent<Scalar> d_{};
 };

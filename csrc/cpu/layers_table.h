@@ -21,6 +21,7 @@ struct LayersTask {
     Scalar* memory;               // as the layout says
     int lowest;                   // block that has a gradient; network->blocks if none has
     const Scalar* x;              // of the examples at hand
+    const Scalar* const* noise;   // [blocks], of the dropouts, of the examples at hand
     std::int64_t count;           // of them
     bool adds;                    // to what earlier examples of the task left in `grads`
 };

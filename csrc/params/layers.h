@@ -1,6 +1,6 @@
 // A network as a program of blocks, and the arguments of a pass of it: the loss of every task's examples and its
-// gradient. A block is a product (a convolution or a linear layer), a normalisation, an activation and a pooling, in
-// this order; each may be missing. signmaml_ext/layers/spec.py makes such programs.
+// gradient. A block is a product (a convolution or a linear layer), a normalisation, an activation, a pooling and a
+// dropout, in this order; each may be missing. signmaml_ext/layers/spec.py makes such programs.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,9 @@ enum class LayersActivation : std::int32_t {
 // kMean: over all positions.
 enum class LayersPool : std::int32_t { kNone = 0, kMax, kAverage, kMean };
 
+// Of single values or of whole channels of an example.
+enum class LayersDropout : std::int32_t { kNone = 0, kValues, kChannels };
+
 struct LayersSize {
     std::int32_t channels, height, width;
 };
@@ -56,6 +59,7 @@ struct LayersBlock {
     LayersPool pool;
     LayersWindow pool_window;
     bool counts_padding;  // average pooling divides by positions over the border too
+    LayersDropout dropout;
 };
 
 struct LayersNetwork {
@@ -66,6 +70,12 @@ struct LayersNetwork {
 
 constexpr std::int64_t layers_features(const LayersSize& size) {
     return std::int64_t{size.channels} * size.height * size.width;
+}
+
+// Factors of a block's dropout for an example.
+constexpr std::int64_t layers_noise(const LayersBlock& block) {
+    if (block.dropout == LayersDropout::kNone) return 0;
+    return block.dropout == LayersDropout::kChannels ? block.out.channels : layers_features(block.out);
 }
 
 constexpr bool layers_couple_examples(const LayersNetwork& network) {
@@ -92,9 +102,12 @@ struct LayersPassParams {
     const Scalar* x;                      // [T, count, channels, height, width]
     const std::int64_t* labels;           // [T, count] for cross-entropy; one out of range makes its task's loss NaN
     const Scalar* target;                 // [T, count, outputs] for the mean squared error
-    Scalar* loss;                         // [T]
-    Scalar* predictions;                  // [T, count, outputs] or null
-    void* workspace;                      // as plan_layers_cpu says
+    // [network.blocks]; of a dropout the factors of what the block gives, [T, count, channels, height, width] or
+    // [T, count, channels]
+    const Scalar* const* noise;
+    Scalar* loss;         // [T]
+    Scalar* predictions;  // [T, count, outputs] or null
+    void* workspace;      // as plan_layers_cpu says
     std::int64_t tasks, count;
     bool differentiates;  // whether any gradient is wanted
 };
@@ -106,6 +119,7 @@ struct LayersHessianParams {
     const Scalar* x;                      // as in LayersPassParams
     const std::int64_t* labels;
     const Scalar* target;
+    const Scalar* const* noise;
     void* workspace;
     std::int64_t tasks, count;
 };

@@ -62,6 +62,10 @@ class ConvSpec:
         return self.ways
 
     @property
+    def draws(self) -> bool:
+        return False
+
+    @property
     def unmoved(self) -> tuple[str, ...]:
         return tuple(block.conv_bias for block in self.blocks if block.conv_bias is not None)
 

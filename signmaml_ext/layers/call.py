@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from .. import compact, flat, fused, recognition, reference
+from .. import compact, flat, fused, modes, recognition, reference
 from ..inputs import only
 from ..problem import Problem
-from ..results import Adaptation, MetaGradients
+from ..results import Adaptation, MetaGradients, raise_if_asked
 from .run import NativeRun, program_of
 from .spec import LayersSpec, read
+
+Result = TypeVar("Result", MetaGradients, Adaptation)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -23,6 +27,8 @@ def why_not(problem: Problem) -> str | None:
         return f"its kernels are the CPU's, and the model is on {problem.device}"
     if problem.loss not in ("cross_entropy", "mse"):
         return "the loss is a callable"
+    if found.draws and not problem.keyed:
+        return "it draws random numbers, which a graph draws in its own way"
     reason = fused.why_not(problem, found.names, steps_natively=False)
     if reason is not None:
         return reason
@@ -67,6 +73,30 @@ def _why_not_examples(problem: Problem, found: LayersSpec) -> str | None:
 
 def meta_gradients(problem: Problem) -> MetaGradients:
     """The meta-step of all tasks; see `reference.meta_gradients`."""
+    return _with_seed(problem, _meta_gradients)
+
+
+def adapt(problem: Problem) -> Adaptation:
+    """The inner loop of all tasks; see `reference.adapt`."""
+    return _with_seed(problem, _adapt)
+
+
+def _with_seed(problem: Problem, compute: Callable[[Problem], Result]) -> Result:
+    """`compute` of a problem that has a seed, if the network draws random numbers."""
+    found = read(problem.model)
+    assert not isinstance(found, str), "why_not has a reason for this problem"
+    if not found.draws:
+        return compute(problem)
+
+    def checked(problem: Problem) -> Result:
+        result = compute(problem)
+        raise_if_asked(problem, result.nonfinite)  # now: a call that raises leaves the generator as it was
+        return result
+
+    return modes.with_seed(problem, checked)
+
+
+def _meta_gradients(problem: Problem) -> MetaGradients:
     if problem.inner_rule is not None or (problem.method == "maml" and problem.sharpness is not None):
         with torch.enable_grad():
             return reference.meta_gradients_of(NativeRun.of(problem))
@@ -75,8 +105,7 @@ def meta_gradients(problem: Problem) -> MetaGradients:
     return flat.meta_gradients_of(NativeRun.of(problem))
 
 
-def adapt(problem: Problem) -> Adaptation:
-    """The inner loop of all tasks; see `reference.adapt`."""
+def _adapt(problem: Problem) -> Adaptation:
     problem = reference.of_adapt(problem)
     if problem.inner_rule is not None:
         with torch.enable_grad():

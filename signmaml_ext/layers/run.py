@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _loader, chain, fused
+from .. import _loader, chain, fused, modes
 from ..inputs import Inputs, only
 from ..problem import Problem
 from ..results import TaskParams
@@ -35,6 +35,20 @@ def program_of(problem: Problem, found: LayersSpec, native: ModuleType = _loader
         except ValueError as error:
             answers[key] = str(error)
     return answers[key]
+
+
+class Examples(NamedTuple):
+    """What t tasks' passes read, besides parameters.
+
+    Attributes:
+        x: `[t, S, ...]`.
+        y: `[t, S]` labels, or `[t, S, outputs]`.
+        noise: Of each dropout the factors, `[t, S, C, H, W]` or, for whole channels, `[t, S, C]`.
+    """
+
+    x: Tensor
+    y: Tensor
+    noise: tuple[Tensor, ...]
 
 
 @dataclass
@@ -97,24 +111,48 @@ class NativeRun:
         """Tensors of a pass as `[t, *shape]`, as they are."""
         return list(values)
 
+    def examples(self, x: Inputs, y: Tensor, *, first_task: int, step: int) -> Examples:
+        """The examples of a pass, with random numbers as the reference draws them: by seed, task and step.
+
+        Args:
+            x: `[t, S, ...]`.
+            y: `[t, S]` labels, or `[t, S, outputs]`.
+            first_task: Number of the first of the t tasks in the problem.
+            step: The inner step; K for the query pass.
+        """
+        x, y = only(x).contiguous(), y.contiguous()
+        dropouts = [
+            (block.share, made[:1] if block.drops == "channels" else made)
+            for block, (_, _, made) in zip(self.spec.blocks, self.program.sizes, strict=True)
+            if block.drops != "none"
+        ]
+        noise = tuple(x.new_empty(*y.shape[:2], *shape) for _, shape in dropouts)
+        generator = torch.Generator("cpu")
+        for task in range(len(y) if dropouts else 0):
+            number = self.problem.first_task + first_task + task
+            assert self.problem.seed is not None, "a call with dropouts has a seed"
+            generator.manual_seed(modes.stream_seed(self.problem.seed, number, step))
+            for (share, _), factors in zip(dropouts, noise, strict=True):
+                factors[task].bernoulli_(1 - share, generator=generator).div_(1 - share)  # as F.dropout draws them
+        return Examples(x, y, noise)
+
     def loss_and_prediction(
         self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int
     ) -> tuple[Tensor, Tensor]:
         """See `reference.Run`. The loss's graph has two derivatives of the adapted parameters, in an inner step."""
         wanted = self.problem.adapted if step < self.problem.steps else tuple(params)
-        x, y = only(x).contiguous(), y.contiguous()
-        loss, prediction = _Loss.apply(self, x, y, tuple(params), frozenset(wanted), *params.values())
+        examples = self.examples(x, y, first_task=first_task, step=step)
+        loss, prediction = _Loss.apply(self, examples, tuple(params), frozenset(wanted), *params.values())
         return loss, prediction
 
     def gradients(
-        self, views: TaskParams, x: Inputs, y: Tensor, wanted: Collection[str], into: Tensor | None = None
+        self, views: TaskParams, examples: Examples, wanted: Collection[str], into: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass of t tasks.
 
         Args:
             views: Their own parameters by name, `[t, *shape]`; all others are the model's.
-            x: `[t, S, ...]`.
-            y: `[t, S]` labels, or `[t, S, outputs]`.
+            examples: Theirs.
             wanted: The views whose gradients are wanted.
             into: Memory for the gradients; None: their own.
 
@@ -122,7 +160,7 @@ class NativeRun:
             Loss `[t]`, predictions `[t, S, outputs]`, and the gradients of the wanted views, in the order of `views`
             side by side, `[t, columns]`; None if there are none.
         """
-        x, y = only(x).contiguous(), y.contiguous()
+        x, y, noise = examples
         tasks, count = y.shape[:2]
         parameters = self._parameters(views)
         row, places = _row({name: view for name, view in views.items() if name in wanted}, x, into)
@@ -132,27 +170,27 @@ class NativeRun:
         plan = self.program.plan(tasks, count, is_double, threads)
         with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
             self.program.run(
-                [_place(value) for value in parameters], gradients, x.data_ptr(), *self._goal(y), loss.data_ptr(),
-                predictions.data_ptr(), workspace.data_ptr(), tasks, count, is_double, threads,
+                [_place(value) for value in parameters], gradients, x.data_ptr(), *self._goal(y),
+                [factors.data_ptr() for factors in noise], loss.data_ptr(), predictions.data_ptr(),
+                workspace.data_ptr(), tasks, count, is_double, threads,
             )  # fmt: skip
         return loss, predictions, row
 
     def hessian(
-        self, views: TaskParams, x: Inputs, y: Tensor, directions: TaskParams, into: Tensor | None = None
+        self, views: TaskParams, examples: Examples, directions: TaskParams, into: Tensor | None = None
     ) -> Tensor:
         """How the gradients of all views change along a direction: the product with the loss's Hessian.
 
         Args:
             views: Parameters of the tasks, as for `gradients`.
-            x: Likewise.
-            y: Likewise.
+            examples: Likewise.
             directions: `[t, *shape]` by name; 0 for others.
             into: Memory for the products; None: their own.
 
         Returns:
             The products for the views side by side, `[t, columns]`.
         """
-        x, y = only(x).contiguous(), y.contiguous()
+        x, y, noise = examples
         tasks, count = y.shape[:2]
         parameters = self._parameters(views)
         along = {name: _dense(direction) for name, direction in directions.items()}
@@ -165,7 +203,8 @@ class NativeRun:
                 [_place(value) for value in parameters],
                 [_place(along[name]) if name in along else _NOWHERE for name in self.spec.names],
                 [places.get(name, _NOWHERE) for name in self.spec.names],
-                x.data_ptr(), *self._goal(y), workspace.data_ptr(), tasks, count, is_double, threads,
+                x.data_ptr(), *self._goal(y), [factors.data_ptr() for factors in noise], workspace.data_ptr(), tasks,
+                count, is_double, threads,
             )  # fmt: skip
         return row
 
@@ -189,11 +228,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: NativeRun, x: Tensor, y: Tensor, names: tuple[str, ...], wanted: frozenset[str], *values: Tensor
+        ctx: Any, run: NativeRun, examples: Examples, names: tuple[str, ...], wanted: frozenset[str], *values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        needed = [name for name, needs in zip(names, ctx.needs_input_grad[5:], strict=True) if needs and name in wanted]
-        loss, prediction, ctx.row = run.gradients(dict(zip(names, values, strict=True)), x, y, needed)
-        ctx.call, ctx.needed = (run, x, y, names), needed
+        needed = [name for name, needs in zip(names, ctx.needs_input_grad[4:], strict=True) if needs and name in wanted]
+        loss, prediction, ctx.row = run.gradients(dict(zip(names, values, strict=True)), examples, needed)
+        ctx.call, ctx.needed = (run, examples, names), needed
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(prediction)
         return loss, prediction
@@ -203,7 +242,7 @@ class _Loss(torch.autograd.Function):
         found = _Gradients.apply(*ctx.call, ctx.needed, ctx.row, *ctx.saved_tensors)
         by_name = dict(zip(ctx.needed, found, strict=True))
         scaled = {name: of_loss.view(-1, *[1] * (grad.ndim - 1)) * grad for name, grad in by_name.items()}
-        return (*[None] * 5, *map(scaled.get, ctx.call[3]))
+        return (*[None] * 4, *map(scaled.get, ctx.call[2]))
 
 
 class _Gradients(torch.autograd.Function):
@@ -211,10 +250,10 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: NativeRun, x: Tensor, y: Tensor, names: tuple[str, ...], needed: list[str], row: Tensor,
+        ctx: Any, run: NativeRun, examples: Examples, names: tuple[str, ...], needed: list[str], row: Tensor,
         *values: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.call, ctx.needed = (run, x, y, names), needed
+        ctx.call, ctx.needed = (run, examples, names), needed
         ctx.save_for_backward(*values)
         ctx.set_materialize_grads(False)
         views = dict(zip(names, values, strict=True))
@@ -223,10 +262,10 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *along: Tensor | None) -> tuple[Tensor | None, ...]:
-        run, x, y, names = ctx.call
+        run, examples, names = ctx.call
         views = dict(zip(names, ctx.saved_tensors, strict=True))
         directions = {name: value for name, value in zip(ctx.needed, along, strict=True) if value is not None}
-        return (*[None] * 6, *_parts(run.hessian(views, x, y, directions), views))
+        return (*[None] * 5, *_parts(run.hessian(views, examples, directions), views))
 
 
 # An address, and how many values lie between two tasks' tensors.

@@ -21,7 +21,7 @@ MOST_BLOCKS = 64  # kLayersBlocks
 
 @dataclass(frozen=True)
 class Block:
-    """A product, a normalisation, an activation and a pooling, in this order; each may be missing ("none").
+    """A product, a normalisation, an activation, a pooling and a dropout, in this order; each may be missing ("none").
 
     Series are images of height 1, features images of one position.
 
@@ -41,6 +41,8 @@ class Block:
         pool: "max", "average", "mean" (over all positions) or "none".
         pool_kernel: Of "max" and "average", `(height, width)`, like `pool_stride` and `pool_padding`.
         counts_padding: Whether "average" divides by positions over the border too.
+        drops: What its dropout makes 0: single "values", whole "channels" of an example, or "none".
+        share: How many of them, between 0 and 1.
     """
 
     product: str = "none"
@@ -62,6 +64,8 @@ class Block:
     pool_stride: Pair = (1, 1)
     pool_padding: Pair = (0, 0)
     counts_padding: bool = True
+    drops: str = "none"
+    share: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +75,7 @@ class Block:
     def entries(self) -> dict[str, Any]:
         """The block as `LayersProgram` takes it."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("weight", "scale", "shift"):
+        for name in ("weight", "scale", "shift", "share"):
             del found[name]
         return found | {"bias": self.bias is not None, "affine": self.scale is not None}
 
@@ -90,7 +94,12 @@ class Block:
             x = F.batch_norm(x, None, None, named(self.scale), named(self.shift), training=True, eps=self.eps)
         elif self.norm == "group":
             x = F.group_norm(x, self.groups, named(self.scale), named(self.shift), self.eps)
-        x = _activated(self.activation, self.slope, x)
+        x = self._pooled(_activated(self.activation, self.slope, x))
+        if self.drops == "none":
+            return x
+        return F.dropout(x, self.share) if self.drops == "values" else F.dropout2d(x, self.share)
+
+    def _pooled(self, x: Tensor) -> Tensor:
         if self.pool == "mean":
             return x.mean((2, 3), keepdim=True)
         window = (self.pool_kernel, self.pool_stride, self.pool_padding)
@@ -113,6 +122,8 @@ class Block:
         if self.pool != "none":
             size = "" if self.pool == "mean" else f" {self.pool_kernel[0]}x{self.pool_kernel[1]}"
             parts.append(f"{self.pool}{size}")
+        if self.drops != "none":
+            parts.append(f"dropout {self.share:g}{' of channels' * (self.drops == 'channels')}")
         return ", ".join(parts)
 
 
@@ -149,6 +160,11 @@ class LayersSpec:
     def names(self) -> tuple[str, ...]:
         """All parameters in the order of the native calls."""
         return tuple(name for block in self.blocks for name in block.names)
+
+    @cached_property
+    def draws(self) -> bool:
+        """Whether it has a dropout, which draws random numbers."""
+        return any(block.drops != "none" for block in self.blocks)
 
     @property
     def outputs(self) -> int:
@@ -224,6 +240,8 @@ class _Refused(Exception):
 _PRODUCTS = ("conv", "conv1d", "linear")
 _NORMS = ("norm", "norm1d", "group_norm", "instance_norm", "layer_norm")
 _POOLS = ("pool", "max_pool", "average_pool", "mean", "mean1d")
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d")
+_SLOTS = 5  # of a block: 0 product, 1 norm, 2 activation, 3 pool, 4 dropout
 
 
 class _Matcher:
@@ -231,7 +249,7 @@ class _Matcher:
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self.free = 4  # the first free slot of the last block: 0 product, 1 norm, 2 activation, 3 pool, 4 none
+        self.free = _SLOTS  # the first free slot of the last block; _SLOTS: it has none
         self.axes = 0  # of an example: 1 for features, 2 for series, 3 for images; 0: not known yet
         self.flattened = False  # images whose positions were flattened, for a linear layer to come
 
@@ -263,7 +281,7 @@ class _Matcher:
             return
         if kind == "images":
             raise _Refused(f"its view as images is not its first layer (at {layer.name!r})")
-        if self.flattened and kind != "linear":
+        if self.flattened and kind not in ("linear", "dropout"):
             raise _Refused(f"after it flattens its features comes no linear layer (at {layer.name!r})")
         if kind in _PRODUCTS:
             self._put(0, self._product(layer))
@@ -273,11 +291,13 @@ class _Matcher:
             self._put(2, {"activation": kind, "slope": layer.slope})
         elif kind in _POOLS:
             self._put(3, self._pool(layer))
+        elif kind in _DROPOUTS:
+            self._put(4, self._dropout(layer))
         else:
             raise _Refused(f"it has no place for {kind} (at {layer.name!r})")
 
     def _put(self, slot: int, settings: dict[str, Any]) -> None:
-        if slot < self.free or self.free == 4:
+        if slot < self.free or self.free == _SLOTS:
             self.blocks.append(Block())
         self.blocks[-1] = replace(self.blocks[-1], **settings)
         self.free = slot + 1
@@ -357,3 +377,8 @@ class _Matcher:
             "pool": "average" if layer.kind == "average_pool" else "max", "pool_kernel": kernel,
             "pool_stride": stride, "pool_padding": padding, "counts_padding": layer.counts_padding,
         }  # fmt: skip
+
+    def _dropout(self, layer: Layer) -> dict[str, Any]:
+        if layer.kind != "dropout":
+            self._images(layer, 3 if layer.kind == "dropout2d" else 2)
+        return {"drops": "values" if layer.kind == "dropout" else "channels", "share": layer.share}

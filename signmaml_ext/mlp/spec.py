@@ -38,6 +38,10 @@ class MlpSpec:
         return self.widths[-1]
 
     @property
+    def draws(self) -> bool:
+        return False
+
+    @property
     def unmoved(self) -> tuple[str, ...]:
         return ()
 

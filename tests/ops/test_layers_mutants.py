@@ -107,6 +107,12 @@ MUTATIONS = [
     Mutation("columns of an image first", PASSES, "const Scalar* from = x + (c * size.height + y) * size.width;", "const Scalar* from = x + (y * size.channels + c) * size.width;"),
     Mutation("scale and shift exchanged", PASSES, "const std::int32_t tensors[] = {block.scale, block.shift, block.bias};", "const std::int32_t tensors[] = {block.shift, block.scale, block.bias};"),
     Mutation("no border", PASSES, "fill_zero(at, border.top * images.row);", LEFT_OUT),
+    # Dropouts.
+    Mutation("nothing is dropped", PASSES, "at[c] *= from[c * step];", LEFT_OUT),
+    Mutation("gradients are not dropped", PASSES, "        drop_output_grads(t, i);", LEFT_OUT),
+    Mutation("noise of the first example", PASSES, "t.noise[i] + example * size.channels * (of_channels ? 1 : positions);", "t.noise[i];"),
+    Mutation("noise of the first task", COURSE, "noise[i] + example * each", "noise[i]"),
+    Mutation("noise of columns first", PASSES, "noise + y * size.width + x;", "noise + x * size.height + y;"),
 ]  # fmt: skip
 
 # Of the Hessian's products.
@@ -181,6 +187,10 @@ SECOND_ORDER = [
     Mutation("features' change not given on", HESSIAN, "give_linear_input_grad(along, i);", LEFT_OUT),
     Mutation("a block's own change stops it", HESSIAN, "const bool goes_on = wants(along, block.weight) || i > value.lowest;", "const bool goes_on = wants(along, block.weight);"),
     Mutation("copied changes stop", HESSIAN, "copy_grads(along, i);", LEFT_OUT),
+    # Dropouts.
+    Mutation("tangents are not dropped", HESSIAN, "drop_outputs(d.along, i);", LEFT_OUT),
+    Mutation("gradients' tangents are not dropped", HESSIAN, "drop_output_grads(along, i);", LEFT_OUT),
+    Mutation("gradients beside them are not dropped", HESSIAN, "drop_output_grads(value, i);", LEFT_OUT),
 ]  # fmt: skip
 
 ALL = MUTATIONS + SECOND_ORDER

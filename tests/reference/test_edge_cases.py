@@ -253,14 +253,19 @@ def test_one_value_a_channel_is_torchs_error():
 # --- randomness -------------------------------------------------------------------------------------------------
 
 
+# The definition, and native code with the same masks.
+DRAWN_BY = pytest.mark.parametrize("drawn_by", ["torch", "cpu"])
+
+
 def dropout_net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 3))
 
 
+@DRAWN_BY
 @pytest.mark.parametrize("make", [dropout_net, nets.FunctionalDropout])
-def test_dropout_is_keyed_by_seed_task_and_step(make):
+def test_dropout_is_keyed_by_seed_task_and_step(make, drawn_by):
     model, data = make().double(), nets.vector_tasks(tasks=4)
-    options = {"inner_lr": 0.05, "inner_steps": 3}
+    options = {"inner_lr": 0.05, "inner_steps": 3, "backend": drawn_by}
     before = torch.get_rng_state()
     first = evaluate(model, *data, **options, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
@@ -274,14 +279,15 @@ def test_dropout_is_keyed_by_seed_task_and_step(make):
     assert torch.equal(first.logits[:2], fewer.logits)
     # Two tasks with equal data get different masks, and so do two steps.
     twins = [value[:1].repeat(2, *[1] * (value.ndim - 1)) for value in data]
-    result = evaluate(model, *twins, inner_lr=0.0, inner_steps=2, seed=7)
+    result = evaluate(model, *twins, inner_lr=0.0, inner_steps=2, seed=7, backend=drawn_by)
     assert not torch.equal(result.logits[0], result.logits[1])
     assert result.support_loss[0, 0] != result.support_loss[1, 0]
 
 
-def test_without_a_seed_torchs_generator_decides_and_advances_only_for_random_models():
+@DRAWN_BY
+def test_without_a_seed_torchs_generator_decides_and_advances_only_for_random_models(drawn_by):
     model, data = dropout_net().double(), nets.vector_tasks()
-    options = {"inner_lr": 0.05, "inner_steps": 1}
+    options = {"inner_lr": 0.05, "inner_steps": 1, "backend": drawn_by}
     torch.manual_seed(3)
     first = evaluate(model, *data, **options)
     second = evaluate(model, *data, **options)
@@ -296,12 +302,13 @@ def test_without_a_seed_torchs_generator_decides_and_advances_only_for_random_mo
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@DRAWN_BY
 @pytest.mark.parametrize("known", [False, True], ids=["first call", "known to draw"])
-def test_a_call_that_raises_for_a_nan_leaves_torchs_generator(known):
+def test_a_call_that_raises_for_a_nan_leaves_torchs_generator(known, drawn_by):
     model, (x, y, qx, _) = dropout_net().double(), nets.vector_tasks()
     qy = torch.full((*qx.shape[:2], 3), torch.nan, dtype=torch.float64)
     y = torch.zeros(*x.shape[:2], 3, dtype=torch.float64)
-    options = {"inner_lr": 0.05, "inner_steps": 1, "loss": "mse"}
+    options = {"inner_lr": 0.05, "inner_steps": 1, "loss": "mse", "backend": drawn_by}
     if known:
         evaluate(model, x, y, qx, torch.zeros_like(qy), **options)
     before = torch.get_rng_state()

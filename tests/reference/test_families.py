@@ -273,7 +273,7 @@ def test_eval_mode_and_other_examples_count():
     model, data = libraries.one_sequence().double(), nets.image_tasks()
     model[18] = nn.Dropout(0.5)
     meta_step(model.train(), *data, **OPTIONS, seed=0)
-    assert explain(model, *data, **OPTIONS).family == "flat"
+    assert explain(model, *data, **OPTIONS).family == "layers"
     meta_step(model.eval(), *data, **OPTIONS)
     assert explain(model, *data, **OPTIONS).family == "conv"
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from helpers.cases import nets
 from signmaml_ext import Adam, Lion, Momentum, Plain, Sharpness, Signum, adapt, evaluate, explain, layers, meta_step
 from signmaml_ext._loader import C
 from signmaml_ext.checks import check_problem
 
-OPTIONS: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 3}
+OPTIONS: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 3, "seed": 3}
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -56,8 +57,20 @@ class Functions(nn.Module):
         self.head = nn.Linear(8, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.2, inplace=True)
-        return self.head(nn.functional.avg_pool2d(nn.functional.gelu(x), 3, 1, 1).mean((2, 3)))
+        x = F.leaky_relu(self.norm(self.conv(x)), 0.2, inplace=True)
+        return self.head(F.avg_pool2d(F.gelu(x), 3, 1, 1).mean((2, 3)))
+
+
+class Drops(nn.Module):
+    """Dropouts as functions, one of which does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 30, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout2d(F.max_pool2d(torch.relu(self.conv(x)), 2), 0.3, self.training)
+        return F.dropout(self.head(F.dropout(x.flatten(1), 0.5, training=False)), p=0.2)
 
 
 class SeriesMean(nn.Module):
@@ -144,6 +157,29 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 23),
     ),
     "mean of series as a method": (lambda: SeriesMean(), (2, 23)),
+    "dropout of features": (
+        lambda: nn.Sequential(
+            nn.Dropout(0.2), nn.Dropout(0.1), nn.Linear(7, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3),
+            nn.Linear(16, 12), nn.Dropout(0.5), nn.GELU(), nn.Linear(12, 3),
+        ),
+        (7,),
+    ),
+    "dropout of channels and of values": (
+        lambda: images(
+            *block(3, 8, nn.BatchNorm2d, nn.ReLU()), nn.Dropout2d(0.4), *block(8, 20, nn.BatchNorm2d, nn.ReLU()),
+            nn.Dropout(0.3), nn.Conv2d(20, 12, 3, padding=1), nn.LeakyReLU(), nn.Flatten(), nn.Dropout(0.5),
+            features=12 * 9,
+        ),
+        SIZE,
+    ),
+    "dropout of series": (
+        lambda: nn.Sequential(
+            nn.Conv1d(2, 8, 5), nn.ReLU(), nn.Dropout1d(0.3), nn.MaxPool1d(2), nn.Dropout(0.2), nn.Flatten(),
+            nn.Linear(72, 3),
+        ),
+        (2, 23),
+    ),
+    "dropout as functions": (Drops, SIZE),
     "one image wide": (lambda: of_widths(nn.BatchNorm2d), (3, 8, 8)),
     "130 channels": (
         lambda: images(
@@ -192,7 +228,9 @@ def test_every_network_as_the_reference(name: str, method: str, isa: str) -> Non
     compare(make().double(), tasks(*shape), method=method)
 
 
-@pytest.mark.parametrize("name", ["GroupNorm", "BatchNorm, widths", "OmniglotFC", "series"])
+@pytest.mark.parametrize(
+    "name", ["GroupNorm", "BatchNorm, widths", "OmniglotFC", "series", "dropout of channels and of values"]
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -318,12 +356,14 @@ def chain_at_random(seed: int) -> tuple[nn.Module, tuple[int, ...]]:
         found.append(conv)
         channels, (height, width) = outputs, sizes
         for _ in range(draw.randint(0, 3)):
-            kind = draw.choice(["batch", "group", "activation", "max", "average"])
+            kind = draw.choice(["batch", "group", "activation", "max", "average", "dropout"])
             if kind == "batch":
                 found.append(nn.BatchNorm2d(channels, affine=draw.random() < 0.7))
             elif kind == "group":
                 groups = draw.choice([g for g in range(1, channels + 1) if channels % g == 0])
                 found.append(nn.GroupNorm(groups, channels))
+            elif kind == "dropout":
+                found.append(draw.choice([nn.Dropout, nn.Dropout2d])(draw.choice([0.1, 0.5])))
             elif kind == "activation":
                 found.append(draw.choice(list(ACTIVATIONS.values()))())
             elif min(height, width) >= 4:
@@ -354,7 +394,7 @@ def test_float32_is_as_exact_as_torch(name: str, method: str, steps: int) -> Non
     make, shape = NETS[name]
     model, data = make(), tasks(*shape, shots=4, dtype=torch.float32)
     exact = copy.deepcopy(model).double()
-    options = {"inner_lr": 0.01, "inner_steps": steps, "method": method}
+    options = {**OPTIONS, "inner_steps": steps, "method": method}
     meta_step(exact, data[0].double(), data[1], data[2].double(), data[3], **options, backend="torch")
     truths, errors = nets.grads(exact), []
     for backend in ("cpu", "torch"):
@@ -517,30 +557,39 @@ def test_native_calls_are_checked() -> None:
         C.LayersProgram([{"product": "linear", "channels": "2"}], (3, 1, 1))
     with pytest.raises(ValueError, match="count: expected 1 or more, found 0"):
         program.plan(1, 0, False, 1)
-    call = {"x": 1, "labels": 1, "target": 0, "loss": 1, "predictions": 0, "workspace": 1, "tasks": 1, "count": 1}
+    call = {"x": 1, "labels": 1, "target": 0, "noise": [], "loss": 1, "predictions": 0, "workspace": 1}
+    call |= {"tasks": 1, "count": 1}
     for wrong, message in (
         ({"parameters": [(8, 1)]}, "parameters: expected 2, found 1"),
         ({"gradients": [(8, 1)]}, "gradients: expected none or 2, found 1"),
         ({"parameters": [(8, 1), (0, 1)]}, "parameters: expected addresses, found none"),
         ({"target": 1}, "expected labels or a target, found both or none"),
         ({"loss": 0}, "expected addresses, found none"),
+        ({"noise": [8]}, "noise: expected 0, found 1"),
         ({"threads": 0}, "threads: expected 1 or more, found 0"),
     ):
         arguments = {"parameters": [(8, 1), (8, 1)], "gradients": [], "is_double": False, "threads": 1, **call, **wrong}
         with pytest.raises(ValueError, match=message):
             program.run(**arguments)
-    call = {name: call[name] for name in ("x", "labels", "target", "workspace", "tasks", "count")}
+    call = {name: call[name] for name in ("x", "labels", "target", "noise", "workspace", "tasks", "count")}
     for wrong, message in (
         ({"parameters": [(8, 1)]}, "parameters: expected 2, found 1"),
         ({"directions": []}, "directions: expected 2, found 0"),
         ({"products": [(8, 1)]}, "products: expected 2, found 1"),
         ({"labels": 0}, "expected labels or a target, found both or none"),
         ({"workspace": 0}, "x, workspace: expected addresses, found none"),
+        ({"noise": [8]}, "noise: expected 0, found 1"),
         ({"count": 0}, "count: expected 1 or more, found 0"),
     ):
         places = {name: [(8, 1), (8, 1)] for name in ("parameters", "directions", "products")}
         with pytest.raises(ValueError, match=message):
             program.hessian(**{**places, "is_double": False, "threads": 1, **call, **wrong})
+    drops = C.LayersProgram([{"product": "linear", "channels": 2, "drops": "values"}], (3, 1, 1))
+    assert (drops.tensors, drops.dropouts, program.dropouts) == (1, 1, 0)
+    arguments = {"parameters": [(8, 1)], "gradients": [], "is_double": False, "threads": 1, **call}
+    for noise, found in (([], 0), ([0], "none")):
+        with pytest.raises(ValueError, match=f"noise: expected .*, found {found}"):
+            drops.run(**{**arguments, "noise": noise, "loss": 1, "predictions": 0})
 
 
 def test_the_hessian_is_symmetric() -> None:
@@ -548,13 +597,13 @@ def test_the_hessian_is_symmetric() -> None:
     make, shape = NETS["GroupNorm"]
     model, (x, y, _, _) = make().double(), tasks(*shape)
     options = {"loss": "cross_entropy", "adapt": None, "backend": "auto", "precision": "fp32", "nonfinite": "propagate"}
-    others = {"batch_norm": "batch", "seed": None, "zero_dead_bias": True, "method": "maml"}
+    others = {"batch_norm": "batch", "zero_dead_bias": True, "method": "maml"}
     run = layers.run.NativeRun.of(check_problem(model, x, y, x, y, **OPTIONS, **options, **others))
     values = {name: torch.stack([p.detach()] * 3) for name, p in model.named_parameters()}
     one, other = ({name: torch.randn_like(value) for name, value in values.items()} for _ in range(2))
 
     def along(direction: dict[str, Tensor], of: dict[str, Tensor]) -> Tensor:
         row = torch.cat([value.flatten(1) for value in of.values()], dim=1)
-        return (row * run.hessian(values, x, y, direction)).sum(1)
+        return (row * run.hessian(values, run.examples(x, y, first_task=0, step=0), direction)).sum(1)
 
     torch.testing.assert_close(along(one, other), along(other, one), rtol=1e-9, atol=1e-9)

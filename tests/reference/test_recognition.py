@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "3x3 pooling": (put(7, lambda: nn.MaxPool2d(3, 2, 1)), "but conv, norm, relu, max_pool"),
     "pooling, stride 1": (put(7, lambda: nn.MaxPool2d(2, 1)), "but conv, norm, relu, max_pool"),
     "ceil_mode": (setting(7, "ceil_mode", True), "ceil_mode"),
-    "dropout": (put(9, lambda: nn.Dropout(0.5)), "it uses Dropout in training mode"),
+    "dropout": (put(9, lambda: nn.Dropout(0.5)), "after its blocks come|dropout"),
     "other filters": (
         lambda: nn.Sequential(
             nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16),

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import signmaml_ext
 from helpers.cases import definition, nets
-from signmaml_ext import batching, evaluate, meta_step, modes
+from signmaml_ext import batching, chain, evaluate, meta_step, modes
 from signmaml_ext.replica import Replicas
 
 OPTIONS = {"inner_lr": 0.02, "inner_steps": 3}
@@ -63,6 +63,11 @@ def old_weight_norm() -> nn.Module:
 
 def old_spectral_norm() -> nn.Module:
     return nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 8)), nn.GELU(), nn.Linear(8, 3))
+
+
+def softplus_and_dropout() -> nn.Module:
+    """Random, and no chain of layers that native code has."""
+    return nn.Sequential(nn.Linear(4, 8), nn.Softplus(), nn.Dropout(0.3), nn.Linear(8, 3))
 
 
 def with_batch_norm_and_dropout() -> nn.Module:
@@ -177,6 +182,7 @@ def test_hooks_of_parameters_run_on_the_meta_gradient():
 THREADED = {
     "recognised": (nets.mlp, nets.vector_tasks),
     "together": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks),
+    "dropout": (softplus_and_dropout, nets.vector_tasks),
     "BatchNorm and dropout": (with_batch_norm_and_dropout, nets.vector_tasks),
     "convolutions": (images_group_norm, nets.image_tasks),
     "hand-made checkpointing": (Checkpointed, nets.vector_tasks),
@@ -256,12 +262,13 @@ def test_calls_that_disagree_take_turns():
     assert setting == ["caller's"]
 
 
-def test_dropout_leaves_the_callers_stream_but_for_one_draw():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_dropout_leaves_the_callers_stream_but_for_one_draw(backend):
     model, data = with_batch_norm_and_dropout(), nets.vector_tasks(dtype=torch.float32)
     for seed, draws in ((3, 0), (None, 1)):
         for _ in range(2):  # the first call finds out that the model draws random numbers
             torch.manual_seed(7)
-            evaluate(model, *data, **OPTIONS, seed=seed)
+            evaluate(model, *data, **OPTIONS, seed=seed, backend=backend)
             found = torch.rand(())
             torch.manual_seed(7)
             for _ in range(draws):
@@ -299,7 +306,8 @@ INTERRUPTED = {
     "recognised": (nets.mlp, nets.vector_tasks, "sign-maml"),
     "together": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks, "sign-maml"),
     "second order": (lambda: nets.mlp(activation=nn.GELU), nets.vector_tasks, "maml"),
-    "random": (with_batch_norm_and_dropout, nets.vector_tasks, "fo-maml"),
+    "random": (softplus_and_dropout, nets.vector_tasks, "fo-maml"),
+    "random, recognised": (with_batch_norm_and_dropout, nets.vector_tasks, "fo-maml"),
     "checkpointed": (Checkpointed, nets.vector_tasks, "sign-maml"),
     "on threads": (images_group_norm, nets.image_tasks, "sign-maml"),
 }
@@ -344,6 +352,7 @@ def interrupt(name: str, points: int) -> None:
     for number in range(points):
         happened += interrupted_at(1 + number * lines // points, call)
         assert_untouched(model, before)
+        assert chain.present_look() is None, "later calls would not look at the model again"
     assert happened >= 0.8 * points  # Python ignores the ones that arrive while it cleans up
     found = []
     for work in (lambda: found.append(call()), lambda: found.append(call())):  # a held lock would block a thread

@@ -324,6 +324,7 @@ def block_at_random(generator: random.Random) -> dict[str, Any]:
     activations = "none", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"
     found |= {"activation": generator.choice(activations), "pool": generator.choice(("none", "max", "average"))}
     found |= {"pool_kernel": pair(1, 3), "pool_stride": pair(1, 3), "counts_padding": generator.random() < 0.5}
+    found |= {"drops": generator.choice(("none", "none", "values", "channels"))}
     return found | {"pool_padding": tuple(generator.randint(0, size // 2) for size in found["pool_kernel"])}
 
 
@@ -337,13 +338,16 @@ def layers_program(native: ModuleType, generator: random.Random) -> None:
         program = native.LayersProgram([*blocks, head], size)
     except ValueError:
         return layers_program(native, generator)
-    counts = []
-    for block, (read, made, _) in zip([*blocks, head], program.sizes, strict=True):
+    counts, noises = [], []
+    for block, (read, made, given) in zip([*blocks, head], program.sizes, strict=True):
         if block["product"] != "none":
             window = math.prod(block["kernel"]) if block["product"] == "conv" else read[1] * read[2]
             counts += [made[0] * read[0] * window, *([made[0]] if block["bias"] else [])]
         if block.get("norm", "none") != "none" and block["affine"]:
             counts += [made[0]] * 2
+        if block.get("drops", "none") != "none":
+            noises.append(given[0] if block["drops"] == "channels" else math.prod(given))
+    assert program.dropouts == len(noises)
     assert len(counts) == program.tensors
     tasks, count, is_double = generator.randint(1, 3), generator.randint(1, 6), kind == "d"
 
@@ -353,7 +357,7 @@ def layers_program(native: ModuleType, generator: random.Random) -> None:
     tensors, x = [reals(tasks * number) for number in counts], reals(tasks * count * math.prod(size))
     outputs, beyond = head["channels"], generator.random() < 0.1
     labels = Buffer(WHOLE, [2**40 if beyond else generator.randrange(outputs) for _ in range(tasks * count)])
-    target = reals(tasks * count * outputs)
+    target, noise = reals(tasks * count * outputs), [reals(tasks * count * each) for each in noises]
     squares, wanted, bits = generator.random() < 0.5, [generator.random() < 0.8 for _ in counts], []
     for threads in (1, 3):
         grads = [poisoned(kind, tasks * number) for number in counts]
@@ -362,8 +366,9 @@ def layers_program(native: ModuleType, generator: random.Random) -> None:
         program.run(
             [(tensor.address, number) for tensor, number in zip(tensors, counts, strict=True)],
             [(g.address if want else 0, number) for g, want, number in zip(grads, wanted, counts, strict=True)],
-            x.address, 0 if squares else labels.address, target.address if squares else 0, loss.address,
-            predictions.address, workspace.address, tasks, count, is_double, threads,
+            x.address, 0 if squares else labels.address, target.address if squares else 0,
+            [factors.address for factors in noise], loss.address, predictions.address, workspace.address, tasks, count,
+            is_double, threads,
         )  # fmt: skip
         results = [loss, predictions, *(grad for grad, want in zip(grads, wanted, strict=True) if want)]
         if squares or not beyond:

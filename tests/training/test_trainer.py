@@ -300,7 +300,7 @@ def test_the_loop_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(Tensor, name, forbidden)
     # Adam's step counter is a CPU tensor that torch reads itself; labels are checked by value on the CPU only.
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-    monkeypatch.setattr("signmaml_ext.reference.check_labels", lambda *_: None)
+    monkeypatch.setattr("signmaml_ext.fused.check_labels", lambda *_: None)
     trainer._train_step()
     monkeypatch.undo()
     assert trainer.iteration == 2 and len(trainer._iteration.window) == 2

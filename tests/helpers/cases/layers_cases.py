@@ -49,10 +49,25 @@ class Setting:
         self.labels = torch.randint(WAYS, (TASKS, EXAMPLES))
         self.target = torch.randn(TASKS, EXAMPLES, WAYS, dtype=torch.float64)
         shared = list(spec.names)[::2] if shares else ()
+        by_task = [self._noise_of(task) for task in range(TASKS)]
+        self.noise = [torch.stack(of_block).contiguous() for of_block in zip(*by_task, strict=True)]
         self.parameters = {
             name: 0.4 * torch.randn(1 if name in shared else TASKS, *sizes[name], dtype=torch.float64)
             .expand(TASKS, *sizes[name]) for name in spec.names
         }  # fmt: skip
+
+    def _noise_of(self, task: int) -> list[Tensor]:
+        """What torch's dropouts multiply by, in the order of the blocks."""
+        found = []
+        with torch.random.fork_rng():
+            torch.manual_seed(task)
+            for block, (_, _, made) in zip(self.spec.blocks, self.program.sizes, strict=True):
+                ones = torch.ones(EXAMPLES, *made, dtype=torch.float64)
+                if block.drops == "values":
+                    found.append(F.dropout(ones, block.share))
+                elif block.drops == "channels":
+                    found.append(F.dropout2d(ones, block.share)[:, :, 0, 0])
+        return found
 
     def goal(self) -> tuple[int, int]:
         return (0, self.target.data_ptr()) if self.squares else (self.labels.data_ptr(), 0)
@@ -75,7 +90,9 @@ class Setting:
     def expected(self, task: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """A task's loss, predictions, and gradients that can be differentiated."""
         own = {name: value[task].clone().requires_grad_() for name, value in self.parameters.items()}
-        out = self.spec.forward(own, self.x[task])
+        with torch.random.fork_rng():
+            torch.manual_seed(task)
+            out = self.spec.forward(own, self.x[task])
         loss = F.mse_loss(out, self.target[task]) if self.squares else F.cross_entropy(out, self.labels[task])
         self.own = own
         return loss, out, dict(zip(own, torch.autograd.grad(loss, list(own.values()), create_graph=True), strict=True))
@@ -102,7 +119,8 @@ def passes(
         predictions = torch.full((TASKS, EXAMPLES, WAYS), torch.nan, dtype=torch.float64)
         workspace = at.workspace()
         at.program.run(
-            at.places(at.parameters), at.places(grads), at.x.data_ptr(), *at.goal(), loss.data_ptr(),
+            at.places(at.parameters), at.places(grads), at.x.data_ptr(), *at.goal(),
+            [factors.data_ptr() for factors in at.noise], loss.data_ptr(),
             predictions.data_ptr(), workspace.data_ptr(), TASKS, EXAMPLES, True, 1,
         )  # fmt: skip
         for task in range(TASKS):
@@ -139,7 +157,7 @@ def hessian(
     workspace = at.workspace(hessian=True)
     at.program.hessian(
         at.places(at.parameters), at.places(directions), at.places(products), at.x.data_ptr(), *at.goal(),
-        workspace.data_ptr(), TASKS, EXAMPLES, True, 1,
+        [factors.data_ptr() for factors in at.noise], workspace.data_ptr(), TASKS, EXAMPLES, True, 1,
     )  # fmt: skip
     for task in range(TASKS):
         _, _, gradients = at.expected(task)
@@ -231,6 +249,20 @@ def _cases(check: Callable[..., None]) -> dict[str, Case]:
                 nn.Linear(40, 7000), nn.SiLU(), nn.Linear(7000, 9), nn.Tanh(), nn.Linear(9, WAYS)
             ),
             (40,),
+        ),
+        "dropouts": case(
+            lambda: network(
+                nn.Dropout2d(0.3), nn.Conv2d(3, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+                nn.Dropout(0.4), nn.Conv2d(6, 9, 3, 1, 1), nn.GroupNorm(3, 9), nn.Tanh(), nn.Dropout2d(0.5),
+                nn.Flatten(), nn.Linear(81, 12), nn.SiLU(), nn.Dropout(0.2), features=12,
+            )
+        ),
+        "dropouts, a few examples at once": case(
+            lambda: network(
+                nn.Conv2d(3, 8, 3, 1, 1), nn.SiLU(), nn.Dropout(0.3), nn.AvgPool2d(30), nn.Dropout2d(0.3),
+                nn.Conv2d(8, 5, 2), features=5,
+            ),
+            (3, 60, 60),
         ),
         "squares": case(lambda: nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, WAYS)), (5,), squares=True),
         "a norm first": case(

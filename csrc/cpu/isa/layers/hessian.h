@@ -90,6 +90,7 @@ void forward_tangents(const LayersTangent<Scalar>& d) {
         }
         set_cell_tangents(d, i);
         for (std::int64_t e = 0; e < d.value.count; ++e) finish_tangent(d, i, e);
+        drop_outputs(d.along, i);
     }
 }
 
@@ -137,6 +138,8 @@ void backward_tangents(const LayersTangent<Scalar>& d) {
     const LayersTask<Scalar>&value = d.value, &along = d.along;
     for (int i = value.network->blocks - 1; i >= value.lowest; --i) {
         const LayersBlock& block = value.network->block[i];
+        drop_output_grads(value, i);
+        drop_output_grads(along, i);
         if (block.norm != LayersNorm::kNone || wants(along, block.bias)) {
             for (std::int64_t e = 0; e < value.count; ++e) sum_grad_tangents(d, i, e);
             set_slope_tangents(d, i);

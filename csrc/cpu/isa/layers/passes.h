@@ -171,6 +171,42 @@ void make_product(const LayersTask<Scalar>& t, int i) {
     }
 }
 
+// Multiplies the image of an example, or its gradient, by the factors of a block's dropout, which are in torch's order.
+template <typename Scalar>
+void drop(const LayersTask<Scalar>& t, int i, Scalar* image, std::int64_t row, std::int64_t lanes,
+          std::int64_t example) {
+    const LayersBlock& block = t.network->block[i];
+    const LayersSize& size = block.out;
+    const bool of_channels = block.dropout == LayersDropout::kChannels;
+    const std::int64_t positions = std::int64_t{size.height} * size.width;
+    const Scalar* noise = t.noise[i] + example * size.channels * (of_channels ? 1 : positions);
+    for (std::int64_t y = 0; y < size.height; ++y) {
+        for (std::int64_t x = 0; x < size.width; ++x) {
+            Scalar* at = image + y * row + x * lanes;
+            const Scalar* from = of_channels ? noise : noise + y * size.width + x;
+            const std::int64_t step = of_channels ? 1 : positions;
+            for (std::int64_t c = 0; c < size.channels; ++c) at[c] *= from[c * step];
+        }
+    }
+}
+
+template <typename Scalar>
+void drop_outputs(const LayersTask<Scalar>& t, int i) {
+    if (t.network->block[i].dropout == LayersDropout::kNone) return;
+    const LayersImages& to = output_of(t, i);
+    for (std::int64_t e = 0; e < t.count; ++e) drop(t, i, image_of(t, to, e), to.row, to.lanes, e);
+}
+
+template <typename Scalar>
+void drop_output_grads(const LayersTask<Scalar>& t, int i) {
+    const LayersBlock& block = t.network->block[i];
+    if (block.dropout == LayersDropout::kNone) return;
+    const std::int64_t lanes = t.layout->block[i].made.lanes, row = block.out.width * lanes;
+    for (std::int64_t e = 0; e < t.count; ++e) {
+        drop(t, i, output_grad(t, i) + e * block.out.height * row, row, lanes, e);
+    }
+}
+
 template <typename Scalar>
 void forward(const LayersTask<Scalar>& t) {
     for (int i = 0; i < t.network->blocks; ++i) {
@@ -180,6 +216,7 @@ void forward(const LayersTask<Scalar>& t) {
         }
         set_cells(t, i);
         for (std::int64_t e = 0; e < t.count; ++e) finish_example(t, i, e);
+        drop_outputs(t, i);
     }
 }
 
@@ -251,6 +288,7 @@ void backward(const LayersTask<Scalar>& t) {
     for (int i = t.network->blocks - 1; i >= t.lowest; --i) {
         const LayersBlock& block = t.network->block[i];
         const LayersBlockPlan& plan = t.layout->block[i];
+        drop_output_grads(t, i);
         if (block.norm != LayersNorm::kNone || wants(t, block.bias)) {
             for (std::int64_t e = 0; e < t.count; ++e) sum_grads(t, i, e);
             set_slopes(t, i);
