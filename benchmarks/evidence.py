@@ -154,31 +154,34 @@ def train_and_test(job: Job, work: Path, data_root: Path) -> None:
         # A rate so high that the weights turn NaN is an answer: the worst one.
         found = {"failed": str(error).split(";")[0], "validation": 0.0, "iterations": trainer.iteration}
     if not job.trial and found["failed"] is None:
-        add_tests(job, trainer, folder / scores.FILE)
+        scores.save(folder / scores.FILE, tests_of(job, trainer, {}))
     found |= {"inner_lr": config.inner_lr, "outer_lr": config.outer_lr, "backend": trainer.explanation.backend}
     found |= {**origin, "threads": torch.get_num_threads(), "config": harness.public(config.to_dict())}
     write_atomically(folder / DONE, json.dumps(found, indent=1) + "\n")
 
 
-def add_tests(job: Job, trainer: MetaTrainer, file: Path) -> None:
-    """Adds to a file of answers those of all tests that it does not hold yet."""
+def tests_of(job: Job, trainer: MetaTrainer, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The answers of all tests of a job's learner: those that are known, and the others of the trainer's weights."""
     setting = SETTINGS[job.setting]
     curves = setting.curves and job.seed == 0 and not job.changes
-    found = scores.load(file) if file.is_file() else {}
     images = load_images(trainer.config, "test")
-    scores.save(file, found | scores.score(trainer, images, setting, curves=curves, known=found))
+    return {**known, **scores.score(trainer, images, setting, curves=curves, known=known)}
 
 
 def test_again(jobs: Iterable[Job], work: Path, data_root: Path) -> None:
-    """Adds to finished runs the tests that came later."""
+    """Adds to finished runs the tests that came later, by as many threads as the run had; changes nothing else."""
     for job in jobs:
         config, left = config_of(job, work), done(job, work)
         if job.trial or config is None or left is None or left["failed"] is not None:
             continue
+        torch.set_num_threads(left["threads"])
         trainer = MetaTrainer(with_data(config, job.setting, data_root), out=work / job.name, progress=False)
-        trainer.fit(resume=True)  # nothing is left to train: it loads the best weights
-        add_tests(job, trainer, work / job.name / scores.FILE)
-        print(f"{job.name}: {', '.join(scores.load(work / job.name / scores.FILE))}", flush=True)
+        trainer.load_weights(trainer.run.best)
+        file = work / job.name / scores.FILE
+        known = scores.load(file)
+        found = tests_of(job, trainer, known)
+        scores.save(file, found)
+        print(f"{job.name}: {', '.join(sorted(found.keys() - known)) or 'nothing new'}", flush=True)
 
 
 # ---- all jobs ------------------------------------------------------------------------------------------------------

@@ -129,7 +129,10 @@ def protocols(results: Sequence[Result]) -> str:
             kinds = (first, first.replace("batch", "support"), first.replace("batch", "means"))
             cells = [accuracy_in_words(found[kind]) if kind in found else "-" for kind in kinds]
             rows.append([result["title"], NAMES[method], *cells, own])
-    header = ["", "", "transductive", "inductive", "nearest class mean, no inner steps", "transductive, published"]
+    header = [
+        "15 queries a class, but for the last column", "", "transductive", "inductive",
+        "without inner steps: the nearest class mean", "transductive, queries as published",
+    ]  # fmt: skip
     return table(header, rows)
 
 

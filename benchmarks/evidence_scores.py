@@ -65,8 +65,9 @@ def correct_answers(
 def answers_of_nearest_mean(trainer: MetaTrainer, images: ImageSet, *, queries: int) -> np.ndarray:
     """As `correct_answers`, without any inner step: a query's class is the one whose mean feature is nearest.
 
-    The features are the inputs of the head, of mean 0 and variance 1 over a batch in the blocks before (transductive),
-    and near is what has a small angle: the test without an inner loop (NIL) of Raghu et al. 2020.
+    The features are the inputs of the head, with BatchNorm by the batch at hand (transductive), and near is what has a
+    small angle. With one shot it is the test without an inner loop (NIL) of Raghu et al. 2020, who weigh the support
+    examples one by one.
     """
     found = []
     with dropout_off(trainer.model):

@@ -148,11 +148,11 @@ def meta_step(
             their calls, as many tasks as fit in the caches, and always on CUDA; one by one where that does not work.
             The choice depends only on the model and on sizes, never on a clock; `explain` says which, and why.
         compile: Whether torch.compile makes the forward and backward passes where no whole-meta-step kernel serves
-            ("conv" and "mlp" have nothing to compile). The first call of a kind takes seconds to minutes. Compiled
-            passes round differently from torch's own operators and draw other dropout masks, repeatably. The query pass
-            of ``batch_norm="support"`` is not compiled. What torch.compile does not serve is refused with its reason:
-            a machine without a compiler, some modules, a `meta_step` with "maml" (there is no second derivative);
-            likewise ``graph=True`` and the backend "torch".
+            ("conv", "mlp" and "layers" have nothing to compile). The first call of a kind takes seconds to minutes.
+            Compiled passes round differently from torch's own operators and draw other dropout masks, repeatably. The
+            query pass of ``batch_norm="support"`` is not compiled. What torch.compile does not serve is refused with
+            its reason: a machine without a compiler, some modules, a `meta_step` with "maml" (there is no second
+            derivative); likewise ``graph=True`` and the backend "torch".
 
     Returns:
         A `MetaStepResult`. Nothing in it made the host wait for the device.

@@ -394,8 +394,10 @@ def _passes(share: Any, training: Any) -> bool:
 
 
 def _dropped(kind: str, name: str, share: Any) -> Layer:
-    if not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise _Refused(f"its dropout's share is not between 0 and 1 (at {name!r})")
+    if not isinstance(share, float):
+        raise _Refused(f"its dropout's share is of type {type(share).__name__} (at {name!r})")
+    if not 0 < share < 1:
+        raise _Refused(f"its dropout's share is {share:g} (at {name!r})")
     return Layer(kind, name, share=float(share))
 
 
@@ -624,11 +626,6 @@ def _computes(
     x: Tensor,
     draws: bool,
 ) -> bool:
-    def from_the_start() -> None:
-        """Both draw the same numbers."""
-        if draws:
-            torch.default_generator.manual_seed(0)
-
     if modes.is_capturing(x.device):
         raise RuntimeError(
             "signmaml_ext: expected a call of this model before the CUDA graph is captured (the first call verifies "
@@ -638,7 +635,7 @@ def _computes(
     examples = torch.randn(3, *x.shape[1:], generator=generator, device="cpu")
     copies = Replicas(model, "batch")
     with torch.inference_mode(False), torch.enable_grad():
-        for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
+        for dtype, tolerance, seeds in ((torch.float64, 1e-8, _SEEDS[::2]), (torch.float32, 1e-4, _SEEDS[1::2])):
             parameters = {
                 name: parameter.detach().to(dtype, copy=True).requires_grad_(name in names)
                 for name, parameter in model.named_parameters()
@@ -650,25 +647,67 @@ def _computes(
                 if buffer.is_floating_point()
             }
             inputs = examples.to(x.device, dtype)
+            own = [parameters[name] for name in names]
+
+            def own_forward(inputs: Tensor = inputs, parameters: Mapping[str, Tensor] = parameters) -> Tensor:
+                return forward(parameters, inputs)
+
+            def models_forward(inputs: Tensor = inputs, values: Mapping[str, Tensor] = buffers | parameters) -> Any:
+                return copies.make(values)(inputs)
+
             try:
-                from_the_start()
-                expected = forward(parameters, inputs)
-                from_the_start()
-                found = copies.make({**buffers, **parameters})(inputs)
+                for seed in seeds if draws else (None,):
+                    agrees, sees_all = _agree(own_forward, models_forward, own, generator, tolerance, seed)
+                    if not agrees:
+                        return False
+                    if sees_all:
+                        break
+                else:
+                    return False
             except Exception:  # such as examples that do not fit: the reference will raise it again
-                return False
-            if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != expected.shape:
-                return False
-            weights = torch.randn(expected.shape, generator=generator, device="cpu").to(x.device, dtype)
-            if not _agree(found, expected, weights, [parameters[name] for name in names], tolerance):
                 return False
     return True
 
 
-def _agree(found: Tensor, expected: Tensor, weights: Tensor, parameters: list[Tensor], tolerance: float) -> bool:
-    """Whether two results and their gradients agree, by the norm of the difference."""
-    if not found.requires_grad:
-        return False
+# Some for each dtype, so that a forward which sets the generator itself cannot always set the same.
+_SEEDS = tuple(range(16))
+
+
+def _agree(
+    own: Callable[[], Tensor],
+    models: Callable[[], Any],
+    parameters: list[Tensor],
+    generator: torch.Generator,
+    tolerance: float,
+    seed: int | None,
+) -> tuple[bool, bool]:
+    """Whether two results and their gradients agree, by the norm of the difference.
+
+    Args:
+        own: The expected result.
+        models: The result in question.
+        parameters: What the gradients are of.
+        generator: For the weights of the results in the gradients.
+        tolerance: Of the difference, relative to the expected norm.
+        seed: Sets torch's generator before each; both must leave it alike. None: they draw no numbers.
+
+    Returns:
+        Whether they agree, and, with a seed, whether all weights had a gradient other than 0: a dropout may have
+        hidden some.
+    """
+
+    def result(forward: Callable[[], Any]) -> tuple[Any, bytes]:
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        value = forward()
+        return value, b"" if seed is None else modes.state_of(torch.default_generator)
+
+    (expected, expected_state), (found, state) = result(own), result(models)
+    if not isinstance(found, Tensor) or found.dtype != expected.dtype or found.shape != expected.shape:
+        return False, True
+    if not found.requires_grad or state != expected_state:
+        return False, True
+    weights = torch.randn(expected.shape, generator=generator, device="cpu").to(expected)
 
     def gradients(value: Tensor) -> list[Tensor | None]:
         return list(torch.autograd.grad((value * weights).sum(), parameters, allow_unused=True))
@@ -676,4 +715,7 @@ def _agree(found: Tensor, expected: Tensor, weights: Tensor, parameters: list[Te
     def close(a: Tensor | None, b: Tensor | None) -> bool:
         return a is not None and b is not None and bool((a - b).norm() <= tolerance * (1 + b.norm()))
 
-    return close(found, expected) and all(map(close, gradients(found), gradients(expected)))
+    exact = gradients(expected)
+    agrees = close(found, expected) and all(map(close, gradients(found), exact))
+    sees_all = seed is None or all(grad is None or grad.ndim < 2 or bool(grad.any()) for grad in exact)
+    return agrees, sees_all

@@ -221,10 +221,11 @@ def explain(problem: Problem, *, with_plan: bool = False) -> Explanation:
             reasons[name] = None if family else _joined(families[name])
     chosen, family = choose(problem)
     one_by_one = reference.why_not_batched(problem)
+    compiles = " (nothing to compile)" if problem.compile else ""
     if family.fused:
-        how = "all tasks in one native call" + (" (nothing to compile)" if problem.compile else "")
+        how = f"all tasks in one native call{compiles}"
     elif family.native:
-        how = f"a native call a pass ({layers.read(problem.model)})"
+        how = f"a native call a pass ({layers.read(problem.model)}){compiles}"
     else:
         how = "all tasks together" if one_by_one is None else f"task by task ({one_by_one})"
         if problem.compile:

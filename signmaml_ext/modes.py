@@ -396,7 +396,7 @@ def with_seed(problem: Problem, compute: Callable[[Problem], Result]) -> Result:
     """
     if problem.seed is not None:
         return compute(problem)
-    with _drawing.of(object()):
+    with without_collector(), _drawing.of(object()):
         result = compute(problem.replace(seed=_derived_seed(torch.default_generator.get_state())))
         torch.randint(2**62, (), generator=torch.default_generator, device="cpu")
         return result
@@ -425,6 +425,11 @@ def _states(found: list[torch.Generator]) -> list[Tensor]:
 
 def _moved(found: list[torch.Generator], before: list[Tensor]) -> bool:
     return any(_bytes(now) != _bytes(state) for now, state in zip(_states(found), before, strict=True))
+
+
+def state_of(generator: torch.Generator) -> bytes:
+    """A generator's state, to compare it."""
+    return _bytes(generator.get_state())
 
 
 def _bytes(state: Tensor) -> bytes:

@@ -15,6 +15,7 @@ numbers, strings, containers and plain objects of them, such as a configuration.
 from __future__ import annotations
 
 import functools
+import numbers
 import types
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
@@ -103,7 +104,7 @@ def _attribute(module: nn.Module | None, name: str) -> Any:
 def of_value(value: Any, depth: int = 0) -> Hashable:
     """A comparable form of a value: if equal, the values have the same effect on a forward that reads them."""
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in _PLAIN or isinstance(value, numbers.Number):  # such as NumPy's
         return kind, value
     if isinstance(value, nn.Parameter):
         return id(value), value.shape

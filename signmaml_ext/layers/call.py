@@ -32,6 +32,10 @@ def why_not(problem: Problem) -> str | None:
     reason = fused.why_not(problem, found.names, steps_natively=False)
     if reason is not None:
         return reason
+    if any(block.drops == "values" for block in found.blocks) and not _in_torchs_order(problem, found):
+        return (
+            "it has dropouts, whose random numbers depend on the order in memory, which is not torch's usual one here"
+        )
     if problem.batch_norm != "batch" and any(block.norm == "batch" for block in found.blocks):
         return f"it normalises by the batch, and batch_norm is {problem.batch_norm!r}"
     if problem.batch_norm == "support":
@@ -43,6 +47,18 @@ def why_not(problem: Problem) -> str | None:
     ):
         return f"the targets are not [T, S, {found.outputs}]"
     return _why_not_examples(problem, found)
+
+
+def _in_torchs_order(problem: Problem, found: LayersSpec) -> bool:
+    """Whether parameters and a task's examples lie in memory as new tensors of their shapes do.
+
+    A dropout fills its mask in the order of what it reads. Strides decide, also of axes of size 1: torch tells
+    channels_last by them.
+    """
+    parameters = (problem.model.get_parameter(name) for name in found.names)
+    examples = (only(x)[0] for x in (problem.support_x, problem.query_x) if x is not None and only(x).shape[0] > 0)
+    usual = (torch.empty(t.shape, device="meta").stride() == t.stride() for t in (*parameters, *examples))
+    return all(usual)
 
 
 def _why_not_examples(problem: Problem, found: LayersSpec) -> str | None:
@@ -87,6 +103,8 @@ def _with_seed(problem: Problem, compute: Callable[[Problem], Result]) -> Result
     assert not isinstance(found, str), "why_not has a reason for this problem"
     if not found.draws:
         return compute(problem)
+    if problem.steps == 0 and problem.query_x is None:
+        return compute(problem.replace(seed=0))  # there is no pass, so nothing is drawn
 
     def checked(problem: Problem) -> Result:
         result = compute(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,17 +39,19 @@ def program_of(problem: Problem, found: LayersSpec, native: ModuleType = _loader
 
 
 class Examples(NamedTuple):
-    """What t tasks' passes read, besides parameters.
+    """What a pass of t tasks reads, besides parameters.
 
     Attributes:
         x: `[t, S, ...]`.
         y: `[t, S]` labels, or `[t, S, outputs]`.
-        noise: Of each dropout the factors, `[t, S, C, H, W]` or, for whole channels, `[t, S, C]`.
+        first_task: Number of the first of these tasks in the problem.
+        step: The inner step; K for the query pass.
     """
 
     x: Tensor
     y: Tensor
-    noise: tuple[Tensor, ...]
+    first_task: int
+    step: int
 
 
 @dataclass
@@ -81,7 +84,10 @@ class NativeRun:
     def chunks(self) -> list[slice]:
         """Slices of the task axis: tasks that run together."""
         tasks, threads = self.problem.tasks, torch.get_num_threads()
-        of_task = 2 * sum(p.numel() for p in self.problem.params.values()) * self.problem.dtype.itemsize
+        count = max(y.shape[1] for y in (self.problem.support_y, self.problem.query_y) if y is not None)
+        factors = count * sum(math.prod(shape) for _, shape in self._dropouts)
+        parameters = 2 * sum(p.numel() for p in self.problem.params.values())
+        of_task = (parameters + factors) * self.problem.dtype.itemsize
         size = max(1, TOGETHER_BYTES // (of_task * threads)) * threads
         return [slice(first, min(first + size, tasks)) for first in range(0, tasks, size)]
 
@@ -112,29 +118,36 @@ class NativeRun:
         return list(values)
 
     def examples(self, x: Inputs, y: Tensor, *, first_task: int, step: int) -> Examples:
-        """The examples of a pass, with random numbers as the reference draws them: by seed, task and step.
+        """The examples of a pass as native code takes them."""
+        return Examples(only(x).contiguous(), y.contiguous(), first_task, step)
 
-        Args:
-            x: `[t, S, ...]`.
-            y: `[t, S]` labels, or `[t, S, outputs]`.
-            first_task: Number of the first of the t tasks in the problem.
-            step: The inner step; K for the query pass.
-        """
-        x, y = only(x).contiguous(), y.contiguous()
-        dropouts = [
+    @cached_property
+    def _dropouts(self) -> list[tuple[float, tuple[int, ...]]]:
+        """Of each dropout the share that becomes 0, and the shape of an example's factors."""
+        return [
             (block.share, made[:1] if block.drops == "channels" else made)
             for block, (_, _, made) in zip(self.spec.blocks, self.program.sizes, strict=True)
             if block.drops != "none"
         ]
-        noise = tuple(x.new_empty(*y.shape[:2], *shape) for _, shape in dropouts)
+
+    def _noise(self, examples: Examples) -> list[Tensor]:
+        """The factors of each dropout as the reference draws them, by seed, task and step.
+
+        They are drawn again for each native call, because those of all steps would take much memory.
+
+        Returns:
+            By dropout, `[t, S, C, H, W]` or, for whole channels, `[t, S, C]`.
+        """
+        x, y, first_task, step = examples
+        noise = [x.new_empty(*y.shape[:2], *shape) for _, shape in self._dropouts]
         generator = torch.Generator("cpu")
-        for task in range(len(y) if dropouts else 0):
+        for task in range(len(y) if noise else 0):
             number = self.problem.first_task + first_task + task
             assert self.problem.seed is not None, "a call with dropouts has a seed"
             generator.manual_seed(modes.stream_seed(self.problem.seed, number, step))
-            for (share, _), factors in zip(dropouts, noise, strict=True):
-                factors[task].bernoulli_(1 - share, generator=generator).div_(1 - share)  # as F.dropout draws them
-        return Examples(x, y, noise)
+            for (share, _), factors in zip(self._dropouts, noise, strict=True):
+                factors[task].bernoulli_(1 - share, generator=generator).div_(1 - share)  # as torch's dropout does
+        return noise
 
     def loss_and_prediction(
         self, params: TaskParams, x: Inputs, y: Tensor, *, first_task: int, step: int
@@ -160,7 +173,8 @@ class NativeRun:
             Loss `[t]`, predictions `[t, S, outputs]`, and the gradients of the wanted views, in the order of `views`
             side by side, `[t, columns]`; None if there are none.
         """
-        x, y, noise = examples
+        x, y, *_ = examples
+        noise = self._noise(examples)
         tasks, count = y.shape[:2]
         parameters = self._parameters(views)
         row, places = _row({name: view for name, view in views.items() if name in wanted}, x, into)
@@ -190,7 +204,8 @@ class NativeRun:
         Returns:
             The products for the views side by side, `[t, columns]`.
         """
-        x, y, noise = examples
+        x, y, *_ = examples
+        noise = self._noise(examples)
         tasks, count = y.shape[:2]
         parameters = self._parameters(views)
         along = {name: _dense(direction) for name, direction in directions.items()}

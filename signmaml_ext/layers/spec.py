@@ -97,7 +97,8 @@ class Block:
         x = self._pooled(_activated(self.activation, self.slope, x))
         if self.drops == "none":
             return x
-        return F.dropout(x, self.share) if self.drops == "values" else F.dropout2d(x, self.share)
+        # Not by F.dropout, which a program may have replaced, and the module with it.
+        return (torch.dropout if self.drops == "values" else torch.feature_dropout)(x, self.share, True)
 
     def _pooled(self, x: Tensor) -> Tensor:
         if self.pool == "mean":
@@ -208,10 +209,9 @@ class LayersSpec:
 
     def example(self, model: nn.Module) -> tuple[int, ...]:
         """The shape of an example, as far as the module tells it: images and series are 32 positions wide."""
-        first = model.get_parameter(self.blocks[0].weight) if self.blocks[0].weight else None
         if self.view:
             return self.view
-        inputs = self.blocks[0].channels if first is None else first.shape[1]
+        inputs = model.get_parameter(next(block.weight for block in self.blocks if block.weight)).shape[1]
         return {"images": (inputs, 32, 32), "series": (inputs, 32), "features": (inputs,)}[self.reads]
 
     def __str__(self) -> str:
@@ -281,7 +281,7 @@ class _Matcher:
             return
         if kind == "images":
             raise _Refused(f"its view as images is not its first layer (at {layer.name!r})")
-        if self.flattened and kind not in ("linear", "dropout"):
+        if self.flattened and kind not in ("linear", "dropout", "dropout2d"):
             raise _Refused(f"after it flattens its features comes no linear layer (at {layer.name!r})")
         if kind in _PRODUCTS:
             self._put(0, self._product(layer))
@@ -379,6 +379,7 @@ class _Matcher:
         }  # fmt: skip
 
     def _dropout(self, layer: Layer) -> dict[str, Any]:
-        if layer.kind != "dropout":
-            self._images(layer, 3 if layer.kind == "dropout2d" else 2)
-        return {"drops": "values" if layer.kind == "dropout" else "channels", "share": layer.share}
+        if layer.kind == "dropout" or self.flattened:  # of features each is a channel
+            return {"drops": "values", "share": layer.share}
+        self._images(layer, 3 if layer.kind == "dropout2d" else 2)
+        return {"drops": "channels", "share": layer.share}

@@ -251,6 +251,15 @@ def test_a_signal_after_a_failure_still_stops_the_others(tiny, tmp_path, monkeyp
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
+def test_only_tests_that_all_seeds_have_are_joined():
+    import evidence_collect
+
+    one, other = {"test_batch_q3": np.array([3, 6]), "steps_0": np.array([1])}, {"test_batch_q3": np.array([6, 9])}
+    for seeds in ({0: one | {"test_means_q3": np.array([1, 2])}, 1: other}, {0: other, 1: one}):
+        found = evidence_collect.tests(seeds, ways=3)
+        assert found.keys() == {"test_batch_q3"} and found["test_batch_q3"]["mean"] == round(24 / 4 / 9, 5)
+
+
 def pair_of(difference, ci95, *seeds):
     return {"difference": difference, "ci95": ci95, "by_seed": dict(enumerate(seeds))}
 
@@ -397,8 +406,9 @@ def test_a_finished_run_gets_the_tests_that_came_later(tiny, tmp_path):
 
     job = dataclasses.replace(plan.run_of("tiny", "sign-maml", 0), rates=(0.03, 0.003))
     evidence.train_and_test(job, tmp_path, tmp_path)
-    file, weights = tmp_path / job.name / scores.FILE, tmp_path / job.name / "best.safetensors"
-    whole, before = scores.load(file), weights.read_bytes()
+    file = tmp_path / job.name / scores.FILE
+    others = [path for path in file.parent.iterdir() if path.is_file() and path != file]
+    whole, before = scores.load(file), {path.name: path.read_bytes() for path in others}
     kept = {name: values for name, values in whole.items() if name in ("test_batch_q3", "steps_0")}
     scores.save(file, kept | {"test_batch_q3": kept["test_batch_q3"] + 100})
     unfinished = dataclasses.replace(job, name="runs/tiny/other")
@@ -406,7 +416,7 @@ def test_a_finished_run_gets_the_tests_that_came_later(tiny, tmp_path):
     found = scores.load(file)
     assert np.array_equal(found.pop("test_batch_q3"), whole.pop("test_batch_q3") + 100), "tested again"
     assert found.keys() == whole.keys() and all(np.array_equal(found[name], whole[name]) for name in whole)
-    assert weights.read_bytes() == before
+    assert {path.name: path.read_bytes() for path in others} == before
 
 
 def test_the_nearest_mean_is_that_of_features(tiny, tmp_path):

@@ -106,6 +106,9 @@ class Case:
     def get_closest_marker(self, name: str) -> str | None:
         return name if name in self.marks else None
 
+    def iter_markers(self, name: str) -> list[Any]:
+        return [SimpleNamespace(args=("here" in self.marks,))] if name == "skipif" and name in self.marks else []
+
     def add_marker(self, marker: pytest.MarkDecorator) -> None:
         self.marks.append(marker.name)
 
@@ -113,10 +116,11 @@ class Case:
 def test_some_cases_of_every_test_are_quick() -> None:
     single = [Case("a.py::test"), Case("b.py::test"), Case("b.py::Kind::test[1]")]
     grid = [Case(f"a.py::test_grid[{size}-{kind}]") for size in range(20) for kind in "xy"]
-    others = [Case(f"a.py::test_grid[{mark}]", mark) for mark in ("slow", "skip", "gpu")]
+    marks = [["slow"], ["skip"], ["gpu"], ["skipif", "here"]]
+    others = [Case(f"a.py::test_grid[{mark}]", *mark) for mark in marks]
     quick.mark_the_rest_of_grids_slow([*single, *others, *grid])
     assert [case.marks for case in single] == [[], [], []]
-    assert [case.marks for case in others] == [["slow"], ["skip"], ["gpu"]]
+    assert [case.marks for case in others] == marks
     chosen = {case.nodeid for case in grid if case.marks == []}
     assert len(chosen) == quick.QUICK_CASES < len(grid)
     again = [Case(case.nodeid) for case in reversed(grid)]

@@ -7,13 +7,28 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.cases import nets
-from signmaml_ext import Adam, Lion, Momentum, Plain, Sharpness, Signum, adapt, evaluate, explain, layers, meta_step
+from signmaml_ext import (
+    Adam,
+    Lion,
+    Momentum,
+    Plain,
+    Sharpness,
+    Signum,
+    adapt,
+    chain,
+    evaluate,
+    explain,
+    layers,
+    meta_step,
+    structure,
+)
 from signmaml_ext._loader import C
 from signmaml_ext.checks import check_problem
 
@@ -180,6 +195,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 23),
     ),
     "dropout as functions": (Drops, SIZE),
+    "dropout of channels that are features": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Dropout2d(0.3), nn.Flatten(), nn.Linear(8, 3)
+        ),
+        SIZE,
+    ),
     "one image wide": (lambda: of_widths(nn.BatchNorm2d), (3, 8, 8)),
     "130 channels": (
         lambda: images(
@@ -490,6 +511,27 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: images(nn.Conv2d(3, 6, 3, padding=1), nn.LayerNorm((12, 14)), features=6 * 168), {},
         "something else than features",
     ),
+    "dropout of alpha": (
+        lambda: images(nn.Conv2d(3, 6, 3, padding=1), nn.AlphaDropout(0.5), features=6 * 168), {},
+        "AlphaDropout in training mode",
+    ),
+    "dropout of everything": (
+        lambda: images(nn.Conv2d(3, 6, 3, padding=1), nn.Dropout(1.0), features=6 * 168), {}, "dropout's share is 1",
+    ),
+    "dropout of a tensor's share": (
+        lambda: images(
+            nn.Conv2d(3, 6, 3, padding=1), Wraps(nn.Identity(), lambda _, x: F.dropout(x, torch.tensor(0.5))),
+            features=6 * 168,
+        ), {}, "its dropout's share is of type Tensor",
+    ),
+    "dropout of the channels of series in images": (
+        lambda: images(nn.Conv2d(3, 6, 3, padding=1), nn.Dropout1d(0.5), features=6 * 168), {}, "reads something else",
+    ),
+    "nothing seen behind a dropout": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(504, 1), nn.Dropout(1 - 1e-12), nn.Linear(1, 3)
+        ), {}, "does not compute what its structure says",
+    ),
     "running InstanceNorm": (
         lambda: of_widths(lambda c: nn.InstanceNorm2d(c, track_running_stats=True)), {}, "keeps running statistics",
     ),
@@ -521,6 +563,83 @@ def test_refused_with_a_reason(name: str) -> None:
     found = explain(model, *data, **options)
     assert found.family != "layers"
     assert reason in str(found.families["cpu"].get("layers", "")), found
+
+
+class SetsTheGenerator(nn.Module):
+    def __init__(self, seed: int, again: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.seed, self.again = nn.Linear(7, 8), nn.Linear(8, 3), seed, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.again:
+            torch.manual_seed(self.seed)
+        x = self.head(F.dropout(self.body(x), 0.5))
+        if self.again:
+            torch.rand(1)
+        return x
+
+
+@pytest.mark.parametrize("seed", [chain._SEEDS[0], chain._SEEDS[1], 99])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_forward_that_draws_otherwise_is_refused(seed: int, again: bool) -> None:
+    model, data = SetsTheGenerator(seed, again).double(), tasks(7)
+    found = explain(model, *data, **OPTIONS)
+    assert found.family != "layers" and "what its structure says" in found.families["cpu"]["layers"]
+
+
+@pytest.mark.parametrize("change", ["permuted", "grey", "transposed", "weights"])
+def test_dropout_of_values_in_another_order_in_memory_is_refused(change: str) -> None:
+    """torch fills masks in the order of memory; dropout of channels does not depend on it."""
+    shape, net = (1, 12, 14) if change == "grey" else SIZE, nn.Conv2d(1 if change == "grey" else 3, 4, 3, padding=1)
+    for dropout, served in ((nn.Dropout, False), (nn.Dropout2d, True)):
+        model = images(copy.deepcopy(net), nn.ReLU(), dropout(0.5), features=4 * 168).double()
+        x, y, qx, qy = tasks(*shape)
+        if change == "weights":
+            model = model.to(memory_format=torch.channels_last)
+        else:
+            axes = (0, 1, 2, 4, 3) if change == "transposed" else (0, 1, 3, 4, 2)
+            back = (0, 1, 2, 4, 3) if change == "transposed" else (0, 1, 4, 2, 3)
+            x, qx = (each.permute(axes).clone(memory_format=torch.contiguous_format).permute(back) for each in (x, qx))
+        found = explain(model, x, y, qx, qy, **OPTIONS)
+        assert (found.family == "layers") == served, found
+        if served:
+            compare(model, (x, y, qx, qy))
+        else:
+            assert "depend on the order in memory" in found.families["cpu"]["layers"]
+
+
+def test_fewer_tasks_together_where_dropouts_have_large_masks() -> None:
+    def together(dropout: nn.Module) -> int:
+        model = images(nn.Conv2d(3, 64, 3, padding=1), dropout, nn.AdaptiveAvgPool2d(1), features=64).double()
+        options = {"loss": "cross_entropy", "adapt": None, "backend": "auto", "precision": "fp32"}
+        others = {"nonfinite": "propagate", "batch_norm": "batch", "zero_dead_bias": True, "method": "maml"}
+        run = layers.run.NativeRun.of(check_problem(model, *tasks(*SIZE, count=200), **OPTIONS, **options, **others))
+        return run.chunks()[0].stop
+
+    assert together(nn.Dropout(0.5)) * 10 < together(nn.Dropout2d(0.5)) <= together(nn.Identity())
+
+
+def test_nothing_is_drawn_where_no_pass_is_made() -> None:
+    make, shape = NETS["dropout of features"]
+    model, data, before = make().double(), tasks(*shape), torch.get_rng_state()
+    adapt(model, *data[:2], inner_lr=0.01, inner_steps=0, backend="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_share_of_numpys_type_is_compared_by_value() -> None:
+    model, data = nn.Sequential(nn.Linear(7, 8), nn.Dropout(0.3), nn.Linear(8, 3)).double(), tasks(7)
+    model[1].p = np.float64(0.3)
+    compare(model, data)
+    before = structure.of_module(model)
+    model[1].p = np.float64(0.7)
+    assert structure.of_module(model) != before
+    compare(model, data)
+
+
+def test_explain_without_data_of_a_model_that_starts_with_a_dropout_or_a_norm() -> None:
+    rest = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    for model in (nn.Sequential(nn.Dropout(0.2), nn.Linear(7, 3)), nn.Sequential(nn.BatchNorm2d(3), *rest)):
+        assert explain(model).family == "layers"
 
 
 def test_the_program_is_told() -> None:

@@ -20,7 +20,8 @@ def mark_the_rest_of_grids_slow(items: Sequence[pytest.Item]) -> None:
     """
     grids: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if not any(item.get_closest_marker(name) for name in ("slow", "skip", "gpu")):
+        skipped = any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif"))
+        if not skipped and not any(item.get_closest_marker(name) for name in ("slow", "skip", "gpu")):
             grids[item.nodeid.split("[", 1)[0]].append(item)
     for cases in grids.values():
         for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[QUICK_CASES:]:
