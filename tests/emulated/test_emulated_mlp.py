@@ -276,7 +276,10 @@ def test_recognised_by_structure():
         (Residual(), "no plain chain"),
         (nn.Sequential(nn.Linear(3, 2)), "not linear layers with one kind of activation"),
         (nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), "more than linear layers and act"),
-        (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)), "more than linear layers and act"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)),
+            "more than linear layers and act",
+        ),
         (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), "no activation before layer"),
         (
             nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)),
