@@ -154,18 +154,22 @@ def train_and_test(job: Job, work: Path, data_root: Path) -> None:
         # A rate so high that the weights turn NaN is an answer: the worst one.
         found = {"failed": str(error).split(";")[0], "validation": 0.0, "iterations": trainer.iteration}
     if not job.trial and found["failed"] is None:
-        scores.save(folder / scores.FILE, tests_of(job, trainer, {}))
+        scores.save(folder / scores.FILE, answers(trainer, tests_of(job)))
     found |= {"inner_lr": config.inner_lr, "outer_lr": config.outer_lr, "backend": trainer.explanation.backend}
     found |= {**origin, "threads": torch.get_num_threads(), "config": harness.public(config.to_dict())}
     write_atomically(folder / DONE, json.dumps(found, indent=1) + "\n")
 
 
-def tests_of(job: Job, trainer: MetaTrainer, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The answers of all tests of a job's learner: those that are known, and the others of the trainer's weights."""
+def tests_of(job: Job) -> dict[str, scores.Test]:
+    """All tests of a job's learner."""
     setting = SETTINGS[job.setting]
-    curves = setting.curves and job.seed == 0 and not job.changes
+    return scores.tests(setting, curves=setting.curves and job.seed == 0 and not job.changes)
+
+
+def answers(trainer: MetaTrainer, tests: Mapping[str, scores.Test]) -> dict[str, Any]:
+    """What a trainer's learner answers in tests, by their names."""
     images = load_images(trainer.config, "test")
-    return {**known, **scores.score(trainer, images, setting, curves=curves, known=known)}
+    return {name: test(trainer, images) for name, test in tests.items()}
 
 
 def test_again(jobs: Iterable[Job], work: Path, data_root: Path) -> None:
@@ -174,14 +178,15 @@ def test_again(jobs: Iterable[Job], work: Path, data_root: Path) -> None:
         config, left = config_of(job, work), done(job, work)
         if job.trial or config is None or left is None or left["failed"] is not None:
             continue
-        torch.set_num_threads(left["threads"])
-        trainer = MetaTrainer(with_data(config, job.setting, data_root), out=work / job.name, progress=False)
-        trainer.load_weights(trainer.run.best)
         file = work / job.name / scores.FILE
         known = scores.load(file)
-        found = tests_of(job, trainer, known)
-        scores.save(file, found)
-        print(f"{job.name}: {', '.join(sorted(found.keys() - known)) or 'nothing new'}", flush=True)
+        missing = {name: test for name, test in tests_of(job).items() if name not in known}
+        if missing:
+            torch.set_num_threads(left["threads"])
+            trainer = MetaTrainer(with_data(config, job.setting, data_root), out=work / job.name, progress=False)
+            trainer.load_weights(trainer.run.best)
+            scores.save(file, known | answers(trainer, missing))
+        print(f"{job.name}: {', '.join(missing) or 'nothing new'}", flush=True)
 
 
 # ---- all jobs ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -71,10 +71,11 @@ def answers_of_nearest_mean(trainer: MetaTrainer, images: ImageSet, *, queries: 
     """
     found = []
     with dropout_off(trainer.model):
+        (one,) = _test_tasks(trainer, images, queries, tasks=1)
+        name = head_of(trainer.model, one.support_x[0]).name
+        assert name is not None, "all networks of the plan end in a linear layer"
+        body = with_head(trainer.model, name, nn.Identity())
         for episodes in _test_tasks(trainer, images, queries):
-            name = head_of(trainer.model, episodes.support_x[0]).name
-            assert name is not None, "all networks of the plan end in a linear layer"
-            body = with_head(trainer.model, name, nn.Identity())
             support, query = (features(body, x) for x in (episodes.support_x, episodes.query_x))
             classes = nn.functional.one_hot(episodes.support_y, trainer.config.ways).to(support)
             means = nn.functional.normalize(classes.mT @ support, dim=-1)
@@ -109,35 +110,30 @@ def _test_tasks(
         yield sampler.draw_tasks(first, min(chunk, tasks - first))
 
 
-def score(
-    trainer: MetaTrainer, images: ImageSet, setting: Setting, *, curves: bool, known: Collection[str] = ()
-) -> dict[str, np.ndarray]:
-    """All tests of a learner, as correct answers by task.
+# A test of a trainer's learner on test images: the number of correct answers in each task.
+Test = Callable[[MetaTrainer, ImageSet], np.ndarray]
 
-    Args:
-        trainer: As in `correct_answers`.
-        images: Likewise.
-        setting: The learner's.
-        curves: Whether to test it over inner steps and over shots too.
-        known: Names of tests that are not wanted any more.
+
+def tests(setting: Setting, *, curves: bool) -> dict[str, Test]:
+    """All tests of a learner of a setting.
 
     Returns:
         By name: `test_batch_q15` (transductive, 15 queries a class), `test_support_q15` (inductive) and so on for each
         of the setting's numbers of queries; `test_means_q15` without inner steps; with `curves` also `steps_S` and
         `shots_N`.
     """
-    answers, first = partial(correct_answers, trainer, images), setting.test_queries[0]
-    wanted = {
-        f"test_{batch_norm}_q{queries}": partial(answers, queries=queries, batch_norm=batch_norm)
+    found: dict[str, Test] = {
+        f"test_{batch_norm}_q{queries}": partial(correct_answers, queries=queries, batch_norm=batch_norm)
         for queries in setting.test_queries
         for batch_norm in ("batch", "support")
     }
-    wanted[f"test_means_q{first}"] = partial(answers_of_nearest_mean, trainer, images, queries=first)
+    first = setting.test_queries[0]
+    found[f"test_means_q{first}"] = partial(answers_of_nearest_mean, queries=first)
     if curves:
-        few = partial(answers, queries=first, tasks=CURVE_TASKS)
-        wanted |= {f"steps_{steps}": partial(few, steps=steps) for steps in STEPS}
-        wanted |= {f"shots_{shots}": partial(few, shots=shots) for shots in SHOTS}
-    return {name: test() for name, test in wanted.items() if name not in known}
+        few = partial(correct_answers, queries=first, tasks=CURVE_TASKS)
+        found |= {f"steps_{steps}": partial(few, steps=steps) for steps in STEPS}
+        found |= {f"shots_{shots}": partial(few, shots=shots) for shots in SHOTS}
+    return found
 
 
 def save(path: Path, scores: Mapping[str, np.ndarray]) -> None:

@@ -5,6 +5,7 @@ What is known about a module is cached until the module changes; structure.py de
 
 from __future__ import annotations
 
+import functools
 import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -647,17 +648,12 @@ def _computes(
                 if buffer.is_floating_point()
             }
             inputs = examples.to(x.device, dtype)
-            own = [parameters[name] for name in names]
-
-            def own_forward(inputs: Tensor = inputs, parameters: Mapping[str, Tensor] = parameters) -> Tensor:
-                return forward(parameters, inputs)
-
-            def models_forward(inputs: Tensor = inputs, values: Mapping[str, Tensor] = buffers | parameters) -> Any:
-                return copies.make(values)(inputs)
-
+            expected = functools.partial(forward, parameters, inputs)
+            models = functools.partial(_run_copy, copies, buffers | parameters, inputs)
+            used = [parameters[name] for name in names]
             try:
                 for seed in seeds if draws else (None,):
-                    agrees, sees_all = _agree(own_forward, models_forward, own, generator, tolerance, seed)
+                    agrees, sees_all = _agree(expected, models, used, generator, tolerance, seed)
                     if not agrees:
                         return False
                     if sees_all:
@@ -667,6 +663,10 @@ def _computes(
             except Exception:  # such as examples that do not fit: the reference will raise it again
                 return False
     return True
+
+
+def _run_copy(copies: Replicas, values: dict[str, Tensor], x: Tensor) -> Any:
+    return copies.make(values)(x)
 
 
 # Some for each dtype, so that a forward which sets the generator itself cannot always set the same.
