@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import compact, compiled, inputs, modes, ops, threads
+from .lazy import cached_property
 from .losses import accuracy
 from .problem import Problem
 from .reference import (

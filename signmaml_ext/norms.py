@@ -53,8 +53,7 @@ class SupportStatistics:
 
     def _recording(self, path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def normalise(x: Tensor) -> Tensor:
-            axes = _axes(x)
-            moments = x.mean(axes), x.var(axes, unbiased=False)  # also if recomputed: checkpointing counts tensors
+            moments = _moments(x)  # also if recomputed: checkpointing counts tensors
             if not self._recorded:
                 self._seen[path].append(moments)
             return forward(x)
@@ -87,6 +86,10 @@ def _norms(copy: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     return {path: module for path, module in copy.named_modules() if isinstance(module, BatchNorm)}
 
 
-def _axes(x: Tensor) -> list[int]:
-    """All axes except that of the channels."""
-    return [0, *range(2, x.ndim)]
+def _moments(x: Tensor) -> Moments:
+    """Mean and biased variance over all axes except that of the channels."""
+    axes = [0, *range(2, x.ndim)]
+    if x.dtype not in (torch.float32, torch.float64) or not x.is_cpu:
+        return x.mean(axes), x.var(axes, unbiased=False)
+    mean = x.mean(axes, keepdim=True)  # on a CPU this takes a sixth of the time of torch's own variance
+    return mean.view(-1), (x - mean).square().mean(axes)

@@ -118,7 +118,7 @@ class CountedState(Adapted):
         for name, steps in self.counts.steps.items():
             rate = rates[name] if isinstance(rates, Mapping) else rates
             moved[name] = from_counts(steps, theta[name], rate)
-        return finished(model, moved, self.counts.statistics, self.transductive)
+        return normalised(with_parameters(model, moved), self.counts.statistics, self.transductive)
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {"steps": self.counts.steps, "statistics": self.counts.statistics, "head": self.counts.head}
@@ -180,16 +180,14 @@ def _adapt(
     tasks: list[Adapted] = []
     for i in range(len(x)):
         of_task = params.task(i) if isinstance(params, CompactParams) else {name: p[i] for name, p in params.items()}
-        statistics: dict[str, Tensor] = {}
-        if inductive and _norms(model):
-            statistics = _support_statistics(with_parameters(model, of_task), x[i], own)
+        # The head too where the inner loop does not move it: the learner makes the next task's in its place.
+        moved = with_parameters(model, {**own_head, **of_task})
+        statistics = _support_statistics(moved, x[i], own) if inductive and _norms(model) else {}
         if isinstance(params, CompactParams):
             steps = {name: steps[i] for name, steps in params.counts.items()}
             tasks.append(CountedState(learner, Counts(steps, statistics, own_head), transductive, rates, head))
         else:
-            # The head too where the inner loop does not move it: the learner makes the next task's in its place.
-            adapted = finished(model, {**own_head, **of_task}, statistics, transductive)
-            tasks.append(FullState(adapted, own, transductive))
+            tasks.append(FullState(normalised(moved, statistics, transductive), own, transductive))
     return tasks
 
 
@@ -222,12 +220,9 @@ def with_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Mo
     return twin
 
 
-def finished(
-    model: nn.Module, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor], transductive: bool
-) -> nn.Module:
-    """A model with a task's parameters, whose BatchNorms predict as asked in evaluation mode; see `Adapted.module`."""
-    twin = with_parameters(model, parameters)
-    for path, norm in _norms(twin).items():
+def normalised(model: nn.Module, statistics: Mapping[str, Tensor], transductive: bool) -> nn.Module:
+    """The same model, in evaluation mode and with BatchNorms that predict as asked; see `Adapted.module`."""
+    for path, norm in _norms(model).items():
         if transductive:
             _set_statistics(norm, None, None)
         elif statistics:
@@ -235,7 +230,7 @@ def finished(
             mean, variance = (statistics.get(prefix + name) for name in _STATISTICS)
             if mean is not None:  # else the forward does not use it
                 _set_statistics(norm, mean, variance)
-    return twin.eval()
+    return model.eval()
 
 
 def prepared(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -206,6 +207,7 @@ class _FewShotEstimator:
             "source": learner.source,
             "config": None if learner.config is None else learner.config.to_dict(),
             "example": None if learner.example is None else learner.example.to_json(),
+            "input": None if self._input is None else _input_to_json(self._input),
             **self._metadata(),
         }
         checkpoint.save(Path(path), adapted.tensors(), kind="adapted", metadata=metadata)
@@ -237,11 +239,11 @@ class _FewShotEstimator:
         if X is not None:
             x = learner.inputs(X)
         elif self._input is not None:
-            x = self._input
+            x = self._input.contiguous()
         elif learner.example is not None:
             x = torch.zeros(1, *learner.example.shape, dtype=next(adapted.module().parameters()).dtype, device="cpu")
         else:
-            raise ValueError("X: expected some examples, since this learner was loaded and says no shape, found none")
+            raise ValueError("X: expected some examples, since the file of this learner says no shape, found none")
         export(self.module(), path, x, probabilities=probabilities, metadata=self._export_metadata())
 
     def _export_metadata(self) -> dict[str, Any]:
@@ -316,6 +318,8 @@ class _FewShotEstimator:
         moved = {name: tensor.to(found.device) for name, tensor in tensors.items()}
         estimator._learner = found
         estimator._adapted = estimator._state_of(moved, stored, found)
+        if stored.get("input") is not None:  # absent from older files
+            estimator._input = _input_from_json(stored["input"]).to(found.device)
         return estimator
 
     def _metadata(self) -> dict[str, Any]:
@@ -630,6 +634,25 @@ class FewShotRegressor(_FewShotEstimator):
     def _state_of(self, tensors: Mapping[str, Tensor], stored: Mapping[str, Any], learner: Learner) -> Adapted:
         self._one = bool(stored["one"])
         return super()._state_of(tensors, stored, learner)
+
+
+def _input_to_json(x: Tensor) -> dict[str, Any]:
+    """Sizes and dtype of one input; ``x`` is a batch of one."""
+    return {"sizes": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}
+
+
+def _input_from_json(stored: Any) -> Tensor:
+    """A batch of one input of zeros, from what `_input_to_json` returned.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    found = stored if isinstance(stored, Mapping) else {}
+    sizes, kind = found.get("sizes"), getattr(torch, str(found.get("dtype")), None)
+    whole = isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+    if not isinstance(sizes, list) or not whole or math.prod(sizes) >= 2**40 or not isinstance(kind, torch.dtype):
+        raise ValueError(f"load: expected the sizes and the dtype of an input, found {stored!r}")
+    return torch.zeros((), dtype=kind, device="cpu").expand(1, *sizes)  # takes no memory, whatever a file says
 
 
 def is_adapted(path: str | os.PathLike[str]) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import signmaml_ext
 from signmaml_ext import Sharpness, graphs
 from signmaml_ext.checks import check_problem
+from signmaml_ext.lazy import cached_property
 
 from . import building
 from .averaging import Average

@@ -8,12 +8,14 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+
+from signmaml_ext.lazy import cached_property
 
 from . import building, checkpoint
 from .config import METHODS, TrainConfig

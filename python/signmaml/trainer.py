@@ -8,7 +8,6 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import signmaml_ext
+from signmaml_ext.lazy import cached_property
 
 from . import building, checkpoint, state, trackers, version
 from .averaging import Average

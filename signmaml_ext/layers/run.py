@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .. import _loader, chain, fused, modes
 from ..inputs import Inputs, only
+from ..lazy import cached_property
 from ..problem import Problem
 from ..results import TaskParams
 from .spec import LayersSpec, read

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from .. import chain
 from ..chain import ACTIVATIONS, Layer
+from ..lazy import cached_property
 from ..recognition import used_twice
 
 Pair = tuple[int, int]

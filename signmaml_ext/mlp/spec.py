@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import chain
 from ..chain import Layer
+from ..lazy import cached_property
 from ..recognition import linear, used_twice
 
 

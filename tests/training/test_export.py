@@ -103,7 +103,13 @@ def test_loaded_learners_and_regressors(tmp_path: Path) -> None:
     found = torch.export.load(tmp_path / "wave.pt2").module()(points)
     np.testing.assert_allclose(found[:, 0].detach(), wave.predict(points), rtol=1e-5, atol=1e-6)
     wave.save(tmp_path / "wave.safetensors")
-    shapeless = FewShotRegressor.load(tmp_path / "wave.safetensors", Learner.of(model, inner_lr=0.01, inner_steps=2))
+    again = Learner.of(model, inner_lr=0.01, inner_steps=2)
+    FewShotRegressor.load(tmp_path / "wave.safetensors", again).export(tmp_path / "c.pt2")
+    assert torch.export.load(tmp_path / "c.pt2").module()(points).shape == (6, 1)
+    # Files were once written without the inputs' sizes.
+    tensors, header = signmaml.checkpoint.load(tmp_path / "wave.safetensors", kind="adapted")
+    signmaml.checkpoint.save(tmp_path / "old.safetensors", tensors, kind="adapted", metadata={**header, "input": None})
+    shapeless = FewShotRegressor.load(tmp_path / "old.safetensors", again)
     with pytest.raises(ValueError, match="X: expected some examples"):
         shapeless.export(tmp_path / "b.pt2")
     shapeless.export(tmp_path / "b.pt2", points)

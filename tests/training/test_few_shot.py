@@ -230,13 +230,15 @@ def test_integers_are_numbers_unless_the_model_takes_them() -> None:
     assert of_words.predict_proba(table).shape == (6, 2)
 
 
-def test_one_example_is_not_taken_for_several() -> None:
+def test_one_example_is_not_taken_for_several(tmp_path: Path) -> None:
     table = torch.randn(6, 4)
     network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     fitted = FewShotClassifier(network, inner_lr=0.1, inner_steps=3).fit(table, [0, 0, 0, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"X: expected examples \[n, 4\] as in fit, found shape \[4\]"):
-        fitted.predict(table[0])
-    assert fitted.predict(table[:1]).shape == (1,)
+    fitted.save(tmp_path / "a.safetensors")
+    for classifier in (fitted, FewShotClassifier.load(tmp_path / "a.safetensors", network)):
+        with pytest.raises(ValueError, match=r"X: expected examples \[n, 4\] as in fit, found shape \[4\]"):
+            classifier.predict(table[0])
+        assert classifier.predict(table[:1]).shape == (1,)
 
 
 @pytest.mark.slow
@@ -939,6 +941,9 @@ def test_a_file_keeps_how_a_modules_learner_computes(tmp_path: Path, options: di
         (lambda tensors, header: header.pop("classes"), "damaged header in .*: classes"),
         (lambda tensors, header: header.update(prototypes=1), "damaged header in .*: prototypes"),
         (lambda tensors, header: header.update(parameters=[]), "damaged header in .*: parameters"),
+        (lambda tensors, header: header.update(input=[4]), "expected the sizes and the dtype of an input"),
+        (lambda tensors, header: header["input"].update(dtype="load"), "expected the sizes and the dtype of an input"),
+        (lambda tensors, header: header["input"].update(sizes=[10**9, 10**9]), "expected the sizes and the dtype"),
         (lambda tensors, header: tensors.update({"steps/other": torch.zeros(1, dtype=torch.int8)}), "found others"),
         (lambda tensors, header: tensors.pop("head/classifier.weight"), "expected the weight of the head 'classifier'"),
     ],
