@@ -1,4 +1,5 @@
-"""Reads a module's forward as a chain of layers, with torch.fx: the computation counts, not the class.
+"""Reads a module's forward as layers, with torch.fx: a chain, or with sums of branches. The computation counts, not the
+class.
 
 What is known about a module is cached until the module changes; structure.py defines what a change is.
 """
@@ -11,8 +12,8 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.fx
@@ -28,14 +29,14 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Layer:
-    """One link of a chain.
+    """One layer.
 
     Attributes:
         kind: "conv" and "norm" (of images), "conv1d", "norm1d" (of features or series), "group_norm", "instance_norm",
             "layer_norm", "linear"; an activation, see `ACTIVATIONS`; "pool" (2x2 maximum), "max_pool" and
             "average_pool" (any others), "mean" (over all positions; of series "mean1d"); "dropout" (of values),
             "dropout1d" and "dropout2d" (of channels of series and of images); "flatten", or "images" (a view as images,
-            regardless of the shape before).
+            regardless of the shape before); "sum" (of two layers' outputs).
         name: In messages: the module's path, or the node of the graph.
         module: The module of a layer with parameters or of a normalisation; its path is `name`.
         size: The sizes that a "flatten" or "images" view spells out, if it does: `[features]`, `[C, H, W]`.
@@ -43,6 +44,8 @@ class Layer:
         window: Of "max_pool" and "average_pool": kernel, stride and padding, each `(height, width)`.
         counts_padding: Whether an "average_pool" divides by positions over the border too.
         share: Of a dropout: what share becomes 0, between 0 and 1.
+        reads: How many layers back those are whose outputs it reads: two for a "sum", one for others. The examples come
+            before the first layer.
     """
 
     kind: str
@@ -53,6 +56,7 @@ class Layer:
     window: tuple[tuple[int, int], ...] = ()
     counts_padding: bool = True
     share: float = 0.0
+    reads: tuple[int, ...] = (1,)
 
 
 @dataclass
@@ -134,9 +138,18 @@ def remembered(model: nn.Module, question: str, find: Callable[[nn.Module], Answ
     return answer
 
 
-def layers_of(model: nn.Module) -> tuple[Layer, ...] | str:
-    """A module's forward as a chain of layers, or why it is not one."""
+def network_of(model: nn.Module) -> tuple[Layer, ...] | str:
+    """A module's forward as layers, of which the last one gives its prediction; or why it is not that."""
     return remembered(model, "layers", lambda model: _why_untraceable(model) or _traced(model))
+
+
+def layers_of(model: nn.Module) -> tuple[Layer, ...] | str:
+    """A module's forward as a chain of layers, each of which reads the one before; or why it is not one."""
+    found = network_of(model)
+    if isinstance(found, str):
+        return found
+    odd = next((layer for layer in found if layer.reads != (1,)), None)
+    return found if odd is None else f"its layers are no plain chain (at {odd.name!r})"
 
 
 _HOOKS = {
@@ -167,11 +180,11 @@ def _why_untraceable(model: nn.Module) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the graph to the chain
+# From the graph to the layers
 
 
 class _Refused(Exception):
-    """The module is not a chain of known layers; the message says why."""
+    """The module does not consist of known layers; the message says why."""
 
 
 def _traced(model: nn.Module) -> tuple[Layer, ...] | str:
@@ -182,7 +195,7 @@ def _traced(model: nn.Module) -> tuple[Layer, ...] | str:
 
 
 def _trace(model: nn.Module) -> tuple[tuple[Layer, ...] | str, Reads]:
-    """The chain, or why there is none, and the attributes that the forward read.
+    """The layers, or why there are none, and the attributes that the forward read.
 
     torch.fx's own `symbolic_trace` replaces `nn.Module.__call__` for the whole process while it runs. Here a private
     copy of the module runs instead, whose layers record their calls.
@@ -232,29 +245,48 @@ class _Reader:
         self.owners = owners
         self.sizes: set[torch.fx.Node] = set()  # nodes that are a shape
         self.counts: set[torch.fx.Node] = set()  # nodes that are the number of examples
-        self.chain: list[torch.fx.Node] = []
+        self.given: dict[torch.fx.Node, int] = {}  # node -> the number of the layer that gives it; 0: the examples
         self.layers: list[Layer] = []
 
     def read(self, graph: torch.fx.Graph) -> tuple[Layer, ...]:
         for node in graph.nodes:
             if node.op == "placeholder":
-                if self.chain:
+                if self.given:
                     raise _Refused("its forward takes several arguments")
+                self.given[node] = 0
             elif node.op == "output":
-                if node.args[0] is not self.chain[-1]:
+                if self.given.get(node.args[0], -1) != len(self.layers):
                     raise _Refused("it returns something else than its last layer's output")
                 break
-            elif self._is_about_the_shape(node):
-                continue
-            else:
-                data = [argument for argument in node.all_input_nodes if argument not in self.counts]
-                if data != self.chain[-1:] or not node.args or node.args[0] is not data[0]:
-                    raise _Refused(f"its layers are no plain chain (at {node.name!r})")
-                layer = self._layer(node)
-                if layer is not None:
-                    self.layers.append(layer)
-            self.chain.append(node)
+            elif not self._is_about_the_shape(node):
+                self.given[node] = self._given(node)
+        read = {number - back for number, layer in enumerate(self.layers, 1) for back in layer.reads}
+        for number, layer in enumerate(self.layers[:-1], 1):
+            if number not in read:
+                raise _Refused(f"nothing reads what {layer.name!r} gives")
         return tuple(self.layers)
+
+    def _given(self, node: torch.fx.Node) -> int:
+        """The number of the layer that gives a node's output."""
+        if self._adds_two(node):
+            sources = [self.given[cast(torch.fx.Node, argument)] for argument in node.args]
+            layer: Layer | None = Layer("sum", node.name)
+        else:
+            data = [argument for argument in node.all_input_nodes if argument not in self.counts]
+            if len(data) != 1 or data[0] not in self.given or not node.args or node.args[0] is not data[0]:
+                raise _Refused(f"its layers are no plain chain (at {node.name!r})")
+            sources, layer = [self.given[data[0]]], self._layer(node)
+        if layer is None:
+            return sources[0]
+        number = len(self.layers) + 1
+        self.layers.append(replace(layer, reads=tuple(number - source for source in sources)))
+        return number
+
+    def _adds_two(self, node: torch.fx.Node) -> bool:
+        if node.op == "call_module" or node.target not in _SUMS:
+            return False
+        are_data = [isinstance(argument, torch.fx.Node) and argument in self.given for argument in node.args]
+        return are_data == [True, True] and dict(node.kwargs) in ({}, {"alpha": 1})
 
     def _is_about_the_shape(self, node: torch.fx.Node) -> bool:
         """`x.size(0)`, `x.size()[0]`, `x.shape[0]`: the number of examples, the same all along the chain."""
@@ -265,7 +297,7 @@ class _Reader:
             if node.target is operator.getitem and rest == [0]:
                 self.counts.add(node)
                 return True
-        elif source in self.chain:
+        elif source in self.given:
             if node.target == "size" and node.op == "call_method" and rest == [0]:
                 self.counts.add(node)
                 return True
@@ -321,11 +353,14 @@ class _Reader:
 
     def _norm_kind(self, node: torch.fx.Node) -> str:
         """F.batch_norm is the same for images and features: what came before tells."""
-        for layer in reversed(self.layers):
+        number = self.given[cast(torch.fx.Node, node.args[0])]
+        while number > 0:
+            layer = self.layers[number - 1]
             if layer.kind in ("conv", "images"):
                 return "norm"
             if layer.kind in ("conv1d", "linear", "flatten", "mean", "mean1d"):
                 return "norm1d"
+            number -= layer.reads[0]
         raise _Refused(f"it uses batch_norm before a layer that tells its number of axes (at {node.name!r})")
 
     def _module(self, name: str, module: nn.Module) -> Layer | None:
@@ -410,7 +445,8 @@ _Read = Callable[[str, _Arguments, dict[str, Any], tuple[bool, ...]], Layer | No
 
 def _activation(kind: str) -> _Read:
     def read(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: tuple[bool, ...]) -> Layer:
-        return Layer(kind, name)  # in-place ones are the same here: a chain reads nothing twice
+        # In-place ones are the same here. Where a forward reads what such a one has overwritten, `computes` sees it.
+        return Layer(kind, name)
 
     return read
 
@@ -531,6 +567,8 @@ def _view(name: str, arguments: _Arguments, keywords: dict[str, Any], is_count: 
     raise _Refused(f"its view is not one of examples by features (at {name!r})")
 
 
+# `a + b`, `a += b` and their kin.
+_SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _AVERAGE_1D_SETTINGS = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
 # How layers with settings are read, and the attributes that hold these.
 _SETTINGS: dict[type[nn.Module], tuple[_Read, tuple[str, ...]]] = {

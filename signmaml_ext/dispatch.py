@@ -138,7 +138,7 @@ CONV = Family("conv", "Conv-N networks in native code", conv.why_not, conv.meta_
 MLP = Family("mlp", "multilayer perceptrons in native code", mlp.why_not, mlp.meta_gradients, mlp.adapt, fused=True)
 LAYERS = Family(
     "layers",
-    "chains of usual layers: gradients in native code, steps on flat buffers",
+    "usual layers, in chains and with shortcuts: gradients in native code, steps on flat buffers",
     layers.why_not,
     layers.meta_gradients,
     layers.adapt,

@@ -273,10 +273,10 @@ def _refusing_random_draws(device: torch.device) -> Iterator[None]:
 def _what_it_is(model: nn.Module) -> Hashable:
     """What the forward of a model depends on besides the numbers in its tensors.
 
-    For a chain of layers it is known what the forward reads, so a counter or an epoch kept on the model is left out.
+    For a network of layers it is known what the forward reads, so a counter or an epoch kept on the model is left out.
     For any other model everything counts.
     """
-    if isinstance(chain.layers_of(model), tuple):
+    if isinstance(chain.network_of(model), tuple):
         known = chain.of_module(model)
         return known.structure, known.values
     return structure.of_module(model), structure.of_attributes(model)

@@ -86,12 +86,31 @@ std::string text_of(const LayersSize& size) {
     return std::to_string(size.channels) + " x " + std::to_string(size.height) + " x " + std::to_string(size.width);
 }
 
-LayersBlock block_of(const Entries& entries, const LayersSize& in, std::int32_t& tensors) {
+// Which block lies some number of blocks back from block i, one of [lowest, i - 1].
+std::int32_t back_from(const Entries& entries, const char* name, std::int32_t i, std::int32_t otherwise,
+                       std::int32_t lowest) {
+    const std::int32_t back = entries.get<std::int32_t>(name, otherwise);
+    if (back < 1 || back > i - lowest) {
+        refuse(entries.at(), std::string("'") + name + "' of 1 to " + std::to_string(i - lowest), std::to_string(back));
+    }
+    return i - back;
+}
+
+// Block i of a network whose earlier blocks are there; example: its size.
+LayersBlock block_of(const Entries& entries, std::int32_t i, const LayersSize& example, LayersNetwork& network) {
     LayersBlock block{};
-    const auto tensor = [&tensors](bool there) { return there ? tensors++ : -1; };
+    const auto tensor = [&network](bool there) { return there ? network.tensors++ : -1; };
+    block.product = entries.kind<LayersProduct>("product", {"none", "conv", "linear", "sum"});
+    block.source = back_from(entries, "reads", i, 1, -1);
+    const LayersSize in = block.source < 0 ? example : network.block[block.source].out;
     block.in = block.made = in;
-    block.product = entries.kind<LayersProduct>("product", {"none", "conv", "linear"});
-    if (block.product != LayersProduct::kNone) {
+    if (block.product == LayersProduct::kSum) {
+        block.added = back_from(entries, "adds", i, 0, 0);
+        const LayersSize& other = network.block[block.added].out;
+        if (text_of(other) != text_of(in)) refuse(entries.at(), "a summand of " + text_of(in), text_of(other));
+    }
+    const bool has_weight = block.product == LayersProduct::kConv || block.product == LayersProduct::kLinear;
+    if (has_weight) {
         block.made.channels = entries.get<std::int32_t>("channels", 0);
         if (block.made.channels < 1) refuse(entries.at(), "channels of 1 or more", std::to_string(block.made.channels));
     }
@@ -122,8 +141,8 @@ LayersBlock block_of(const Entries& entries, const LayersSize& in, std::int32_t&
     } else if (block.product == LayersProduct::kLinear) {
         block.made.height = block.made.width = 1;
     }
-    block.weight = tensor(block.product != LayersProduct::kNone);
-    block.bias = tensor(block.product != LayersProduct::kNone && entries.get<bool>("bias", false));
+    block.weight = tensor(has_weight);
+    block.bias = tensor(has_weight && entries.get<bool>("bias", false));
     block.norm = entries.kind<LayersNorm>("norm", {"none", "batch", "group"});
     block.groups = entries.get<std::int32_t>("groups", 1);
     block.eps = entries.get<double>("eps", 0.0);
@@ -166,14 +185,17 @@ class LayersProgram {
         if (blocks.empty() || blocks.size() > static_cast<std::size_t>(kLayersBlocks)) {
             refuse("blocks", "1 to " + std::to_string(kLayersBlocks), std::to_string(blocks.size()));
         }
-        LayersSize at{size[0], size[1], size[2]};
-        if (at.channels < 1 || at.height < 1 || at.width < 1) refuse("size", "1 or more each", text_of(at));
-        network_.blocks = static_cast<std::int32_t>(blocks.size());
-        for (std::size_t i = 0; i < blocks.size(); ++i) {
-            network_.block[i] = block_of(Entries(blocks[i], i), at, network_.tensors);
-            at = network_.block[i].out;
+        const LayersSize example{size[0], size[1], size[2]};
+        if (example.channels < 1 || example.height < 1 || example.width < 1) {
+            refuse("size", "1 or more each", text_of(example));
         }
-        if (at.height != 1 || at.width != 1) refuse("blocks", "a last one that makes features", text_of(at));
+        network_.blocks = static_cast<std::int32_t>(blocks.size());
+        for (std::int32_t i = 0; i < network_.blocks; ++i) {
+            network_.block[i] = block_of(Entries(blocks[i], i), i, example, network_);
+        }
+        for (std::int32_t i = 0; i + 1 < network_.blocks; ++i) check_readers(i);
+        const LayersSize& out = network_.block[network_.blocks - 1].out;
+        if (out.height != 1 || out.width != 1) refuse("blocks", "a last one that makes features", text_of(out));
     }
 
     std::int32_t tensors() const { return network_.tensors; }
@@ -266,6 +288,20 @@ class LayersProgram {
     }
 
   private:
+    void check_readers(std::int32_t other) const {
+        int readers = 0;
+        bool flattens = false;
+        for (std::int32_t i = other + 1; i < network_.blocks; ++i) {
+            const LayersBlock& block = network_.block[i];
+            readers += layers_reads(block, other) ? 1 : 0;
+            flattens |= block.source == other && block.product == LayersProduct::kLinear &&
+                        std::int64_t{block.in.height} * block.in.width > 1;
+        }
+        const std::string at = "blocks[" + std::to_string(other) + "]";
+        if (readers == 0) refuse(at, "a block that another one reads", "none");
+        if (flattens && readers > 1) refuse(at, "one reader of images that a linear layer reads", "several");
+    }
+
     static void check_counts(std::int64_t tasks, std::int64_t count, int threads) {
         if (tasks < 0) refuse("tasks", "0 or more", std::to_string(tasks));
         if (count < 1) refuse("count", "1 or more", std::to_string(count));

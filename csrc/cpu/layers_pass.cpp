@@ -154,7 +154,8 @@ class GradientThread {
     void run(std::int64_t task) {
         const LayersNetwork& network = *t_.network;
         const std::int64_t outputs = layers_features(network.block[network.blocks - 1].out);
-        const std::int64_t lanes = layout_.out.lanes, features = layers_features(network.block[0].in);
+        const LayersBlockPlan& last = layout_.block[network.blocks - 1];
+        const std::int64_t lanes = last.out.lanes, features = layers_features(network.block[0].in);
         for (std::int32_t i = 0; i < network.tensors; ++i) {
             const LayersTensor<Scalar>& tensor = p_.tensors[i];
             values_[i] = of_task(tensor.values, tensor.values_apart, task);
@@ -170,8 +171,8 @@ class GradientThread {
             take_noise(noise_, network, p_.noise, task * p_.count + first);
             stages_.forward(t_);
             for (std::int64_t e = 0; e < t_.count; ++e) {
-                const Scalar* out = t_.memory + layout_.out.place + e * lanes;
-                Scalar* grad = t_.memory + layout_.out_grad[0] + e * lanes;
+                const Scalar* out = t_.memory + last.out.place + e * lanes;
+                Scalar* grad = t_.memory + last.out_grad + e * lanes;
                 sum += losses.take(first + e, out, grad);
                 std::fill(grad + outputs, grad + lanes, Scalar(0));
                 if (p_.predictions == nullptr) continue;
@@ -231,7 +232,8 @@ class HessianThread {
     void run(std::int64_t task) {
         const LayersNetwork& network = *d_.value.network;
         const std::int64_t outputs = layers_features(network.block[network.blocks - 1].out);
-        const std::int64_t lanes = layout_.out.lanes, features = layers_features(network.block[0].in);
+        const LayersBlockPlan& last = layout_.block[network.blocks - 1];
+        const std::int64_t lanes = last.out.lanes, features = layers_features(network.block[0].in);
         for (std::int32_t i = 0; i < network.tensors; ++i) {
             const LayersTensor<Scalar>& tensor = p_.tensors[i];
             values_[i] = of_task(tensor.values, tensor.values_apart, task);
@@ -248,7 +250,7 @@ class HessianThread {
             stages_.forward(d_.value);
             stages_.forward_tangents(d_);
             for (std::int64_t e = 0; e < d_.value.count; ++e) {
-                const std::int64_t at = layout_.out.place + e * lanes, to = layout_.out_grad[0] + e * lanes;
+                const std::int64_t at = last.out.place + e * lanes, to = last.out_grad + e * lanes;
                 Scalar *grad = d_.value.memory + to, *tangent = d_.along.memory + to;
                 losses.take(first + e, d_.value.memory + at, grad);
                 std::copy_n(d_.along.memory + at, outputs, tangent);

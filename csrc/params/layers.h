@@ -1,6 +1,6 @@
 // A network as a program of blocks, and the arguments of a pass of it: the loss of every task's examples and its
-// gradient. A block is a product (a convolution or a linear layer), a normalisation, an activation, a pooling and a
-// dropout, in this order; each may be missing. signmaml_ext/layers/spec.py makes such programs.
+// gradient. A block is a product (a convolution or a linear layer, or a sum), a normalisation, an activation, a pooling
+// and a dropout, in this order; each may be missing. signmaml_ext/layers/spec.py makes such programs.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@ namespace signmaml {
 inline constexpr int kLayersBlocks = 64;  // blocks at most
 inline constexpr int kLayersWindow = 16;  // rows of a convolution's window at most
 
-enum class LayersProduct : std::int32_t { kNone = 0, kConv, kLinear };
+// kSum: of two blocks' outputs.
+enum class LayersProduct : std::int32_t { kNone = 0, kConv, kLinear, kSum };
 
 // kBatch: over the examples and positions of a channel. kGroup: over the positions and channels of a group of an
 // example.
@@ -43,6 +44,8 @@ struct LayersWindow {
 };
 
 struct LayersBlock {
+    std::int32_t source;  // the block whose output it reads; -1: it reads the examples
+    std::int32_t added;   // of a sum: the block whose output is added
     LayersSize in;  // of the block's input; a linear layer reads all of it, as torch flattens [channels, height, width]
     LayersSize made;  // after the product
     LayersSize out;   // after pooling
@@ -76,6 +79,18 @@ constexpr std::int64_t layers_features(const LayersSize& size) {
 constexpr std::int64_t layers_noise(const LayersBlock& block) {
     if (block.dropout == LayersDropout::kNone) return 0;
     return block.dropout == LayersDropout::kChannels ? block.out.channels : layers_features(block.out);
+}
+
+// Whether every block reads the one before it, and nothing else.
+constexpr bool layers_is_chain(const LayersNetwork& network) {
+    for (int i = 0; i < network.blocks; ++i) {
+        if (network.block[i].source != i - 1 || network.block[i].product == LayersProduct::kSum) return false;
+    }
+    return true;
+}
+
+constexpr bool layers_reads(const LayersBlock& block, int other) {
+    return block.source == other || (block.product == LayersProduct::kSum && block.added == other);
 }
 
 constexpr bool layers_couple_examples(const LayersNetwork& network) {

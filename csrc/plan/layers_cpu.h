@@ -38,8 +38,10 @@ struct LayersImages {
 };
 
 struct LayersBlockPlan {
-    LayersImages in;                     // what the block reads: the output of the block before, or the examples
+    LayersImages in;                     // what the block reads: the output of another block, or the examples
     LayersImages made;                   // what its product makes, later the gradient of that
+    LayersImages out;                    // its output: what the first block reads that has it as its source
+    std::int64_t out_grad;               // the gradient of its output: [n, height, width, lanes]
     bool winograd;                       // the convolution by F(2x2, 3x3)
     bool winograd_back;                  // its gradients, too
     std::int32_t vectors, vectors_back;  // in a group of channels
@@ -61,13 +63,19 @@ struct LayersBlockPlan {
 
 struct LayersCpuLayout {
     LayersBlockPlan block[kLayersBlocks];
-    LayersImages out;          // of the last block
-    std::int64_t out_grad[2];  // gradients of blocks' outputs, one after the other in turn: [n, height, width, lanes]
-    std::int64_t sums;         // [n, 2, lanes]
-    std::int64_t size;         // memory of a thread
-    std::int64_t scratch;      // offset of the rest of it, for one stage at a time
-    std::int64_t count;        // examples at once
+    std::int64_t sums;     // [n, 2, lanes]
+    std::int64_t size;     // memory of a thread
+    std::int64_t scratch;  // offset of the rest of it, for one stage at a time
+    std::int64_t count;    // examples at once
 };
+
+// The first block that has another one as its source; -1: none has.
+constexpr int layers_first_reader(const LayersNetwork& network, int other) {
+    for (int i = other + 1; i < network.blocks; ++i) {
+        if (network.block[i].source == other) return i;
+    }
+    return -1;
+}
 
 constexpr std::int64_t layers_unit(ConvUnit unit) { return larger(unit.lanes, 8); }
 
@@ -162,25 +170,26 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
         LayersBlockPlan& plan = layout.block[i];
         const std::int64_t lanes = layers_lanes(block.made.channels, unit);
         const bool convolves = block.product == LayersProduct::kConv;
-        if (i == 0) {
+        if (block.source < 0) {
             // Only their scalars are read, so the channels need not be whole vectors.
             plan.in =
                 layers_images(places, convolves ? n : 0, block.in, block.in.channels, layers_border_of_input(block));
         } else {
             plan.in = layers_images(places, n, block.in, layers_lanes(block.in.channels, unit),
                                     layers_border_of_input(block));
+            if (layers_first_reader(network, block.source) == i) layout.block[block.source].out = plan.in;
         }
-        plan.made =
-            layers_images(places, n, block.made, lanes, i == 0 ? LayersBorder{} : layers_border_of_gradient(block));
-        plan.winograd = i > 0 && layers_winograd(block, count, larger(plan.in.lanes, lanes));
+        plan.made = layers_images(places, n, block.made, lanes,
+                                  block.source < 0 ? LayersBorder{} : layers_border_of_gradient(block));
+        plan.winograd = block.source >= 0 && layers_winograd(block, count, larger(plan.in.lanes, lanes));
         // Without a normalisation most gradients of what is made are exactly 0, as ReLU and pooling leave them. Where a
         // tile has a few others, F(2x2, 3x3) would leave rounding instead of 0, and the sign step would act on it.
         plan.winograd_back = plan.winograd && block.norm != LayersNorm::kNone;
         plan.vectors = layers_group(lanes, block.made.width, unit);
         plan.vectors_back =
             layers_group(plan.in.lanes, ceil_div(block.in.width, larger(1, block.window.stride_w)), unit);
-        const bool flattens =
-            block.product == LayersProduct::kLinear && std::int64_t{block.in.height} * block.in.width > 1 && i > 0;
+        const bool flattens = block.product == LayersProduct::kLinear &&
+                              std::int64_t{block.in.height} * block.in.width > 1 && block.source >= 0;
         plan.features = flattens ? places.take(n * layers_features(block.in)) : -1;
         plan.feature_grads = flattens ? places.take(n * layers_features(block.in)) : -1;
         const std::int64_t weights =
@@ -188,7 +197,7 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
         const std::int64_t transformed = plan.winograd ? 16 * plan.in.lanes * lanes : 0;
         const std::int64_t of_back = plan.winograd_back ? transformed : 0;
         plan.weight = places.take(weights);
-        plan.weight_back = places.take(i > 0 ? weights : 0);
+        plan.weight_back = places.take(block.source >= 0 ? weights : 0);
         plan.transformed = places.take(transformed);
         plan.transformed_back = places.take(of_back);
         plan.weight_grad = places.take(weights);
@@ -206,9 +215,20 @@ constexpr LayersCpuLayout layers_layout_of(const LayersNetwork& network, std::in
         if (plan.winograd_back) scratch = larger(scratch, layers_outer_scratch(plan.in.lanes, lanes));
         scratch = larger(scratch, 2 * plan.band * block.made.width * lanes);
     }
-    const LayersBlock& last = network.block[network.blocks - 1];
-    layout.out = layers_images(places, n, last.out, layers_lanes(last.out.channels, unit), {});
-    for (std::int64_t& place : layout.out_grad) place = places.take(n * largest_out);
+    for (int i = 0; i < network.blocks; ++i) {
+        if (layers_first_reader(network, i) >= 0) continue;
+        const LayersSize& out = network.block[i].out;
+        layout.block[i].out = layers_images(places, n, out, layers_lanes(out.channels, unit), {});
+    }
+    // In a chain two of them take turns, because only the neighbour reads each.
+    const bool is_chain = layers_is_chain(network);
+    std::int64_t in_turn[2] = {};
+    for (std::int64_t& place : in_turn) place = places.take(is_chain ? n * largest_out : 0);
+    for (int i = 0; i < network.blocks; ++i) {
+        const LayersSize& out = network.block[i].out;
+        const std::int64_t own = n * out.height * out.width * layout.block[i].made.lanes;
+        layout.block[i].out_grad = is_chain ? in_turn[(network.blocks - 1 - i) % 2] : places.take(own);
+    }
     layout.sums = places.take(n * 2 * largest_lanes);
     layout.scratch = places.take(scratch);
     layout.size = places.at;

@@ -1,4 +1,4 @@
-"""The family of layer programs: networks that are a chain of usual layers, whatever their kinds and sizes.
+"""The family of layer programs: networks of usual layers, in chains or with sums of branches, of any kinds and sizes.
 
 A native call computes the loss of all tasks and its gradient, another how that changes along a direction. The steps are
 those of flat.py, so every rate, sharpness and task state is served. Steps by a rule, and sharpness-aware ones that are

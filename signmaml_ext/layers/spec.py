@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,7 +27,9 @@ class Block:
     Series are images of height 1, features images of one position.
 
     Attributes:
-        product: "conv", "linear" or "none".
+        product: "conv", "linear", "sum" (of two blocks' outputs) or "none".
+        reads: How many blocks back the one is whose output it reads; the examples come before the first.
+        adds: Of "sum", likewise the one whose output is added.
         weight: Name of its weight, `[channels, inputs, *kernel]` or `[channels, features]`.
         bias: Name of its bias `[channels]`; None without one.
         channels: What it makes.
@@ -46,6 +49,8 @@ class Block:
     """
 
     product: str = "none"
+    reads: int = 1
+    adds: int = 0
     weight: str = ""
     bias: str | None = None
     channels: int = 0
@@ -79,8 +84,8 @@ class Block:
             del found[name]
         return found | {"bias": self.bias is not None, "affine": self.scale is not None}
 
-    def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The block's definition, on images `[S, C, H, W]`."""
+    def forward(self, parameters: Mapping[str, Tensor], x: Tensor, added: Tensor | None = None) -> Tensor:
+        """The block's definition, on images `[S, C, H, W]`; `added` is the second summand."""
 
         def named(name: str | None) -> Tensor | None:
             return None if name is None else parameters[name]
@@ -90,6 +95,9 @@ class Block:
             x = F.conv2d(x, weight, named(self.bias), stride=self.stride, padding=self.padding)
         elif self.product == "linear":
             x = F.linear(x.flatten(1), parameters[self.weight], named(self.bias))[:, :, None, None]
+        elif self.product == "sum":
+            assert added is not None and added.shape == x.shape
+            x = x + added
         if self.norm == "batch":
             x = F.batch_norm(x, None, None, named(self.scale), named(self.shift), training=True, eps=self.eps)
         elif self.norm == "group":
@@ -116,6 +124,8 @@ class Block:
             parts.append(f"conv {size}{stride} to {self.channels}")
         elif self.product == "linear":
             parts.append(f"linear to {self.channels}")
+        elif self.product == "sum":
+            parts.append("sum")
         if self.norm != "none":
             parts.append("batch norm" if self.norm == "batch" else f"norm of {self.groups} groups")
         if self.activation != "none":
@@ -145,10 +155,10 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class LayersSpec:
-    """A module that is a chain of blocks.
+    """A module that is a program of blocks: a chain, or with sums of two branches.
 
     Attributes:
-        blocks: In order.
+        blocks: In order; each reads earlier ones.
         reads: What an example is: "images" `[C, H, W]`, "series" `[C, L]`, "features" (flattened if it has more axes).
         view: The size `[C, H, W]` that the module views its examples as first; empty if it does not.
     """
@@ -169,7 +179,7 @@ class LayersSpec:
 
     @property
     def outputs(self) -> int:
-        return next(block.channels for block in reversed(self.blocks) if block.product != "none")
+        return next(block.channels for block in reversed(self.blocks) if block.product in ("conv", "linear"))
 
     @property
     def unmoved(self) -> tuple[str, ...]:
@@ -202,10 +212,10 @@ class LayersSpec:
         size = self.size(tuple(x.shape[1:]))
         if size is None:
             raise ValueError(f"x: expected {self.reads}, found examples of {tuple(x.shape[1:])}")
-        x = x.reshape(-1, *size)
+        made = [x.reshape(-1, *size)]
         for block in self.blocks:
-            x = block.forward(parameters, x)
-        return x.flatten(1)
+            made.append(block.forward(parameters, made[-block.reads], made[-block.adds] if block.adds else None))
+        return made[-1].flatten(1)
 
     def example(self, model: nn.Module) -> tuple[int, ...]:
         """The shape of an example, as far as the module tells it: images and series are 32 positions wide."""
@@ -215,16 +225,26 @@ class LayersSpec:
         return {"images": (inputs, 32, 32), "series": (inputs, 32), "features": (inputs,)}[self.reads]
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.blocks))
+        if all(block.reads == 1 and not block.adds for block in self.blocks):
+            return "; ".join(map(str, self.blocks))
+        words = []
+        for number, block in enumerate(self.blocks, 1):
+            read = " and ".join(_in_words(number - back) for back in (block.reads, block.adds) if back)
+            words.append(f"{number}: {block}" + (f" (of {read})" if block.reads > 1 or block.adds else ""))
+        return "; ".join(words)
+
+
+def _in_words(number: int) -> str:
+    return str(number) if number else "the examples"
 
 
 def read(model: nn.Module) -> LayersSpec | str:
-    """The blocks of a module that is a chain of layers by its structure, or why it is not one; see `chain`."""
+    """The blocks of a module that consists of usual layers by its structure, or why it does not; see `chain`."""
     return chain.remembered(model, "layers program", _read)
 
 
 def _read(model: nn.Module) -> LayersSpec | str:
-    layers = chain.layers_of(model)
+    layers = chain.network_of(model)
     if isinstance(layers, str):
         return layers
     try:
@@ -234,7 +254,7 @@ def _read(model: nn.Module) -> LayersSpec | str:
 
 
 class _Refused(Exception):
-    """The chain is no program of blocks; the message says why."""
+    """The layers are no program of blocks; the message says why."""
 
 
 _PRODUCTS = ("conv", "conv1d", "linear")
@@ -244,44 +264,84 @@ _DROPOUTS = ("dropout", "dropout1d", "dropout2d")
 _SLOTS = 5  # of a block: 0 product, 1 norm, 2 activation, 3 pool, 4 dropout
 
 
+@dataclass(frozen=True)
+class _Output:
+    """What a layer gives, or the examples.
+
+    Attributes:
+        block: The block that makes it; -1: it is the examples.
+        free: The first free slot of that block; _SLOTS: it has none.
+        axes: Of an example: 1 for features, 2 for series, 3 for images; 0: not known.
+        flattened: Whether it is images whose positions were flattened, for a linear layer to come.
+        shared: Whether several layers read it, so that none may go into its block.
+    """
+
+    block: int = -1
+    free: int = _SLOTS
+    axes: int = 0
+    flattened: bool = False
+    shared: bool = False
+
+
 class _Matcher:
-    """Puts layers into blocks: each goes into the last block if its slot and all later ones are free."""
+    """Puts layers into blocks: each goes into the block that it reads if its slot and all later ones are free."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self.free = _SLOTS  # the first free slot of the last block; _SLOTS: it has none
-        self.axes = 0  # of an example: 1 for features, 2 for series, 3 for images; 0: not known yet
-        self.flattened = False  # images whose positions were flattened, for a linear layer to come
+        self.start = 0  # axes of an example of the network; 0: not known yet
+        self.at = _Output()  # what the layer at hand reads, then what it gives
 
     def match(self, layers: Sequence[Layer]) -> LayersSpec:
         view: tuple[int, ...] = ()
         if layers and layers[0].kind == "images":
-            view, layers, self.axes = layers[0].size, layers[1:], 3
+            view, layers, self.start = layers[0].size, layers[1:], 3
         if not any(layer.kind in _PRODUCTS for layer in layers):
             raise _Refused("it has no convolution and no linear layer")
         twice = used_twice([layer for layer in layers if layer.module is not None])
         if twice is not None:
             raise _Refused(twice)
-        start = self.axes
-        for layer in layers:
-            self._take(layer)
-            start = start or self.axes
+        readers = Counter(number - back for number, layer in enumerate(layers, 1) for back in layer.reads)
+        if min(readers) < 0:
+            raise _Refused("it reads its examples before and after it views them as images")
+        outputs = [_Output()]
+        for number, layer in enumerate(layers, 1):
+            found = [
+                replace(outputs[n], axes=outputs[n].axes or self.start, shared=outputs[n].shared or readers[n] > 1)
+                for n in (number - back for back in layer.reads)
+            ]
+            self.at = found[0]
+            if layer.kind == "sum":
+                self._add(layer, *found)
+            else:
+                self._take(layer)
+            self.start = self.start or self.at.axes
+            outputs.append(self.at)
         if len(self.blocks) > MOST_BLOCKS:
             raise _Refused(f"it serves up to {MOST_BLOCKS} blocks, and these are {len(self.blocks)}")
-        if self.axes != 1 and not self.flattened:
+        if self.at.axes != 1 and not self.at.flattened:
             raise _Refused("its output is no features")
-        return LayersSpec(tuple(self.blocks), {1: "features", 2: "series", 3: "images"}[start], view)
+        return LayersSpec(tuple(self.blocks), {1: "features", 2: "series", 3: "images"}[self.start], view)
+
+    def _add(self, layer: Layer, first: _Output, second: _Output) -> None:
+        if (first.axes, first.flattened) != (second.axes, second.flattened):
+            raise _Refused(f"it adds what has other axes (at {layer.name!r})")
+        block, added = max(first.block, second.block), min(first.block, second.block)
+        if added < 0:  # the examples are read
+            block, added = added, block
+        if added < 0:
+            raise _Refused(f"it adds its examples to themselves (at {layer.name!r})")
+        number = len(self.blocks)
+        self.blocks.append(Block("sum", reads=number - block, adds=number - added))
+        self.at = replace(first, block=number, free=1, shared=False)
 
     def _take(self, layer: Layer) -> None:
         kind = layer.kind
         if kind == "flatten":
-            if self.axes == 0:
-                self.axes = 1
-            self.flattened = self.flattened or self.axes > 1
+            self.at = replace(self.at, axes=self.at.axes or 1, flattened=self.at.flattened or self.at.axes > 1)
             return
         if kind == "images":
             raise _Refused(f"its view as images is not its first layer (at {layer.name!r})")
-        if self.flattened and kind not in ("linear", "dropout", "dropout2d"):
+        if self.at.flattened and kind not in ("linear", "dropout", "dropout2d"):
             raise _Refused(f"after it flattens its features comes no linear layer (at {layer.name!r})")
         if kind in _PRODUCTS:
             self._put(0, self._product(layer))
@@ -293,19 +353,23 @@ class _Matcher:
             self._put(3, self._pool(layer))
         elif kind in _DROPOUTS:
             self._put(4, self._dropout(layer))
+            if any(block.drops != "none" for block in self.blocks[self.at.block + 1 :]):
+                raise _Refused(f"its dropouts come in another order than its blocks (at {layer.name!r})")
         else:
             raise _Refused(f"it has no place for {kind} (at {layer.name!r})")
 
     def _put(self, slot: int, settings: dict[str, Any]) -> None:
-        if slot < self.free or self.free == _SLOTS:
-            self.blocks.append(Block())
-        self.blocks[-1] = replace(self.blocks[-1], **settings)
-        self.free = slot + 1
+        block = self.at.block
+        if block < 0 or slot < self.at.free or self.at.shared:
+            self.blocks.append(Block(reads=len(self.blocks) - block))
+            block = len(self.blocks) - 1
+        self.blocks[block] = replace(self.blocks[block], **settings)
+        self.at = replace(self.at, block=block, free=slot + 1, shared=False)
 
     def _images(self, layer: Layer, axes: int) -> None:
-        if self.axes not in (0, axes):
+        if self.at.axes not in (0, axes):
             raise _Refused(f"{layer.name!r} reads something else than the layer before it makes")
-        self.axes = axes
+        self.at = replace(self.at, axes=axes)
 
     def _product(self, layer: Layer) -> dict[str, Any]:
         module = layer.module
@@ -313,9 +377,9 @@ class _Matcher:
         bias = None if module.bias is None else f"{layer.name}.bias"
         names = {"weight": f"{layer.name}.weight", "bias": bias}
         if isinstance(module, nn.Linear):
-            if self.axes > 1 and not self.flattened:
+            if self.at.axes > 1 and not self.at.flattened:
                 raise _Refused(f"{layer.name!r} is linear along the last axis of images")
-            self.axes, self.flattened = 1, False
+            self.at = replace(self.at, axes=1, flattened=False)
             return {"product": "linear", "channels": module.out_features, **names}
         self._images(layer, 3 if isinstance(module, nn.Conv2d) else 2)
         if module.groups != 1 or set(module.dilation) != {1}:
@@ -348,11 +412,11 @@ class _Matcher:
             self._images(layer, 3)
             return {"norm": "batch", **found}
         if layer.kind == "norm1d":
-            if self.axes not in (1, 2):
+            if self.at.axes not in (1, 2):
                 raise _Refused(f"{layer.name!r} reads something else than features or series")
             return {"norm": "batch", **found}
         if layer.kind == "layer_norm":
-            if self.axes != 1 or len(module.normalized_shape) != 1:
+            if self.at.axes != 1 or len(module.normalized_shape) != 1:
                 raise _Refused(f"{layer.name!r} normalises something else than features")
             return {"norm": "group", "groups": 1, **found}
         if layer.kind == "instance_norm":
@@ -360,17 +424,17 @@ class _Matcher:
                 raise _Refused(f"{layer.name!r} keeps running statistics")
             self._images(layer, 3 if isinstance(module, nn.InstanceNorm2d) else 2)
             return {"norm": "group", "groups": module.num_features, **found}
-        if self.axes == 0:
+        if self.at.axes == 0:
             raise _Refused(f"{layer.name!r} is its first layer")
         return {"norm": "group", "groups": module.num_groups, **found}
 
     def _pool(self, layer: Layer) -> dict[str, Any]:
-        if self.axes < 2:
+        if self.at.axes < 2:
             raise _Refused(f"{layer.name!r} pools something else than images")
         if layer.kind in ("mean", "mean1d"):
-            if (layer.kind == "mean1d") != (self.axes == 2):
+            if (layer.kind == "mean1d") != (self.at.axes == 2):
                 raise _Refused(f"its mean is not over all positions (at {layer.name!r})")
-            self.flattened = True
+            self.at = replace(self.at, flattened=True)
             return {"pool": "mean"}
         kernel, stride, padding = layer.window or ((2, 2), (2, 2), (0, 0))
         return {
@@ -379,7 +443,7 @@ class _Matcher:
         }  # fmt: skip
 
     def _dropout(self, layer: Layer) -> dict[str, Any]:
-        if layer.kind == "dropout" or self.flattened:  # of features each is a channel
+        if layer.kind == "dropout" or self.at.flattened:  # of features each is a channel
             return {"drops": "values", "share": layer.share}
         self._images(layer, 3 if layer.kind == "dropout2d" else 2)
         return {"drops": "channels", "share": layer.share}

@@ -23,6 +23,7 @@ ACTIVATIONS, CONVOLUTION, LINEAR, TAIL, TANGENTS, PASSES, HESSIAN = (
     for name in ("activations", "convolution", "linear", "tail", "tail_tangents", "passes", "hessian")
 )
 COURSE, WINOGRAD = "cpu/layers_pass.cpp", "cpu/isa/conv/winograd.h"
+PLACES, PLAN = f"{FOLDER}/places.h", "plan/layers_cpu.h"
 LEFT_OUT = ""
 
 MUTATIONS = [
@@ -100,7 +101,7 @@ MUTATIONS = [
     Mutation("gradients of other windows lost", TAIL, "store(at, apart ? taken : load(at) + taken);", "store(at, taken);"),
     Mutation("gradients of bands added up", TAIL, "fill_zero(grads, (last - first) * width * lanes);", LEFT_OUT),
     # The passes.
-    Mutation("a block's own gradients stop it", PASSES, "const bool goes_on = wants(t, block.weight) || i > t.lowest;", "const bool goes_on = wants(t, block.weight);"),
+    Mutation("a block's own gradients stop it", PASSES, "return wants(t, block.weight) || wants_input_grad(t, i) ||", "return wants(t, block.weight) ||"),
     Mutation("sums of the task before", PASSES, "fill_zero(affine_grad(t, i, 0), 3 * lanes);", LEFT_OUT),
     Mutation("weights' sums of the task before", COURSE, "            t_.adds = first > 0;", "            t_.adds = true;"),
     Mutation("weights' sums of the last examples", COURSE, "            t_.adds = first > 0;", "            t_.adds = false;"),
@@ -113,6 +114,19 @@ MUTATIONS = [
     Mutation("noise of the first example", PASSES, "t.noise[i] + example * size.channels * (of_channels ? 1 : positions);", "t.noise[i];"),
     Mutation("noise of the first task", COURSE, "noise[i] + example * each", "noise[i]"),
     Mutation("noise of columns first", PASSES, "noise + y * size.width + x;", "noise + x * size.height + y;"),
+    # Branches.
+    Mutation("gradients of sources are not added up", PLACES, "if (later.source == other || (", "if (("),
+    Mutation("gradients of summands are not added up", PLACES, "(later.product == LayersProduct::kSum && later.added == other)) return true;", "false) return true;"),
+    Mutation("the first source without a gradient", PLACES, "return other >= t.lowest;", "return other > t.lowest;"),
+    Mutation("no second summand", PASSES, "if (block.product == LayersProduct::kSum) add_second(t, i, e);", LEFT_OUT),
+    Mutation("no gradient of the second summand", PASSES, "    copy_grads(t, i, block.added, block.added == block.source || adds_to_grad(t, i, block.added));", LEFT_OUT),
+    Mutation("twice the same is once", PASSES, "block.added == block.source || adds_to_grad(", "adds_to_grad("),
+    Mutation("the second summand stops a sum", PASSES, "(block.product == LayersProduct::kSum && wants_output_grad(t, block.added));", "false;"),
+    Mutation("other readers get nothing", PASSES, "        hand_on(t, i);", LEFT_OUT),
+    Mutation("linear gradients are not added up", PASSES, "linear_input_grad(t, i, grads, t.values[weight], adds_to_input_grad(t, i));", "linear_input_grad(t, i, grads, t.values[weight], false);"),
+    Mutation("gradients of images are not added up", PASSES, "input_grad(t, i) + first * image,\n                          adds_to_input_grad(t, i));", "input_grad(t, i) + first * image, false);"),
+    Mutation("gradients take turns in branches", PLAN, "const bool is_chain = layers_is_chain(network);", "const bool is_chain = true;"),
+    Mutation("the examples are read by the first block alone", PASSES, "for (std::int64_t e = 0; block.source < 0 && e < t.count; ++e) {", "for (std::int64_t e = 0; i == 0 && e < t.count; ++e) {"),
 ]  # fmt: skip
 
 # Of the Hessian's products.
@@ -164,6 +178,12 @@ SECOND_ORDER = [
     Mutation("the first example's tangents", TANGENTS, "output_grad(d.along, i) + example * block.made.height * row", "output_grad(d.along, i)"),
     Mutation("means of the example before", TANGENTS, "if (block.pool == LayersPool::kMean) fill_zero(out, lanes);", LEFT_OUT),
     # The pass.
+    Mutation("second summands do not move", HESSIAN, "if (second_moves) add_second(along, i, e);", LEFT_OUT),
+    Mutation("nothing moves behind the first that does", HESSIAN, "return other >= d.first_moved;", "return other > d.first_moved;"),
+    Mutation("other readers' inputs do not move", HESSIAN, "        hand_on(d.along, i);", LEFT_OUT),
+    Mutation("images' tangents are not added up", HESSIAN, "convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, adds);", "convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, false);"),
+    Mutation("features' tangents are not added up", HESSIAN, "linear_input_grad(along, i, tangents, value.values[block.weight], adds);", "linear_input_grad(along, i, tangents, value.values[block.weight], false);"),
+    Mutation("copied changes stop", HESSIAN, "            copy_back(along, i);", LEFT_OUT),
     Mutation("tangents start with scale 1", HESSIAN, "start_with(d.along, Scalar(0));", "start_with(d.along, Scalar(1));"),
     Mutation("what stood still before", HESSIAN, "fill_zero(image_of(t, made, e) + y * made.row, size.width * made.lanes);", LEFT_OUT),
     Mutation("outputs that moved before", HESSIAN, "fill_zero(along.memory + out.place, along.count * out.image);", LEFT_OUT),
@@ -174,19 +194,17 @@ SECOND_ORDER = [
     Mutation("features do not move", HESSIAN, "add_linear(along, i, features_of(along, i), value.values[block.weight]);", LEFT_OUT),
     Mutation("features of images not taken", HESSIAN, "flatten_examples(along, i);", LEFT_OUT),
     Mutation("a linear weight does not move", HESSIAN, "if (turns) add_linear(along, i, features_of(value, i), along.values[block.weight]);", LEFT_OUT),
-    Mutation("copied inputs do not move", HESSIAN, "for (std::int64_t e = 0; e < value.count; ++e) copy_input(along, i, e);", LEFT_OUT),
+    Mutation("copied inputs do not move", HESSIAN, "if (moves) copy_input(along, i, e);", LEFT_OUT),
     Mutation("weight's change without the images'", HESSIAN, "add_weight_grad(value, i, {along.memory, along.memory, value.memory}, first, last);", ";"),
     Mutation("weight's change without the gradients'", HESSIAN, "add_weight_grad(value, i, {value.memory, along.memory, along.memory}, first, last);", LEFT_OUT),
     Mutation("input's change without the weight's", HESSIAN, "convolve_back(value, i, {nullptr, along.memory, value.memory}, first, last, to, /*add=*/true);", LEFT_OUT),
-    Mutation("input's change without the gradients'", HESSIAN, "convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, /*add=*/false);", LEFT_OUT),
-    Mutation("input's change of the first examples", HESSIAN, "output_grad(along, i - 1) + at;", "output_grad(along, i - 1);"),
-    Mutation("a linear weight's change without the features'", HESSIAN, "if (i > d.first_moved) linear_weight_grad(along, i, grads, features_of(along, i), /*add=*/true);", LEFT_OUT),
+    Mutation("input's change without the gradients'", HESSIAN, "convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, adds);", LEFT_OUT),
+    Mutation("input's change of the first examples", HESSIAN, "input_grad(along, i) + at;", "input_grad(along, i);"),
+    Mutation("a linear weight's change without the features'", HESSIAN, "if (input_moves(d, i)) linear_weight_grad(along, i, grads, features_of(along, i), /*add=*/true);", LEFT_OUT),
     Mutation("a linear weight's change without the gradients'", HESSIAN, "linear_weight_grad(along, i, tangents, features_of(value, i), along.adds);", LEFT_OUT),
     Mutation("features' change without the weight's", HESSIAN, "if (weight_moves(d, i)) linear_input_grad(along, i, grads, along.values[block.weight], /*add=*/true);", LEFT_OUT),
     Mutation("features' gradients not given on", HESSIAN, "give_linear_input_grad(value, i);", LEFT_OUT),
     Mutation("features' change not given on", HESSIAN, "give_linear_input_grad(along, i);", LEFT_OUT),
-    Mutation("a block's own change stops it", HESSIAN, "const bool goes_on = wants(along, block.weight) || i > value.lowest;", "const bool goes_on = wants(along, block.weight);"),
-    Mutation("copied changes stop", HESSIAN, "copy_grads(along, i);", LEFT_OUT),
     # Dropouts.
     Mutation("tangents are not dropped", HESSIAN, "drop_outputs(d.along, i);", LEFT_OUT),
     Mutation("gradients' tangents are not dropped", HESSIAN, "drop_output_grads(along, i);", LEFT_OUT),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.cases import nets
+from helpers.cases import layers_cases, nets
+from signmaml.models import ResNet12
 from signmaml_ext import (
     Adam,
     Lion,
@@ -214,6 +215,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         name: (lambda make=make: of_widths(lambda c: nn.GroupNorm(2, c), make), SIZE)
         for name, make in ACTIVATIONS.items()
     },
+    **layers_cases.RESIDUAL,
+    "ResNet12": (lambda: ResNet12(3, 3, (4, 6, 6, 9), 16), (3, 16, 16)),
 }  # fmt: skip
 
 
@@ -408,6 +411,53 @@ def test_chains_at_random(seed: int) -> None:
         compare(model.double(), data, of=1e-7, method=method)
 
 
+class AtRandom(nn.Module):
+    """Layers that read any earlier ones, and sums of any two, from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = random.Random(seed)
+        channels = draw.randint(1, 20)
+        self.parts = nn.ModuleList([nn.Conv2d(3, channels, 3, 1, 1)])
+        self.reads: list[tuple[int, ...]] = [(0,)]
+        for _ in range(draw.randint(4, 12)):
+            recent = range(max(1, len(self.parts) - 2), len(self.parts) + 1)
+            kind = draw.choice(["conv", "norm", "activation", "sum"])
+            if kind == "sum":
+                self._put(nn.Identity(), draw.choice(recent), draw.choice(recent))
+                continue
+            kernel = draw.choice([1, 3, 3])
+            part = {
+                "conv": nn.Conv2d(channels, channels, kernel, 1, kernel // 2, bias=draw.random() < 0.5),
+                "norm": draw.choice([nn.BatchNorm2d(channels), nn.GroupNorm(1, channels)]),
+                "activation": draw.choice(list(ACTIVATIONS.values()))(),
+            }[kind]
+            self._put(part, draw.choice(recent))
+        unread = sorted(set(range(1, len(self.parts) + 1)) - {n for reads in self.reads for n in reads})
+        for first in unread[:-1]:
+            self._put(nn.Identity(), first, len(self.parts))
+        self.head = nn.Linear(channels * 9, 3)
+
+    def _put(self, part: nn.Module, *reads: int) -> None:
+        self.parts.append(part)
+        self.reads.append(reads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [x]
+        for part, reads in zip(self.parts, self.reads, strict=True):
+            made.append(part(made[reads[0]] if len(reads) == 1 else made[reads[0]] + made[reads[1]]))
+        return self.head(F.max_pool2d(made[-1], 2).flatten(1))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_networks_at_random(seed: int) -> None:
+    model = AtRandom(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    for method in ("fo-maml", "maml"):
+        compare(model.double(), tasks(3, 6, 7, shots=1 + seed % 3), of=1e-7, method=method)
+
+
 @pytest.mark.parametrize(("method", "steps"), [("sign-maml", 0), ("maml", 2)])
 @pytest.mark.parametrize("name", NETS)
 def test_float32_is_as_exact_as_torch(name: str, method: str, steps: int) -> None:
@@ -492,6 +542,15 @@ class Wraps(nn.Module):
         return self.around(self.model, x)
 
 
+def _drops_the_second_first(net: Any, x: Tensor) -> Tensor:
+    first, second = net.a(x), net.b(x)
+    return F.dropout(second, 0.2) + F.dropout(first, 0.3)
+
+
+def _wrapped(around: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: images(Wraps(nn.Conv2d(3, 3, 3, 1, 1), around), features=3 * 168)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "running statistics": (NETS["BatchNorm, widths"][0], {"batch_norm": "running"}, "normalises by the batch"),
     "statistics of the support set": (NETS["GroupNorm"][0], {"batch_norm": "support"}, "no statistics"),
@@ -546,8 +605,29 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.BatchNorm1d(720), nn.Linear(720, 3)), {},
         "comes no linear layer",
     ),
-    "a residual connection": (
+    "a share of a sum": (
         lambda: Wraps(NETS["GroupNorm"][0](), lambda model, x: model(x) + 0 * model(x)), {}, "no plain chain",
+    ),
+    "a sum with a number": (_wrapped(lambda conv, x: conv(x) + 1), {}, "it uses add"),
+    "a multiple of a sum": (_wrapped(lambda conv, x: torch.add(conv(x), x, alpha=2)), {}, "no plain chain"),
+    "examples added to themselves": (_wrapped(lambda conv, x: conv(x + x)), {}, "adds its examples to themselves"),
+    "a sum of images and channels": (
+        _wrapped(lambda conv, x: F.adaptive_avg_pool2d(y := conv(x), 1) + y), {}, "adds what has other axes",
+    ),
+    "a sum of sizes that torch makes equal": (
+        _wrapped(lambda conv, x: F.max_pool2d(y := conv(x), (12, 14)) + y), {}, "expected a summand of 3 x 1 x 1",
+    ),
+    "what nothing reads": (
+        _wrapped(lambda conv, x: (F.relu(conv(x)), conv(x).add(x))[1]), {}, "nothing reads what 'relu' gives",
+    ),
+    "a summand that is overwritten": (
+        _wrapped(lambda conv, x: F.relu(y := conv(x), inplace=True) + y), {}, "does not compute what its structure",
+    ),
+    "dropouts in another order than their blocks": (
+        lambda: images(
+            layers_cases.Branches(_drops_the_second_first, a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(3, 6, 1)),
+            features=6 * 168,
+        ), {}, "dropouts come in another order",
     ),
 }  # fmt: skip
 
@@ -646,6 +726,11 @@ def test_the_program_is_told() -> None:
     make, shape = NETS["GroupNorm"]
     how = explain(make().double(), *tasks(*shape), **OPTIONS).how
     assert "conv 3x3 to 20, norm of 4 groups, relu, max 2x2; " in how and how.endswith("linear to 3)")
+    assert str(layers.read(layers_cases.shortcut())).endswith(
+        "2: conv 3x3 to 10, batch norm, relu; 3: conv 3x3 to 6, batch norm; 4: sum, leaky_relu, max 2x2 (of 3 and 1); "
+        "5: linear to 3"
+    )
+    assert "; 3: sum (of the examples and 2); " in str(layers.read(layers_cases.of_features()))
 
 
 @pytest.mark.parametrize(
@@ -662,6 +747,15 @@ def test_the_program_is_told() -> None:
         ([{"norm": "batch"}], "an eps above 0"),
         ([{"pool": "max", "pool_kernel": (2, 2), "pool_padding": (2, 0)}], "half its kernel at most"),
         ([{"product": "conv", "channels": 3}], "a last one that makes features, found 3 x 6 x 7"),
+        ([{"reads": 2}], r"blocks\[0\]: expected 'reads' of 1 to 1, found 2"),
+        ([{}, {"reads": 0}], r"blocks\[1\]: expected 'reads' of 1 to 2, found 0"),
+        ([{}, {"product": "sum"}], r"blocks\[1\]: expected 'adds' of 1 to 1, found 0"),
+        ([{"pool": "mean"}, {"product": "sum", "reads": 2, "adds": 1}], "a summand of 3 x 6 x 7, found 3 x 1 x 1"),
+        ([{}, {"reads": 2, "pool": "mean"}], r"blocks\[0\]: expected a block that another one reads, found none"),
+        (
+            [{}, {"product": "linear", "channels": 3}, {"reads": 2, "pool": "mean"}, {"product": "sum", "adds": 2}],
+            r"blocks\[0\]: expected one reader of images that a linear layer reads, found several",
+        ),
     ],
 )
 def test_native_programs_are_checked(blocks: list[dict[str, Any]], message: str) -> None:

@@ -198,6 +198,102 @@ def after_zeros() -> nn.Module:
     )  # fmt: skip
 
 
+class Branches(nn.Module):
+    """A network with branches: `run` computes it with the parts."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def _shortcut(net: Any, x: Tensor) -> Tensor:
+    x = net.first(x)
+    return net.head(F.max_pool2d(F.leaky_relu(x + net.inner(x), 0.1), 2).flatten(1))
+
+
+def shortcut() -> nn.Module:
+    """A block whose input is added to its output, as ResNet has it."""
+    inner = nn.Sequential(
+        nn.Conv2d(6, 10, 3, 1, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 6, 3, 1, 1),
+        nn.BatchNorm2d(6),
+    )  # fmt: skip
+    first = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU())
+    return Branches(_shortcut, first=first, inner=inner, head=nn.Linear(6 * 9, WAYS))
+
+
+def _projected(net: Any, x: Tensor) -> Tensor:
+    x = torch.tanh(net.across(x) + net.inner(x))  # both read the examples
+    return net.head(net.last(x).add(net.beside(x)).mean((2, 3)))
+
+
+def projected() -> nn.Module:
+    """Shortcuts with convolutions of their own, the first of which reads the examples."""
+    inner = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.SiLU(), nn.Conv2d(5, 6, 3, 1, 1), nn.GroupNorm(2, 6))
+    return Branches(
+        _projected, inner=inner, across=nn.Sequential(nn.Conv2d(3, 6, 1, 2), nn.GroupNorm(3, 6)),
+        beside=nn.Conv2d(6, 4, 1, bias=False), last=nn.Conv2d(6, 4, 3, 1, 1), head=nn.Linear(4, WAYS),
+    )  # fmt: skip
+
+
+def _wide(net: Any, x: Tensor) -> Tensor:
+    x = net.first(x)
+    opened = F.relu(net.norm(x))
+    x = net.beside(opened) + net.inner(opened)
+    x = torch.add(x, net.again(x))
+    return net.head(F.avg_pool2d(F.relu(net.norm_again(x)), 3).flatten(1))
+
+
+def wide() -> nn.Module:
+    """Norm and activation before the convolutions, as wide residual networks have them.
+
+    The last norm takes away what biases of the summands would add.
+    """
+    inner = nn.Sequential(
+        nn.Conv2d(5, 6, 3, 1, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(6, 6, 3, 1, 1, bias=False)
+    )
+    again = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1, bias=False))
+    return Branches(
+        _wide, first=nn.Conv2d(3, 5, 3, 1, 1), norm=nn.BatchNorm2d(5), inner=inner, again=again,
+        beside=nn.Conv2d(5, 6, 1, bias=False), norm_again=nn.BatchNorm2d(6), head=nn.Linear(6 * 4, WAYS),
+    )  # fmt: skip
+
+
+def _of_features(net: Any, x: Tensor) -> Tensor:
+    x = x + net.a(F.gelu(net.b(x)))
+    x = x + net.c(torch.tanh(x))
+    return net.head(x + x)
+
+
+def of_features() -> nn.Module:
+    """Shortcuts around linear layers, the first of which adds the examples."""
+    return Branches(
+        _of_features, a=nn.Linear(9, 7), b=nn.Linear(7, 9), c=nn.Linear(7, 7, bias=False), head=nn.Linear(7, WAYS)
+    )
+
+
+def _with_the_examples(net: Any, x: Tensor) -> Tensor:
+    y = F.dropout(F.max_pool2d(torch.sigmoid(net.a(x) + x), 3, 1, 1), 0.2)
+    return net.head((y + F.dropout2d(net.b(F.elu(y)), 0.3)).flatten(1))
+
+
+def with_the_examples() -> nn.Module:
+    return Branches(
+        _with_the_examples, a=nn.Conv2d(3, 3, 3, 1, 1), b=nn.Conv2d(3, 3, (1, 3), 1, (0, 1)), head=nn.Linear(126, WAYS)
+    )
+
+
+RESIDUAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "a shortcut": (shortcut, SIZE), "shortcuts with convolutions": (projected, SIZE),
+    "norm and activation first": (wide, SIZE), "shortcuts of features": (of_features, (7,)),
+    "a shortcut from the examples": (with_the_examples, SIZE),
+}  # fmt: skip
+
+
 def _cases(check: Callable[..., None]) -> dict[str, Case]:
     def case(make: Callable[[], nn.Module], shape: tuple[int, ...] = SIZE, **options: Any) -> Case:
         return alone(lambda native: check(native, make, shape, **options))
@@ -276,6 +372,10 @@ def _cases(check: Callable[..., None]) -> dict[str, Case]:
             wanted=lambda name: name.startswith("1."),
         ),
     }  # fmt: skip
+    for name, (make, shape) in RESIDUAL.items():
+        found[name] = case(make, shape)
+    found["a shortcut, the branch alone"] = case(shortcut, wanted=lambda name: name.startswith("inner.3"))
+    found["shortcuts with convolutions, one alone"] = case(projected, wanted=lambda name: name.startswith("across"))
     for name, activation in ACTIVATIONS.items():
         found[name] = case(lambda kind=activation: nn.Sequential(nn.Linear(5, 9), kind, nn.Linear(9, WAYS)), (5,))
     return found
@@ -290,7 +390,9 @@ def _directions() -> dict[str, Case]:
             nn.Tanh(), nn.Sigmoid(), features=5 * 42,
         )  # fmt: skip
 
-    def moving(*parts: str, wanted: Callable[[str], bool] = lambda name: True) -> Case:
+    def moving(
+        *parts: str, wanted: Callable[[str], bool] = lambda name: True, make: Callable[[], nn.Module] = make
+    ) -> Case:
         return alone(
             lambda native: hessian(native, make, SIZE, wanted=wanted, moves=lambda name: name.startswith(parts))
         )
@@ -302,6 +404,9 @@ def _directions() -> dict[str, Case]:
         "a bias moves alone": moving("0.bias"),
         "the first layer moves, the head is wanted": moving("0.", wanted=lambda name: name.startswith("8.")),
         "nothing moves": moving("none"),
+        "a branch moves alone": moving("inner.3", make=shortcut),
+        "another branch moves alone": moving("across", make=projected),
+        "the last shortcut moves alone": moving("beside", make=projected),
     }
 
 

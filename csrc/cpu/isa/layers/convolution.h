@@ -136,7 +136,7 @@ void start_convolution(const LayersTask<Scalar>& t, int i) {
         transform_kernels(t.memory + plan.transformed, packed, plan.in.lanes, plan.made.lanes,
                           plan.vectors * kLanes<Scalar>);
     }
-    if (i <= t.lowest) return;
+    if (!wants_input_grad(t, i)) return;
     Scalar* back = t.memory + plan.weight_back;
     pack_weight_back<Scalar>(back, packed, block, plan);
     if (plan.winograd_back) {

@@ -45,8 +45,19 @@ void stand_still(const LayersTangent<Scalar>& d, int i) {
     const std::int64_t rows = block.norm == LayersNorm::kGroup ? along.count : 1;
     fill_zero(along.memory + along.layout->block[i].cells, rows * kLayersVectors * made.lanes);
     if (i + 1 < along.network->blocks) return;
-    const LayersImages& out = along.layout->out;  // nothing reads that of other blocks
+    const LayersImages& out = output_of(along, i);  // nothing reads that of other blocks
     fill_zero(along.memory + out.place, along.count * out.image);
+}
+
+// Whether what another block gives moves; -1 is the examples.
+template <typename Scalar>
+bool output_moves(const LayersTangent<Scalar>& d, int other) {
+    return other >= d.first_moved;
+}
+
+template <typename Scalar>
+bool input_moves(const LayersTangent<Scalar>& d, int i) {
+    return output_moves(d, d.value.network->block[i].source);
 }
 
 // made of `along` <- the tangent of what the block's product makes
@@ -54,7 +65,7 @@ template <typename Scalar>
 void make_product_tangent(const LayersTangent<Scalar>& d, int i) {
     const LayersTask<Scalar>&value = d.value, &along = d.along;
     const LayersBlock& block = value.network->block[i];
-    const bool moves = i > d.first_moved, turns = weight_moves(d, i);
+    const bool moves = input_moves(d, i), turns = weight_moves(d, i);
     if (block.product == LayersProduct::kConv && (moves || turns)) {
         if (moves) {
             convolve_examples(value, i, {along.memory, value.memory, along.memory}, 0, value.count, /*add=*/false);
@@ -71,8 +82,12 @@ void make_product_tangent(const LayersTangent<Scalar>& d, int i) {
             add_linear(along, i, features_of(along, i), value.values[block.weight]);
         }
         if (turns) add_linear(along, i, features_of(value, i), along.values[block.weight]);
-    } else if (block.product == LayersProduct::kNone && moves) {
-        for (std::int64_t e = 0; e < value.count; ++e) copy_input(along, i, e);
+        return;
+    }
+    const bool second_moves = block.product == LayersProduct::kSum && output_moves(d, block.added);
+    for (std::int64_t e = 0; e < value.count; ++e) {
+        if (moves) copy_input(along, i, e);
+        if (second_moves) add_second(along, i, e);
     }
 }
 
@@ -91,6 +106,7 @@ void forward_tangents(const LayersTangent<Scalar>& d) {
         set_cell_tangents(d, i);
         for (std::int64_t e = 0; e < d.value.count; ++e) finish_tangent(d, i, e);
         drop_outputs(d.along, i);
+        hand_on(d.along, i);
     }
 }
 
@@ -101,14 +117,15 @@ void convolution_tangents_back(const LayersTangent<Scalar>& d, int i, std::int64
     const LayersTask<Scalar>&value = d.value, &along = d.along;
     const LayersBlock& block = value.network->block[i];
     if (wants(along, block.weight)) {
-        if (i > d.first_moved) add_weight_grad(value, i, {along.memory, along.memory, value.memory}, first, last);
+        if (input_moves(d, i)) add_weight_grad(value, i, {along.memory, along.memory, value.memory}, first, last);
         add_weight_grad(value, i, {value.memory, along.memory, along.memory}, first, last);
     }
-    if (i <= value.lowest) return;
+    if (!wants_input_grad(value, i)) return;
     const std::int64_t at = first * block.in.height * block.in.width * value.layout->block[i].in.lanes;
-    Scalar* to = output_grad(along, i - 1) + at;
-    convolve_back(value, i, memories_of(value), first, last, output_grad(value, i - 1) + at, /*add=*/false);
-    convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, /*add=*/false);
+    const bool adds = adds_to_input_grad(value, i);
+    Scalar* to = input_grad(along, i) + at;
+    convolve_back(value, i, memories_of(value), first, last, input_grad(value, i) + at, adds);
+    convolve_back(value, i, {nullptr, value.memory, along.memory}, first, last, to, adds);
     if (weight_moves(d, i)) {
         convolve_back(value, i, {nullptr, along.memory, value.memory}, first, last, to, /*add=*/true);
     }
@@ -122,11 +139,12 @@ void linear_tangents_back(const LayersTangent<Scalar>& d, int i) {
     const Scalar* tangents = along.memory + along.layout->block[i].made.place;
     if (wants(along, block.weight)) {
         linear_weight_grad(along, i, tangents, features_of(value, i), along.adds);
-        if (i > d.first_moved) linear_weight_grad(along, i, grads, features_of(along, i), /*add=*/true);
+        if (input_moves(d, i)) linear_weight_grad(along, i, grads, features_of(along, i), /*add=*/true);
     }
-    if (i <= value.lowest) return;
-    linear_input_grad(value, i, grads, value.values[block.weight], /*add=*/false);
-    linear_input_grad(along, i, tangents, value.values[block.weight], /*add=*/false);
+    if (!wants_input_grad(value, i)) return;
+    const bool adds = adds_to_input_grad(value, i);
+    linear_input_grad(value, i, grads, value.values[block.weight], adds);
+    linear_input_grad(along, i, tangents, value.values[block.weight], adds);
     if (weight_moves(d, i)) linear_input_grad(along, i, grads, along.values[block.weight], /*add=*/true);
     give_linear_input_grad(value, i);
     give_linear_input_grad(along, i);
@@ -144,8 +162,7 @@ void backward_tangents(const LayersTangent<Scalar>& d) {
             for (std::int64_t e = 0; e < value.count; ++e) sum_grad_tangents(d, i, e);
             set_slope_tangents(d, i);
         }
-        const bool goes_on = wants(along, block.weight) || i > value.lowest;
-        if (!goes_on) continue;
+        if (!goes_on(along, i)) continue;
         const std::int64_t at_once = examples_at_once(block);
         for (std::int64_t first = 0; first < value.count; first += at_once) {
             const std::int64_t last = least(first + at_once, value.count);
@@ -153,9 +170,9 @@ void backward_tangents(const LayersTangent<Scalar>& d) {
             if (block.product == LayersProduct::kConv) convolution_tangents_back(d, i, first, last);
         }
         if (block.product == LayersProduct::kLinear) linear_tangents_back(d, i);
-        if (block.product == LayersProduct::kNone && i > value.lowest) {
-            copy_grads(value, i);
-            copy_grads(along, i);
+        if (block.product == LayersProduct::kNone || block.product == LayersProduct::kSum) {
+            copy_back(value, i);
+            copy_back(along, i);
         }
     }
 }

@@ -31,7 +31,7 @@ template <typename Scalar>
 void clear_borders(const LayersTask<Scalar>& t) {
     for (int i = 0; i < t.network->blocks; ++i) {
         const LayersBlock& block = t.network->block[i];
-        const bool holds_input = i > 0 || block.product == LayersProduct::kConv;
+        const bool holds_input = block.source >= 0 || block.product == LayersProduct::kConv;
         clear_border(t, t.layout->block[i].in, block.in, holds_input ? t.layout->count : 0);
         clear_border(t, t.layout->block[i].made, block.made, t.layout->count);
     }
@@ -96,6 +96,14 @@ void copy_rows(Scalar* to, std::int64_t to_row, const Scalar* from, std::int64_t
     }
 }
 
+template <typename Scalar>
+void add_rows(Scalar* to, std::int64_t to_row, const Scalar* from, std::int64_t from_row, std::int64_t rows,
+              std::int64_t length) {
+    for (std::int64_t y = 0; y < rows; ++y) {
+        for (std::int64_t i = 0; i < length; ++i) to[y * to_row + i] += from[y * from_row + i];
+    }
+}
+
 // What a linear layer reads, [count, features], and how many scalars lie between two examples.
 template <typename Scalar>
 struct Features {
@@ -108,7 +116,7 @@ Features<Scalar> features_of(const LayersTask<Scalar>& t, int i) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const std::int64_t features = layers_features_of(block.in);
-    if (i == 0) return {t.x, features};
+    if (block.source < 0) return {t.x, features};
     if (plan.features < 0) return {t.memory + plan.in.place, plan.in.image};
     return {t.memory + plan.features, features};
 }
@@ -142,13 +150,22 @@ void copy_input(const LayersTask<Scalar>& t, int i, std::int64_t example) {
               size.width * in.lanes);
 }
 
+// made += the second summand of an example
+template <typename Scalar>
+void add_second(const LayersTask<Scalar>& t, int i, std::int64_t example) {
+    const LayersBlock& block = t.network->block[i];
+    const LayersImages &made = t.layout->block[i].made, &from = output_of(t, block.added);
+    add_rows(image_of(t, made, example), made.row, image_of(t, from, example), from.row, block.made.height,
+             block.made.width * made.lanes);
+}
+
 template <typename Scalar>
 void make_product(const LayersTask<Scalar>& t, int i) {
     const LayersBlock& block = t.network->block[i];
     const LayersBlockPlan& plan = t.layout->block[i];
     const std::int64_t size = layers_features_of(block.in);
     if (block.product == LayersProduct::kConv) {
-        for (std::int64_t e = 0; i == 0 && e < t.count; ++e) {
+        for (std::int64_t e = 0; block.source < 0 && e < t.count; ++e) {
             take_image(image_of(t, plan.in, e), plan.in.row, plan.in.lanes, t.x + e * size, block.in);
         }
         convolve_examples(t, i, memories_of(t), 0, t.count, /*add=*/false);
@@ -161,12 +178,27 @@ void make_product(const LayersTask<Scalar>& t, int i) {
         return;
     }
     for (std::int64_t e = 0; e < t.count; ++e) {
-        if (i == 0) {
+        if (block.source < 0) {
             Scalar* made = image_of(t, plan.made, e);
             fill_zero(made, plan.made.image);
             take_image(made, plan.made.row, plan.made.lanes, t.x + e * size, block.in);
         } else {
             copy_input(t, i, e);
+        }
+        if (block.product == LayersProduct::kSum) add_second(t, i, e);
+    }
+}
+
+// Copies a block's output to those of its readers that have a place of their own for it.
+template <typename Scalar>
+void hand_on(const LayersTask<Scalar>& t, int i) {
+    const LayersSize& size = t.network->block[i].out;
+    const LayersImages& from = output_of(t, i);
+    for (int reader = i + 1; reader < t.network->blocks; ++reader) {
+        const LayersImages& to = t.layout->block[reader].in;
+        if (t.network->block[reader].source != i || to.place == from.place) continue;
+        for (std::int64_t e = 0; e < t.count; ++e) {
+            copy_rows(image_of(t, to, e), to.row, image_of(t, from, e), from.row, size.height, size.width * to.lanes);
         }
     }
 }
@@ -217,6 +249,7 @@ void forward(const LayersTask<Scalar>& t) {
         set_cells(t, i);
         for (std::int64_t e = 0; e < t.count; ++e) finish_example(t, i, e);
         drop_outputs(t, i);
+        hand_on(t, i);
     }
 }
 
@@ -236,7 +269,7 @@ void linear_input_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads, 
     const LayersBlockPlan& plan = t.layout->block[i];
     const std::int64_t size = layers_features_of(block.in);
     const bool apart = plan.feature_grads >= 0;
-    Scalar* to = apart ? t.memory + plan.feature_grads : output_grad(t, i - 1);
+    Scalar* to = apart ? t.memory + plan.feature_grads : input_grad(t, i);
     if (!apart && !add) fill_zero(to, t.count * plan.in.lanes);  // lanes beyond the channels
     outer<Scalar>({to, apart ? size : plan.in.lanes, grads, plan.made.image, 1, weight, size, t.count,
                    block.made.channels, size, add});
@@ -250,7 +283,7 @@ void give_linear_input_grad(const LayersTask<Scalar>& t, int i) {
     if (plan.feature_grads < 0) return;
     const std::int64_t lanes = plan.in.lanes, image = std::int64_t{block.in.height} * block.in.width * lanes;
     const std::int64_t size = layers_features_of(block.in);
-    Scalar* to = output_grad(t, i - 1);
+    Scalar* to = input_grad(t, i);
     fill_zero(to, t.count * image);  // lanes beyond the channels
     for (std::int64_t e = 0; e < t.count; ++e) {
         take_image(to + e * image, block.in.width * lanes, lanes, t.memory + plan.feature_grads + e * size, block.in);
@@ -262,20 +295,39 @@ void linear_backward(const LayersTask<Scalar>& t, int i) {
     const std::int32_t weight = t.network->block[i].weight;
     const Scalar* grads = t.memory + t.layout->block[i].made.place;
     if (wants(t, weight)) linear_weight_grad(t, i, grads, features_of(t, i), t.adds);
-    if (i <= t.lowest) return;
-    linear_input_grad(t, i, grads, t.values[weight], /*add=*/false);
+    if (!wants_input_grad(t, i)) return;
+    linear_input_grad(t, i, grads, t.values[weight], adds_to_input_grad(t, i));
     give_linear_input_grad(t, i);
 }
 
-// The gradient of a block's input, where it has no product.
+// The gradient of another block's output (+)= that of what is made, which is a copy of it or a sum with it.
 template <typename Scalar>
-void copy_grads(const LayersTask<Scalar>& t, int i) {
+void copy_grads(const LayersTask<Scalar>& t, int i, int other, bool add) {
+    if (!wants_output_grad(t, other)) return;
     const LayersSize& size = t.network->block[i].in;
     const LayersImages& made = t.layout->block[i].made;
     const std::int64_t row = size.width * made.lanes;
+    const auto put = add ? add_rows<Scalar> : copy_rows<Scalar>;
     for (std::int64_t e = 0; e < t.count; ++e) {
-        copy_rows(output_grad(t, i - 1) + e * size.height * row, row, image_of(t, made, e), made.row, size.height, row);
+        put(output_grad(t, other) + e * size.height * row, row, image_of(t, made, e), made.row, size.height, row);
     }
+}
+
+// The gradients of what a block reads that has no weight.
+template <typename Scalar>
+void copy_back(const LayersTask<Scalar>& t, int i) {
+    const LayersBlock& block = t.network->block[i];
+    copy_grads(t, i, block.source, adds_to_input_grad(t, i));
+    if (block.product != LayersProduct::kSum) return;
+    copy_grads(t, i, block.added, block.added == block.source || adds_to_grad(t, i, block.added));
+}
+
+// Whether the gradient of what a block makes is wanted.
+template <typename Scalar>
+bool goes_on(const LayersTask<Scalar>& t, int i) {
+    const LayersBlock& block = t.network->block[i];
+    return wants(t, block.weight) || wants_input_grad(t, i) ||
+           (block.product == LayersProduct::kSum && wants_output_grad(t, block.added));
 }
 
 // A few small images share the weights that are read; of a large one the gradient is in L2 while it is used.
@@ -293,20 +345,20 @@ void backward(const LayersTask<Scalar>& t) {
             for (std::int64_t e = 0; e < t.count; ++e) sum_grads(t, i, e);
             set_slopes(t, i);
         }
-        const bool goes_on = wants(t, block.weight) || i > t.lowest;
-        if (!goes_on) continue;
+        if (!goes_on(t, i)) continue;
         const std::int64_t at_once = examples_at_once(block);
         for (std::int64_t first = 0; first < t.count; first += at_once) {
             const std::int64_t last = least(first + at_once, t.count);
             for (std::int64_t e = first; e < last; ++e) make_grad(t, i, e);
             if (block.product != LayersProduct::kConv) continue;
             if (wants(t, block.weight)) add_weight_grad(t, i, memories_of(t), first, last);
-            if (i <= t.lowest) continue;
+            if (!wants_input_grad(t, i)) continue;
             const std::int64_t image = std::int64_t{block.in.height} * block.in.width * plan.in.lanes;
-            convolve_back(t, i, memories_of(t), first, last, output_grad(t, i - 1) + first * image, /*add=*/false);
+            convolve_back(t, i, memories_of(t), first, last, input_grad(t, i) + first * image,
+                          adds_to_input_grad(t, i));
         }
         if (block.product == LayersProduct::kLinear) linear_backward(t, i);
-        if (block.product == LayersProduct::kNone && i > t.lowest) copy_grads(t, i);
+        if (block.product == LayersProduct::kNone || block.product == LayersProduct::kSum) copy_back(t, i);
     }
 }
 

@@ -25,13 +25,46 @@ Scalar* image_of(const LayersTask<Scalar>& t, const LayersImages& images, std::i
 // What a block writes its output to.
 template <typename Scalar>
 const LayersImages& output_of(const LayersTask<Scalar>& t, int block) {
-    return block + 1 < t.network->blocks ? t.layout->block[block + 1].in : t.layout->out;
+    return t.layout->block[block].out;
 }
 
-// The gradient of a block's output, [count, height, width, lanes]; blocks take the two buffers in turn.
+// The gradient of a block's output, [count, height, width, lanes].
 template <typename Scalar>
 Scalar* output_grad(const LayersTask<Scalar>& t, int block) {
-    return t.memory + t.layout->out_grad[(t.network->blocks - 1 - block) % 2];
+    return t.memory + t.layout->block[block].out_grad;
+}
+
+// The gradient of a block's input, which is the output of its source.
+template <typename Scalar>
+Scalar* input_grad(const LayersTask<Scalar>& t, int block) {
+    return output_grad(t, t.network->block[block].source);
+}
+
+// Whether the gradient of another block's output is wanted; -1 is the examples.
+template <typename Scalar>
+bool wants_output_grad(const LayersTask<Scalar>& t, int other) {
+    return other >= t.lowest;
+}
+
+template <typename Scalar>
+bool wants_input_grad(const LayersTask<Scalar>& t, int block) {
+    return wants_output_grad(t, t.network->block[block].source);
+}
+
+// Whether the backward pass has met a reader of another block's output before it comes to `block`, which then adds to
+// the gradient of that output.
+template <typename Scalar>
+bool adds_to_grad(const LayersTask<Scalar>& t, int block, int other) {
+    for (int i = block + 1; i < t.network->blocks; ++i) {
+        const LayersBlock& later = t.network->block[i];
+        if (later.source == other || (later.product == LayersProduct::kSum && later.added == other)) return true;
+    }
+    return false;
+}
+
+template <typename Scalar>
+bool adds_to_input_grad(const LayersTask<Scalar>& t, int block) {
+    return adds_to_grad(t, block, t.network->block[block].source);
 }
 
 template <typename Scalar>
