@@ -43,11 +43,13 @@ Result = Mapping[str, Any]
 
 
 def read(kind: str, folder: Path = RESULTS) -> list[Result]:
-    """All results of one benchmark, by file name.
+    """All results of one benchmark, by file name; "second_machine/zoo" are those of a folder.
 
     Raises:
         ValueError: They are timings from different machines.
     """
+    below, _, kind = kind.rpartition("/")
+    folder = folder / below
     places = sorted([*folder.glob("*.json"), *folder.glob("evidence/*.json")])
     found = [json.loads(path.read_text()) for path in places]
     found = [result for result in found if result["benchmark"] == kind]
@@ -525,6 +527,11 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "meta-steps of maml, memory": ("meta_step_maml", memories),
     "meta-steps of maml, left out": ("meta_step_maml", skipped),
     "meta-steps of maml, where": ("meta_step_maml", where),
+    "meta-steps of maml on C": ("second_machine/meta_step_maml", second_order),
+    "meta-steps of maml on C by implementation": ("second_machine/meta_step_maml", meta_steps),
+    "meta-steps of maml on C, memory": ("second_machine/meta_step_maml", memories),
+    "meta-steps of maml on C, left out": ("second_machine/meta_step_maml", skipped),
+    "meta-steps of maml on C, where": ("second_machine/meta_step_maml", where),
     "growth of maml": ("growth_maml", growth),
     "growth of maml, where": ("growth_maml", where),
     "rates": ("rates", rates),
@@ -543,6 +550,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "int8, where": ("memory", where),
     "any module": ("zoo", of_zoo(zoo)),
     "any module, where": ("zoo", where),
+    "residual networks": ("second_machine/zoo", of_zoo(zoo)),
+    "residual networks, where": ("second_machine/zoo", where),
     "compiled": ("zoo-compiled", of_zoo(zoo_compiled)),
     "compiled, where": ("zoo-compiled", where),
     "evidence: settings": ("evidence", evidence.settings),

@@ -107,11 +107,10 @@ class Residual(nn.Module):
         return F.max_pool2d(F.leaky_relu(self.layers(x) + self.shortcut(x), 0.1), 2)
 
 
-def resnet12() -> nn.Module:
-    """A narrow ResNet-12."""
-    widths = (3, 16, 32, 64, 64)
-    blocks = [Residual(a, b) for a, b in pairwise(widths)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+def resnet12(*widths: int) -> nn.Module:
+    """A ResNet-12 for 32 x 32 images in colour."""
+    blocks = [Residual(a, b) for a, b in pairwise((3, *widths))]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 5))
 
 
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.GELU, norm: bool = False) -> nn.Module:
@@ -174,7 +173,8 @@ WORKLOADS: dict[str, Workload] = {
     "Conv4-32, GroupNorm, ANIL": Workload(lambda: conv4(lambda f: nn.GroupNorm(4, f)), (1, 28, 28), options=ANIL),
     "Conv4 64-96-128-256, LeakyReLU": Workload(lambda: of_widths(64, 96, 128, 256), (3, 32, 32), tasks=4),
     "Conv3, series": Workload(series, (6, 128)),
-    "ResNet-12, narrow": Workload(resnet12, (3, 32, 32), tasks=4),
+    "ResNet-12, narrow": Workload(lambda: resnet12(16, 32, 64, 64), (3, 32, 32), tasks=4),
+    "ResNet-12 64-128-256-512": Workload(lambda: resnet12(64, 128, 256, 512), (3, 32, 32), tasks=2),
     "OmniglotFC": Workload(lambda: mlp(784, 256, 128, 64, 64, 5, activation=nn.ReLU, norm=True), (1, 28, 28)),
     "MLP 20-32-32-5, GELU": Workload(lambda: mlp(20, 32, 32, 5), (20,), tasks=32),
     "MLP 64-256-256-5, GELU": Workload(lambda: mlp(64, 256, 256, 5), (64,), tasks=32),

@@ -41,10 +41,11 @@ Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
 class Scratch:
     """Memory that a call on the CPU leaves to the next one: fresh memory is zeroed one page fault at a time.
 
-    One buffer of at most `KEPT_BYTES` is kept. Concurrent calls, on several threads, get their own buffers.
+    One buffer of at most `most` bytes is kept. Concurrent calls, on several threads, get their own buffers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = KEPT_BYTES) -> None:
+        self._most = most
         self._kept: deque[Tensor] = deque(maxlen=1)  # of bytes; pop and append are atomic
 
     @contextlib.contextmanager
@@ -60,7 +61,7 @@ class Scratch:
         try:
             yield buffer[:size].view(dtype).view(shape)
         finally:
-            if buffer.numel() <= KEPT_BYTES:
+            if buffer.numel() <= self._most:
                 self._kept.append(buffer)
 
 

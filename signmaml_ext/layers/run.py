@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -67,6 +67,7 @@ class NativeRun:
     problem: Problem
     spec: LayersSpec
     program: Any
+    _large: fused.Scratch = field(default_factory=lambda: fused.Scratch(math.inf))
     batched = True
 
     @classmethod
@@ -101,6 +102,11 @@ class NativeRun:
         # At most: where the tasks are, what moves, two rows of gradients, products and their direction; and the path.
         rows = 6 + (self.problem.steps if self.problem.method == "maml" else 0)
         return ROWS.of((rows * (first.stop - first.start) * columns,), self.problem.dtype)
+
+    def _workspace(self, size: int) -> AbstractContextManager[Tensor]:
+        """Memory for a native call: what is too large to be left to the next meta-step stays for the next pass."""
+        scratch = fused.WORKSPACE if size <= fused.KEPT_BYTES else self._large
+        return scratch.of((size,), torch.uint8)
 
     def threads(self) -> int:
         """One chunk at a time: the native call has the threads."""
@@ -182,7 +188,7 @@ class NativeRun:
         loss, predictions = x.new_empty(tasks), x.new_empty(tasks, count, self.spec.outputs)
         threads, is_double = torch.get_num_threads(), x.dtype == torch.float64
         plan = self.program.plan(tasks, count, is_double, threads)
-        with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
+        with self._workspace(plan["workspace_bytes"]) as workspace:
             self.program.run(
                 [_place(value) for value in parameters], gradients, x.data_ptr(), *self._goal(y),
                 [factors.data_ptr() for factors in noise], loss.data_ptr(), predictions.data_ptr(),
@@ -213,7 +219,7 @@ class NativeRun:
         assert row is not None, "there are views"
         threads, is_double = torch.get_num_threads(), x.dtype == torch.float64
         plan = self.program.plan(tasks, count, is_double, threads, hessian=True)
-        with fused.WORKSPACE.of((plan["workspace_bytes"],), torch.uint8) as workspace:
+        with self._workspace(plan["workspace_bytes"]) as workspace:
             self.program.hessian(
                 [_place(value) for value in parameters],
                 [_place(along[name]) if name in along else _NOWHERE for name in self.spec.names],

@@ -23,7 +23,7 @@ ACTIVATIONS, CONVOLUTION, LINEAR, TAIL, TANGENTS, PASSES, HESSIAN = (
     for name in ("activations", "convolution", "linear", "tail", "tail_tangents", "passes", "hessian")
 )
 COURSE, WINOGRAD = "cpu/layers_pass.cpp", "cpu/isa/conv/winograd.h"
-PLACES, PLAN = f"{FOLDER}/places.h", "plan/layers_cpu.h"
+PLACES = f"{FOLDER}/places.h"
 LEFT_OUT = ""
 
 MUTATIONS = [
@@ -125,7 +125,6 @@ MUTATIONS = [
     Mutation("other readers get nothing", PASSES, "        hand_on(t, i);", LEFT_OUT),
     Mutation("linear gradients are not added up", PASSES, "linear_input_grad(t, i, grads, t.values[weight], adds_to_input_grad(t, i));", "linear_input_grad(t, i, grads, t.values[weight], false);"),
     Mutation("gradients of images are not added up", PASSES, "input_grad(t, i) + first * image,\n                          adds_to_input_grad(t, i));", "input_grad(t, i) + first * image, false);"),
-    Mutation("gradients take turns in branches", PLAN, "const bool is_chain = layers_is_chain(network);", "const bool is_chain = true;"),
     Mutation("the examples are read by the first block alone", PASSES, "for (std::int64_t e = 0; block.source < 0 && e < t.count; ++e) {", "for (std::int64_t e = 0; i == 0 && e < t.count; ++e) {"),
 ]  # fmt: skip
 

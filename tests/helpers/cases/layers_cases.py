@@ -265,7 +265,7 @@ def wide() -> nn.Module:
 
 def _of_features(net: Any, x: Tensor) -> Tensor:
     x = x + net.a(F.gelu(net.b(x)))
-    x = x + net.c(torch.tanh(x))
+    x = x + torch.tanh(net.c(x))
     return net.head(x + x)
 
 
