@@ -328,19 +328,33 @@ def block_at_random(generator: random.Random) -> dict[str, Any]:
     return found | {"pool_padding": tuple(generator.randint(0, size // 2) for size in found["pool_kernel"])}
 
 
+def with_a_shortcut(blocks: list[dict[str, Any]], generator: random.Random) -> list[dict[str, Any]]:
+    """The blocks, with one somewhere between them whose input is added to its output."""
+    at = generator.randint(0, len(blocks))
+    branch: dict[str, Any] = {"product": "none", "norm": generator.choice(("none", "batch")), "eps": 1e-5}
+    branch |= {"affine": True, "activation": generator.choice(("tanh", "relu")), "drops": "none"}
+    if at > 0 and blocks[at - 1]["product"] == "conv" and generator.random() < 0.7:
+        branch |= {"product": "conv", "channels": blocks[at - 1]["channels"], "bias": generator.random() < 0.5}
+        branch |= generator.choice(({"kernel": (3, 3), "padding": (1, 1)}, {"kernel": (1, 1)}))
+    added = {"product": "sum", "reads": 2, "adds": 1, "activation": generator.choice(("none", "silu"))}
+    return [*blocks[:at], branch, added, *blocks[at:]]
+
+
 def layers_program(native: ModuleType, generator: random.Random) -> None:
     """A program of random blocks, with 1 and with 3 threads; its tensors have memory of their own."""
     kind = generator.choice(REAL)
     size = (generator.randint(1, 9), generator.randint(1, 12), generator.randint(1, 12))
     head = {"product": "linear", "channels": generator.randint(2, 5), "bias": generator.random() < 0.5}
     blocks = [block_at_random(generator) for _ in range(generator.randint(0, 3))]
+    for _ in range(generator.randint(0, 2)):
+        blocks = with_a_shortcut(blocks, generator)
     try:
         program = native.LayersProgram([*blocks, head], size)
     except ValueError:
         return layers_program(native, generator)
     counts, noises = [], []
     for block, (read, made, given) in zip([*blocks, head], program.sizes, strict=True):
-        if block["product"] != "none":
+        if block["product"] in ("conv", "linear"):
             window = math.prod(block["kernel"]) if block["product"] == "conv" else read[1] * read[2]
             counts += [made[0] * read[0] * window, *([made[0]] if block["bias"] else [])]
         if block.get("norm", "none") != "none" and block["affine"]:
@@ -451,7 +465,9 @@ def any_struct(native: ModuleType, choose: Callable[[Sequence[Any]], Any]) -> st
         "layers_program": lambda: native.LayersProgram(
             [
                 {
-                    "product": choose(("conv", "linear", "none")),
+                    "product": choose(("conv", "linear", "none", "sum")),
+                    "reads": choose((1, 1, size())),
+                    "adds": size(),
                     "channels": size(),
                     "kernel": (choose((1, 3, 16)), size()),
                 },
