@@ -56,7 +56,7 @@ class Operations(TorchDispatchMode):
 def count(model: nn.Module, *, steps: int, method: str, tasks: int = 8, size: int = 28, **options: Any) -> Counter[str]:
     """Operations of one meta-step on images of one channel and 5 classes, all tasks together.
 
-    They are those of any module and of a CUDA device: without the CPU's native gradients of chains of layers.
+    They are those of any module and of a CUDA device: without the CPU's native gradients of usual layers.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(tasks, 5, 1, size, size, generator=generator)

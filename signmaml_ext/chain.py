@@ -274,7 +274,8 @@ class _Reader:
         else:
             data = [argument for argument in node.all_input_nodes if argument not in self.counts]
             if len(data) != 1 or data[0] not in self.given or not node.args or node.args[0] is not data[0]:
-                raise _Refused(f"its layers are no plain chain (at {node.name!r})")
+                used = getattr(node.target, "__name__", node.target)
+                raise _Refused(f"it uses {used} in a way that is no layer and no sum (at {node.name!r})")
             sources, layer = [self.given[data[0]]], self._layer(node)
         if layer is None:
             return sources[0]
@@ -289,7 +290,7 @@ class _Reader:
         return are_data == [True, True] and dict(node.kwargs) in ({}, {"alpha": 1})
 
     def _is_about_the_shape(self, node: torch.fx.Node) -> bool:
-        """`x.size(0)`, `x.size()[0]`, `x.shape[0]`: the number of examples, the same all along the chain."""
+        """`x.size(0)`, `x.size()[0]`, `x.shape[0]`: the number of examples, the same for all layers."""
         source, *rest = node.args or (None,)
         if not isinstance(source, torch.fx.Node):
             return False
@@ -583,7 +584,7 @@ _SETTINGS: dict[type[nn.Module], tuple[_Read, tuple[str, ...]]] = {
 
 
 def _flag_free(read: _Read) -> _Read:
-    """Reads a function without its flag `inplace`, which changes nothing in a chain."""
+    """Reads a function without its flag `inplace`, see `_activation`."""
     return lambda name, arguments, keywords, is_count: read(
         name, arguments[:1], {key: value for key, value in keywords.items() if key != "inplace"}, is_count
     )

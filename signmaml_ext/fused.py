@@ -41,10 +41,10 @@ Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
 class Scratch:
     """Memory that a call on the CPU leaves to the next one: fresh memory is zeroed one page fault at a time.
 
-    One buffer of at most `most` bytes is kept. Concurrent calls, on several threads, get their own buffers.
+    One buffer of at most `most` bytes (None: `KEPT_BYTES`) is kept. Concurrent calls, on several threads, get their own buffers.
     """
 
-    def __init__(self, most: float = KEPT_BYTES) -> None:
+    def __init__(self, most: float | None = None) -> None:
         self._most = most
         self._kept: deque[Tensor] = deque(maxlen=1)  # of bytes; pop and append are atomic
 
@@ -57,11 +57,12 @@ class Scratch:
         except IndexError:
             buffer = None
         if buffer is None or buffer.numel() < size:
+            buffer = None  # freed before the larger one is made
             buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         try:
             yield buffer[:size].view(dtype).view(shape)
         finally:
-            if buffer.numel() <= self._most:
+            if buffer.numel() <= (KEPT_BYTES if self._most is None else self._most):
                 self._kept.append(buffer)
 
 

@@ -4,7 +4,7 @@ A graph repeats what was launched while it was recorded. Python does not run aga
 that would launch the same work. The *key* of a recorded call decides that:
 
 - the model (a weak reference), everything that its forward may depend on (structure.py: modules, settings, hooks, code,
-  and the attributes of each module; for a chain of layers only those that its forward reads), and the address, shape,
+  and the attributes of each module; for usual layers only those that its forward reads), and the address, shape,
   strides and dtype of every parameter and buffer;
 - shape, strides, dtype and device of the data and of `inner_lr` tensors, and the value of an `inner_lr` float;
 - every other argument except `seed`, `first_task` and `graph`, and torch's settings for autocast, determinism and

@@ -319,7 +319,7 @@ class _FewShotEstimator:
         estimator._learner = found
         estimator._adapted = estimator._state_of(moved, stored, found)
         if stored.get("input") is not None:  # absent from older files
-            estimator._input = _input_from_json(stored["input"]).to(found.device)
+            estimator._input = _input_from_json(stored["input"], found.device)
         return estimator
 
     def _metadata(self) -> dict[str, Any]:
@@ -641,18 +641,18 @@ def _input_to_json(x: Tensor) -> dict[str, Any]:
     return {"sizes": list(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")}
 
 
-def _input_from_json(stored: Any) -> Tensor:
-    """A batch of one input of zeros, from what `_input_to_json` returned.
+def _input_from_json(stored: Any, device: torch.device) -> Tensor:
+    """A batch of one input of zeros, from what `_input_to_json` returned. It takes no memory, whatever a file says.
 
     Raises:
         ValueError: It is something else.
     """
     found = stored if isinstance(stored, Mapping) else {}
     sizes, kind = found.get("sizes"), getattr(torch, str(found.get("dtype")), None)
-    whole = isinstance(sizes, list) and all(type(size) is int and size >= 0 for size in sizes)
+    whole = isinstance(sizes, list) and all(type(size) is int and size >= 1 for size in sizes)
     if not isinstance(sizes, list) or not whole or math.prod(sizes) >= 2**40 or not isinstance(kind, torch.dtype):
         raise ValueError(f"load: expected the sizes and the dtype of an input, found {stored!r}")
-    return torch.zeros((), dtype=kind, device="cpu").expand(1, *sizes)  # takes no memory, whatever a file says
+    return torch.zeros((), dtype=kind, device=device).expand(1, *sizes)
 
 
 def is_adapted(path: str | os.PathLike[str]) -> bool:

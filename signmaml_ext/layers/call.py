@@ -65,7 +65,7 @@ def _why_not_examples(problem: Problem, found: LayersSpec) -> str | None:
     x = only(problem.support_x)
     example = tuple(x.shape[2:])
     if found.size(example) is None:
-        return f"its examples are no {found.reads}: {list(example)}"
+        return f"its examples are no {found.kind}: {list(example)}"
     program = program_of(problem, found)
     if isinstance(program, str):
         return program

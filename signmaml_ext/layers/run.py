@@ -67,8 +67,11 @@ class NativeRun:
     problem: Problem
     spec: LayersSpec
     program: Any
-    _large: fused.Scratch = field(default_factory=lambda: fused.Scratch(math.inf))
+    _large: fused.Scratch = field(init=False, repr=False, compare=False)
     batched = True
+
+    def __post_init__(self) -> None:
+        self._large = fused.Scratch(math.inf)
 
     @classmethod
     def of(cls, problem: Problem) -> NativeRun:

@@ -159,12 +159,12 @@ class LayersSpec:
 
     Attributes:
         blocks: In order; each reads earlier ones.
-        reads: What an example is: "images" `[C, H, W]`, "series" `[C, L]`, "features" (flattened if it has more axes).
+        kind: What an example is: "images" `[C, H, W]`, "series" `[C, L]`, "features" (flattened if it has more axes).
         view: The size `[C, H, W]` that the module views its examples as first; empty if it does not.
     """
 
     blocks: tuple[Block, ...]
-    reads: str
+    kind: str
     view: tuple[int, ...] = ()
 
     @cached_property
@@ -199,9 +199,9 @@ class LayersSpec:
             for length in example:
                 count *= length
             return (channels, height, width) if count == channels * height * width else None
-        if self.reads == "images":
+        if self.kind == "images":
             return (example[0], example[1], example[2]) if len(example) == 3 else None
-        if self.reads == "series":
+        if self.kind == "series":
             return (example[0], 1, example[1]) if len(example) == 2 else None
         features = 1
         for length in example:
@@ -211,7 +211,7 @@ class LayersSpec:
     def forward(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         size = self.size(tuple(x.shape[1:]))
         if size is None:
-            raise ValueError(f"x: expected {self.reads}, found examples of {tuple(x.shape[1:])}")
+            raise ValueError(f"x: expected {self.kind}, found examples of {tuple(x.shape[1:])}")
         made = [x.reshape(-1, *size)]
         for block in self.blocks:
             made.append(block.forward(parameters, made[-block.reads], made[-block.adds] if block.adds else None))
@@ -222,7 +222,7 @@ class LayersSpec:
         if self.view:
             return self.view
         inputs = model.get_parameter(next(block.weight for block in self.blocks if block.weight)).shape[1]
-        return {"images": (inputs, 32, 32), "series": (inputs, 32), "features": (inputs,)}[self.reads]
+        return {"images": (inputs, 32, 32), "series": (inputs, 32), "features": (inputs,)}[self.kind]
 
     def __str__(self) -> str:
         if all(block.reads == 1 and not block.adds for block in self.blocks):
@@ -323,7 +323,7 @@ class _Matcher:
         return LayersSpec(tuple(self.blocks), {1: "features", 2: "series", 3: "images"}[self.start], view)
 
     def _add(self, layer: Layer, first: _Output, second: _Output) -> None:
-        if (first.axes, first.flattened) != (second.axes, second.flattened):
+        if (1 if first.flattened else first.axes) != (1 if second.flattened else second.axes):
             raise _Refused(f"it adds what has other axes (at {layer.name!r})")
         block, added = max(first.block, second.block), min(first.block, second.block)
         if added < 0:  # the examples are read
@@ -332,7 +332,8 @@ class _Matcher:
             raise _Refused(f"it adds its examples to themselves (at {layer.name!r})")
         number = len(self.blocks)
         self.blocks.append(Block("sum", reads=number - block, adds=number - added))
-        self.at = replace(first, block=number, free=1, shared=False)
+        # Features and flattened images of one size have one position.
+        self.at = replace(second if first.flattened else first, block=number, free=1, shared=False)
 
     def _take(self, layer: Layer) -> None:
         kind = layer.kind

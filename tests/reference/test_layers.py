@@ -606,10 +606,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         "comes no linear layer",
     ),
     "a share of a sum": (
-        lambda: Wraps(NETS["GroupNorm"][0](), lambda model, x: model(x) + 0 * model(x)), {}, "no plain chain",
+        lambda: Wraps(NETS["GroupNorm"][0](), lambda model, x: model(x) + 0 * model(x)), {}, "it uses mul in a way",
     ),
     "a sum with a number": (_wrapped(lambda conv, x: conv(x) + 1), {}, "it uses add"),
-    "a multiple of a sum": (_wrapped(lambda conv, x: torch.add(conv(x), x, alpha=2)), {}, "no plain chain"),
+    "a multiple of a sum": (_wrapped(lambda conv, x: torch.add(conv(x), x, alpha=2)), {}, "it uses add in a way"),
     "examples added to themselves": (_wrapped(lambda conv, x: conv(x + x)), {}, "adds its examples to themselves"),
     "a sum of images and channels": (
         _wrapped(lambda conv, x: F.adaptive_avg_pool2d(y := conv(x), 1) + y), {}, "adds what has other axes",

@@ -944,6 +944,7 @@ def test_a_file_keeps_how_a_modules_learner_computes(tmp_path: Path, options: di
         (lambda tensors, header: header.update(input=[4]), "expected the sizes and the dtype of an input"),
         (lambda tensors, header: header["input"].update(dtype="load"), "expected the sizes and the dtype of an input"),
         (lambda tensors, header: header["input"].update(sizes=[10**9, 10**9]), "expected the sizes and the dtype"),
+        (lambda tensors, header: header["input"].update(sizes=[0, 10**30]), "expected the sizes and the dtype"),
         (lambda tensors, header: tensors.update({"steps/other": torch.zeros(1, dtype=torch.int8)}), "found others"),
         (lambda tensors, header: tensors.pop("head/classifier.weight"), "expected the weight of the head 'classifier'"),
     ],

@@ -287,10 +287,21 @@ def with_the_examples() -> nn.Module:
     )
 
 
+def _means(net: Any, x: Tensor) -> Tensor:
+    return net.head(F.silu(net.conv(x).mean((2, 3)) + net.flat(x.flatten(1))) + net.again(x).mean((2, 3)))
+
+
+def means() -> nn.Module:
+    """Sums of what a linear layer makes and of the means of images."""
+    return Branches(
+        _means, conv=nn.Conv2d(3, 7, 3), flat=nn.Linear(126, 7), again=nn.Conv2d(3, 7, 2), head=nn.Linear(7, WAYS)
+    )
+
+
 RESIDUAL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a shortcut": (shortcut, SIZE), "shortcuts with convolutions": (projected, SIZE),
     "norm and activation first": (wide, SIZE), "shortcuts of features": (of_features, (7,)),
-    "a shortcut from the examples": (with_the_examples, SIZE),
+    "a shortcut from the examples": (with_the_examples, SIZE), "means and features": (means, SIZE),
 }  # fmt: skip
 
 

@@ -262,7 +262,8 @@ void linear_weight_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads,
                    block.made.channels, t.count, size, add});
 }
 
-// (+)= the gradient of a linear layer's input, as features
+// (+)= the gradient of a linear layer's input, as features. Where those are images, no other block reads them: the
+// bindings see to that, so nothing was there before.
 template <typename Scalar>
 void linear_input_grad(const LayersTask<Scalar>& t, int i, const Scalar* grads, const Scalar* weight, bool add) {
     const LayersBlock& block = t.network->block[i];

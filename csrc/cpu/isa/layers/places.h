@@ -52,7 +52,7 @@ bool wants_input_grad(const LayersTask<Scalar>& t, int block) {
 }
 
 // Whether the backward pass has met a reader of another block's output before it comes to `block`, which then adds to
-// the gradient of that output.
+// the gradient of that output. layers_reads is shared by the instruction sets.
 template <typename Scalar>
 bool adds_to_grad(const LayersTask<Scalar>& t, int block, int other) {
     for (int i = block + 1; i < t.network->blocks; ++i) {
