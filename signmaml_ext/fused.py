@@ -41,7 +41,8 @@ Call = Callable[[Problem, dict[str, Tensor], Spec, ModuleType], None]
 class Scratch:
     """Memory that a call on the CPU leaves to the next one: fresh memory is zeroed one page fault at a time.
 
-    One buffer of at most `most` bytes (None: `KEPT_BYTES`) is kept. Concurrent calls, on several threads, get their own buffers.
+    One buffer of at most `most` bytes (None: `KEPT_BYTES`) is kept. Concurrent calls, on several threads, get their own
+    buffers.
     """
 
     def __init__(self, most: float | None = None) -> None:

@@ -12,16 +12,13 @@ import signmaml_ext
 from helpers.cases.perceptrons import network, tasks_for
 from signmaml.models import Conv4
 from signmaml_ext import fused
-from signmaml_ext.checks import check_problem
 from signmaml_ext.layers.run import NativeRun
 
 
 def test_a_run_keeps_what_is_too_large_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of passes of usual layers: for its own next pass; smaller workspaces are those of all calls."""
     monkeypatch.setattr(fused, "KEPT_BYTES", 100)
-    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
-    x, y = torch.randn(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64)
-    run = NativeRun.of(check_problem(model, x, y, x, y, inner_lr=0.1, inner_steps=1))
+    run = NativeRun(None, None, None)  # type: ignore[arg-type]  # memory does not depend on them
     places = []
     for size in (200, 150, 200):
         with run._workspace(size) as found:
