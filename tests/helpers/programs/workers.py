@@ -20,6 +20,8 @@ LONGEST = (
     "tests/packaging/test_installs.py",
     "tests/packaging/test_distributions.py",
     "tests/training/test_omniglot_training.py",
+    # Before test_compiled.py: it forks, and after torch.compile torch refuses to differentiate in forks of the process.
+    "tests/reliability/test_faults.py",
     "tests/reference/test_compiled.py",
     "tests/training/test_data_real.py",
     "tests/zoo/test_zoo.py",
@@ -31,7 +33,6 @@ LONGEST = (
     "tests/compile/test_compile_resources.py",
     "tests/reliability/test_two_machines.py",
     "tests/emulated/test_sanitizers.py",
-    "tests/reliability/test_faults.py",
     "tests/emulated/test_emulated_conv.py",
 )
 
@@ -71,7 +72,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def sort_longest_first(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sorts the slowest files first; all processes must get the same order."""
-    if hasattr(config, "workerinput"):
-        place = {name: number for number, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: place.get(item.path.relative_to(config.rootpath).as_posix(), len(place)))
+    """Sorts the slowest files first; all processes must get the same order. It also holds for a single process."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(config.rootpath).as_posix(), len(place)))
