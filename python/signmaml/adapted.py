@@ -177,16 +177,18 @@ def _adapt(
         arguments["batch_norm"] = "batch"  # the same inner steps
     params = signmaml_ext.adapt(model, x, y, task_state=state, **arguments)
     own_head = {} if head is None else _tensors_of(model, head)
+    measures = inductive and bool(_norms(model))
     tasks: list[Adapted] = []
     for i in range(len(x)):
         of_task = params.task(i) if isinstance(params, CompactParams) else {name: p[i] for name, p in params.items()}
-        # The head too where the inner loop does not move it: the learner makes the next task's in its place.
-        moved = with_parameters(model, {**own_head, **of_task})
-        statistics = _support_statistics(moved, x[i], own) if inductive and _norms(model) else {}
         if isinstance(params, CompactParams):
+            statistics = _support_statistics(with_parameters(model, of_task), x[i], own) if measures else {}
             steps = {name: steps[i] for name, steps in params.counts.items()}
             tasks.append(CountedState(learner, Counts(steps, statistics, own_head), transductive, rates, head))
         else:
+            # The head too where the inner loop does not move it: the learner makes the next task's in its place.
+            moved = with_parameters(model, {**own_head, **of_task})
+            statistics = _support_statistics(moved, x[i], own) if measures else {}
             tasks.append(FullState(normalised(moved, statistics, transductive), own, transductive))
     return tasks
 
