@@ -36,7 +36,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("conv_first_grad_kernel", "sectors"): "a tile's rows of pixels begin and end anywhere in a sector",
     ("conv_forward_kernel", "sectors"): "in bf16 a lane's two neighbouring filters are 4 bytes, half of what fills a "
     "sector together with its neighbours'",
-    ("conv_forward_kernel", "wavefronts"): f"with stride 2 positions are two inputs apart, two to a bank; {IN_BF16}",
+    ("conv_forward_kernel", "wavefronts"): "with stride 2 positions are two inputs apart, two to a bank",
     ("conv_head_kernel", "sectors"): "the query pass writes the classifier's gradient in torch's order",
     ("conv_data_grad_kernel", "sectors"): "reads z at every window's winner, which may be any of four, and the winners "
     "themselves as two bytes a lane",

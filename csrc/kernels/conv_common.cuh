@@ -1,4 +1,4 @@
-// Shared by the convolution kernels: stored numbers, tiles of positions, BatchNorm's constants, tensor-core products.
+// Shared by the convolution kernels: stored numbers, tiles of positions, BatchNorm's constants.
 #pragma once
 
 #include <cmath>
@@ -82,14 +82,8 @@ __device__ inline void store_floats(Stored* target, const Vector<float, kCount>&
     store<Stored, kCount>(target, stored);
 }
 
-// Starts to copy four floats to shared memory, both addresses multiples of 16 bytes; zeros if there is no source.
-__device__ inline void copy_or_clear(float* target, const float* source, bool has_source) {
-    if (has_source) {
-        cp_async_16(target, source);
-    } else {
-        store<float, 4>(target, {});
-    }
-}
+// The floats of a block's shared memory from one place to another.
+__device__ inline Shared<float> in_floats(int first, int end) { return Shared<float>(first * 4, end - first); }
 
 // ---- tiles
 
@@ -147,17 +141,6 @@ __device__ inline TileInput input_of(const ConvTiles& tiles, int number) {
     return {image, row, in_image - row * tiles.halo_width};
 }
 
-// Calls `visit(row, channel)` for every row and every fourth channel below `padded`, at most kConvChunk: once a block.
-// A row has as many items as the next power of two, so that a shift divides by them.
-template <typename Visit>
-__device__ inline void for_each_quad(int rows, int padded, const Visit& visit) {
-    const int shift = padded <= 4 ? 0 : padded <= 8 ? 1 : padded <= 16 ? 2 : 3;
-    for (int item = threadIdx.x; item < rows << shift; item += kConvThreads) {
-        const int channel = (item & ((1 << shift) - 1)) * 4;
-        if (channel < padded) visit(item >> shift, channel);
-    }
-}
-
 // Where an input of the tile, with its halo, is in shared memory.
 __device__ inline int offset_in_tile(const ConvMemory& memory, const ConvTiles& tiles, int image, int y, int x) {
     return (image * tiles.halo_height + y) * memory.pitch + x * memory.row;
@@ -174,27 +157,52 @@ struct NormOfChannel {
     float mean, inverse;
 };
 
-// Mean and 1 / sqrt(variance + eps) of a channel, from the slices' counts, means and squares, combined in slice order.
+// Of some values of a channel.
+struct Statistics {
+    float count, mean, squares;  // `squares` around the mean
+};
+
+// Of several sets together, in their order; get(i) gives those of set i.
+template <typename Get>
+__device__ inline Statistics joined(int sets, const Get& get) {
+    Statistics all{};
+#pragma unroll 4
+    for (int i = 0; i < sets; ++i) {
+        const Statistics one = get(i);
+        all.count += one.count;
+        all.mean += one.count * one.mean;
+    }
+    if (all.count > 0.0f) all.mean /= all.count;
+#pragma unroll 4
+    for (int i = 0; i < sets; ++i) {
+        const Statistics one = get(i);
+        const float distance = one.mean - all.mean;
+        all.squares += one.squares;
+        all.squares += one.count * distance * distance;
+    }
+    return all;
+}
+
+__device__ inline NormOfChannel norm_from(const Statistics& all, float eps) {
+    return {all.mean, 1.0f / sqrtf(all.squares / all.count + eps)};
+}
+
+// Of slices first, first + step, ... of a channel.
+template <typename Stored>
+__device__ inline Statistics statistics_of(const ConvLayer<Stored>& layer, std::int64_t task, int channel, int first,
+                                           int step) {
+    const int filters = layer.block.filters;
+    const float* partials = row_of(layer.statistics, task) + first * 3 * filters + channel;
+    return joined((layer.statistics_slices - first + step - 1) / step, [&](int i) -> Statistics {
+        const float* of_slice = partials + i * step * 3 * filters;
+        return {load(of_slice), load(of_slice + filters), load(of_slice + 2 * filters)};
+    });
+}
+
+// Mean and 1 / sqrt(variance + eps) of a channel, from all slices.
 template <typename Stored>
 __device__ inline NormOfChannel norm_of(const ConvLayer<Stored>& layer, std::int64_t task, int channel) {
-    const float* partials = row_of(layer.statistics, task) + channel;
-    const int filters = layer.block.filters;
-    float count = 0.0f, sum = 0.0f;
-#pragma unroll 4
-    for (int slice = 0; slice < layer.statistics_slices; ++slice) {
-        const float of_slice = load(partials + slice * 3 * filters);
-        count += of_slice;
-        sum += of_slice * load(partials + (slice * 3 + 1) * filters);
-    }
-    const float mean = sum / count;
-    float squares = 0.0f;
-#pragma unroll 4
-    for (int slice = 0; slice < layer.statistics_slices; ++slice) {
-        const float distance = load(partials + (slice * 3 + 1) * filters) - mean;
-        squares += load(partials + (slice * 3 + 2) * filters);
-        squares += load(partials + slice * 3 * filters) * distance * distance;
-    }
-    return {mean, 1.0f / sqrtf(squares / count + layer.block.eps)};
+    return norm_from(statistics_of(layer, task, channel, 0, 1), layer.block.eps);
 }
 
 // The sum of one value per slice, in slice order.
@@ -203,6 +211,15 @@ __device__ inline float sum_of_slices(const float* partials, int slices, std::in
 #pragma unroll 4
     for (int slice = 0; slice < slices; ++slice) sum += load(partials + slice * stride);
     return sum;
+}
+
+// The gradient of beta of a channel or, with `which` 1, of gamma, from slices first, first + step, ...
+template <typename Stored>
+__device__ inline float grad_sum_of(const ConvLayer<Stored>& layer, std::int64_t task, int channel, int which,
+                                    int first, int step) {
+    const int of_slice = 2 * layer.block.filters;
+    const float* sums = row_of(layer.grad_sums, task) + first * of_slice + which * layer.block.filters + channel;
+    return sum_of_slices(sums, (layer.grad_sums_slices - first + step - 1) / step, step * of_slice);
 }
 
 // Max-pooling after BatchNorm: the first of equal values wins, and NaN beats every number, as in torch.
@@ -253,13 +270,57 @@ __device__ inline Activated<kCount, Stored> activate(const ConvLayer<Stored>& la
     return result;
 }
 
-// Fills `norm` for `activate`; a barrier must follow.
+// A thread's part of the slices of all channels, where a whole block adds them up: a long loop of loads in one thread
+// per channel would take longer than many a tile.
+struct PartOfSlices {
+    static constexpr int kMost = 8;
+    int parts, part, channel;
+
+    __device__ explicit PartOfSlices(int filters)
+        : parts(smaller_of(kMost, static_cast<int>(blockDim.x) / filters)),
+          part(static_cast<int>(threadIdx.x) / filters),
+          channel(static_cast<int>(threadIdx.x) - part * filters) {}
+    __device__ bool works() const { return part < parts; }
+};
+
+// The threads' parts of a layer's statistics, in shared memory.
 template <typename Stored>
-__device__ inline void prepare_activation(const ConvLayer<Stored>& layer, std::int64_t task, const float* weights,
-                                          const Shared<float>& norm) {
+class SharedStatistics {
+  public:
+    // Each thread stores its part; a barrier must follow. `memory` has three floats a part and filter.
+    __device__ SharedStatistics(const ConvLayer<Stored>& layer, std::int64_t task, const Shared<float>& memory)
+        : memory_(memory), filters_(layer.block.filters), eps_(layer.block.eps) {
+        const PartOfSlices own(filters_);
+        parts_ = own.parts;
+        if (!own.works()) return;
+        const Statistics of_part = statistics_of(layer, task, own.channel, own.part, own.parts);
+        const int at = own.part * 3 * filters_ + own.channel;
+        memory_.set(at, of_part.count);
+        memory_.set(at + filters_, of_part.mean);
+        memory_.set(at + 2 * filters_, of_part.squares);
+    }
+
+    __device__ NormOfChannel norm(int channel) const {
+        const auto of_part = [&](int part) -> Statistics {
+            const int at = part * 3 * filters_ + channel;
+            return {memory_.get(at), memory_.get(at + filters_), memory_.get(at + 2 * filters_)};
+        };
+        return norm_from(joined(parts_, of_part), eps_);
+    }
+
+  private:
+    Shared<float> memory_;
+    int filters_, parts_;
+    float eps_;
+};
+
+// Fills `norm` for `activate`; a barrier must follow. norm_of_channel(channel) gives the layer's constants.
+template <typename Stored, typename Norm>
+__device__ inline void prepare_activation(const ConvLayer<Stored>& layer, const float* weights,
+                                          const Shared<float>& norm, const Norm& norm_of_channel) {
     const int filters = layer.block.filters;
     for (int channel = threadIdx.x; channel < filters; channel += blockDim.x) {
-        const NormOfChannel constants = norm_of(layer, task, channel);
+        const NormOfChannel constants = norm_of_channel(channel);
         norm.set(channel, constants.mean);
         norm.set(filters + channel, load(weights + layer.gamma + channel) * constants.inverse);
         norm.set(2 * filters + channel, load(weights + layer.beta + channel));
@@ -300,34 +361,22 @@ __device__ inline Vector<float, kCount> raw_grad(const ConvLayer<Stored>& layer,
     return result;
 }
 
-// Fills `norm` for `raw_grad`; a barrier must follow.
-template <typename Stored>
-__device__ inline void prepare_raw_grad(const ConvLayer<Stored>& layer, std::int64_t task, const float* weights,
-                                        const Shared<float>& norm) {
+// Fills `norm` for `raw_grad`; a barrier must follow. norm_of_channel(channel) gives the layer's constants, and
+// grad_sum(channel, which) its gradient of beta or, with 1, of gamma.
+template <typename Stored, typename Norm, typename Sum>
+__device__ inline void prepare_raw_grad(const ConvLayer<Stored>& layer, const float* weights, const Shared<float>& norm,
+                                        const Norm& norm_of_channel, const Sum& grad_sum) {
     const int filters = layer.block.filters;
     const float count = static_cast<float>(layer.count * layer.block.height) * static_cast<float>(layer.block.width);
     for (int channel = threadIdx.x; channel < filters; channel += blockDim.x) {
-        const NormOfChannel constants = norm_of(layer, task, channel);
+        const NormOfChannel constants = norm_of_channel(channel);
         norm.set(channel, constants.mean);
         norm.set(filters + channel, constants.inverse);
         norm.set(2 * filters + channel, load(weights + layer.gamma + channel) * constants.inverse);
-        const float* sums = row_of(layer.grad_sums, task) + channel;
-        norm.set(3 * filters + channel, sum_of_slices(sums, layer.grad_sums_slices, 2 * filters) / count);
-        norm.set(4 * filters + channel, sum_of_slices(sums + filters, layer.grad_sums_slices, 2 * filters) / count);
+        norm.set(3 * filters + channel, grad_sum(channel, 0) / count);
+        norm.set(4 * filters + channel, grad_sum(channel, 1) / count);
     }
 }
-
-// ---- products on tensor cores
-
-// Thread blocks of kTilesN * 8 columns that a multiprocessor holds at once: as many as registers allow without
-// spilling. In fp32 a thread also holds the sums of one step of the depth.
-template <ConvPrecision kPrecision, int kTilesN>
-inline constexpr int kConvBlocksResident = kTilesN == 8                                         ? 2
-                                           : kTilesN == 4 && kPrecision == ConvPrecision::kFp32 ? 3
-                                                                                                : 4;
-
-template <ConvPrecision kPrecision>
-inline constexpr int kConvDepth = kPrecision == ConvPrecision::kBf16 ? 16 : 8;
 
 template <ConvPrecision kPrecision>
 struct ConvStored {
@@ -337,91 +386,5 @@ template <>
 struct ConvStored<ConvPrecision::kBf16> {
     using Type = std::uint16_t;
 };
-
-// A float as two TF32 numbers whose sum keeps 21 of its bits: one rounded, and the rest, which is exact until mma cuts
-// it off. Three instructions instead of the seven that two conversions take, because they do not ask for NaN. A NaN
-// that the first number loses to the carry is in the second.
-struct Halves {
-    std::uint32_t high, low;
-};
-
-__device__ inline Halves halves_of(float value) {
-    constexpr std::uint32_t kKept = 0xffffe000u, kHalf = 0x1000u;  // the bits of a TF32 number; half of its last one
-    const std::uint32_t high = (bits_of(value) + kHalf) & kKept;
-    return {high, bits_of(value - float_of(high))};
-}
-
-// The same, or for kTf32 the number rounded, alone.
-template <ConvPrecision kPrecision>
-__device__ inline Halves operands_of(float value) {
-    if constexpr (kPrecision == ConvPrecision::kFp32) {
-        return halves_of(value);
-    } else {
-        return {tf32_operand(value), 0};
-    }
-}
-
-// sums[i][j] += a_i b_j over kConvDepth of depth, for kM fragments of 16 rows and kN of 8 columns.
-//   a(i, half, k): row lane / 4 + 8 * half of fragment i at depth k;   b(j, k): column lane / 4 of fragment j.
-template <ConvPrecision kPrecision, int kM, int kN, typename A, typename B>
-__device__ inline void multiply(float (&sums)[kM][kN][4], const A& a, const B& b) {
-    const int member = lane() % 4;
-    if constexpr (kPrecision == ConvPrecision::kBf16) {
-        std::uint32_t rows[kM][4];
-#pragma unroll
-        for (int i = 0; i < kM; ++i) {
-            rows[i][0] = pack_bf16(a(i, 0, 2 * member), a(i, 0, 2 * member + 1));
-            rows[i][1] = pack_bf16(a(i, 1, 2 * member), a(i, 1, 2 * member + 1));
-            rows[i][2] = pack_bf16(a(i, 0, 2 * member + 8), a(i, 0, 2 * member + 9));
-            rows[i][3] = pack_bf16(a(i, 1, 2 * member + 8), a(i, 1, 2 * member + 9));
-        }
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-            const std::uint32_t columns[2] = {pack_bf16(b(j, 2 * member), b(j, 2 * member + 1)),
-                                              pack_bf16(b(j, 2 * member + 8), b(j, 2 * member + 9))};
-#pragma unroll
-            for (int i = 0; i < kM; ++i) mma_m16n8k16_bf16(sums[i][j], rows[i], columns);
-        }
-    } else {
-        std::uint32_t high[kM][4], low[kM][4];
-#pragma unroll
-        for (int i = 0; i < kM; ++i) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const Halves halves = operands_of<kPrecision>(a(i, e % 2, member + e / 2 * 4));
-                high[i][e] = halves.high;
-                low[i][e] = halves.low;
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < kN; ++j) {
-            const Halves first = operands_of<kPrecision>(b(j, member)),
-                         second = operands_of<kPrecision>(b(j, member + 4));
-            const std::uint32_t columns[2] = {first.high, second.high}, rest[2] = {first.low, second.low};
-#pragma unroll
-            for (int i = 0; i < kM; ++i) {
-                if constexpr (kPrecision == ConvPrecision::kFp32) {
-                    // Tensor cores cut off what they add to a large sum, so the large sums are added up outside them.
-                    // The small products come first: they would be lost in the large ones.
-                    float of_step[4] = {};
-                    mma_m16n8k8_tf32(of_step, low[i], columns);
-                    mma_m16n8k8_tf32(of_step, high[i], rest);
-                    mma_m16n8k8_tf32(of_step, high[i], columns);
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sums[i][j][e] += of_step[e];
-                } else {
-                    mma_m16n8k8_tf32(sums[i][j], high[i], columns);
-                }
-            }
-        }
-    }
-}
-
-// The sum of a fragment's column over its rows, i.e. over the eight lanes that share the column, in a fixed order.
-__device__ inline float sum_over_rows(float value) {
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) value += shuffle_xor(value, distance);
-    return value;
-}
 
 }  // namespace signmaml

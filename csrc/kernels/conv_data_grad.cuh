@@ -9,15 +9,16 @@
 #include <cstdint>
 
 #include "kernels/conv_common.cuh"
+#include "kernels/conv_fragments.cuh"
 
 namespace signmaml {
 
 // Computes filters [first, first + depth) of the tile of dz, or loads them if they are stored, with zeros around the
 // image and up to `padded`.
-template <typename Stored>
+template <ConvPrecision kPrecision, typename Stored>
 __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::int64_t task, const TilePlace& place,
-                                      const Shared<float>& tile, const Shared<float>& norm, const Stored* stored,
-                                      int first, int depth, int padded) {
+                                      const Shared<std::uint32_t>& tile, const Shared<float>& norm,
+                                      const Stored* stored, int first, int depth, int padded) {
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     // With stride 2 the tile starts at an even row and column, and its dz at half those indices.
@@ -25,7 +26,7 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
     const int halving = block.stride - 1;  // the shift that divides by the stride
     const int own_height = (tiles.tile_height + halving) >> halving;
     const int own_width = (tiles.tile_width + halving) >> halving;
-    for_each_quad(tiles.tile_images * tiles.by_halo.value, padded, [&](int number, int filter) {
+    for_each_quad<kPrecision>(tiles.tile_images * tiles.by_halo.value, padded, [&](int number, int filter) {
         const TileInput input = input_of(tiles, number);
         const int image = input.image, row = input.row - border, column = input.column - border;
         const int y = (place.y >> halving) + row, x = (place.x >> halving) + column;
@@ -44,23 +45,60 @@ __device__ inline void stage_raw_grad(const ConvDataGradParams<Stored>& p, std::
                 }
             }
         }
-        store<float, 4>(tile.address(offset_in_tile(p.memory, tiles, image, input.row, input.column) + filter), values);
+        const int at = offset_in_tile(p.memory, tiles, image, input.row, input.column);
+        store_operands<kPrecision>(tile, at + filter / Operands<kPrecision>::kOfWord, p.memory.plane, values);
     });
 }
 
-// Starts to copy one tap's weights: one row per channel of the block's columns, with filters [first, first + depth).
-template <int kColumns>
-__device__ inline void stage_transposed_slab(const float* weights, int tap, int number, int channels, int filters,
-                                             int first, int depth, int padded, const Shared<float>& slabs) {
-    const int first_column = static_cast<int>(blockIdx.z) * kColumns;
-    const int slab = number % 2 * kColumns * kConvRow;
-    for_each_quad(kColumns, padded, [&](int column, int filter) {
-        const std::int64_t from = (std::int64_t{tap} * channels + first_column + column) * filters + first + filter;
-        copy_or_clear(slabs.address(slab + column * kConvRow + filter), weights + from,
-                      filter < depth && first_column + column < channels);
-    });
-    cp_async_commit();
-}
+// A thread's part of one tap's weights, on the way to shared memory, as in conv_forward: one row for each of the thread
+// block's channels.
+template <ConvPrecision kPrecision, int kColumns>
+class TransposedSlab {
+  public:
+    static constexpr int kRow = Operands<kPrecision>::kRow, kPlane = kColumns * kRow;
+    static constexpr int kSize = Operands<kPrecision>::kPlanes * kPlane;
+
+    // For filters [first, first + depth): zeros beyond them, and beyond the last channel.
+    __device__ TransposedSlab(const float* weights, int channels, int filters, int first, int depth)
+        : of_tap_(channels * filters) {
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+            const int item = item_of(own);  // as in for_each_quad
+            const int column = item / (8 * kQuads) * 8 + item % 8, filter = item / 8 % kQuads * 4;
+            const int channel = static_cast<int>(blockIdx.z) * kColumns + column;
+            place_[own] = column * kRow + filter / Operands<kPrecision>::kOfWord;
+            from_[own] = weights + std::int64_t{channel} * filters + first + filter;
+            is_there_[own] = item < kItems && filter < depth && channel < channels;
+            values_[own] = {};
+        }
+    }
+
+    __device__ void load(int tap) {
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+            if (is_there_[own]) values_[own] = signmaml::load<float, 4>(from_[own] + tap * of_tap_);
+        }
+    }
+
+    // Stores them to a slab that begins at word `slab`.
+    __device__ void store(const Shared<std::uint32_t>& slabs, int slab) const {
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+            if (item_of(own) < kItems) store_operands<kPrecision>(slabs, slab + place_[own], kPlane, values_[own]);
+        }
+    }
+
+  private:
+    static constexpr int kQuads = Operands<kPrecision>::kChunk / 4, kItems = kColumns * kQuads;
+    static constexpr int kOwn = (kItems + kConvProductThreads - 1) / kConvProductThreads;
+    Vector<float, 4> values_[kOwn];
+    const float* from_[kOwn];
+    int place_[kOwn];
+    bool is_there_[kOwn];
+    int of_tap_;
+
+    static __device__ int item_of(int own) { return own * kConvProductThreads + static_cast<int>(threadIdx.x); }
+};
 
 // With stride 2 an input contributes to outputs by the taps of its parity alone: by the middle one where its row and
 // column are even, by two where one is odd, by four where both are. So inputs are taken by their parities, and taps in
@@ -69,50 +107,80 @@ template <int kStride>
 struct GradTaps;
 template <>
 struct GradTaps<1> {
+    static constexpr int kRows = 3, kOfRow = 3;  // a row of taps has one tap after the other
     static __device__ int tap(int number) { return number; }
-    static __device__ constexpr int end(int) { return kConvTaps; }
+    static __device__ constexpr int parity(int) { return 0; }
 };
 template <>
 struct GradTaps<2> {
+    static constexpr int kRows = 1, kOfRow = kConvTaps;
     // 4; 3, 5; 1, 7; 0, 2, 6, 8.
     static __device__ int tap(int number) { return static_cast<int>(0x862071534ll >> (4 * number) & 15); }
-    static __device__ constexpr int end(int parity) { return parity == 0 ? 1 : parity == 1 ? 3 : parity == 2 ? 5 : 9; }
+    static __device__ constexpr int parity(int number) { return number < 1 ? 0 : number < 3 ? 1 : number < 5 ? 2 : 3; }
 };
 
-// With stride 1 a warp owns 32 positions of a tile and all columns. With stride 2 it owns 16 positions of each parity,
-// and half of the columns: so all warps have work at every tap.
+// With stride 1 a warp owns 32 positions of a tile and half of the columns (16 and all, if there are only 8). With
+// stride 2 it owns 16 positions of each parity and a quarter of the columns: so all warps have work at every tap.
 template <ConvPrecision kPrecision, int kTilesN, int kStride>
-__global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
+__global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     conv_data_grad_kernel(const ConvDataGradParams<typename ConvStored<kPrecision>::Type> p) {
     using Stored = typename ConvStored<kPrecision>::Type;
     using Taps = GradTaps<kStride>;
-    constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>, kWarps = kConvThreads / 32;
+    using Slab = TransposedSlab<kPrecision, 8 * kTilesN>;
+    constexpr int kColumns = 8 * kTilesN, kDepth = Operands<kPrecision>::kDepth, kWarps = kConvProductThreads / 32;
+    constexpr int kChunk = Operands<kPrecision>::kChunk, kWords = Operands<kPrecision>::kWords;
+    [[maybe_unused]] constexpr int kUnroll = kStride == 1 && kTilesN == 8 ? 1 : Taps::kOfRow;
     constexpr int kParities = kStride * kStride;
-    constexpr int kM = kStride == 1 ? 2 : 1;                       // fragments of 16 positions of a parity
-    constexpr int kShares = kStride == 1 || kTilesN == 1 ? 1 : 2;  // of the columns
-    constexpr int kN = kTilesN / kShares;
-    constexpr int kTeam = kStride == 1 ? kWarps : 2;  // warps with the same columns
+    constexpr int kShares = kTilesN == 1 ? 1 : 2 * kStride;                         // of the columns
+    constexpr int kTeam = kStride == 1 ? kWarps / kShares : 2;                      // warps with the same columns
+    constexpr int kM = kConvTile / kParities / 16 / kTeam, kN = kTilesN / kShares;  // fragments of a warp, by parity
     const ConvBlock& block = p.layer.block;
     const ConvBlock& below = p.below.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
     const int channels = block.in_channels;
-    const Shared<float> tile(0, p.memory.slabs);
-    const Shared<float> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
+    const Shared<std::uint32_t> tile(0, p.memory.slabs);
+    const Shared<std::uint32_t> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
     const Shared<float> norm(p.memory.norm * 4, 5 * block.filters);
     const Shared<float> norm_below((p.memory.norm + 5 * block.filters) * 4, 2 * channels);
     const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     const int share = warp / kTeam;
-    const bool works = share < kShares;  // too few columns to divide leave two warps idle
+    const bool works = share < kShares;  // with stride 2, too few columns to divide leave warps idle
+    const int first_own = share * kN * 8 * Slab::kRow;
+    const int own_columns = first_own + place_in_columns<kPrecision, kN>(Slab::kPlane);
 
-    const int chunks = (block.filters + kConvChunk - 1) / kConvChunk;
+    const int chunks = (block.filters + kChunk - 1) / kChunk;
     const int products = p.second_raw_grad.base == nullptr ? 1 : 2;
-    if (p.raw_grad.base == nullptr) prepare_raw_grad(p.layer, task, row_of(p.weights, task), norm);
+    // The slabs' memory carries the threads' parts of sums over slices meanwhile.
+    if (p.raw_grad.base == nullptr) {
+        const SharedStatistics<Stored> statistics(p.layer, task, in_floats(p.memory.slabs, p.memory.norm));
+        const PartOfSlices own(block.filters);
+        const Shared<float> sums = in_floats(p.memory.slabs + own.parts * 3 * block.filters, p.memory.norm);
+        if (own.works()) {
+            for (int which = 0; which < 2; ++which) {
+                sums.set((own.part * 2 + which) * block.filters + own.channel,
+                         grad_sum_of(p.layer, task, own.channel, which, own.part, own.parts));
+            }
+        }
+        block_barrier();  // all parts of the layer's sums are there
+        prepare_raw_grad(
+            p.layer, row_of(p.weights, task), norm, [&](int channel) { return statistics.norm(channel); },
+            [&](int channel, int which) {
+                float sum = 0.0f;
+                for (int part = 0; part < own.parts; ++part) {
+                    sum += sums.get((part * 2 + which) * block.filters + channel);
+                }
+                return sum;
+            });
+    }
     if (p.below_is_raw) {
-        for (int channel = threadIdx.x; channel < channels; channel += kConvThreads) {
-            const NormOfChannel constants = norm_of(p.below, task, channel);
+        block_barrier();  // all have read the parts of the layer's sums
+        const SharedStatistics<Stored> statistics(p.below, task, in_floats(p.memory.slabs, p.memory.norm));
+        block_barrier();  // all parts of the statistics below are there
+        for (int channel = threadIdx.x; channel < channels; channel += kConvProductThreads) {
+            const NormOfChannel constants = statistics.norm(channel);
             norm_below.set(channel, constants.mean);
             norm_below.set(channels + channel, constants.inverse);
         }
@@ -120,66 +188,65 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     float sum_dy = 0.0f, sum_dy_xhat = 0.0f;  // of column threadIdx.x, over the slice's tiles so far
     for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
         const TilePlace place = place_of(tiles, number);
-        TilePosition positions[kParities][2 * kM];
-        int rows[2 * kM];  // offsets of the first output that the positions read, in the tile
+        // Position `own` of a parity, among those of this warp. With stride 1 all are of one parity.
+        const auto position = [&](int parity, int own) -> TilePosition {
+            const int of_team = warp % kTeam * 16 * kM + own;
+            if constexpr (kStride == 1) return position_of(tiles, place, of_team);
+            const int image = quotient(of_team, tiles.by_parity_area);
+            const int in_image = of_team - image * tiles.by_parity_area.value;
+            const int row = quotient(in_image, tiles.by_parity_width);
+            const int y = 2 * row + parity / 2, x = 2 * (in_image - row * tiles.by_parity_width.value) + parity % 2;
+            return {image, y, x, image < place.images && y < place.height && x < place.width};
+        };
+        int rows[kM];  // where this lane reads the first outputs that its positions contribute to
 #pragma unroll
-        for (int h = 0; h < 2 * kM; ++h) {
-            if constexpr (kStride == 1) {
-                positions[0][h] = position_of(tiles, place, warp * 32 + h * 8 + group);
-                const TilePosition& at = positions[0][h];
-                // A position outside the grid reads any value: its results are not used.
-                rows[h] = at.image < tiles.tile_images ? offset_in_tile(p.memory, tiles, at.image, at.y, at.x) : 0;
-            } else {
-                const int in_parity = warp % kTeam * 16 + h * 8 + group;
-                const int image = quotient(in_parity, tiles.by_parity_area);
-                const int in_image = in_parity - image * tiles.by_parity_area.value;
-                const int y = quotient(in_image, tiles.by_parity_width), x = in_image - y * tiles.by_parity_width.value;
-                rows[h] = image < tiles.tile_images ? offset_in_tile(p.memory, tiles, image, y, x) : 0;
-#pragma unroll
-                for (int parity = 0; parity < kParities; ++parity) {
-                    const int own_y = 2 * y + parity / 2, own_x = 2 * x + parity % 2;
-                    positions[parity][h] = {image, own_y, own_x,
-                                            image < place.images && own_y < place.height && own_x < place.width};
-                }
+        for (int i = 0; i < kM; ++i) {
+            const TilePosition at = position(0, i * 16 + lane() % 16);
+            rows[i] = lane() / 16 * 4;
+            // A position outside the grid reads any value: its results are not used.
+            if (at.image < tiles.tile_images) {
+                rows[i] += offset_in_tile(p.memory, tiles, at.image, at.y / kStride, at.x / kStride);
             }
         }
         float sums[kParities][kM][kN][4] = {};
         // Down from the last, which compares with 0: these kernels have no register to spare.
         for (int left = products * chunks; left > 0; --left) {
             const bool second = left <= chunks && products == 2;
-            const int first = (left > chunks ? left - chunks - 1 : left - 1) * kConvChunk;
+            const int first = (left > chunks ? left - chunks - 1 : left - 1) * kChunk;
             // By value: a choice between two parameters in place would copy them to local memory.
             const Stored* stored = second ? row_of(p.second_raw_grad, task) : row_of(p.raw_grad, task);
             const float* of_grad = (second ? row_of(p.second_weights, task) : row_of(p.weights, task)) + p.layer.weight;
-            const int depth = smaller_of(kConvChunk, block.filters - first);
+            const int depth = smaller_of(kChunk, block.filters - first);
             const int padded = (depth + kDepth - 1) / kDepth * kDepth;
+            Slab slab(of_grad, channels, block.filters, first, depth);
+            slab.load(Taps::tap(0));
             block_barrier();  // BatchNorm's constants are there; all have read the tile and the slabs before
-            stage_raw_grad(p, task, place, tile, norm, stored, first, depth, padded);
-            stage_transposed_slab<kColumns>(of_grad, Taps::tap(0), 0, channels, block.filters, first, depth, padded,
-                                            slabs);
-#pragma unroll
-            for (int parity = 0; parity < kParities; ++parity) {
-                for (int at = parity == 0 ? 0 : Taps::end(parity - 1); at < Taps::end(parity); ++at) {
-                    const int tap = Taps::tap(at);
-                    cp_async_wait<0>();
+            stage_raw_grad<kPrecision>(p, task, place, tile, norm, stored, first, depth, padded);
+            slab.store(slabs, 0);
+            for (int tap_row = 0; tap_row < Taps::kRows; ++tap_row) {
+#pragma unroll kUnroll
+                for (int of_row = 0; of_row < Taps::kOfRow; ++of_row) {
+                    const int at = tap_row * Taps::kOfRow + of_row, tap = Taps::tap(at);
+                    const bool goes_on = at + 1 < kConvTaps;
+                    if (goes_on) slab.load(Taps::tap(at + 1));
                     block_barrier();  // the tile and this tap's slab are there; all have read the other slab
-                    if (at + 1 < kConvTaps) {
-                        stage_transposed_slab<kColumns>(of_grad, Taps::tap(at + 1), at + 1, channels, block.filters,
-                                                        first, depth, padded, slabs);
-                    }
-                    if (!works) continue;
                     // Output (y + 1 - ky) / stride used input y with this tap. With stride 1 the tile begins one row
                     // and one column before its first position.
-                    const int shift =
-                        kStride == 1 ? offset_in_tile(p.memory, tiles, 0, 2 - tap / 3, 2 - tap % 3)
-                                     : offset_in_tile(p.memory, tiles, 0, tap / 3 == 0 ? 1 : 0, tap % 3 == 0 ? 1 : 0);
-                    const int slab = at % 2 * kColumns * kConvRow, first_row = share * kN * 8 + group;
-                    for (int k0 = 0; k0 < padded; k0 += kDepth) {
-                        multiply<kPrecision>(
-                            sums[parity],
-                            [&](int i, int half, int k) { return tile.get(rows[2 * i + half] + shift + k0 + k); },
-                            [&](int j, int k) { return slabs.get(slab + (j * 8 + first_row) * kConvRow + k0 + k); });
+                    const int down = kStride == 1 ? 2 - tap_row : tap / 3 == 0 ? 1 : 0;
+                    const int right = kStride == 1 ? 2 - of_row : tap % 3 == 0 ? 1 : 0;
+                    const int columns_at = at % 2 * Slab::kSize + own_columns;
+#pragma unroll
+                    for (int word = 0; word < kWords; word += 8) {
+                        if (!works || word * Operands<kPrecision>::kOfWord >= padded) break;
+                        RowFragment a[kM];
+#pragma unroll
+                        for (int i = 0; i < kM; ++i) {
+                            const int from = rows[i] + down * p.memory.pitch + right * Slab::kRow + word;
+                            a[i] = load_rows<kPrecision>(tile, from, p.memory.plane);
+                        }
+                        multiply<kPrecision>(sums[Taps::parity(of_row)], a, slabs, columns_at + word, Slab::kPlane);
                     }
+                    if (goes_on) slab.store(slabs, (at + 1) % 2 * Slab::kSize);
                 }
             }
         }
@@ -192,13 +259,13 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
 #pragma unroll
             for (int h = 0; h < kParities * 2 * kM; ++h) {
                 const int parity = h / (2 * kM), half = h % (2 * kM);
-                const TilePosition& position = positions[parity][half];
-                if (!works || !position.inside || column >= channels) continue;
+                const TilePosition at_tile = position(parity, half * 8 + group);
+                if (!works || !at_tile.inside || column >= channels) continue;
                 const float (&of_fragment)[4] = sums[parity][half / 2][j];
                 const Vector<float, 2> da{
                     {rounded_to<Stored>(of_fragment[half % 2 * 2]), rounded_to<Stored>(of_fragment[half % 2 * 2 + 1])}};
-                const int y = place.y + position.y, x = place.x + position.x;
-                const std::int64_t image = place.image + position.image;
+                const int y = place.y + at_tile.y, x = place.x + at_tile.x;
+                const std::int64_t image = place.image + at_tile.image;
                 const std::int64_t at = ((image * block.in_height + y) * block.in_width + x) * channels + column;
                 store_floats<2>(gradient + at, da);
                 if (!p.below_is_raw) continue;

@@ -315,7 +315,9 @@ __global__ void __launch_bounds__(kConvThreads, 8) conv_raw_grad_kernel(const Co
     const ConvBlock& block = p.layer.block;
     const std::int64_t task = blockIdx.y;
     const Shared<float> norm(0, 5 * block.filters);
-    prepare_raw_grad(p.layer, task, row_of(p.weights, task), norm);
+    prepare_raw_grad(
+        p.layer, row_of(p.weights, task), norm, [&](int channel) { return norm_of(p.layer, task, channel); },
+        [&](int channel, int which) { return grad_sum_of(p.layer, task, channel, which, 0, 1); });
     block_barrier();  // the constants are there
     const int quads = block.filters / 4;
     const std::int64_t items = std::int64_t{p.layer.count} * block.height * block.width * quads;

@@ -227,7 +227,8 @@ __global__ void __launch_bounds__(kConvHeadThreads) conv_head_kernel(const ConvH
                                 Shared<float>(scratch * 4, kConvHeadThreads / 32),
                                 Shared<float>(sums * 4, 2 * kConvHeadThreads)};
     if (p.source_is_raw) {
-        prepare_activation(p.layer, head.task, head.weights(), head.norm);
+        prepare_activation(p.layer, head.weights(), head.norm,
+                           [&](int filter) { return norm_of(p.layer, head.task, filter); });
         for (int filter = threadIdx.x; filter < filters; filter += kConvHeadThreads) {
             head.norm.set(3 * filters + filter, norm_of(p.layer, head.task, filter).inverse);
         }

@@ -1,14 +1,15 @@
 // dW = sum over positions of patch(x) (x) dz: partial sums of the weight gradient of one block of the network.
 // A GEMM on tensor cores: rows are channels of the input, once for each of a row's three taps; columns are filters;
 // depth is positions. A thread block owns a slice of tiles of one task, one of the three rows of taps, kConvChunk
-// channels and 8 * kTilesN filters. Warps 0 and 2 take the first 16 channels, warps 1 and 3 the others; each pair
-// splits the depth. A second product may be added: see ConvWeightGradParams. Launched by launch_conv_weight_grad.
+// channels and 8 * kTilesN filters. Even warps take the first 16 channels, odd ones the others; each pair of them has a
+// quarter of the depth. A second product may be added: see ConvWeightGradParams. Launched by launch_conv_weight_grad.
 // conv_sign_update adds the slices and updates the weights.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/conv_common.cuh"
+#include "kernels/conv_fragments.cuh"
 
 namespace signmaml {
 
@@ -21,7 +22,8 @@ __device__ inline void stage_input_rows(const ConvWeightGradParams<Stored>& p, s
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     const int inputs = tiles.tile_images * tiles.tile_height * tiles.halo_width;
-    for (int item = threadIdx.x; item < inputs * (kConvChunk / 4); item += kConvThreads) {
+#pragma unroll 1
+    for (int item = threadIdx.x; item < inputs * (kConvChunk / 4); item += kConvProductThreads) {
         const int number = item / (kConvChunk / 4), channel = item % (kConvChunk / 4) * 4;
         const int row = quotient(number, tiles.by_halo_width), column = number - row * tiles.halo_width;
         const int image = quotient(row, tiles.by_height);  // rows are counted over all images
@@ -53,7 +55,8 @@ template <int kColumns, typename Stored>
 __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>& p, const TilePlace& place,
                                              const Shared<float>& target, const Stored* source, int first_column) {
     const ConvBlock& block = p.layer.block;
-    for (int item = threadIdx.x; item < kConvTile * (kColumns / 4); item += kConvThreads) {
+#pragma unroll 1
+    for (int item = threadIdx.x; item < kConvTile * (kColumns / 4); item += kConvProductThreads) {
         const int number = item / (kColumns / 4), column = item % (kColumns / 4) * 4;
         const TilePosition position = position_of(p.tiles, place, number);
         Vector<float, 4> values{};
@@ -68,10 +71,10 @@ __device__ inline void stage_output_gradient(const ConvWeightGradParams<Stored>&
 }
 
 template <ConvPrecision kPrecision, int kTilesN>
-__global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, kTilesN>)
+__global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     conv_weight_grad_kernel(const ConvWeightGradParams<typename ConvStored<kPrecision>::Type> p) {
     using Stored = typename ConvStored<kPrecision>::Type;
-    constexpr int kColumns = 8 * kTilesN, kDepth = kConvDepth<kPrecision>;
+    constexpr int kColumns = 8 * kTilesN, kDepth = Operands<kPrecision>::kDepth;
     const ConvBlock& block = p.layer.block;
     const ConvTiles& tiles = p.tiles;
     const std::int64_t task = blockIdx.y;
@@ -88,50 +91,60 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
     const int row0 = warp % 2 * 16;  // the warp's first channel in the chunk
 
     // Offset of each position's input within a tile; the same for all tiles.
-    for (int number = threadIdx.x; number < kConvTile; number += kConvThreads) {
+    for (int number = threadIdx.x; number < kConvTile; number += kConvProductThreads) {
         const int row = quotient(number, tiles.by_width), column = number - row * tiles.tile_width;
         const int at = row * p.memory.pitch + column * block.stride * p.memory.row;
         places.set(number, number < tiles.tile_images * tiles.by_area.value ? at : 0);
     }
     float sums[3][kTilesN][4] = {};
-    const int products = p.second_input.base == nullptr ? 1 : 2;
-    for (int number = first_tile(tiles, blockIdx.x); number < end_of_tiles(tiles, blockIdx.x); ++number) {
-        const TilePlace place = place_of(tiles, number);
-        for (int product = 0; product < products; ++product) {
-            block_barrier();  // all have read the tile before
-            // By value: a choice between two parameters in place would copy them to local memory.
-            const Stored* input = product == 0 ? row_of(p.input, task) : row_of(p.second_input, task);
-            const Stored* gradient = product == 0 ? row_of(p.layer.raw_grad, task) : row_of(p.second_raw_grad, task);
-            stage_input_rows(p, task, place, tile, input, tap_row, first, depth);
-            stage_output_gradient<kColumns>(p, place, outputs, gradient, first_column);
-            block_barrier();  // the tile is there
-            if (row0 >= depth) continue;
-            const int used = tiles.tile_images * tiles.tile_height * tiles.tile_width;
-            for (int k0 = warp / 2 * kDepth; k0 < used; k0 += 2 * kDepth) {
-                multiply<kPrecision>(
-                    sums,
-                    [&](int tap, int half, int k) {
-                        return tile.get(places.get(k0 + k) + tap * p.memory.row + row0 + half * 8 + group);
-                    },
-                    [&](int j, int k) { return outputs.get((k0 + k) * (kColumns + 8) + j * 8 + group); });
+    // Tile by tile, and where there is a second product, twice: in one loop, whose state takes few registers.
+    const int twice = p.second_input.base == nullptr ? 0 : 1;
+    for (int round = first_tile(tiles, blockIdx.x) << twice; round >> twice < end_of_tiles(tiles, blockIdx.x);
+         ++round) {
+        const TilePlace place = place_of(tiles, round >> twice);
+        const bool second = (round & twice) != 0;
+        block_barrier();  // all have read the tile before
+        // By value: a choice between two parameters in place would copy them to local memory.
+        const Stored* input = second ? row_of(p.second_input, task) : row_of(p.input, task);
+        const Stored* gradient = second ? row_of(p.second_raw_grad, task) : row_of(p.layer.raw_grad, task);
+        stage_input_rows(p, task, place, tile, input, tap_row, first, depth);
+        stage_output_gradient<kColumns>(p, place, outputs, gradient, first_column);
+        block_barrier();  // the tile is there
+        if (row0 >= depth) continue;
+        const int used = tiles.tile_images * tiles.by_area.value;
+        for (int k0 = warp / 2 * kDepth; k0 < used; k0 += kConvDepthShares * kDepth) {
+            ColumnFragment b[kTilesN];
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) {
+                b[j] = column_fragment<kPrecision>(
+                    [&](int k) { return outputs.get((k0 + k) * (kColumns + 8) + j * 8 + group); });
+            }
+#pragma unroll
+            for (int tap = 0; tap < 3; ++tap) {
+                const RowFragment a = row_fragment<kPrecision>([&](int half, int k) {
+                    return tile.get(places.get(k0 + k) + tap * p.memory.row + row0 + half * 8 + group);
+                });
+#pragma unroll
+                for (int j = 0; j < kTilesN; ++j) add_product<kPrecision>(sums[tap][j], a, b[j]);
             }
         }
     }
-    block_barrier();  // all have read the last tile: its memory now carries the sums of warps 2 and 3
-    const Shared<float> halves(0, p.memory.scratch);
-    constexpr int kPairs = kConvThreads / 2;  // of threads that share a sum, one in each half of the depth
-    const int mine = warp % 2 * 32 + lane();
+    block_barrier();  // all have read the last tile: its memory now carries the sums of all shares but the first
+    const Shared<float> others(0, p.memory.scratch);
+    constexpr int kOfShare = 3 * kConvChunk * kColumns, kThreads = kConvProductThreads / kConvDepthShares;
+    const int mine = static_cast<int>(threadIdx.x) % kThreads;
     if (warp >= 2) {
+        const int own = (warp / 2 - 1) * kOfShare + mine;
 #pragma unroll
         for (int tap = 0; tap < 3; ++tap) {
 #pragma unroll
             for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) halves.set(((tap * kTilesN + j) * 4 + e) * kPairs + mine, sums[tap][j][e]);
+                for (int e = 0; e < 4; ++e) others.set(own + ((tap * kTilesN + j) * 4 + e) * kThreads, sums[tap][j][e]);
             }
         }
     }
-    block_barrier();  // the second half of the depth is there
+    block_barrier();  // the other shares of the depth are there
     if (warp >= 2) return;
     float* partials = row_of(p.partials, task) + blockIdx.x * std::int64_t{kConvTaps} * channels * block.filters;
 #pragma unroll
@@ -146,8 +159,12 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocksResident<kPrecision, 
                 Vector<float, 2> values;
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    values.at[e] = sums[tap][j][half * 2 + e] +
-                                   halves.get(((tap * kTilesN + j) * 4 + half * 2 + e) * kPairs + mine);
+                    values.at[e] = sums[tap][j][half * 2 + e];
+#pragma unroll
+                    for (int share = 0; share + 1 < kConvDepthShares; ++share) {
+                        const int of_sum = ((tap * kTilesN + j) * 4 + half * 2 + e) * kThreads;
+                        values.at[e] += others.get(share * kOfShare + of_sum + mine);
+                    }
                 }
                 const std::int64_t row = std::int64_t{tap_row * 3 + tap} * channels + first + channel;
                 store<float, 2>(partials + row * block.filters + column, values);

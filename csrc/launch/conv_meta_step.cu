@@ -264,8 +264,8 @@ class ConvRun {
         }
         params.tiles = forward_tiles(params.layer.block, params.layer.count);
         params.keep = goes_back(one);
-        params.memory = forward_memory(params.tiles, params.layer.block.stride, params.layer.block.in_channels,
-                                       conv_columns(p_.shape.filters));
+        params.memory = forward_memory(kPrecision, params.tiles, params.layer.block.stride,
+                                       params.layer.block.in_channels, conv_columns(p_.shape.filters));
         launch_conv_forward<kPrecision>(params, one, tasks_, stream_);
     }
 
@@ -285,7 +285,7 @@ class ConvRun {
         }
         const ConvBlock& block = params.layer.block;
         params.tiles = data_grad_tiles(block, params.layer.count);
-        params.memory = data_grad_memory(params.tiles, block.stride, block.in_channels, block.filters,
+        params.memory = data_grad_memory(kPrecision, params.tiles, block.stride, block.in_channels, block.filters,
                                          conv_columns(block.in_channels));
         launch_conv_data_grad<kPrecision>(params, one, tasks_, stream_);
     }

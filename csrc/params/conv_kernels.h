@@ -86,26 +86,42 @@ struct ConvLayer {
 
 inline constexpr std::uint8_t kConvActive = 4;
 
-// Threads of a block of the convolution kernels: four warps, two rows of fragments each.
-inline constexpr int kConvThreads = 128;
-inline constexpr int kMomentThreads = 256;  // of a block of patch_moments
-inline constexpr int kMomentWork = 64;      // threads, two warps, for all pairs of taps of a row of positions
+inline constexpr int kConvThreads = 128;         // of a block of the kernels around the products
+inline constexpr int kConvProductThreads = 256;  // of a block of a product: two warps a scheduler hide latencies
+inline constexpr int kMomentThreads = 256;       // of a block of patch_moments
+inline constexpr int kMomentWork = 64;           // threads, two warps, for all pairs of taps of a row of positions
 inline constexpr int kMomentSplits = kMomentThreads / kMomentWork;
 // Doubles in shared memory for each product of two channels: the sums of all splits but the first, which adds them up.
 inline constexpr int kMomentDoubles = (kMomentSplits - 1) * kMomentWork;
 inline constexpr int kConvHeadThreads = 1024;  // of a block of the head
 inline constexpr int kConvTile = 128;          // positions
-inline constexpr int kConvChunk = 32;          // channels in shared memory at once
-inline constexpr int kConvRow = 36;            // floats from one position to the next: fragment reads hit 32 banks
-// The same where positions are the depth of the product: of neighbouring inputs, and of every other one (stride 2).
+inline constexpr int kConvChunk = 32;          // channels of a block of a weight gradient
+// Floats from one position to the next where positions are the depth of the product, so that fragment reads hit 32
+// banks: of neighbouring inputs, and of every other one (stride 2).
 inline constexpr int kConvDeepRow = 40;
 inline constexpr int kConvDeepRowStrided = 36;
 inline constexpr int kConvTaps = 9;
+
+// The operands of forward and data gradient lie in shared memory as 32-bit words, as tensor cores take them: a TF32
+// number or two of bf16. In fp32 they lie in two planes, of high and low halves, with half as many channels at once.
+constexpr int conv_numbers_of_word(ConvPrecision precision) { return precision == ConvPrecision::kBf16 ? 2 : 1; }
+constexpr int conv_planes(ConvPrecision precision) { return precision == ConvPrecision::kFp32 ? 2 : 1; }
+// Channels in shared memory at once.
+constexpr int conv_chunk(ConvPrecision precision) { return precision == ConvPrecision::kFp32 ? 16 : 32; }
+// Words from one position, or column, to the next: the 16 bytes that ldmatrix reads of eight of them hit 32 banks.
+constexpr int conv_row(ConvPrecision precision) { return conv_chunk(precision) / conv_numbers_of_word(precision) + 4; }
+
+// Pairs of warps in a block of a weight gradient, each of which has a share of the depth.
+inline constexpr int kConvDepthShares = kConvProductThreads / 64;
+
+// Thread blocks of a product that a multiprocessor shall hold at once, by their registers.
+inline constexpr int kConvBlocksResident = 2;
 
 // Offsets of the parts of a block's shared memory, in floats. The tile of positions is at 0.
 struct ConvMemory {
     std::int32_t row;      // from one position to the next
     std::int32_t pitch;    // from one row of positions to the next
+    std::int32_t plane;    // from one plane of the tile to the next
     std::int32_t slabs;    // two slabs of weights, or the other operand
     std::int32_t norm;     // constants of BatchNorm
     std::int32_t scratch;  // sums of warps

@@ -189,10 +189,12 @@ inline ConvTiles conv_tiles(ConvHalo halo, int count, int height, int width, con
 // At most this many slices per task: enough blocks to fill a GPU when tasks are few, yet few enough for every reader to
 // add them up.
 inline constexpr int kConvSlices = 64;
-// Fewer for weight gradients: each slice writes and reads back 9 * channels * filters floats.
+// Fewer for products, so that 8 tasks fill an H100 once, with two blocks a multiprocessor, and not once and a little.
+inline constexpr int kConvProductSlices = 32;
+// And for weight gradients: each slice writes and reads back 9 * channels * filters floats.
 inline constexpr int kConvWeightSlices = 8;
 inline constexpr int kConvMomentSlices = 16;
-// At most this many positions in shared memory, so that three blocks fit on one multiprocessor (two with stride 2).
+// At most this many positions in shared memory: two blocks fit on a multiprocessor of an H100, and one on any.
 inline constexpr int kConvHalo = 224;
 inline constexpr int kConvStridedHalo = 416;
 inline constexpr int kConvRowHalo = 168;
@@ -202,12 +204,12 @@ inline constexpr int kConvFirstHalo = 400;
 inline ConvTiles forward_tiles(const ConvBlock& block, int count) {
     const bool strided = block.stride == 2;
     return conv_tiles(strided ? ConvHalo::kForward2 : ConvHalo::kForward1, count, block.height, block.width,
-                      {kConvTile, strided ? kConvStridedHalo : kConvHalo, kConvSlices, 1, false});
+                      {kConvTile, strided ? kConvStridedHalo : kConvHalo, kConvProductSlices, 1, false});
 }
 
 inline ConvTiles data_grad_tiles(const ConvBlock& block, int count) {
     return conv_tiles(block.stride == 2 ? ConvHalo::kTransposed2 : ConvHalo::kForward1, count, block.in_height,
-                      block.in_width, {kConvTile, kConvHalo, kConvSlices, 1, false});
+                      block.in_width, {kConvTile, kConvHalo, kConvProductSlices, 1, false});
 }
 
 inline ConvTiles weight_grad_tiles(const ConvBlock& block, int count) {
@@ -245,29 +247,34 @@ inline int conv_pitch(int width, int rows, int last, int step) {
     return width;
 }
 
-inline ConvMemory forward_memory(const ConvTiles& tiles, int stride, int channels, int columns) {
+// The tile, two slabs of weights, `constants` of BatchNorm, and the sums of all warps.
+inline ConvMemory product_memory(ConvPrecision precision, const ConvTiles& tiles, int pitch, int columns,
+                                 int constants) {
     ConvMemory memory{};
-    const int step = stride * kConvRow;
-    memory.row = kConvRow;
-    memory.pitch = conv_pitch(tiles.halo_width * kConvRow, stride, (tiles.tile_width - 1) * step, step);
-    memory.slabs = tiles.tile_images * tiles.halo_height * memory.pitch;
-    memory.norm = memory.slabs + 2 * kConvChunk * (columns + 8);
-    memory.scratch = memory.norm + 3 * channels;
-    memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
+    memory.row = conv_row(precision);
+    memory.pitch = pitch;
+    memory.plane = tiles.tile_images * tiles.halo_height * pitch;
+    memory.slabs = conv_planes(precision) * memory.plane;
+    memory.norm = memory.slabs + 2 * conv_planes(precision) * columns * memory.row;
+    memory.scratch = memory.norm + constants;
+    memory.end = memory.scratch + 2 * (kConvProductThreads / 32) * columns;
     return memory;
 }
 
-inline ConvMemory data_grad_memory(const ConvTiles& tiles, int stride, int channels, int filters, int columns) {
-    ConvMemory memory{};
+inline ConvMemory forward_memory(ConvPrecision precision, const ConvTiles& tiles, int stride, int channels,
+                                 int columns) {
+    const int row = conv_row(precision), step = stride * row;
+    const int pitch = conv_pitch(tiles.halo_width * row, stride, (tiles.tile_width - 1) * step, step);
+    return product_memory(precision, tiles, pitch, columns, 3 * channels);
+}
+
+inline ConvMemory data_grad_memory(ConvPrecision precision, const ConvTiles& tiles, int stride, int channels,
+                                   int filters, int columns) {
     // Neighbours of one parity read neighbouring outputs.
     const int neighbours = stride == 1 ? tiles.tile_width : tiles.by_parity_width.value;
-    memory.row = kConvRow;
-    memory.pitch = conv_pitch(tiles.halo_width * kConvRow, 1, (neighbours - 1) * kConvRow, kConvRow);
-    memory.slabs = tiles.tile_images * tiles.halo_height * memory.pitch;
-    memory.norm = memory.slabs + 2 * columns * kConvRow;
-    memory.scratch = memory.norm + 5 * filters + 2 * channels;
-    memory.end = memory.scratch + 2 * (kConvThreads / 32) * columns;
-    return memory;
+    const int row = conv_row(precision);
+    const int pitch = conv_pitch(tiles.halo_width * row, 1, (neighbours - 1) * row, row);
+    return product_memory(precision, tiles, pitch, columns, 5 * filters + 2 * channels);
 }
 
 inline ConvMemory weight_grad_memory(const ConvTiles& tiles, int stride, int columns) {
@@ -276,7 +283,9 @@ inline ConvMemory weight_grad_memory(const ConvTiles& tiles, int stride, int col
     const int step = stride * memory.row;
     memory.pitch = conv_pitch(tiles.halo_width * memory.row, 1, (tiles.tile_width - 1) * step, step);
     memory.slabs = tiles.tile_images * tiles.tile_height * memory.pitch;
-    memory.norm = memory.scratch = memory.slabs + kConvTile * (columns + 8);
+    // In the end it carries the sums of all shares of the depth but one, of three taps.
+    const std::int64_t sums = std::int64_t{kConvDepthShares - 1} * 3 * kConvChunk * columns;
+    memory.norm = memory.scratch = static_cast<int>(larger(memory.slabs + kConvTile * (columns + 8), sums));
     memory.end = memory.scratch + kConvTile;
     return memory;
 }
@@ -858,8 +867,8 @@ class ConvPlanner {
         } else {
             bytes += activation_values(i - 1, count) * stored();
         }
-        add(ConvKernel::kForward, i, step, query, tiles.slices, ceil_div(block.filters, columns), kConvThreads,
-            std::int64_t{forward_memory(tiles, block.stride, block.in_channels, columns).end} * 4,
+        add(ConvKernel::kForward, i, step, query, tiles.slices, ceil_div(block.filters, columns), kConvProductThreads,
+            std::int64_t{forward_memory(plan_.precision, tiles, block.stride, block.in_channels, columns).end} * 4,
             all(products(i, count)), all(bytes));
     }
 
@@ -874,8 +883,11 @@ class ConvPlanner {
             bytes += activation_values(i, count) * (stored() + 1.0);
             if (has_raw(i - 1)) bytes += raw_bytes(i - 1, count) + activation_values(i - 1, count);
         }
-        add(ConvKernel::kDataGrad, i, step, query, tiles.slices, ceil_div(block.in_channels, columns), kConvThreads,
-            std::int64_t{data_grad_memory(tiles, block.stride, block.in_channels, block.filters, columns).end} * 4,
+        add(ConvKernel::kDataGrad, i, step, query, tiles.slices, ceil_div(block.in_channels, columns),
+            kConvProductThreads,
+            4 * std::int64_t{data_grad_memory(plan_.precision, tiles, block.stride, block.in_channels, block.filters,
+                                              columns)
+                                 .end},
             all(products(i, count)), all(bytes));
     }
 
@@ -886,7 +898,7 @@ class ConvPlanner {
         const double input =
             area(count, block.in_height, block.in_width, block.in_channels) * (i == 0 ? 4.0 : stored());
         add(ConvKernel::kWeightGrad, i, step, query, tiles.slices,
-            3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvThreads,
+            3 * ceil_div(block.in_channels, kConvChunk) * ceil_div(block.filters, columns), kConvProductThreads,
             std::int64_t{weight_grad_memory(tiles, block.stride, columns).end} * 4, all(products(i, count)),
             all(products_at(i) * (input + raw_bytes(i, count)) + tiles.slices * weight_bytes(i)));
     }
