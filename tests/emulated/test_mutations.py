@@ -242,7 +242,7 @@ MUTATIONS = [
     Mutation("conv: slab of the tap before", BACK, "columns_at = at % 2 * Slab::kSize", "columns_at = (at + 1) % 2 * Slab::kSize"),
     Mutation("conv: a part of the slices", COMMON, "const int at = own.part * 3", "const int at = own.part % 2 * 3", "race: |uninitialised: |"),
     Mutation("conv: slices of another part", COMMON, "own.channel, own.part, own.parts);", "own.channel, 0, own.parts);"),
-    Mutation("conv: gradient sums of a part lost", BACK, "part < own.parts; ++part", "part + 1 < own.parts; ++part"),
+    Mutation("conv: gradient sums of a part lost", BACK, "int part = 0; part < own.parts", "int part = 1; part < own.parts"),
     # Fragments.
     Mutation("conv: a1 and a2 swapped", FRAGMENTS, "get(e % 2, member + e / 2 * 4)", "get(e / 2, member + e % 2 * 4)"),
     Mutation("conv: b0 and b1 swapped", FRAGMENTS, "get(member + e * 4)", "get(member + (1 - e) * 4)"),

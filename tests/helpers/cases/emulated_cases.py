@@ -672,6 +672,10 @@ def of_conv() -> dict[str, Case]:
             conv_meta_step, net=Net(filters=40, height=4, width=5, tasks=1, support=2, query=2), steps=0
         ),
         "sums": conv_sums,
+        # Two numbers share a word of an operand.
+        "bf16": partial(
+            conv_precision, net=Net(halving="stride", height=7, width=9), precision="bf16", by_covariance=True
+        ),
         "one block": partial(
             conv_meta_step, net=Net(blocks=1, channels=3, height=5, width=37, conv_bias=False), by_covariance=False
         ),
