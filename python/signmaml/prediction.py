@@ -133,7 +133,7 @@ def read_support(root: str | os.PathLike[str], example: ExampleFormat) -> Suppor
         FileNotFoundError: Nothing is at `root`.
         ValueError: There are fewer than two classes, or an image is damaged (the message names it).
     """
-    with open_source(root) as source:
+    with open_source(root, name="--support") as source:
         classes = class_folders(source)
         if len(classes) < 2:
             raise ValueError(
@@ -164,7 +164,7 @@ def read_queries(places: Sequence[str], example: ExampleFormat) -> Queries:
             continue
         if path.is_file() and path.suffix.lower() != ".zip":
             raise ValueError(f"--query: expected an image, a folder or a .zip, found {place}")
-        with open_source(path) as source:
+        with open_source(path, name="--query") as source:
             if not source.images:
                 raise ValueError(f"--query: expected images in {source.label}, found none")
             inputs.append(example.read(source, source.images))

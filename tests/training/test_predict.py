@@ -197,8 +197,14 @@ def test_query_images_that_are_support_images_are_reported(
     ("words", "message"),
     [
         ("{run} --query {query}", "--support: expected a folder with examples of each class, found none"),
-        ("{run} --support nowhere --query {query}", "expected a folder or a .zip archive, found nothing at nowhere"),
-        ("{run} --support {query} --query nowhere", "found nothing at nowhere"),
+        (
+            "{run} --support nowhere --query {query}",
+            "--support: expected a folder or a .zip archive, found nothing at nowhere",
+        ),
+        (
+            "{run} --support {query} --query nowhere",
+            "--query: expected a folder or a .zip archive, found nothing at nowhere",
+        ),
         ("{run} --support {one} --query {query}", "found 3 images directly in it"),
         ("{run} --support {images} --query {query}", "found folders of splits: test, train, val; give one of them"),
         ("{run} --support {query} --query {text}", "--query: expected an image, a folder or a .zip, found"),

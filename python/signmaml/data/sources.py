@@ -94,12 +94,13 @@ class Source:
         self.close()
 
 
-def open_source(root: str | os.PathLike[str], *, inner_archives: Collection[str] = ()) -> Source:
+def open_source(root: str | os.PathLike[str], *, inner_archives: Collection[str] = (), name: str = "root") -> Source:
     """Lists a folder or a zip archive.
 
     Args:
         root: The folder or the ``.zip`` file.
         inner_archives: File names of zip archives inside that count as folders (Omniglot's release has two).
+        name: What messages call the root: the argument or option by which the caller was given it.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -110,9 +111,9 @@ def open_source(root: str | os.PathLike[str], *, inner_archives: Collection[str]
     if path.is_dir():
         source = FolderSource(path)
     elif not path.exists():
-        raise FileNotFoundError(f"root: expected a folder or a .zip archive, found nothing at {path}")
+        raise FileNotFoundError(f"{name}: expected a folder or a .zip archive, found nothing at {path}")
     else:
-        source = ZipSource(path, str(path))
+        source = ZipSource(path, str(path), name)
     inner = [file for file in source.others if file.parts[-1] in inner_archives]
     if not inner:
         return source
@@ -182,19 +183,20 @@ UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 class ZipSource(Source):
-    """A zip archive, read in place.
+    """A zip archive, read in place; `name` as in `open_source`.
 
     Raises:
         ValueError: It is not a zip archive; a member's path is absolute or contains '..'; the members together
             expand to more than 1 GiB and to more than 200 times the archive's size; a member is encrypted.
     """
 
-    def __init__(self, file: Path | io.BytesIO, label: str) -> None:
+    def __init__(self, file: Path | io.BytesIO, label: str, name: str = "root") -> None:
         self.label = label
+        self._name = name
         try:
             self._archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise ValueError(f"root: expected a folder or a .zip archive, found {label}: {error}") from error
+            raise ValueError(f"{name}: expected a folder or a .zip archive, found {label}: {error}") from error
         members = [member for member in self._archive.infolist() if not member.is_dir()]
         packed = file.getbuffer().nbytes if isinstance(file, io.BytesIO) else file.stat().st_size
         try:
@@ -213,7 +215,9 @@ class ZipSource(Source):
         try:
             return self._archive.read(self._members[file.path])
         except UNREADABLE as error:
-            raise ValueError(f"root: expected a .zip archive that can be read, found {file.path}: {error}") from error
+            raise ValueError(
+                f"{self._name}: expected a .zip archive that can be read, found {file.path}: {error}"
+            ) from error
 
     def identity(self) -> str:
         return ""  # the CRCs identify the content, wherever the archive is
