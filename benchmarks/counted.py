@@ -26,7 +26,6 @@ from launches import Launch
 
 MOST = 1.1  # times the least sectors or wavefronts that a kernel may take without a reason
 # Why a kernel takes more, by its name and what it takes. A test holds that nothing else does.
-IN_BF16 = "in bf16 a fragment's pairs of floats are read one by one from a tile of floats, two to a bank"
 REASONS: dict[tuple[str, str], str] = {
     ("patch_moments_kernel", "sectors"): "a tile's rows of pixels begin and end anywhere in a sector; once a meta-step",
     ("conv_pack_kernel", "sectors"): "reads theta in torch's order and writes it by filters; once a meta-step",
@@ -40,8 +39,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("conv_head_kernel", "sectors"): "the query pass writes the classifier's gradient in torch's order",
     ("conv_data_grad_kernel", "sectors"): "reads z at every window's winner, which may be any of four, and the winners "
     "themselves as two bytes a lane",
-    ("conv_data_grad_kernel", "wavefronts"): IN_BF16,
-    ("conv_weight_grad_kernel", "wavefronts"): IN_BF16,
+    (
+        "conv_weight_grad_kernel",
+        "wavefronts",
+    ): "in bf16 a fragment's pairs of floats are read one by one from a tile of floats, two to a bank",
     ("conv_meta_accumulate_kernel", "sectors"): "writes the gradient in torch's order; once a meta-step",
     ("mlp_meta_step_kernel", "sectors"): "a task's examples and parameters begin anywhere in a sector",
     ("mlp_meta_step_kernel", "wavefronts"): "a row of 40 weights is ten vectors: lanes beyond the tenth begin it "
