@@ -39,10 +39,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("conv_head_kernel", "sectors"): "the query pass writes the classifier's gradient in torch's order",
     ("conv_data_grad_kernel", "sectors"): "reads z at every window's winner, which may be any of four, and the winners "
     "themselves as two bytes a lane",
-    (
-        "conv_weight_grad_kernel",
-        "wavefronts",
-    ): "in bf16 a fragment's pairs of floats are read one by one from a tile of floats, two to a bank",
+    ("conv_weight_grad_kernel", "wavefronts"): "in bf16 pairs of floats are read one by one, two of them to a bank",
     ("conv_meta_accumulate_kernel", "sectors"): "writes the gradient in torch's order; once a meta-step",
     ("mlp_meta_step_kernel", "sectors"): "a task's examples and parameters begin anywhere in a sector",
     ("mlp_meta_step_kernel", "wavefronts"): "a row of 40 weights is ten vectors: lanes beyond the tenth begin it "
