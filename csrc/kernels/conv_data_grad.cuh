@@ -120,7 +120,8 @@ struct GradTaps<2> {
 };
 
 // With stride 1 a warp owns 32 positions of a tile and half of the columns (16 and all, if there are only 8). With
-// stride 2 it owns 16 positions of each parity and a quarter of the columns: so all warps have work at every tap.
+// stride 2 it owns 16 positions of each parity and a quarter of the columns: so all warps have work at every tap, but
+// for networks of 8 filters, which leave six of eight idle.
 template <ConvPrecision kPrecision, int kTilesN, int kStride>
 __global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     conv_data_grad_kernel(const ConvDataGradParams<typename ConvStored<kPrecision>::Type> p) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     const int share = warp / kTeam;
-    const bool works = share < kShares;  // with stride 2, too few columns to divide leave warps idle
+    const bool works = share < kShares;
     const int first_own = share * kN * 8 * Slab::kRow;
     const int own_columns = first_own + place_in_columns<kPrecision, kN>(Slab::kPlane);
 

@@ -64,7 +64,7 @@ __device__ inline void store_operands(const Shared<std::uint32_t>& words, int at
 }
 
 // Calls `visit(row, number)` for `rows` rows of an operand and every fourth number below `padded`: once a block. Eight
-// neighbouring lanes have eight rows, which store_operands puts into different banks.
+// neighbouring lanes have eight rows, which store_operands puts into different banks if they are of one row of a tile.
 template <ConvPrecision kPrecision, typename Visit>
 __device__ inline void for_each_quad(int rows, int padded, const Visit& visit) {
     constexpr int kQuads = Operands<kPrecision>::kChunk / 4;

@@ -3,12 +3,13 @@
 //
 // Design. Activations are stored as [task][image][height][width][channel], weights as [task][9 * channels in][filters],
 // packed from theta once per meta-step. A convolution is an implicit GEMM through mma.sync over tiles of at most 128
-// positions. A tile's input, including its halo, is in shared memory 32 channels at a time, while cp.async brings in
-// the weights tap by tap. A pass stores the raw output z_l of block l. The next kernel applies BatchNorm, ReLU and the
-// halving as it reads z_l, and stores the result if a backward pass follows: a_l, and one byte per value that names the
-// winner of the pooling. Likewise data_grad computes dz_l as it reads its inputs, and stores it for weight_grad.
+// positions. A tile's input, including its halo, is in shared memory 32 channels at a time (16 in fp32), as operands of
+// tensor cores; the weights follow tap by tap, loaded while the tap before is multiplied. A pass stores the raw output
+// z_l of block l. The next kernel applies BatchNorm, ReLU and the halving as it reads z_l, and stores the result if a
+// backward pass follows: a_l, and one byte per value that names the winner of the pooling. Likewise data_grad computes
+// dz_l as it reads its inputs, and stores it for weight_grad.
 // BatchNorm's sums are epilogues: a thread block owns a slice of the tiles and writes one partial sum per channel.
-// Every reader adds the slices (at most 64) again in order, which costs less than a launch of its own.
+// Every reader adds the slices (at most 64) again in a fixed order, which costs less than a launch of its own.
 // A forward pass of N blocks launches first (or forward) for block 1, forward for blocks 2..N, and head. The backward
 // pass launches data_grad and weight_grad for blocks N..2, first_grad for block 1, and sign_update or meta_accumulate
 // for all weights at once: 3 N + 1 launches in all, 13 for Conv4. Block 1 needs no raw output: see
@@ -194,7 +195,8 @@ inline constexpr int kConvProductSlices = 32;
 // And for weight gradients: each slice writes and reads back 9 * channels * filters floats.
 inline constexpr int kConvWeightSlices = 8;
 inline constexpr int kConvMomentSlices = 16;
-// At most this many positions in shared memory: two blocks fit on a multiprocessor of an H100, and one on any.
+// At most this many positions in shared memory: two blocks fit on a multiprocessor of an H100, and one on any (a test
+// holds the largest: strided, in fp32, 128 filters).
 inline constexpr int kConvHalo = 224;
 inline constexpr int kConvStridedHalo = 416;
 inline constexpr int kConvRowHalo = 168;

@@ -85,7 +85,7 @@ IN_DOUBLE = {
     "conv_subtract_kernel",
     "patch_moments_kernel",
 }
-# Kernels with operands in shared memory and registers: two blocks of four warps keep the tensor cores busy.
+# Kernels with operands in shared memory and registers: blocks of eight warps keep the tensor cores busy.
 ON_TENSOR_CORES = {"conv_data_grad_kernel", "conv_forward_kernel", "conv_weight_grad_kernel"}
 # Limits of one multiprocessor: 32-bit registers, resident warps and blocks, shared memory in KiB. Each block takes
 # 1 KiB of shared memory more than it requests.

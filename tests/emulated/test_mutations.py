@@ -240,7 +240,7 @@ MUTATIONS = [
     ),
     Mutation("conv: weights of the tap before", FORWARD, "slab.load(tap + 1);", "slab.load(tap);"),
     Mutation("conv: slab of the tap before", BACK, "columns_at = at % 2 * Slab::kSize", "columns_at = (at + 1) % 2 * Slab::kSize"),
-    Mutation("conv: a part of the slices", COMMON, "const int at = own.part * 3", "const int at = own.part % 2 * 3", "race: |uninitialised: |"),
+    Mutation("conv: a part of the slices", COMMON, "const int at = own.part * 3", "const int at = own.part % 2 * 3", "race: |uninitialised: "),
     Mutation("conv: slices of another part", COMMON, "own.channel, own.part, own.parts);", "own.channel, 0, own.parts);"),
     Mutation("conv: gradient sums of a part lost", BACK, "int part = 0; part < own.parts", "int part = 1; part < own.parts"),
     # Fragments.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import signmaml_ext
@@ -90,7 +90,14 @@ shapes = st.builds(
 )
 
 
+# The largest tile of all: single positions of 46 images, whose rows are padded most.
+LARGEST = Net(
+    blocks=3, channels=3, filters=128, height=8, width=8, ways=5, halving="stride", tasks=1, support=46, query=46
+)
+
+
 @settings(deadline=None)
+@example(LARGEST, "fp32", True, "maml")
 @given(shapes, st.sampled_from(["fp32", "tf32", "bf16"]), st.booleans(), st.sampled_from(["sign-maml", "maml"]))
 def test_every_shape_has_a_sound_plan(net, precision, by_covariance, method):
     found = plan(net, 2, precision, by_covariance=by_covariance, method=method)
