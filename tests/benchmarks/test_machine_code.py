@@ -237,10 +237,10 @@ def test_kernel_on_tensor_cores_as_nvcc_compiles_it(machine_code):
         for n, block in enumerate(kernel.blocks)
         if any(one.kind == "mma" for one in block.instructions)
     ]
-    # Tiles, channels, taps, depth; nvcc may unroll the last.
-    assert around and max(map(len, around)) >= 4 and min(map(len, around)) >= 3
+    # Tiles, channels, rows of taps; nvcc unrolls the taps of a row and the depth.
+    assert around and min(map(len, around)) >= 3
     of_kind = {one.kind for one in kernel.instructions}
-    assert {"mma", "copy", "shuffle", "barrier", "shared_load", "global_store"} <= of_kind
+    assert {"mma", "ldmatrix", "shuffle", "barrier", "shared_store", "global_load", "global_store"} <= of_kind
     lines = {one.frames[-1][0] for one in kernel.instructions if one.kind == "mma"}
     assert lines == {"conv_forward.cuh"}
     assert all(one.category != "other" for one in kernel.instructions)
