@@ -142,9 +142,10 @@ __global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     const int channels = block.in_channels;
     const Shared<std::uint32_t> tile(0, p.memory.slabs);
     const Shared<std::uint32_t> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
-    const Shared<float> norm(p.memory.norm * 4, 5 * block.filters);
-    const Shared<float> norm_below((p.memory.norm + 5 * block.filters) * 4, 2 * channels);
-    const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
+    const int below_at = p.memory.norm + 5 * block.filters;
+    const Shared<float> norm = in_floats(p.memory.norm, below_at);
+    const Shared<float> norm_below = in_floats(below_at, p.memory.scratch);
+    const Shared<float> scratch = in_floats(p.memory.scratch, p.memory.end);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     const int share = warp / kTeam;

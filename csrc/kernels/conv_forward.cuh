@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     const int channels = block.in_channels;
     const Shared<std::uint32_t> tile(0, p.memory.slabs);
     const Shared<std::uint32_t> slabs(p.memory.slabs * 4, p.memory.norm - p.memory.slabs);
-    const Shared<float> norm(p.memory.norm * 4, p.memory.scratch - p.memory.norm);
-    const Shared<float> scratch(p.memory.scratch * 4, p.memory.end - p.memory.scratch);
+    const Shared<float> norm = in_floats(p.memory.norm, p.memory.scratch);
+    const Shared<float> scratch = in_floats(p.memory.scratch, p.memory.end);
     const int first_column = static_cast<int>(blockIdx.z) * kColumns;
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     const int first_position = warp % kTeam * 16 * kM, share = warp / kTeam;

@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
     const int first = static_cast<int>(blockIdx.z) / 3 % chunks * kConvChunk;
     const int first_column = static_cast<int>(blockIdx.z) / 3 / chunks * kColumns;
     const int depth = smaller_of(kConvChunk, channels - first);
-    const Shared<float> tile(0, p.memory.slabs);
-    const Shared<float> outputs(p.memory.slabs * 4, p.memory.scratch - p.memory.slabs);
+    const Shared<float> tile = in_floats(0, p.memory.slabs);
+    const Shared<float> outputs = in_floats(p.memory.slabs, p.memory.scratch);
     const Shared<std::int32_t> places(p.memory.scratch * 4, kConvTile);
     const int warp = static_cast<int>(threadIdx.x / 32), group = lane() / 4, member = lane() % 4;
     const int row0 = warp % 2 * 16;  // the warp's first channel in the chunk
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kConvProductThreads, kConvBlocksResident)
         }
     }
     block_barrier();  // all have read the last tile: its memory now carries the sums of all shares but the first
-    const Shared<float> others(0, p.memory.scratch);
+    const Shared<float> others = in_floats(0, p.memory.scratch);
     constexpr int kOfShare = 3 * kConvChunk * kColumns, kThreads = kConvProductThreads / kConvDepthShares;
     const int mine = static_cast<int>(threadIdx.x) % kThreads;
     if (warp >= 2) {
